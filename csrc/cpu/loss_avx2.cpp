@@ -1,0 +1,16 @@
+#if defined(__x86_64__)
+#if defined(__clang__)
+#pragma clang attribute push(__attribute__((target("avx2,fma"))), apply_to = function)
+#else
+#pragma GCC target("avx2,fma,prefer-vector-width=256")
+#endif
+
+#define BCMF_ISA avx2
+#include "loss_kernel.inl"
+
+const bcmf::cpu::LossKernels bcmf::cpu::loss_kernels_avx2 = {avx2::forward_any, avx2::backward_any};
+
+#if defined(__clang__)
+#pragma clang attribute pop
+#endif
+#endif

@@ -1,0 +1,16 @@
+#if defined(__x86_64__)
+#if defined(__clang__)
+#pragma clang attribute push(__attribute__((target("avx512f,avx512dq,avx512bw,avx512vl,fma"))), apply_to = function)
+#else
+#pragma GCC target("avx512f,avx512dq,avx512bw,avx512vl,fma,prefer-vector-width=512")
+#endif
+
+#define BCMF_ISA avx512
+#include "loss_kernel.inl"
+
+const bcmf::cpu::LossKernels bcmf::cpu::loss_kernels_avx512 = {avx512::forward_any, avx512::backward_any};
+
+#if defined(__clang__)
+#pragma clang attribute pop
+#endif
+#endif

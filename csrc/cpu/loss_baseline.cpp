@@ -1,0 +1,5 @@
+// Whatever the compiler targets by default: SSE2 on x86-64, NEON on 64-bit ARM.
+#define BCMF_ISA baseline
+#include "loss_kernel.inl"
+
+const bcmf::cpu::LossKernels bcmf::cpu::loss_kernels_baseline = {baseline::forward_any, baseline::backward_any};

@@ -1,0 +1,96 @@
+// exp and log as branch-free scalar code that compilers vectorise, and conversions of the half formats.
+// Included once per instruction set (see loss_kernel.inl), hence the static functions and no other header than these.
+#pragma once
+
+#include <cmath>
+#include <cstdint>
+#include <cstring>
+
+#define BCMF_INLINE static inline __attribute__((always_inline))
+
+template <typename To, typename From>
+BCMF_INLINE To bit_cast(From from) {
+  static_assert(sizeof(To) == sizeof(From));
+  To to;
+  std::memcpy(&to, &from, sizeof(to));
+  return to;
+}
+
+// e^x for x <= 0, within 1 ulp; 0 below -87.33 (where the result would be subnormal); NaN stays NaN.
+// x = n ln 2 + r: the polynomial is Taylor's to degree 7, |r| <= ln 2 / 2, and 2^n is put together in the exponent
+// bits.
+BCMF_INLINE float exp_nonpositive(float x) {
+  constexpr float lowest = -87.33f;
+  const float clamped = x < lowest ? lowest : x;
+  const float shifted = clamped * 1.44269504f + 12582912.f;  // adding 1.5 * 2^23 rounds to an integer
+  const float n = shifted - 12582912.f;
+  const float r = (clamped - n * 0.693145752f) - n * 1.42860677e-6f;
+  float p = 1.f / 5040.f;
+  p = p * r + 1.f / 720.f;
+  p = p * r + 1.f / 120.f;
+  p = p * r + 1.f / 24.f;
+  p = p * r + 1.f / 6.f;
+  p = p * r + 0.5f;
+  p = p * r * r + r + 1.f;
+  const float scale = bit_cast<float>((bit_cast<uint32_t>(shifted) + 127u) << 23);
+  return x < lowest ? 0.f : p * scale;
+}
+BCMF_INLINE double exp_nonpositive(double x) { return std::exp(x); }
+
+// ln x for 1 <= x < 2^30 (a sum of exponentials, the largest of which is 1), within 1 ulp; NaN stays NaN.
+// x = 2^e f with sqrt(1/2) <= f < sqrt(2); ln f by the Cephes polynomial in f - 1.
+BCMF_INLINE float log_positive(float x) {
+  const uint32_t bits = bit_cast<uint32_t>(x) - 0x3f3504f3u;
+  const float e = static_cast<float>(static_cast<int32_t>(bits) >> 23);
+  const float f = bit_cast<float>((bits & 0x007fffffu) + 0x3f3504f3u) - 1.f;
+  float p = 7.0376836292e-2f;
+  p = p * f - 1.1514610310e-1f;
+  p = p * f + 1.1676998740e-1f;
+  p = p * f - 1.2420140846e-1f;
+  p = p * f + 1.4249322787e-1f;
+  p = p * f - 1.6668057665e-1f;
+  p = p * f + 2.0000714765e-1f;
+  p = p * f - 2.4999993993e-1f;
+  p = p * f + 3.3333331174e-1f;
+  const float ff = f * f;
+  const float y = f * ff * p + e * -2.12194440e-4f - 0.5f * ff + f + e * 0.693359375f;
+  return x == x ? y : x;
+}
+BCMF_INLINE double log_positive(double x) { return std::log(x); }
+
+struct BF16 {
+  uint16_t bits;
+};
+struct F16 {
+  uint16_t bits;
+};
+
+BCMF_INLINE float widen(float x) { return x; }
+BCMF_INLINE double widen(double x) { return x; }
+BCMF_INLINE float widen(BF16 x) { return bit_cast<float>(static_cast<uint32_t>(x.bits) << 16); }
+// Shift the fields into place and scale by 2^112, which also normalises subnormals; inf and NaN keep a full exponent.
+BCMF_INLINE float widen(F16 x) {
+  const uint32_t magnitude = static_cast<uint32_t>(x.bits & 0x7fff) << 13;
+  const float finite = bit_cast<float>(magnitude) * bit_cast<float>(0x77800000u);
+  const uint32_t bits = magnitude >= 0x0f800000u ? magnitude | 0x7f800000u : bit_cast<uint32_t>(finite);
+  return bit_cast<float>(bits | static_cast<uint32_t>(x.bits & 0x8000) << 16);
+}
+
+BCMF_INLINE void narrow(float x, float* to) { *to = x; }
+BCMF_INLINE void narrow(double x, double* to) { *to = x; }
+// Round to nearest even.
+BCMF_INLINE void narrow(float x, BF16* to) {
+  const uint32_t bits = bit_cast<uint32_t>(x);
+  const uint32_t rounded = (bits + 0x7fffu + (bits >> 16 & 1u)) >> 16;
+  to->bits = static_cast<uint16_t>(x == x ? rounded : 0x7fc0u);
+}
+// Three cases: subnormal or zero (adding 0.5 aligns the mantissa and lets the adder round), normal (round the bits),
+// and inf or NaN.
+BCMF_INLINE void narrow(float x, F16* to) {
+  const uint32_t all = bit_cast<uint32_t>(x), sign = all & 0x80000000u, bits = all ^ sign;
+  const uint32_t subnormal = bit_cast<uint32_t>(bit_cast<float>(bits) + 0.5f) - 0x3f000000u;
+  const uint32_t normal = (bits + 0xc8000fffu + (bits >> 13 & 1u)) >> 13;
+  const uint32_t special = bits > 0x7f800000u ? 0x7e00u : 0x7c00u;
+  const uint32_t magnitude = bits >= 0x47800000u ? special : bits < 0x38800000u ? subnormal : normal;
+  to->bits = static_cast<uint16_t>(magnitude | sign >> 16);
+}

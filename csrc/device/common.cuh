@@ -1,0 +1,75 @@
+// What host and device code share: the arguments of the loss op, and how a label is read.
+// No torch header here or in any file of this folder.
+#pragma once
+
+#include <cstdint>
+
+#if defined(__CUDACC__)
+#define BCMF_HOST_DEVICE __host__ __device__ __forceinline__
+#else
+#define BCMF_HOST_DEVICE inline
+#endif
+
+namespace bcmf {
+
+enum class LogitType : int { f16, bf16, f32, f64 };
+enum class LabelType : int { u8, i16, i32, i64 };
+
+// Sizes and element strides are 64 bit: more than 2^31 elements work.
+struct LogitView {  // (N, C, H, W), any strides
+  void* data;       // read-only except for the gradient
+  LogitType type;
+  int64_t stride_n, stride_c, stride_h, stride_w;
+};
+
+struct LabelView {  // (N, H, W), any strides
+  const void* data;
+  LabelType type;
+  int64_t stride_n, stride_h, stride_w;
+};
+
+// Arguments of bcmf::loss and bcmf::loss_backward. `acc` is float, or double for fp64 logits.
+struct LossArgs {
+  int64_t N, C, H, W;
+  LogitView logits;
+  LabelView labels;
+  int64_t ignore_index;
+  const void* weight;  // (C,) acc, contiguous; null: all ones
+  void* stats;         // (2, N, H, W) acc, contiguous: m = max_c Z_c, then log sum_c exp(Z_c - m)
+  void* total;         // () acc
+  void* denominator;   // () acc: the sum of the valid pixels' weights
+  // backward only
+  const void* grad_total;  // () acc
+  LogitView grad;          // same dtype as logits
+};
+
+// Results of read_label beside the classes 0..C-1.
+constexpr int kIgnored = -1;
+constexpr int kBad = -2;  // neither a class nor ignore_index: NaN on CUDA, ValueError on CPU
+
+// Widened to 64 bit before any comparison, so that uint8 255 and ignore_index = -1 stay apart.
+BCMF_HOST_DEVICE int64_t raw_label(const LabelView& labels, int64_t offset) {
+  switch (labels.type) {
+    case LabelType::u8:
+      return static_cast<const uint8_t*>(labels.data)[offset];
+    case LabelType::i16:
+      return static_cast<const int16_t*>(labels.data)[offset];
+    case LabelType::i32:
+      return static_cast<const int32_t*>(labels.data)[offset];
+    default:
+      return static_cast<const int64_t*>(labels.data)[offset];
+  }
+}
+
+BCMF_HOST_DEVICE int classify_label(int64_t label, int64_t C, int64_t ignore_index) {
+  if (label == ignore_index) return kIgnored;
+  return label >= 0 && label < C ? static_cast<int>(label) : kBad;
+}
+
+BCMF_HOST_DEVICE int read_label(const LossArgs& args, int64_t n, int64_t y, int64_t x) {
+  const LabelView& v = args.labels;
+  const int64_t label = raw_label(v, n * v.stride_n + y * v.stride_h + x * v.stride_w);
+  return classify_label(label, args.C, args.ignore_index);
+}
+
+}  // namespace bcmf

@@ -1,0 +1,152 @@
+"""Builds bcmf_ext._C with torch's extension builder, or leaves it out and says why.
+
+Environment: BCMF_CUDA=0/1 (leave CUDA out / fail if it cannot be built), TORCH_CUDA_ARCH_LIST, MAX_JOBS, CXX,
+CUDA_HOME.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+from setuptools import setup
+from setuptools.command.build_py import build_py
+
+sys.path.insert(0, str(Path(__file__).parent))
+from build_backend import find_compiler, find_torch
+
+SOURCES = ["csrc/ops.cpp", *sorted(map(str, Path("csrc/cpu").glob("*.cpp")))]
+CUDA_SOURCES = sorted(map(str, Path("csrc/cuda").glob("*.cu")))
+DEFAULT_ARCHS = "7.5;8.0;9.0;10.0;12.0+PTX"  # 8.0 runs on 8.x; the PTX covers what is newer
+
+
+def find_cuda_home() -> Path | None:
+    """$CUDA_HOME, else the toolkit of the nvcc on the path, else /usr/local/cuda; the first that is complete."""
+    nvcc = shutil.which("nvcc")
+    candidates = [os.environ.get("CUDA_HOME"), nvcc and Path(nvcc).resolve().parents[1], "/usr/local/cuda"]
+    for home in map(Path, filter(None, candidates)):
+        if (home / "bin" / "nvcc").exists() and (home / "include" / "cuda_runtime.h").exists():
+            return home
+    return None
+
+
+class Plan:
+    """What will be built, and why not the rest. Sentences end up in bcmf_ext.info."""
+
+    def __init__(self) -> None:
+        self.torch: Any = None
+        self.nvcc: str | None = None
+        self.archs = ""
+        self.no_extension = self._look_for_torch()
+        self.no_cuda = self.no_extension or self._look_for_cuda()
+        if os.environ.get("BCMF_CUDA") == "1" and self.no_cuda:
+            raise SystemExit(f"bcmf_ext: BCMF_CUDA=1, but CUDA cannot be built: {self.no_cuda}")
+
+    def _look_for_torch(self) -> str | None:
+        if find_compiler() is None:
+            return "no C++ compiler was found (c++ or $CXX)"
+        folder = find_torch()
+        if folder is None:
+            return "no torch was found to build against"
+        if str(folder) not in sys.path:
+            sys.path.append(str(folder))  # last: the build environment's own packages go first
+        import torch
+
+        self.torch = torch
+        return None
+
+    def _look_for_cuda(self) -> str | None:
+        if os.environ.get("BCMF_CUDA") == "0":
+            return "BCMF_CUDA=0"
+        if self.torch.version.cuda is None:
+            return f"torch {self.torch.__version__} has no CUDA"
+        home = find_cuda_home()
+        if home is None:
+            return "no CUDA toolkit was found (bin/nvcc and include/cuda_runtime.h; set CUDA_HOME)"
+        os.environ["CUDA_HOME"] = str(home)  # torch.utils.cpp_extension reads it when imported
+        nvcc = str(home / "bin" / "nvcc")
+        version = subprocess.run([nvcc, "--version"], capture_output=True, text=True).stdout
+        match = re.search(r"release (\d+)\.(\d+)", version)
+        release = f"{match[1]}.{match[2]}" if match else "unknown"
+        if release.split(".")[0] != self.torch.version.cuda.split(".")[0]:
+            return f"nvcc is {release}, but torch was built for CUDA {self.torch.version.cuda}"
+        self.nvcc = release
+        self.archs = os.environ.get("TORCH_CUDA_ARCH_LIST") or self._present_archs() or DEFAULT_ARCHS
+        os.environ["TORCH_CUDA_ARCH_LIST"] = self.archs
+        return None
+
+    def _present_archs(self) -> str:
+        if not self.torch.cuda.is_available():
+            return ""
+        devices = range(self.torch.cuda.device_count())
+        return ";".join(sorted({"{}.{}".format(*self.torch.cuda.get_device_capability(d)) for d in devices}))
+
+    def __str__(self) -> str:
+        torch = self.torch.__version__ if self.torch else "not found"
+        lines = ["bcmf_ext build", f"  torch      {torch}", f"  compiler   {find_compiler() or 'not found'}"]
+        if self.no_extension:
+            lines += [f"  extension  left out: {self.no_extension}", "             losses run in PyTorch"]
+        elif self.no_cuda:
+            lines += ["  CPU        built", f"  CUDA       left out: {self.no_cuda}"]
+        else:
+            lines += ["  CPU        built", f"  CUDA       built: nvcc {self.nvcc} for {self.archs}"]
+        return "\n".join(lines)
+
+    def write(self, folder: Path) -> None:
+        """What the package knows of its build without loading the extension (bcmf_ext.dispatch reads it)."""
+        torch = None if self.no_extension else self.torch.__version__
+        facts = {"torch": torch, "no_extension": self.no_extension, "no_cuda": self.no_cuda}
+        (folder / "_build.json").write_text(json.dumps(facts, indent=2) + "\n")
+
+
+def extension(plan: Plan) -> Any:
+    from torch.utils.cpp_extension import CppExtension, CUDAExtension
+
+    # With OpenMP in the code but no OpenMP library linked, at::parallel_for finds the one inside torch: one thread
+    # pool.
+    openmp = ["-fopenmp"] if sys.platform == "linux" else []
+    common = ["-O3", "-std=c++20", f'-DBCMF_CUDA_ARCHS="{plan.archs}"']
+    cxx = [*common, *openmp, "-fvisibility=hidden", "-Wno-unknown-pragmas", "-g0"]
+    if plan.no_cuda:
+        return CppExtension("bcmf_ext._C", SOURCES, extra_compile_args=cxx)
+    return CUDAExtension(
+        "bcmf_ext._C",
+        SOURCES + CUDA_SOURCES,
+        extra_compile_args={"cxx": [*cxx, "-DBCMF_WITH_CUDA"], "nvcc": ["-O3", "-std=c++17"]},
+    )
+
+
+def main() -> None:
+    building = not {"sdist", "egg_info", "dist_info"} & set(sys.argv[1:])
+    if not building:
+        setup()
+        return
+    plan = Plan()
+
+    class BuildPy(build_py):
+        """Adds _build.json, and starts from an empty folder so that no deleted module of an earlier build is packed."""
+
+        def run(self) -> None:
+            print(plan, flush=True)
+            target = Path("." if self.editable_mode else self.build_lib) / "bcmf_ext"
+            if not self.editable_mode:
+                shutil.rmtree(target, ignore_errors=True)
+            super().run()
+            target.mkdir(parents=True, exist_ok=True)
+            plan.write(target)
+
+    if plan.no_extension:
+        setup(cmdclass={"build_py": BuildPy})
+        return
+    from torch.utils.cpp_extension import BuildExtension
+
+    setup(cmdclass={"build_py": BuildPy, "build_ext": BuildExtension}, ext_modules=[extension(plan)])
+
+
+main()
