@@ -1,0 +1,79 @@
+"""``python -m bcmf_ext.info``: versions, what was built, and for each op which impl runs where, and why not the
+others."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import platform
+
+import torch
+
+from bcmf_ext import dispatch
+from bcmf_ext.ops import loss_lacks
+
+_OPS = {
+    "cross_entropy": loss_lacks(),
+    "cross_entropy, low-resolution logits": loss_lacks(resampled=True),
+    "cross_entropy, ohem": loss_lacks(ohem=True),
+    "boundary_corrected_loss": loss_lacks(bcl=True),
+    "cpg_loss": loss_lacks(cpg=True),
+}
+
+
+def _version(package: str) -> str:
+    try:
+        return importlib.metadata.version(package)
+    except importlib.metadata.PackageNotFoundError:
+        return "not installed"
+
+
+def versions() -> str:
+    """One line each: bcmf_ext, Python, torch, CUDA, triton, GPU, CPU."""
+    gpu = torch.cuda.get_device_name() if torch.cuda.is_available() else "none"
+    rows = {
+        "bcmf_ext": _version("bcmf_ext"),
+        "python": platform.python_version(),
+        "torch": f"{torch.__version__} (CUDA {torch.version.cuda or 'none'})",
+        "triton": _version("triton"),
+        "GPU": gpu,
+        "CPU": f"{torch.backends.cpu.get_cpu_capability()}, {torch.get_num_threads()} threads",
+    }
+    return "\n".join(f"{name:<10} {value}" for name, value in rows.items())
+
+
+def build() -> str:
+    """What the installed extension was built with and for."""
+    if dispatch.EXTENSION is None:
+        return f"extension  none: {dispatch.why_not('cpu', 'cpu')}"
+    facts = dispatch.EXTENSION.build_info()
+    no_cuda = dispatch.why_not("cuda", "cuda")
+    return "\n".join(
+        [
+            f"extension  for torch {facts['torch']}, compiled by {facts['compiler']}",
+            f"CPU        {facts['cpu_capability']} kernels in use",
+            f"CUDA       {'left out: ' + no_cuda if no_cuda else 'built for ' + facts['cuda_archs']}",
+        ]
+    )
+
+
+def impls() -> str:
+    """For each op and device, the impl that "auto" takes and why not the others."""
+    lines = []
+    for op, lacks in _OPS.items():
+        lines.append(op)
+        for device in ("cpu", "cuda"):
+            chosen = dispatch.choose(op, "auto", torch.device(device), lacks)
+            lines.append(f"  on {device} tensors: {chosen}")
+            for impl in dispatch.IMPLS:
+                reason = dispatch.why_not(impl, device, lacks)
+                if reason is not None and not reason.startswith("it does not run on"):
+                    lines.append(f"    not {impl}: {reason}")
+    return "\n".join(lines)
+
+
+def main() -> None:
+    print(versions(), build(), "", impls(), sep="\n")
+
+
+if __name__ == "__main__":
+    main()

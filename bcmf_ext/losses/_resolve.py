@@ -1,0 +1,28 @@
+"""The first lines of every loss function: check the inputs, then decide which impl runs."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from bcmf_ext import dispatch, ops, reference
+
+
+def resolve_impl(
+    op: str,
+    impl: str,
+    logits: Tensor,
+    target: Tensor,
+    weight: Tensor | None,
+    ignore_index: int,
+    *,
+    ohem: bool = False,
+    bcl: bool = False,
+    cpg: bool = False,
+) -> str:
+    """The impl that computes this mix of terms. Raises as ``reference.check_inputs`` and ``dispatch.choose`` do."""
+    reference.check_inputs(logits, target, weight)
+    if dispatch.DEBUG and not torch.compiler.is_compiling():
+        reference.check_labels(target, logits.shape[1], ignore_index)
+    lacks = ops.loss_lacks(ohem=ohem, bcl=bcl, cpg=cpg, resampled=logits.shape[2:] != target.shape[1:])
+    return dispatch.choose(op, impl, logits.device, lacks)

@@ -1,0 +1,95 @@
+"""Boundary Corrected Loss of BCMFNet (arXiv 2203.00436, eq. 2; spec section 3)."""
+
+from __future__ import annotations
+
+from torch import Tensor, nn
+
+from bcmf_ext import reference
+from bcmf_ext.losses._resolve import resolve_impl
+
+
+def boundary_corrected_loss(
+    logits: Tensor,
+    target: Tensor,
+    *,
+    step: int | tuple[int, ...] = 2,
+    supervise: str = "original",
+    alpha: float = 0.5,
+    beta: float = 0.5,
+    threshold: float = 0.7,
+    nms_size: int = 3,
+    ignore_index: int = 255,
+    align_corners: bool = False,
+    impl: str = "auto",
+) -> Tensor:
+    """The boundary term of BCMFNet, to be added to a cross-entropy with a weight λ (0.4).
+
+    Yʳ and Yᶜ are the labels with neighbouring groups of ``step`` rows, or columns, swapped; the logits are never
+    flipped. A pixel's score is q = max(ℓ[Y], ℓ[Yʳ], ℓ[Yᶜ]), ℓ[y] = −log p[y], where all three labels are valid. S are
+    the pixels whose q is the maximum of its nms_size² neighbourhood (ties kept) and exceeds −ln threshold.
+    ``supervise="original"``: (1/|S|) Σ_S ℓ[Y]. ``supervise="flipped"`` (eq. 2 to the letter): (1/|V|) Σ_S (α ℓ[Yʳ] + β
+    ℓ[Yᶜ]), V the valid pixels.
+
+    logits: (N, C, h, w), fp16, bf16, fp32 or fp64, any strides; resampled bilinearly to (H, W) if h, w differ.
+    target: (N, H, W), uint8, int16, int32 or int64, 0..C-1 or ignore_index.
+    step: pixels, or a tuple of 1 to 8 steps, whose losses are averaged. An edge on a multiple of 2·step is invisible to
+    it.
+    Returns a scalar, fp32 (fp64 for fp64 logits); 0 with a zero gradient if S is empty.
+
+    Raises TypeError for a wrong dtype; ValueError for a wrong shape, device or option, for an impl that cannot run, and
+    on the CPU for a label out of range (on CUDA the loss becomes NaN: BCMF_DEBUG=1 turns that into the ValueError).
+    """
+    resolve_impl("boundary_corrected_loss", impl, logits, target, None, ignore_index, bcl=True)
+    return reference.boundary_corrected_loss(
+        logits,
+        target,
+        step=step,
+        supervise=supervise,
+        alpha=alpha,
+        beta=beta,
+        threshold=threshold,
+        nms_size=nms_size,
+        ignore_index=ignore_index,
+        align_corners=align_corners,
+    )
+
+
+class BoundaryCorrectedLoss(nn.Module):
+    """boundary_corrected_loss as a module: the constructor takes its keywords, ``forward(logits, target)`` its
+    tensors."""
+
+    def __init__(
+        self,
+        *,
+        step: int | tuple[int, ...] = 2,
+        supervise: str = "original",
+        alpha: float = 0.5,
+        beta: float = 0.5,
+        threshold: float = 0.7,
+        nms_size: int = 3,
+        ignore_index: int = 255,
+        align_corners: bool = False,
+        impl: str = "auto",
+    ) -> None:
+        super().__init__()
+        reference.BCL(
+            0.0, step, supervise, alpha, beta, threshold, nms_size
+        )  # a bad option shows here, not in training
+        self.step, self.supervise, self.alpha, self.beta = step, supervise, alpha, beta
+        self.threshold, self.nms_size = threshold, nms_size
+        self.ignore_index, self.align_corners, self.impl = ignore_index, align_corners, impl
+
+    def forward(self, logits: Tensor, target: Tensor) -> Tensor:
+        return boundary_corrected_loss(
+            logits,
+            target,
+            step=self.step,
+            supervise=self.supervise,
+            alpha=self.alpha,
+            beta=self.beta,
+            threshold=self.threshold,
+            nms_size=self.nms_size,
+            ignore_index=self.ignore_index,
+            align_corners=self.align_corners,
+            impl=self.impl,
+        )

@@ -1,0 +1,42 @@
+"""Cross-entropy with class weights and OHEM (spec section 2)."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from bcmf_ext import reference
+from bcmf_ext.losses._resolve import resolve_impl
+from bcmf_ext.reference import OHEM
+
+
+def cross_entropy(
+    logits: Tensor,
+    target: Tensor,
+    *,
+    weight: Tensor | None = None,
+    ohem: OHEM | float | None = None,
+    ignore_index: int = 255,
+    align_corners: bool = False,
+    impl: str = "auto",
+) -> Tensor:
+    """Mean cross-entropy over the valid pixels, or over the hard ones with ``ohem``. Equals ``F.cross_entropy``.
+
+    ℓ = −log softmax(Z)[Y]; without ohem Σ_V w_Y ℓ / Σ_V w_Y, V the pixels with Y ≠ ignore_index; with ohem Σ_S w_Y ℓ /
+    |S|, S the pixels with ℓ > −ln threshold, at least min_kept of them.
+
+    logits: (N, C, h, w), fp16, bf16, fp32 or fp64, any strides; resampled bilinearly to (H, W) if h, w differ.
+    target: (N, H, W), uint8, int16, int32 or int64, 0..C-1 or ignore_index.
+    weight: (C,) floating point, on the logits' device. ohem: an OHEM, or a float for ``OHEM(threshold=…)``.
+    Returns a scalar, fp32 (fp64 for fp64 logits); 0 with a zero gradient if there is nothing to average.
+
+    Raises TypeError for a wrong dtype; ValueError for a wrong shape or device, for an impl that cannot run, and on the
+    CPU for a label out of range (on CUDA the loss becomes NaN: BCMF_DEBUG=1 turns that into the ValueError).
+    Source: spec section 2; OHEM after HRNet.
+    """
+    impl = resolve_impl("cross_entropy", impl, logits, target, weight, ignore_index, ohem=ohem is not None)
+    if impl == "torch":
+        return reference.cross_entropy(
+            logits, target, weight=weight, ohem=ohem, ignore_index=ignore_index, align_corners=align_corners
+        )
+    return torch.ops.bcmf.loss(logits, target, weight, ignore_index)[0]

@@ -1,0 +1,146 @@
+"""Which impl runs and why not the others; what happens to an extension that does not fit; what info prints."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+import bcmf_ext
+from bcmf_ext import dispatch, info, ops
+
+CPU, CUDA = torch.device("cpu"), torch.device("cuda")
+
+
+@pytest.fixture
+def built(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As if everything had been compiled."""
+    monkeypatch.setattr(dispatch, "_NO_EXTENSION", None)
+    monkeypatch.setattr(dispatch, "_NO_CUDA", None)
+
+
+def test_auto_takes_the_first_that_can(built: None) -> None:
+    """Protects the order cuda → triton → torch and cpu → torch, and PyTorch where a kernel lacks something."""
+    assert dispatch.choose("op", "auto", CPU) == "cpu"
+    assert dispatch.choose("op", "auto", CUDA) == "cuda"
+    assert dispatch.choose("op", "auto", CUDA, "no kernel yet") == "torch"
+    assert dispatch.choose("op", "auto", torch.device("meta")) == "torch"
+
+
+def test_auto_without_a_compiler_is_torch(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Protects users without a compiler: auto never fails."""
+    monkeypatch.setattr(dispatch, "_NO_EXTENSION", "no compiler")
+    monkeypatch.setattr(dispatch, "_NO_CUDA", "no compiler")
+    assert dispatch.choose("op", "auto", CPU) == "torch"
+    assert dispatch.choose("op", "auto", CUDA) == "torch"
+    z, y = torch.zeros(1, 2, 3, 3), torch.zeros(1, 3, 3, dtype=torch.long)
+    assert bcmf_ext.cross_entropy(z, y).item() == pytest.approx(0.6931472)
+    with pytest.raises(ValueError, match="cannot run cross_entropy: no compiler"):
+        bcmf_ext.cross_entropy(z, y, impl="cpu")
+
+
+@pytest.mark.parametrize(
+    ("impl", "device", "says"),
+    [
+        ("cuda", CPU, "does not run on cpu tensors"),
+        ("cpu", CUDA, "does not run on cuda tensors"),
+        ("triton", CUDA, "no Triton kernel"),
+        ("fast", CPU, 'choose from "auto"'),
+        ("cpu", CPU, "BCL has no kernel yet"),
+    ],
+)
+def test_an_impl_asked_for_by_name_says_why_it_cannot(built: None, impl: str, device: torch.device, says: str) -> None:
+    """Protects from silent fallbacks: a named impl runs or raises."""
+    with pytest.raises(ValueError, match=says):
+        dispatch.choose("op", impl, device, ops.loss_lacks(bcl=True))
+
+
+@pytest.mark.parametrize("call", ["ohem", "resampled", "bcl", "cpg"])
+def test_named_impl_of_what_has_no_kernel(built: None, call: str) -> None:
+    """Protects the public functions: impl="cpu" is not answered by PyTorch behind the user's back."""
+    z, y = torch.zeros(1, 2, 4, 4), torch.zeros(1, 4, 4, dtype=torch.long)
+    calls = {
+        "ohem": lambda: bcmf_ext.cross_entropy(z, y, ohem=0.9, impl="cpu"),
+        "resampled": lambda: bcmf_ext.cross_entropy(z[..., :2], y, impl="cpu"),
+        "bcl": lambda: bcmf_ext.boundary_corrected_loss(z, y, impl="cpu"),
+        "cpg": lambda: bcmf_ext.segmentation_loss(z, y, cpg=1.0, impl="cpu"),
+    }
+    with pytest.raises(ValueError, match="impl='cpu' cannot run"):
+        calls[call]()
+
+
+def package_with(tmp_path: Path, build: dict | None) -> dict[str, str]:
+    """The environment in which ``import bcmf_ext`` finds a copy of the package with this _build.json."""
+    copy = tmp_path / "bcmf_ext"
+    shutil.copytree(Path(bcmf_ext.__file__).parent, copy, ignore=shutil.ignore_patterns("__pycache__", "_build.json"))
+    if build is not None:
+        (copy / "_build.json").write_text(json.dumps(build))
+    return {**os.environ, "PYTHONPATH": str(tmp_path)}
+
+
+@pytest.mark.parametrize(
+    ("build", "says", "warns"),
+    [
+        ({"torch": "1.2.3", "no_extension": None, "no_cuda": None}, "built for torch 1.2.3", True),
+        ({"torch": None, "no_extension": "no C++ compiler was found", "no_cuda": "x"}, "no C++ compiler", False),
+        (None, "not built", False),
+    ],
+)
+def test_import_survives_any_build(tmp_path: Path, build: dict | None, says: str, warns: bool) -> None:
+    """Protects import: another torch, no compiler or no build leave the extension out with a sentence, never an
+    ImportError, and the losses run in PyTorch."""
+    code = (
+        "import torch, bcmf_ext\n"
+        "print(bcmf_ext.cross_entropy(torch.zeros(1, 2, 2, 2), torch.zeros(1, 2, 2).long()).item())\n"
+        "print(bcmf_ext.dispatch.why_not('cpu', 'cpu'))\n"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", code], env=package_with(tmp_path, build), cwd=tmp_path, capture_output=True, text=True
+    )
+    assert done.returncode == 0, done.stderr
+    assert "0.693" in done.stdout
+    assert says in done.stdout
+    assert (says in done.stderr) == warns
+    assert done.stderr.count("RuntimeWarning") == int(warns)
+
+
+def test_a_library_that_does_not_load_is_left_out(tmp_path: Path) -> None:
+    """Protects import from a broken shared library: one sentence, not a traceback."""
+    env = package_with(tmp_path, {"torch": torch.__version__, "no_extension": None, "no_cuda": None})
+    for library in (tmp_path / "bcmf_ext").glob("_C*.so"):
+        library.unlink()
+    done = subprocess.run(
+        [sys.executable, "-c", "import bcmf_ext"], env=env, cwd=tmp_path, capture_output=True, text=True
+    )
+    assert done.returncode == 0, done.stderr
+    assert "does not load" in done.stderr
+
+
+def test_debug_checks_labels_where_nobody_else_looks() -> None:
+    """Protects BCMF_DEBUG=1: labels are looked at before any impl runs, so that CUDA too gets the sentence, not NaN."""
+    code = (
+        "import torch\n"
+        "from bcmf_ext.losses._resolve import resolve_impl\n"
+        "resolve_impl('op', 'auto', torch.zeros(1, 2, 2, 2), torch.full((1, 2, 2), 7), None, 255)\n"
+    )
+    for debug, fails in (("1", True), ("0", False)):
+        env = {**os.environ, "BCMF_DEBUG": debug}
+        done = subprocess.run([sys.executable, "-c", code], env=env, capture_output=True, text=True)
+        assert ("target holds 7" in done.stderr) == fails
+
+
+def test_info_says_which_impl_and_why_not_the_others(capsys: pytest.CaptureFixture[str]) -> None:
+    """Protects ``python -m bcmf_ext.info``: versions, build, and for each op and device the choice with reasons."""
+    info.main()
+    printed = capsys.readouterr().out
+    assert f"torch      {torch.__version__}" in printed
+    for op in info._OPS:
+        assert f"\n{op}\n  on cpu tensors: " in printed
+    assert "on cuda tensors" in printed
+    assert "not triton: there is no Triton kernel for it yet" in printed

@@ -1,0 +1,154 @@
+"""The public losses: they are the reference, whatever impl runs, and the criterion adds the auxiliary head."""
+
+from __future__ import annotations
+
+import inspect
+
+import pytest
+import torch
+
+import bcmf_ext
+from bcmf_ext import BCL, CPG, OHEM, reference
+
+FUNCTIONS = ("cross_entropy", "boundary_corrected_loss", "cpg_loss", "segmentation_loss")
+
+
+def problem() -> tuple[torch.Tensor, torch.Tensor]:
+    g = torch.Generator().manual_seed(0)
+    y = torch.randint(0, 4, (2, 6, 8), generator=g).repeat_interleave(4, 1).repeat_interleave(4, 2)
+    y[0, :5] = 255
+    return torch.randn(2, 4, 6, 8, generator=g, dtype=torch.float64), y
+
+
+@pytest.mark.parametrize("name", FUNCTIONS)
+def test_same_keywords_as_the_reference(name: str) -> None:
+    """Protects one set of names: a public function has the reference's parameters and defaults, and impl="auto"."""
+    public = dict(inspect.signature(getattr(bcmf_ext, name)).parameters)
+    assert public.pop("impl").default == "auto"
+    assert {k: v.default for k, v in public.items()} == {
+        k: v.default for k, v in inspect.signature(getattr(reference, name)).parameters.items()
+    }
+
+
+@pytest.mark.parametrize("resampled", [True, False])
+def test_functions_equal_the_reference(resampled: bool) -> None:
+    """Protects the hand-over of every option, whichever impl "auto" takes."""
+    z, y = problem()
+    y = y if resampled else y[:, ::4, ::4]
+    weight = torch.rand(4, dtype=torch.float64)
+    bcl = {"step": (1, 2), "supervise": "flipped", "alpha": 0.2, "beta": 0.3, "threshold": 0.9, "nms_size": 5}
+    calls = {
+        "cross_entropy": {"weight": weight, "ignore_index": 3},
+        "boundary_corrected_loss": {**bcl, "align_corners": True},
+        "cpg_loss": {"kernel_size": 5, "ignore_mode": "centre", "align_corners": True},
+        "segmentation_loss": {"weight": weight, "ohem": None, "bcl": BCL(**bcl), "cpg": CPG(kernel_size=7)},
+    }
+    for name, options in calls.items():
+        labels = torch.where(y == 255, 3, y) if name == "cross_entropy" else y
+        ours, expected = (getattr(m, name)(z, labels, **options) for m in (bcmf_ext, reference))
+        torch.testing.assert_close(ours, expected, rtol=1e-12, atol=0, msg=name)
+    ohem = bcmf_ext.cross_entropy(z, y, ohem=OHEM(0.5, 10), align_corners=True)
+    assert torch.equal(ohem, reference.cross_entropy(z, y, ohem=OHEM(0.5, 10), align_corners=True))
+
+
+def test_modules_equal_the_functions() -> None:
+    """Protects the modules' constructors: each keyword reaches the function."""
+    z, y = problem()
+    bcl = {"step": 1, "supervise": "flipped", "alpha": 0.2, "beta": 0.3, "threshold": 0.9, "nms_size": 5}
+    common = {"ignore_index": 3, "align_corners": True, "impl": "torch"}
+    y = torch.where(y == 255, 3, y)
+    module = bcmf_ext.BoundaryCorrectedLoss(**bcl, **common)
+    assert torch.equal(module(z, y), bcmf_ext.boundary_corrected_loss(z, y, **bcl, **common))
+    cpg = {"kernel_size": 5, "ignore_mode": "centre"}
+    assert torch.equal(bcmf_ext.CPGLoss(**cpg, **common)(z, y), bcmf_ext.cpg_loss(z, y, **cpg, **common))
+    for module_class, function in [
+        (bcmf_ext.BoundaryCorrectedLoss, bcmf_ext.boundary_corrected_loss),
+        (bcmf_ext.CPGLoss, bcmf_ext.cpg_loss),
+    ]:
+        keywords = [p for p in inspect.signature(function).parameters.values() if p.kind is p.KEYWORD_ONLY]
+        assert [(p.name, p.default) for p in inspect.signature(module_class).parameters.values()] == [
+            (p.name, p.default) for p in keywords
+        ]
+    with pytest.raises(ValueError, match="kernel_size"):
+        bcmf_ext.CPGLoss(kernel_size=4)
+    with pytest.raises(ValueError, match="nms_size"):
+        bcmf_ext.BoundaryCorrectedLoss(nms_size=4)
+
+
+def test_criterion_adds_the_auxiliary_head() -> None:
+    """Protects total = main total + aux_weight · first term of the auxiliary head, with its own entry for logging."""
+    z, y = problem()
+    aux = (z + 1).sin().requires_grad_()
+    weight = torch.rand(4)
+    criterion = bcmf_ext.SegmentationCriterion(weight, ohem=OHEM(0.5, 10), bcl=0.2, cpg=None, aux_weight=0.7)
+    loss = criterion((z.requires_grad_(), aux), y)
+    main = reference.segmentation_loss(z, y, weight=weight, ohem=OHEM(0.5, 10), bcl=0.2)
+    expected_aux = reference.cross_entropy(aux, y, weight=weight, ohem=OHEM(0.5, 10))
+    torch.testing.assert_close(loss.total, main.total + 0.7 * expected_aux)
+    torch.testing.assert_close(loss.aux, expected_aux.detach())
+    assert loss.cpg is None
+    assert not loss.aux.requires_grad
+    loss.total.backward()
+    assert aux.grad.abs().sum() > 0
+    alone = criterion(z, y)
+    assert alone.aux is None
+    torch.testing.assert_close(alone.total, main.total)
+    assert "weight" in criterion.state_dict()  # moves with .to(device)
+
+
+def test_criterion_defaults_are_bcl_and_cpg() -> None:
+    """Protects the default criterion of the spec: CE + 0.4 BCL + 1.0 CPG₃."""
+    z, y = problem()
+    expected = reference.segmentation_loss(z, y, bcl=BCL(), cpg=CPG())
+    torch.testing.assert_close(bcmf_ext.SegmentationCriterion()(z, y).total, expected.total)
+
+
+def test_flipped_labels_must_not_outweigh_the_class_weights() -> None:
+    """Protects the arg-max: λ(α+β)·max w / min{w > 0} ≥ 1 is refused by the constructor; zero weights do not
+    count."""
+    flipped = BCL(weight=0.4, supervise="flipped")
+    bcmf_ext.SegmentationCriterion(torch.tensor([1.0, 2.0, 0.0]), bcl=flipped)
+    with pytest.raises(ValueError, match="outweighs"):
+        bcmf_ext.SegmentationCriterion(torch.tensor([1.0, 2.5]), bcl=flipped)
+    with pytest.raises(ValueError, match="leave ohem out"):
+        bcmf_ext.SegmentationCriterion(ohem=0.9, bcl=flipped)
+
+
+def test_compile_of_the_criterion_at_label_size() -> None:
+    """Protects a user's compiled step: the plain criterion on full-size logits compiles without a graph break."""
+    z, y = problem()
+    criterion = bcmf_ext.SegmentationCriterion(bcl=None, cpg=None)
+    if bcmf_ext.dispatch.EXTENSION is None:
+        pytest.skip("no extension")
+    full = z.repeat_interleave(4, 2).repeat_interleave(4, 3)
+    compiled = torch.compile(lambda z: criterion(z, y).total, fullgraph=True, backend="aot_eager")
+    assert torch.equal(compiled(full), criterion(full, y).total)
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16])
+def test_cuda_equals_the_reference(dtype: torch.dtype) -> None:
+    """Protects the CUDA kernel: value and gradient of the reference, strided or not; NaN for a label out of range."""
+    if bcmf_ext.dispatch.why_not("cuda", "cuda"):
+        pytest.skip(bcmf_ext.dispatch.why_not("cuda", "cuda"))
+    z = torch.randn(2, 19, 37, 53, dtype=torch.float64).to(dtype).cuda()
+    y = torch.randint(0, 19, (2, 37, 53)).cuda()
+    y[0, :4] = 255
+    weight = torch.rand(19).cuda()
+    for view in (z, z.contiguous(memory_format=torch.channels_last), z[:, :, ::2, 1:]):
+        labels = y if view.shape[2:] == y.shape[1:] else y[:, ::2, 1:]
+        grads, values = [], []
+        for logits, impl in ((view, "cuda"), (view.double(), "torch")):
+            logits = logits.detach().requires_grad_()
+            values.append(bcmf_ext.cross_entropy(logits, labels, weight=weight, impl=impl))
+            grads.append(torch.autograd.grad(2 * values[-1], logits)[0])
+        torch.testing.assert_close(values[0].double(), values[1], rtol=1e-6, atol=0)
+        eps = torch.finfo(dtype).eps
+        torch.testing.assert_close(grads[0].double(), grads[1], rtol=2 * eps + 2e-6, atol=1e-8)
+    y[0, 10, 10] = 77
+    z = z.detach().requires_grad_()
+    value = bcmf_ext.cross_entropy(z, y, impl="cuda")
+    value.backward()
+    assert value.isnan()
+    assert z.grad[0, :, 10, 10].isnan().all()
