@@ -6,6 +6,7 @@ CUDA_HOME.
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 import re
@@ -101,7 +102,9 @@ class Plan:
     def write(self, folder: Path) -> None:
         """What the package knows of its build without loading the extension (bcmf_ext.dispatch reads it)."""
         torch = None if self.no_extension else self.torch.__version__
-        facts = {"torch": torch, "no_extension": self.no_extension, "no_cuda": self.no_cuda}
+        files = sorted(path for path in Path("csrc").rglob("*") if path.is_file())
+        sources = hashlib.sha256(b"".join(path.read_bytes() for path in files)).hexdigest()
+        facts = {"torch": torch, "no_extension": self.no_extension, "no_cuda": self.no_cuda, "sources": sources}
         (folder / "_build.json").write_text(json.dumps(facts, indent=2) + "\n")
 
 

@@ -6,28 +6,44 @@ step.
 
 from __future__ import annotations
 
-import importlib
+import hashlib
+import importlib.util
 import json
 import os
+import sys
 import warnings
+from importlib.machinery import PathFinder
 from pathlib import Path
 from types import ModuleType
 
 import torch
 
-DEBUG = os.environ.get("BCMF_DEBUG") == "1"  # look at labels on CUDA too: costs a sync, gives a sentence instead of NaN
+DEBUG = os.environ.get("BCMF_DEBUG") == "1"  # look at labels on CUDA too: a sync, for a sentence
 IMPLS = ("cuda", "triton", "cpu", "torch")
 _ORDER = {"cuda": ("cuda", "triton", "torch"), "cpu": ("cpu", "torch")}  # of "auto", by device
 _REINSTALL = "pip install --force-reinstall --no-deps --no-cache-dir, from the same source"
 
 
+def _find_build() -> Path | None:
+    """The folder that setup.py wrote _build.json to: this one; or, where the current folder is the source tree and
+    hides the installed package (as in ``pip install . && python -m bcmf_ext.train``), the installed one."""
+    folders = [Path(__file__).parent, *(Path(entry, "bcmf_ext") for entry in sys.path)]
+    return next((folder for folder in folders if (folder / "_build.json").is_file()), None)
+
+
+def _source_digest() -> str | None:
+    """Of csrc beside the package, as setup.py computes it; None where there is no source tree."""
+    files = sorted(path for path in (Path(__file__).parents[1] / "csrc").rglob("*") if path.is_file())
+    return hashlib.sha256(b"".join(path.read_bytes() for path in files)).hexdigest() if files else None
+
+
 def _load_extension() -> tuple[ModuleType | None, str | None, str | None]:
     """The extension; why there is none; why it has no CUDA. Never raises: PyTorch serves where it is missing."""
-    try:
-        build = json.loads((Path(__file__).parent / "_build.json").read_text())
-    except FileNotFoundError:
-        reason = "bcmf_ext runs from a source tree that was not built (pip install -e .)"
+    folder = _find_build()
+    if folder is None:
+        reason = "bcmf_ext runs from a source tree and is not installed (pip install .)"
         return None, reason, reason
+    build = json.loads((folder / "_build.json").read_text())
     if build["no_extension"] is not None:
         reason = f"the extension was not built: {build['no_extension']}"
         return None, reason, reason
@@ -36,13 +52,24 @@ def _load_extension() -> tuple[ModuleType | None, str | None, str | None]:
             f"bcmf_ext was built for torch {build['torch']}, but this is torch {torch.__version__}: "
             f"reinstall it ({_REINSTALL})"
         )
+    elif _source_digest() not in (None, build.get("sources")):
+        reason = f"csrc has changed since the extension was built: reinstall it ({_REINSTALL})"
     else:
         try:
-            return importlib.import_module("bcmf_ext._C"), None, build["no_cuda"]
+            return _import_from(folder), None, build["no_cuda"]
         except ImportError as error:
             reason = f"the extension does not load ({error}): reinstall it ({_REINSTALL})"
     warnings.warn(f"{reason}. Until then its ops run in PyTorch.", RuntimeWarning, stacklevel=2)
     return None, reason, reason
+
+
+def _import_from(folder: Path) -> ModuleType:
+    spec = PathFinder.find_spec("bcmf_ext._C", [str(folder)])
+    if spec is None or spec.loader is None:
+        raise ImportError(f"there is no _C in {folder}")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
 
 
 EXTENSION, _NO_EXTENSION, _NO_CUDA = _load_extension()

@@ -8,12 +8,11 @@ import platform
 
 import torch
 
-from bcmf_ext import dispatch
-from bcmf_ext.ops import loss_lacks
+from . import dispatch
+from .ops import loss_lacks
 
 _OPS = {
     "cross_entropy": loss_lacks(),
-    "cross_entropy, low-resolution logits": loss_lacks(resampled=True),
     "cross_entropy, ohem": loss_lacks(ohem=True),
     "boundary_corrected_loss": loss_lacks(bcl=True),
     "cpg_loss": loss_lacks(cpg=True),

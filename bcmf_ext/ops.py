@@ -36,18 +36,10 @@ LIB.define(
 )
 
 
-def loss_lacks(*, ohem: bool = False, bcl: bool = False, cpg: bool = False, resampled: bool = False) -> str | None:
-    """What the kernels of bcmf::loss cannot do yet in this mix of terms, as a reason to run in PyTorch; None if
-    nothing."""
-    if bcl:
-        return "BCL has no kernel yet"
-    if cpg:
-        return "CPG has no kernel yet"
-    if ohem:
-        return "OHEM has no kernel yet"
-    if resampled:
-        return "its kernels read logits of the target's size only, so far"
-    return None
+def loss_lacks(*, ohem: bool = False, bcl: bool = False, cpg: bool = False) -> str | None:
+    """What the kernels of bcmf::loss cannot do yet in this mix, as a reason to run in PyTorch; None if nothing."""
+    lacking = [name for name, asked in (("OHEM", ohem), ("BCL", bcl), ("CPG", cpg)) if asked]
+    return f"{' and '.join(lacking)} {'have' if len(lacking) > 1 else 'has'} no kernel yet" if lacking else None
 
 
 @torch.library.register_fake("bcmf::loss", lib=LIB)

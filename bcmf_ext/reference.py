@@ -16,6 +16,7 @@ would stop the GPU.
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -173,15 +174,20 @@ def check_labels(target: Tensor, num_classes: int, ignore_index: int) -> None:
         raise ValueError(describe_bad_labels(target, num_classes, ignore_index))
 
 
-def _widen(logits: Tensor, target: Tensor, ignore_index: int, align_corners: bool) -> tuple[Tensor, Tensor, Tensor]:
-    """fp32 (fp64) logits at the target's size, labels (N, H, W) int64 with 0 at ignored pixels, and valid (N, H, W)."""
+def resample(logits: Tensor, size: Sequence[int], align_corners: bool = False) -> Tensor:
+    """fp32 (fp64) logits (N, C, H, W) of ``size`` (H, W): bilinear, up or down, as F.interpolate does it."""
     if logits.dtype != torch.float64:
         logits = logits.float()
-    size = tuple(target.shape[1:])
-    if logits.shape[2:] != size and target.numel():
-        logits = F.interpolate(logits, size=size, mode="bilinear", align_corners=align_corners)
-    elif logits.shape[2:] != size:  # interpolate refuses empty batches
-        logits = logits.new_zeros(*logits.shape[:2], *size) + logits.sum()
+    if logits.shape[2:] == torch.Size(size):
+        return logits
+    if logits.shape[0] == 0 or 0 in size:  # which F.interpolate refuses
+        return logits.new_zeros(*logits.shape[:2], *size) + 0 * logits.sum()
+    return F.interpolate(logits, size=tuple(size), mode="bilinear", align_corners=align_corners)
+
+
+def _widen(logits: Tensor, target: Tensor, ignore_index: int, align_corners: bool) -> tuple[Tensor, Tensor, Tensor]:
+    """fp32 (fp64) logits at the target's size, labels (N, H, W) int64 with 0 at ignored pixels, and valid (N, H, W)."""
+    logits = resample(logits, target.shape[1:], align_corners)
     labels = target.long()
     valid = labels != ignore_index
     bad = valid & ((labels < 0) | (labels >= logits.shape[1]))
@@ -439,7 +445,9 @@ def segmentation_loss(
     ohem, bcl, cpg: their options, or a float for OHEM's threshold, BCL's and CPG's weight; None leaves the term out.
     """
     ohem, bcl, cpg = resolve_options(ohem, bcl, cpg)
-    common: dict[str, Any] = {"ignore_index": ignore_index, "align_corners": align_corners}
+    check_inputs(logits, target, weight)
+    logits = resample(logits, target.shape[1:], align_corners)  # once for all terms
+    common: dict[str, Any] = {"ignore_index": ignore_index}
     ce = cross_entropy(logits, target, weight=weight, ohem=ohem, **common)
     total = ce
     bcl_term: Tensor | None = None

@@ -61,13 +61,12 @@ def test_an_impl_asked_for_by_name_says_why_it_cannot(built: None, impl: str, de
         dispatch.choose("op", impl, device, ops.loss_lacks(bcl=True))
 
 
-@pytest.mark.parametrize("call", ["ohem", "resampled", "bcl", "cpg"])
+@pytest.mark.parametrize("call", ["ohem", "bcl", "cpg"])
 def test_named_impl_of_what_has_no_kernel(built: None, call: str) -> None:
     """Protects the public functions: impl="cpu" is not answered by PyTorch behind the user's back."""
     z, y = torch.zeros(1, 2, 4, 4), torch.zeros(1, 4, 4, dtype=torch.long)
     calls = {
         "ohem": lambda: bcmf_ext.cross_entropy(z, y, ohem=0.9, impl="cpu"),
-        "resampled": lambda: bcmf_ext.cross_entropy(z[..., :2], y, impl="cpu"),
         "bcl": lambda: bcmf_ext.boundary_corrected_loss(z, y, impl="cpu"),
         "cpg": lambda: bcmf_ext.segmentation_loss(z, y, cpg=1.0, impl="cpu"),
     }
@@ -75,25 +74,27 @@ def test_named_impl_of_what_has_no_kernel(built: None, call: str) -> None:
         calls[call]()
 
 
-def package_with(tmp_path: Path, build: dict | None) -> dict[str, str]:
+def package_with(tmp_path: Path, build: dict) -> dict[str, str]:
     """The environment in which ``import bcmf_ext`` finds a copy of the package with this _build.json."""
     copy = tmp_path / "bcmf_ext"
     shutil.copytree(Path(bcmf_ext.__file__).parent, copy, ignore=shutil.ignore_patterns("__pycache__", "_build.json"))
-    if build is not None:
-        (copy / "_build.json").write_text(json.dumps(build))
+    facts = {"torch": torch.__version__, "no_extension": None, "no_cuda": None, "sources": None}
+    (copy / "_build.json").write_text(json.dumps(facts | build))
+    (tmp_path / "csrc").mkdir()
+    (tmp_path / "csrc" / "kernel.cu").touch()
     return {**os.environ, "PYTHONPATH": str(tmp_path)}
 
 
 @pytest.mark.parametrize(
     ("build", "says", "warns"),
     [
-        ({"torch": "1.2.3", "no_extension": None, "no_cuda": None}, "built for torch 1.2.3", True),
-        ({"torch": None, "no_extension": "no C++ compiler was found", "no_cuda": "x"}, "no C++ compiler", False),
-        (None, "not built", False),
+        ({"torch": "1.2.3", "no_extension": None}, "built for torch 1.2.3", True),
+        ({"torch": None, "no_extension": "no C++ compiler was found"}, "no C++ compiler", False),
+        ({"no_extension": None, "sources": "other"}, "csrc has changed", True),
     ],
 )
-def test_import_survives_any_build(tmp_path: Path, build: dict | None, says: str, warns: bool) -> None:
-    """Protects import: another torch, no compiler or no build leave the extension out with a sentence, never an
+def test_import_survives_any_build(tmp_path: Path, build: dict, says: str, warns: bool) -> None:
+    """Protects import: another torch, no compiler or other sources leave the extension out with a sentence, never an
     ImportError, and the losses run in PyTorch."""
     code = (
         "import torch, bcmf_ext\n"
@@ -112,7 +113,8 @@ def test_import_survives_any_build(tmp_path: Path, build: dict | None, says: str
 
 def test_a_library_that_does_not_load_is_left_out(tmp_path: Path) -> None:
     """Protects import from a broken shared library: one sentence, not a traceback."""
-    env = package_with(tmp_path, {"torch": torch.__version__, "no_extension": None, "no_cuda": None})
+    env = package_with(tmp_path, {})
+    shutil.rmtree(tmp_path / "csrc")
     for library in (tmp_path / "bcmf_ext").glob("_C*.so"):
         library.unlink()
     done = subprocess.run(
@@ -120,6 +122,22 @@ def test_a_library_that_does_not_load_is_left_out(tmp_path: Path) -> None:
     )
     assert done.returncode == 0, done.stderr
     assert "does not load" in done.stderr
+
+
+@pytest.mark.skipif(dispatch.EXTENSION is None, reason="no extension")
+def test_a_source_tree_finds_the_installed_extension(tmp_path: Path) -> None:
+    """Protects ``pip install . && python -m bcmf_ext.train``: the current folder hides the installed package, whose
+    extension must still be used."""
+    shutil.copytree(
+        Path(bcmf_ext.__file__).parent,
+        tmp_path / "bcmf_ext",
+        ignore=shutil.ignore_patterns("__pycache__", "_build.json", "_C*"),
+    )
+    installed = Path(dispatch.EXTENSION.__file__).parents[1]
+    code = "from bcmf_ext import dispatch; print(dispatch.__file__, dispatch.EXTENSION.__file__)"
+    env = {**os.environ, "PYTHONPATH": str(installed)}
+    done = subprocess.run([sys.executable, "-c", code], env=env, cwd=tmp_path, capture_output=True, text=True)
+    assert done.stdout.split() == [str(tmp_path / "bcmf_ext" / "dispatch.py"), dispatch.EXTENSION.__file__]
 
 
 def test_debug_checks_labels_where_nobody_else_looks() -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from bcmf_ext import dispatch, ops, reference
+from .. import dispatch, ops, reference
 
 
 def resolve_impl(
@@ -24,5 +24,4 @@ def resolve_impl(
     reference.check_inputs(logits, target, weight)
     if dispatch.DEBUG and not torch.compiler.is_compiling():
         reference.check_labels(target, logits.shape[1], ignore_index)
-    lacks = ops.loss_lacks(ohem=ohem, bcl=bcl, cpg=cpg, resampled=logits.shape[2:] != target.shape[1:])
-    return dispatch.choose(op, impl, logits.device, lacks)
+    return dispatch.choose(op, impl, logits.device, ops.loss_lacks(ohem=ohem, bcl=bcl, cpg=cpg))

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from torch import Tensor, nn
 
-from bcmf_ext import reference
-from bcmf_ext.losses._resolve import resolve_impl
+from .. import reference
+from ._resolve import resolve_impl
 
 
 def cpg_loss(

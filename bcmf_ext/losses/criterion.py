@@ -4,13 +4,12 @@ from __future__ import annotations
 
 from typing import Any, NamedTuple
 
-import torch
 from torch import Tensor, nn
 
-from bcmf_ext import reference
-from bcmf_ext.losses._resolve import resolve_impl
-from bcmf_ext.losses.cross_entropy import cross_entropy
-from bcmf_ext.reference import BCL, CPG, OHEM, SegmentationLoss, resolve_options
+from .. import reference
+from ..reference import BCL, CPG, OHEM, SegmentationLoss, resolve_options
+from ._resolve import resolve_impl
+from .cross_entropy import cross_entropy
 
 
 def segmentation_loss(
@@ -39,7 +38,8 @@ def segmentation_loss(
     """
     ohem, bcl, cpg = resolve_options(ohem, bcl, cpg)
     mix = {"ohem": ohem is not None, "bcl": bcl is not None, "cpg": cpg is not None}
-    if resolve_impl("segmentation_loss", impl, logits, target, weight, ignore_index, **mix) == "torch":
+    impl = resolve_impl("segmentation_loss", impl, logits, target, weight, ignore_index, **mix)
+    if impl == "torch":
         return reference.segmentation_loss(
             logits,
             target,
@@ -50,7 +50,9 @@ def segmentation_loss(
             ignore_index=ignore_index,
             align_corners=align_corners,
         )
-    total = torch.ops.bcmf.loss(logits, target, weight, ignore_index)[0]
+    total = cross_entropy(
+        logits, target, weight=weight, ignore_index=ignore_index, align_corners=align_corners, impl=impl
+    )
     return SegmentationLoss(total, total.detach(), None, None)
 
 

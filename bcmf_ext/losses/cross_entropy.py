@@ -5,9 +5,9 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from bcmf_ext import reference
-from bcmf_ext.losses._resolve import resolve_impl
-from bcmf_ext.reference import OHEM
+from .. import reference
+from ..reference import OHEM
+from ._resolve import resolve_impl
 
 
 def cross_entropy(
@@ -39,4 +39,6 @@ def cross_entropy(
         return reference.cross_entropy(
             logits, target, weight=weight, ohem=ohem, ignore_index=ignore_index, align_corners=align_corners
         )
+    if logits.shape[2:] != target.shape[1:]:  # the kernels read logits of the target's size
+        logits = reference.resample(logits, target.shape[1:], align_corners)
     return torch.ops.bcmf.loss(logits, target, weight, ignore_index)[0]

@@ -1,0 +1,193 @@
+"""DDRNet-23-slim (Hong et al., *Deep Dual-resolution Networks*, arXiv 2101.06085), the trunk of BCMFNet.
+
+Attribute names, and so the keys of the state dict and their order, are those of the public checkpoints. A feature map
+leaves a stage *before* its last ReLU: fusion adds such maps, and whoever reads one next applies the ReLU.
+"""
+
+from __future__ import annotations
+
+import torch.distributed as dist
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from ..errors import UserError
+from ..nn import DAPPM, LMFM
+from ..nn.dappm import upsample
+
+
+def conv_norm(in_channels: int, out_channels: int, kernel_size: int, stride: int = 1) -> nn.Sequential:
+    """k×k convolution without bias, output size ceil(size / stride), and batch norm."""
+    return nn.Sequential(
+        nn.Conv2d(in_channels, out_channels, kernel_size, stride, padding=kernel_size // 2, bias=False),
+        nn.BatchNorm2d(out_channels),
+    )
+
+
+def projection(in_channels: int, out_channels: int, stride: int) -> nn.Module:
+    """The residual path of a block: the identity where shapes allow it, else a 1×1 convolution with batch norm."""
+    if stride == 1 and in_channels == out_channels:
+        return nn.Identity()
+    return conv_norm(in_channels, out_channels, 1, stride)
+
+
+class BasicBlock(nn.Module):
+    """Residual block of two 3×3 convolutions; ``relu=False`` returns the sum before its ReLU."""
+
+    def __init__(self, in_channels: int, out_channels: int, stride: int = 1, *, relu: bool = True) -> None:
+        super().__init__()
+        self.conv1, self.bn1 = conv_norm(in_channels, out_channels, 3, stride)
+        self.conv2, self.bn2 = conv_norm(out_channels, out_channels, 3)
+        self.downsample = projection(in_channels, out_channels, stride)
+        self.relu = relu
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = F.relu(self.bn1(self.conv1(x)), inplace=True)
+        y = self.bn2(self.conv2(y)) + self.downsample(x)
+        return F.relu(y, inplace=True) if self.relu else y
+
+
+class Bottleneck(nn.Module):
+    """Residual block of 1×1, 3×3 and 1×1 convolutions; returns the sum, twice ``channels`` wide, before its ReLU."""
+
+    def __init__(self, in_channels: int, channels: int, stride: int = 1) -> None:
+        super().__init__()
+        self.conv1, self.bn1 = conv_norm(in_channels, channels, 1)
+        self.conv2, self.bn2 = conv_norm(channels, channels, 3, stride)
+        self.conv3, self.bn3 = conv_norm(channels, 2 * channels, 1)
+        self.downsample = projection(in_channels, 2 * channels, stride)
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = F.relu(self.bn1(self.conv1(x)), inplace=True)
+        y = F.relu(self.bn2(self.conv2(y)), inplace=True)
+        return self.bn3(self.conv3(y)) + self.downsample(x)
+
+
+class SegmentationHead(nn.Module):
+    """Logits from features: BN, ReLU, 3×3 convolution, BN, ReLU, 1×1 convolution with bias; keeps the size."""
+
+    def __init__(self, in_channels: int, mid_channels: int, num_classes: int) -> None:
+        super().__init__()
+        self.bn1 = nn.BatchNorm2d(in_channels)
+        self.conv1 = nn.Conv2d(in_channels, mid_channels, 3, padding=1, bias=False)
+        self.bn2 = nn.BatchNorm2d(mid_channels)
+        self.conv2 = nn.Conv2d(mid_channels, num_classes, 1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.conv1(F.relu(self.bn1(x), inplace=True))
+        return self.conv2(F.relu(self.bn2(x), inplace=True))
+
+
+def basic_stage(in_channels: int, out_channels: int, stride: int = 1) -> nn.Sequential:
+    """Two basic blocks; the result is before its ReLU."""
+    return nn.Sequential(
+        BasicBlock(in_channels, out_channels, stride), BasicBlock(out_channels, out_channels, relu=False)
+    )
+
+
+class DDRNet(nn.Module):
+    """DDRNet-23-slim around a context module: one branch stays at 1/8, one goes down to 1/64, and they fuse twice.
+
+    context: maps (N, 512, h, w) to (N, 128, h, w); DAPPM makes DDRNet-23-slim, LMFM makes BCMFNet.
+
+    ``forward(images)`` takes normalised floating-point images (N, 3, H, W) of any size; below 64 pixels the low branch
+    is a single cell. It returns logits (N, num_classes, ceil(H/8), ceil(W/8)); in training mode, with the auxiliary
+    head, a pair of them: (main, auxiliary). Neither is upsampled.
+
+    Raises UserError for images of another shape or dtype, and in training for a batch of one image, whose globally
+    pooled features are a single value per channel, from which batch norm can compute no variance. Frozen batch norm
+    (in eval mode) and SyncBatchNorm over several processes train with one image each.
+    """
+
+    def __init__(self, context: DAPPM | LMFM, num_classes: int = 19, *, aux_head: bool = True) -> None:
+        super().__init__()
+        self.conv1 = nn.Sequential(
+            nn.Conv2d(3, 32, 3, stride=2, padding=1),
+            nn.BatchNorm2d(32),
+            nn.ReLU(inplace=True),
+            nn.Conv2d(32, 32, 3, stride=2, padding=1),
+            nn.BatchNorm2d(32),
+            nn.ReLU(inplace=True),
+        )
+        self.layer1 = basic_stage(32, 32)
+        self.layer2 = basic_stage(32, 64, stride=2)
+        # The low-resolution branch, and the links between the branches.
+        self.layer3 = basic_stage(64, 128, stride=2)
+        self.layer4 = basic_stage(128, 256, stride=2)
+        self.compression3 = conv_norm(128, 64, 1)
+        self.compression4 = conv_norm(256, 64, 1)
+        self.down3 = conv_norm(64, 128, 3, stride=2)
+        self.down4 = nn.Sequential(
+            *conv_norm(64, 128, 3, stride=2), nn.ReLU(inplace=True), *conv_norm(128, 256, 3, stride=2)
+        )
+        # The high-resolution branch, at 1/8 throughout.
+        self.layer3_ = basic_stage(64, 64)
+        self.layer4_ = basic_stage(64, 64)
+        self.layer5_ = nn.Sequential(Bottleneck(64, 64))
+
+        self.layer5 = nn.Sequential(Bottleneck(256, 256, stride=2))
+        self.spp = context
+        self.seghead_extra = SegmentationHead(64, 64, num_classes) if aux_head else None
+        self.final_layer = SegmentationHead(128, 64, num_classes)
+
+        for module in self.modules():
+            if isinstance(module, nn.Conv2d):
+                nn.init.kaiming_normal_(module.weight, mode="fan_out", nonlinearity="relu")
+
+    def forward(self, images: Tensor) -> Tensor | tuple[Tensor, Tensor]:
+        self._check(images)
+        x = F.relu(self.layer2(F.relu(self.layer1(self.conv1(images)))))  # 1/8
+        size = x.shape[-2:]
+
+        low, high = self.layer3(x), self.layer3_(x)  # 1/16 and 1/8
+        low, high = (
+            low + self.down3(F.relu(high)),
+            high + upsample(self.compression3(F.relu(low)), size),
+        )
+        first_fusion = high
+
+        low, high = self.layer4(F.relu(low)), self.layer4_(F.relu(high))  # 1/32 and 1/8
+        low, high = (
+            low + self.down4(F.relu(high)),
+            high + upsample(self.compression4(F.relu(low)), size),
+        )
+
+        context = self.spp(self.layer5(F.relu(low)))  # 1/64
+        logits = self.final_layer(upsample(context, size) + self.layer5_(F.relu(high)))
+        if self.training and self.seghead_extra is not None:
+            return logits, self.seghead_extra(first_fusion)
+        return logits
+
+    def _check(self, images: Tensor) -> None:
+        if images.dim() != 4 or images.shape[1] != 3:
+            raise UserError(
+                f"The network takes images of the shape (N, 3, H, W), not {tuple(images.shape)}: "
+                "colour channels come second, and a single image needs a batch dimension, image[None]."
+            )
+        if not images.is_floating_point():
+            raise UserError(
+                f"The network takes normalised floating-point images, not {images.dtype}: "
+                "divide by 255, subtract the mean and divide by the standard deviation first."
+            )
+        if self.training and images.shape[0] == 1 and not self._batch_norm_copes_with_one_image():
+            raise UserError(
+                "Training needs at least two images per device and step, but this batch holds one, which leaves the "
+                "batch norm after global pooling a single value per channel: raise the batch size, and drop a short "
+                "last batch."
+            )
+
+    def _batch_norm_copes_with_one_image(self) -> bool:
+        """Whether the batch norm after the global pooling is frozen, or shares its statistics with other processes."""
+        norm = self.spp.scale4[1]
+        if not norm.training:
+            return True
+        if not isinstance(norm, nn.SyncBatchNorm) or not dist.is_available() or not dist.is_initialized():
+            return False
+        return dist.get_world_size(norm.process_group) > 1
+
+
+def ddrnet_s(num_classes: int = 19, *, aux_head: bool = True) -> DDRNet:
+    """DDRNet-23-slim.
+
+    5,695,987 parameters without the auxiliary head (19 classes), 36.28 GMACs at 1×3×1024×2048.
+    """
+    return DDRNet(DAPPM(), num_classes, aux_head=aux_head)

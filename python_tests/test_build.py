@@ -1,0 +1,81 @@
+"""The build's decisions: whether torch is asked for, and what is built. (CI runs the builds themselves.)"""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+import subprocess
+import sys
+from pathlib import Path
+from types import ModuleType
+
+import pytest
+import torch
+
+ROOT = Path(__file__).resolve().parents[1]
+
+
+@pytest.fixture
+def backend(monkeypatch: pytest.MonkeyPatch) -> ModuleType:
+    pytest.importorskip("setuptools")
+    spec = importlib.util.spec_from_file_location("build_backend", ROOT / "build_backend.py")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def test_installed_torch_is_found_from_an_isolated_build(backend: ModuleType, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Protects from a second torch: under build isolation sys.path lacks it, but the target environment has it."""
+    packages = str(Path(torch.__file__).parents[1])
+    monkeypatch.setattr(sys, "path", [])
+    monkeypatch.setattr(backend.sysconfig, "get_path", lambda name: packages)
+    monkeypatch.setattr(backend, "find_compiler", lambda: "/usr/bin/c++")
+    assert str(backend.find_torch()) == packages
+    assert backend.get_requires_for_build_wheel() == []
+    assert backend.get_requires_for_build_editable() == []
+
+
+def test_torch_is_asked_for_only_if_it_is_missing_and_useful(
+    backend: ModuleType, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Protects the empty environment (torch is fetched to build against), and one without a compiler (it is not)."""
+    monkeypatch.setattr(backend, "find_torch", lambda: None)
+    monkeypatch.setattr(backend, "find_compiler", lambda: "/usr/bin/c++")
+    assert backend.get_requires_for_build_wheel() == ["torch>=2.11"]
+    monkeypatch.setattr(backend, "find_compiler", lambda: None)
+    assert backend.get_requires_for_build_wheel() == []
+
+
+def plan(**environment: str) -> subprocess.CompletedProcess[str]:
+    """What setup.py would build in this environment."""
+    pytest.importorskip("setuptools")
+    code = (
+        "import setuptools, sys\n"
+        "setuptools.setup = lambda **options: print(sorted(options))\n"
+        "sys.argv = ['setup.py', 'bdist_wheel']\n"
+        "import setup\n"
+        "print(setup.Plan())\n"
+    )
+    env = {**os.environ, "PYTHONPATH": str(ROOT), **environment}
+    return subprocess.run([sys.executable, "-c", code], cwd=ROOT, env=env, capture_output=True, text=True)
+
+
+def test_no_compiler_is_no_error() -> None:
+    """Protects machines without a compiler: no extension, a reason, and no traceback."""
+    done = plan(CXX="no-such-compiler")
+    assert done.returncode == 0, done.stderr
+    assert "extension  left out: no C++ compiler was found" in done.stdout
+    assert "ext_modules" not in done.stdout
+
+
+def test_cuda_is_left_out_or_refused_with_a_reason() -> None:
+    """Protects BCMF_CUDA=0/1: left out when told to; when demanded but impossible, a sentence and no CPU-only build."""
+    if not any(Path(folder, "c++").exists() for folder in os.environ["PATH"].split(os.pathsep)):
+        pytest.skip("no C++ compiler")
+    left_out = plan(BCMF_CUDA="0")
+    assert "CUDA       left out: BCMF_CUDA=0" in left_out.stdout, left_out.stderr
+    if torch.version.cuda is None:
+        refused = plan(BCMF_CUDA="1")
+        assert refused.returncode != 0
+        assert refused.stderr.strip().endswith("has no CUDA")
+        assert "Traceback" not in refused.stderr

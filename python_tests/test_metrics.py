@@ -1,0 +1,278 @@
+"""The confusion matrix: hand-counted cases, the official tools, and what others got wrong."""
+
+from __future__ import annotations
+
+import math
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from torch import Tensor
+
+from bcmf_ext.metrics import ConfusionMatrix
+
+
+def confusion(prediction: Tensor, target: Tensor, num_classes: int, ignore_index: int = 255) -> ConfusionMatrix:
+    metric = ConfusionMatrix(num_classes, ignore_index)
+    metric.update(prediction, target)
+    return metric
+
+
+def drawn_maps(*shape: int, absent: tuple[int, ...] = ()) -> tuple[Tensor, Tensor]:
+    """(prediction, target) of 19 classes, two thirds right, a tenth of the target ignored; absent classes nowhere."""
+    generator = torch.Generator().manual_seed(0)
+    classes = torch.tensor([c for c in range(19) if c not in absent])
+    draw = lambda: classes[torch.randint(len(classes), shape, generator=generator)]  # noqa: E731
+    target, noise = draw(), draw()
+    prediction = torch.where(torch.rand(shape, generator=generator) < 2 / 3, target, noise)
+    return prediction, torch.where(torch.rand(shape, generator=generator) < 0.1, 255, target)
+
+
+# By hand
+
+
+def test_by_hand() -> None:
+    """Rows are the truth, columns the prediction, ignored pixels nowhere; a class found in neither is NaN and left out
+    of the mean."""
+    target = torch.tensor([[0, 0, 1], [1, 1, 255]])
+    prediction = torch.tensor([[0, 1, 1], [1, 0, 2]])
+    metric = confusion(prediction, target, 4)
+    assert metric.matrix.tolist() == [[1, 1, 0, 0], [1, 2, 0, 0], [0, 0, 0, 0], [0, 0, 0, 0]]
+    assert metric.matrix.dtype == torch.int64
+    iou = metric.iou()
+    assert iou.dtype == torch.float64
+    assert iou[:2].tolist() == [1 / 3, 2 / 4]
+    assert iou[2:].isnan().all()
+    assert metric.mean_iou() == pytest.approx((1 / 3 + 1 / 2) / 2, abs=1e-15)
+    assert metric.pixel_accuracy() == 3 / 5
+
+
+def test_nothing_counted() -> None:
+    """Without a valid pixel the scores are NaN: no error, and no 0 that would look like a result."""
+    for metric in (ConfusionMatrix(3), confusion(torch.tensor([0, 9]), torch.tensor([255, 255]), 3)):
+        assert metric.matrix.sum() == 0
+        assert metric.iou().isnan().all()
+        assert math.isnan(metric.mean_iou())
+        assert math.isnan(metric.pixel_accuracy())
+
+
+def test_accumulates_and_resets() -> None:
+    """Batches add up to the same counts as one big update; reset forgets them."""
+    prediction, target = drawn_maps(4, 20, 30)
+    metric = ConfusionMatrix(19)
+    for p, y in zip(prediction, target, strict=True):
+        metric.update(p, y)
+    assert torch.equal(metric.matrix, confusion(prediction, target, 19).matrix)
+    metric.reset()
+    assert metric.matrix.sum() == 0
+
+
+@pytest.mark.parametrize("dtype", [torch.uint8, torch.int16, torch.int32, torch.int64])
+def test_integer_dtypes(dtype: torch.dtype) -> None:
+    """Any integer dtype counts the same: 18 · 19 + 18 must not wrap in uint8."""
+    prediction, target = drawn_maps(40, 50)
+    expected = confusion(prediction, target, 19).matrix
+    assert torch.equal(confusion(prediction.to(dtype), target.to(dtype), 19).matrix, expected)
+
+
+@pytest.mark.parametrize("ignore_index", [-1, -100, 1])
+def test_other_ignore_index(ignore_index: int) -> None:
+    """A negative ignore index works, and so does one among the classes."""
+    target = torch.tensor([0, 0, 2, ignore_index])
+    prediction = torch.tensor([0, 2, 2, 0])
+    assert confusion(prediction, target, 3, ignore_index).matrix.tolist() == [[1, 0, 1], [0, 0, 0], [0, 0, 1]]
+
+
+def test_strided_and_empty_inputs() -> None:
+    """Transposed views are read as they are, and an empty batch counts nothing."""
+    prediction, target = drawn_maps(6, 8)
+    assert torch.equal(confusion(prediction.T, target.T, 19).matrix, confusion(prediction, target, 19).matrix)
+    assert confusion(prediction[:0], target[:0], 19).matrix.sum() == 0
+
+
+def test_inference_mode() -> None:
+    """Counts made in inference mode can be added to and reset outside it."""
+    prediction, target = drawn_maps(6, 8)
+    with torch.inference_mode():
+        metric = confusion(prediction, target, 19)
+    metric.reset()
+    with torch.inference_mode():
+        metric.update(prediction, target)
+    metric.update(prediction, target)
+    assert metric.matrix.sum() == 2 * (target != 255).sum()
+
+
+# Wrong input
+
+
+def test_ids_out_of_range() -> None:
+    """Ids that are no class raise and are named, with whose they are; the counts stay as they were."""
+    metric = ConfusionMatrix(11)
+    good = torch.tensor([1, 2])
+    metric.update(good, good)
+    with pytest.raises(ValueError, match=r"target holds 11, 33, outside the classes 0\.\.10, and only the label 255"):
+        metric.update(torch.tensor([0, 0, 0]), torch.tensor([11, 33, 255], dtype=torch.uint8))
+    with pytest.raises(ValueError, match=r"target holds -1 and prediction holds 11, 255"):
+        metric.update(torch.tensor([255, 11, 0]), torch.tensor([1, 1, -1]))
+    with pytest.raises(ValueError, match=r"target holds 255, outside"):  # uint8 has no -1 to ignore
+        ConfusionMatrix(11, ignore_index=-1).update(good[:1], torch.tensor([255], dtype=torch.uint8))
+    assert metric.matrix.sum() == 2
+
+
+def test_other_devices_never_wait() -> None:
+    """Off the CPU nothing in ``update`` asks for a value (a meta tensor has none, so it would raise here), and counts
+    follow the tensors. Ids out of range there raise when the counts are read."""
+    metric = ConfusionMatrix(3)
+    ids = torch.zeros(2, 4, dtype=torch.uint8, device="meta")
+    metric.update(ids, ids)
+    assert metric._bins.device.type == "meta"
+
+    metric = ConfusionMatrix(3)
+    metric._bins[-2] = 5  # as an update on a GPU leaves them
+    for read in (lambda: metric.matrix, metric.iou, metric.mean_iou, metric.pixel_accuracy):
+        with pytest.raises(ValueError, match=r"5 pixels have a label or a prediction outside the classes 0\.\.2"):
+            read()
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+def test_cuda() -> None:
+    """A GPU counts the same as the CPU, without a synchronisation, and reports ids out of range when read."""
+    prediction, target = drawn_maps(4, 200, 300)
+    on_gpu = prediction.cuda(), target.cuda()
+    metric = ConfusionMatrix(19, device="cuda")
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        metric.update(*on_gpu)
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    assert torch.equal(metric.matrix.cpu(), confusion(prediction, target, 19).matrix)
+    metric.update(on_gpu[0] + 19, on_gpu[1])
+    with pytest.raises(ValueError, match=f"{int((target != 255).sum())} pixels"):
+        metric.mean_iou()
+
+
+def test_wrong_shapes_and_dtypes() -> None:
+    """Logits, or a prediction at the logits' size, are refused in a sentence; nothing is broadcast."""
+    target = torch.zeros(2, 8, 8, dtype=torch.uint8)
+    with pytest.raises(ValueError, match=r"prediction \(2, 1, 1\) and target \(2, 8, 8\) differ in shape: resample"):
+        ConfusionMatrix(3).update(torch.zeros(2, 1, 1, dtype=torch.int64), target)
+    with pytest.raises(TypeError, match=r"prediction holds integer class ids, not torch.float32: take the arg-max"):
+        ConfusionMatrix(3).update(torch.zeros(2, 8, 8), target)
+
+
+# The official tools
+
+
+def test_equals_the_official_evaluator(tmp_path: Path) -> None:
+    """Files in Cityscapes' own format through Cityscapes' own evaluator: every class IoU and the mean are equal to the
+    last bit but one, absent classes and ignored ground truth included."""
+    pytest.importorskip("cityscapesscripts")
+    from cityscapesscripts.evaluation import evalPixelLevelSemanticLabeling as official
+    from cityscapesscripts.helpers.labels import trainId2label
+
+    args = official.args
+    args.evalInstLevelScore = False
+    matrix, metric = official.generateMatrix(args), ConfusionMatrix(19)
+    ids = np.array([trainId2label[c].id for c in range(19)] + [0] * 237, dtype=np.uint8)  # 0: unlabeled, ignored
+    prediction, target = drawn_maps(3, 64, 128, absent=(4, 16))
+    for i, (p, y) in enumerate(zip(prediction, target, strict=True)):
+        files = [str(tmp_path / f"{i}_{kind}.png") for kind in ("prediction", "truth")]
+        for file, map_ in zip(files, (p, y), strict=True):
+            Image.fromarray(ids[map_.numpy()]).save(file)
+        official.evaluatePair(*files, matrix, {}, {}, args)
+        metric.update(p, y)
+
+    theirs = {c: official.getIouScoreForLabel(int(ids[c]), matrix, args) for c in range(19)}
+    np.testing.assert_array_equal(metric.iou().numpy(), list(theirs.values()))
+    assert metric.iou().isnan().sum() == 2
+    assert metric.mean_iou() == pytest.approx(official.getScoreAverage(theirs, args), rel=1e-15)
+
+
+def test_equals_torchmetrics() -> None:
+    """torchmetrics' MulticlassJaccardIndex(ignore_index=255) gives the same class IoUs where every class occurs. (Its
+    MeanIoU averages over images, and cannot ignore 255.)"""
+    classification = pytest.importorskip("torchmetrics.classification")
+    prediction, target = drawn_maps(3, 64, 128)
+    theirs = classification.MulticlassJaccardIndex(19, ignore_index=255, average=None)
+    macro = classification.MulticlassJaccardIndex(19, ignore_index=255)
+    metric = confusion(prediction, target, 19)
+    assert metric.iou().numpy() == pytest.approx(theirs(prediction, target).numpy(), abs=1e-6)
+    assert metric.mean_iou() == pytest.approx(macro(prediction, target).item(), abs=1e-6)
+
+
+# What others got wrong, one test for each
+
+
+def test_ignored_pixels_are_not_right_or_wrong() -> None:
+    """PIDNet's pixel accuracy counts 255 as valid: 3 of 4 right pixels became 3 of 8."""
+    target = torch.tensor([0, 0, 1, 1, 255, 255, 255, 255])
+    prediction = torch.tensor([0, 0, 1, 0, 0, 1, 0, 1])
+    assert confusion(prediction, target, 2).pixel_accuracy() == 3 / 4
+
+
+def test_the_mean_is_over_classes_in_truth_or_prediction() -> None:
+    """Three conventions, one right. Class 2 is only predicted, class 3 is nowhere: HRNet's zero-fill divides by four,
+    detectron2 leaves out class 2; the official tool leaves out class 3 alone."""
+    target = torch.tensor([0, 0, 0, 1])
+    prediction = torch.tensor([0, 0, 2, 1])
+    zero_filled, present_in_truth = (2 / 3 + 1) / 4, (2 / 3 + 1) / 2
+    mean = confusion(prediction, target, 4).mean_iou()
+    assert mean == pytest.approx((2 / 3 + 1 + 0) / 3, abs=1e-15)
+    assert mean not in (pytest.approx(zero_filled), pytest.approx(present_in_truth))
+
+
+def test_the_mean_is_over_the_data_set() -> None:
+    """torchmetrics' MeanIoU averages the scores of images: missing a small object in one of two halves its class."""
+    metric = ConfusionMatrix(2)
+    metric.update(torch.tensor([1, 1, 1, 0]), torch.tensor([1, 1, 1, 0]))
+    metric.update(torch.tensor([0, 0, 0, 0]), torch.tensor([1, 0, 0, 0]))
+    assert metric.iou()[1] == 3 / 4
+
+
+def test_counts_are_exact_beyond_float32() -> None:
+    """Ultralytics counts in float32, where 2²⁴ + 1 is 2²⁴; a Cityscapes class has 5·10⁸ pixels."""
+    metric = ConfusionMatrix(2)
+    metric._bins[0] = 2**53  # nor may a float64 be in between
+    one = torch.zeros(1, dtype=torch.uint8)
+    metric.update(one, one)
+    assert metric.matrix[0, 0] == 2**53 + 1
+
+
+# Several processes
+
+_RANK = """
+import sys, torch
+from bcmf_ext.metrics import ConfusionMatrix
+rank = int(sys.argv[1])
+torch.distributed.init_process_group("gloo", f"file://{sys.argv[2]}", rank=rank, world_size=2)
+metric = ConfusionMatrix(3)
+with torch.inference_mode():
+    if rank == 0:  # an uneven split: the other process has no image at all
+        metric.update(torch.tensor([0, 1, 2]), torch.tensor([0, 2, 2]))
+metric.all_reduce()
+print(metric.matrix.tolist())
+torch.distributed.destroy_process_group()
+"""
+
+
+def test_all_reduce(tmp_path: Path) -> None:
+    """Two processes end with the same sums, without padded duplicates; a single process changes nothing."""
+    metric = confusion(torch.tensor([0, 1, 2]), torch.tensor([0, 2, 2]), 3)
+    expected = [[1, 0, 0], [0, 0, 0], [0, 1, 1]]
+    metric.all_reduce()
+    assert metric.matrix.tolist() == expected
+
+    root = str(Path(__file__).resolve().parents[1])
+    environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join([root, *sys.path])}
+    processes = []
+    for rank in "01":
+        command = [sys.executable, "-c", _RANK, rank, str(tmp_path / "store")]
+        processes.append(subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, text=True))
+    outputs = [process.communicate(timeout=60)[0] for process in processes]
+    assert outputs == [f"{expected}\n"] * 2

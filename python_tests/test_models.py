@@ -1,0 +1,299 @@
+"""The networks: published size and cost, names, wiring, any input size, and sentences for what cannot work."""
+
+from __future__ import annotations
+
+import contextlib
+import copy
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import torch.distributed as dist
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.utils.flop_counter import FlopCounterMode
+
+from bcmf_ext.errors import UserError
+from bcmf_ext.models import DDRNet, bcmfnet, ddrnet_s
+
+MODELS = pytest.mark.parametrize("build", [ddrnet_s, bcmfnet])
+KEYS = Path(__file__).resolve().parents[2] / "shared" / "data" / "ddrnet23s_keys.txt"
+
+
+@pytest.fixture(scope="module")
+def net() -> DDRNet:
+    """A BCMFNet with six classes. Tests leave it as they found it, batch norm statistics aside."""
+    torch.manual_seed(0)
+    return bcmfnet(6)
+
+
+def images(*size: int) -> Tensor:
+    return torch.randn(*size, generator=torch.Generator().manual_seed(1))
+
+
+# Size, cost and names
+
+
+@pytest.mark.parametrize(
+    ("build", "aux_head", "parameters"),
+    [
+        (ddrnet_s, False, 5_695_987),
+        (ddrnet_s, True, 5_734_342),
+        (bcmfnet, False, 5_612_787),
+        (bcmfnet, True, 5_651_142),
+    ],
+)
+def test_parameters(build: Any, aux_head: bool, parameters: int) -> None:
+    """The networks have exactly the published number of parameters at 19 classes (spec section 7)."""
+    with torch.device("meta"):
+        model = build(aux_head=aux_head)
+    assert sum(p.numel() for p in model.parameters()) == parameters
+
+
+@pytest.mark.parametrize(("build", "gmacs"), [(ddrnet_s, 36.281), (bcmfnet, 36.239)])
+def test_gmacs(build: Any, gmacs: float) -> None:
+    """The published cost at 1024×2048. Counted are the multiply-adds of the convolutions, as the literature does:
+    flop_counter's figure halved; it leaves out batch norm, ReLU, pooling, resampling and additions."""
+    with torch.device("meta"):
+        model, x = build().eval(), torch.empty(1, 3, 1024, 2048)
+    with FlopCounterMode(display=False) as counter, torch.no_grad():
+        model(x)
+    assert counter.get_total_flops() / 2e9 == pytest.approx(gmacs, abs=5e-4)
+
+
+@pytest.mark.skipif(not KEYS.exists(), reason=f"the list of public keys, {KEYS.name}, is not here")
+def test_keys_of_the_public_checkpoints() -> None:
+    """Names, shapes and order of the state dict are those of the public DDRNet-23-slim."""
+    own = [f"{name} {tuple(tensor.shape)}" for name, tensor in ddrnet_s().state_dict().items()]
+    assert own == KEYS.read_text().splitlines()
+
+
+def test_bcmfnet_differs_from_ddrnet_in_the_context_module_alone() -> None:
+    """What is not ``spp`` has the same names and shapes in both, and the auxiliary head can be left out of either."""
+    shapes = [
+        {name: t.shape for name, t in build(aux_head=False).state_dict().items() if not name.startswith("spp.")}
+        for build in (ddrnet_s, bcmfnet)
+    ]
+    assert shapes[0] == shapes[1]
+    assert not any(name.startswith("seghead_extra") for name in shapes[0])
+
+
+# Wiring
+
+
+def by_definition(state: dict[str, Tensor], context: nn.Module, images: Tensor) -> tuple[Tensor, Tensor]:
+    """(main, aux) logits in eval mode, straight from the tensors of a state dict and the public layer table."""
+
+    def conv(x: Tensor, name: str, stride: int = 1) -> Tensor:
+        weight = state[f"{name}.weight"]
+        return F.conv2d(x, weight, state.get(f"{name}.bias"), stride, padding=weight.shape[-1] // 2)
+
+    def bn(x: Tensor, name: str) -> Tensor:
+        weight, bias, mean, var = (state[f"{name}.{t}"] for t in ("weight", "bias", "running_mean", "running_var"))
+        return F.batch_norm(x, mean, var, weight, bias)
+
+    def block(x: Tensor, name: str, stride: int = 1) -> Tensor:
+        """A residual block of two or three convolutions; the last but one strides."""
+        y, depth = x, 3 if f"{name}.conv3.weight" in state else 2
+        for i in range(1, depth + 1):
+            y = bn(conv(y, f"{name}.conv{i}", stride if i == depth - 1 else 1), f"{name}.bn{i}")
+            y = y.relu() if i < depth else y
+        if f"{name}.downsample.0.weight" in state:
+            x = bn(conv(x, f"{name}.downsample.0", stride), f"{name}.downsample.1")
+        return y + x
+
+    def stage(x: Tensor, name: str, stride: int = 1) -> Tensor:
+        return block(block(x, f"{name}.0", stride).relu(), f"{name}.1")
+
+    def head(x: Tensor, name: str) -> Tensor:
+        return conv(bn(conv(bn(x, f"{name}.bn1").relu(), f"{name}.conv1"), f"{name}.bn2").relu(), f"{name}.conv2")
+
+    def up(x: Tensor) -> Tensor:
+        return F.interpolate(x, l2.shape[2:], mode="bilinear", align_corners=False)
+
+    x = bn(conv(images, "conv1.0", 2), "conv1.1").relu()
+    x = bn(conv(x, "conv1.3", 2), "conv1.4").relu()
+    l2 = stage(stage(x, "layer1").relu(), "layer2", 2).relu()
+    l3, h3 = stage(l2, "layer3", 2), stage(l2, "layer3_")
+    low = l3 + bn(conv(h3.relu(), "down3.0", 2), "down3.1")
+    high = h3 + up(bn(conv(l3.relu(), "compression3.0"), "compression3.1"))
+    aux = head(high, "seghead_extra")
+    l4, h4 = stage(low.relu(), "layer4", 2), stage(high.relu(), "layer4_")
+    down = bn(conv(bn(conv(h4.relu(), "down4.0", 2), "down4.1").relu(), "down4.3", 2), "down4.4")
+    high = h4 + up(bn(conv(l4.relu(), "compression4.0"), "compression4.1"))
+    l5 = block((l4 + down).relu(), "layer5.0", 2)
+    return head(up(context(l5)) + block(high.relu(), "layer5_.0"), "final_layer"), aux
+
+
+@MODELS
+def test_wiring(build: Any) -> None:
+    """Both logits equal a second writing of the layer table: strides, which maps are fused before which ReLU, and from
+    where the auxiliary head reads. Statistics and affine parameters are random: no two layers can be swapped."""
+    torch.manual_seed(0)
+    model = build(5).double()
+    for norm in model.modules():
+        if isinstance(norm, nn.BatchNorm2d):
+            nn.init.normal_(norm.running_mean, 0, 0.3)
+            nn.init.uniform_(norm.running_var, 0.5, 2)
+            nn.init.normal_(norm.weight, 1, 0.3)
+            nn.init.normal_(norm.bias, 0, 0.3)
+    x = images(2, 3, 65, 97).double()
+    expected = by_definition(model.state_dict(), model.spp.eval(), x)
+    frozen = model.train()
+    for norm in frozen.modules():
+        if isinstance(norm, nn.BatchNorm2d):
+            norm.eval()
+    torch.testing.assert_close(frozen(x), expected)
+    torch.testing.assert_close(model.eval()(x), expected[0])
+
+
+def test_initialisation() -> None:
+    """Convolutions start kaiming-normal by fan-out, which for ReLU is std √(2 / (k²·C_out)): training from scratch
+    depends on it."""
+    torch.manual_seed(0)
+    weight = ddrnet_s().layer4[0].conv1.weight  # 128 → 256
+    assert weight.std().item() == pytest.approx((2 / (9 * 256)) ** 0.5, rel=0.01)
+
+
+def test_outputs_by_mode(net: DDRNet) -> None:
+    """(main, aux) in training, main alone in eval mode or without an auxiliary head."""
+    x = images(2, 3, 64, 64)
+    assert isinstance(net.train()(x), tuple)
+    assert isinstance(net.eval()(x), Tensor)
+    assert isinstance(bcmfnet(6, aux_head=False).train()(x), Tensor)
+
+
+def test_every_parameter_gets_a_gradient(net: DDRNet) -> None:
+    """No layer is left out of the graph (DDP would wait for it for ever), and all gradients are finite."""
+    model = copy.deepcopy(net).train()
+    main, aux = model(images(2, 3, 64, 96))
+    (main.square().mean() + aux.square().mean()).backward()
+    for name, parameter in model.named_parameters():
+        assert parameter.grad is not None, name
+        assert parameter.grad.isfinite().all(), name
+
+
+# Any size (reference implementations floor H/8 where their convolutions ceil, and crash)
+
+
+@pytest.mark.parametrize("size", [(64, 64), (65, 97), (127, 191), (64, 333), (33, 7), (1, 1)])
+def test_any_input_size(net: DDRNet, size: tuple[int, int]) -> None:
+    """Any size works in both modes, odd ones and ones below one cell of the 1/64 map too; logits are at ceil(1/8)."""
+    x, expected = images(2, 3, *size), (2, 6, -(-size[0] // 8), -(-size[1] // 8))
+    for y in (*net.train()(x), net.eval()(x)):
+        assert y.shape == expected
+        assert y.isfinite().all()
+
+
+@MODELS
+def test_sizes_that_crash_the_reference(build: Any) -> None:
+    """361×481 and 500×500, where the reference adds maps of H // 8 and ceil(H / 8) rows."""
+    model = build(6).eval()
+    with torch.inference_mode():
+        assert model(images(1, 3, 361, 481)).shape == (1, 6, 46, 61)
+        assert model(images(1, 3, 500, 500)).shape == (1, 6, 63, 63)
+
+
+# Platforms
+
+
+def test_plain_batch_norm(net: DDRNet) -> None:
+    """No SyncBatchNorm inside: the official file has it throughout and cannot run on a CPU."""
+    assert not any(isinstance(m, nn.SyncBatchNorm) for m in net.modules())
+
+
+def test_channels_last(net: DDRNet) -> None:
+    """channels_last gives the same logits and keeps the layout to the end."""
+    x = images(2, 3, 128, 160)
+    model = copy.deepcopy(net).eval()
+    expected = model(x)
+    y = model.to(memory_format=torch.channels_last)(x.to(memory_format=torch.channels_last))
+    assert y.is_contiguous(memory_format=torch.channels_last)
+    torch.testing.assert_close(y, expected, rtol=1e-3, atol=1e-3 * expected.abs().max().item())
+
+
+def test_bf16_autocast(net: DDRNet) -> None:
+    """Autocast works, and its logits stay near the fp32 ones."""
+    x = images(2, 3, 128, 128)
+    expected = net.eval()(x)
+    with torch.autocast("cpu", torch.bfloat16):
+        y = net(x)
+    assert y.dtype == torch.bfloat16
+    assert (y - expected).abs().mean() < 0.05 * expected.abs().mean()
+
+
+def test_compiles_in_one_graph(net: DDRNet) -> None:
+    """The checks of the input break no graph: it compiles as one, and a batch of one still gets its sentence."""
+    model = copy.deepcopy(net).train()
+    compiled = torch.compile(model, backend="eager", fullgraph=True)
+    reference = copy.deepcopy(model)
+    x = images(2, 3, 64, 64)
+    torch.testing.assert_close(compiled(x), reference(x))
+    with pytest.raises(UserError, match="at least two images"):
+        torch.compile(model, backend="eager")(x[:1])
+    torch.compiler.reset()
+
+
+def test_exports_with_dynamic_sizes(net: DDRNet) -> None:
+    """torch.export takes the eval model with free batch, height and width, and the program is right at another size.
+    From 513 pixels on, that is: up to 512 the widest pool leaves one cell, and torch.export specialises on a 1."""
+    model = copy.deepcopy(net).eval()
+    n, h, w = torch.export.Dim("n", max=64), *(torch.export.Dim(d, min=513, max=4096) for d in "hw")
+    program = torch.export.export(model, (torch.empty(2, 3, 576, 640),), dynamic_shapes=({0: n, 2: h, 3: w},))
+    x = images(1, 3, 513, 530)
+    torch.testing.assert_close(program.module()(x), model(x))
+
+
+# Sentences
+
+
+@pytest.mark.parametrize(
+    ("wrong", "match"),
+    [
+        (torch.zeros(3, 64, 64), r"\(N, 3, H, W\), not \(3, 64, 64\).*image\[None\]"),
+        (torch.zeros(2, 64, 64, 3), r"not \(2, 64, 64, 3\).*channels come second"),
+        (torch.zeros(2, 1, 64, 64), r"not \(2, 1, 64, 64\)"),
+        (torch.zeros(2, 3, 64, 64, dtype=torch.uint8), r"floating-point images, not torch\.uint8: divide by 255"),
+    ],
+    ids=["no batch", "channels last", "grey", "uint8"],
+)
+def test_wrong_images(net: DDRNet, wrong: Tensor, match: str) -> None:
+    """Images of another shape or dtype are refused in a sentence that says what to do."""
+    with pytest.raises(UserError, match=match):
+        net.eval()(wrong)
+
+
+@MODELS
+def test_training_with_one_image(build: Any) -> None:
+    """The global pool leaves batch norm one value per channel, and PyTorch's traceback tells nobody so: a sentence,
+    before any statistics change. In eval mode one image is what everyone uses."""
+    model = build(3).train()
+    with pytest.raises(UserError, match="at least two images per device"):
+        model(images(1, 3, 64, 64))
+    assert model.conv1[1].num_batches_tracked == 0
+    assert model.eval()(images(1, 3, 64, 64)).shape == (1, 3, 8, 8)
+
+
+def test_one_image_with_frozen_batch_norm() -> None:
+    """Batch norm in eval mode needs no statistics, so fine-tuning with one image works."""
+    model = bcmfnet(3).train()
+    for module in model.modules():
+        if isinstance(module, nn.BatchNorm2d):
+            module.eval()
+    main, aux = model(images(1, 3, 64, 64))
+    assert main.shape == aux.shape == (1, 3, 8, 8)
+
+
+@pytest.mark.parametrize(("initialised", "world_size", "copes"), [(False, 0, False), (True, 1, False), (True, 2, True)])
+def test_one_image_with_synchronised_batch_norm(
+    monkeypatch: pytest.MonkeyPatch, initialised: bool, world_size: int, copes: bool
+) -> None:
+    """SyncBatchNorm shares statistics, so one image per process is enough once there are several of them. (It runs on
+    GPUs only, hence the check alone here.)"""
+    monkeypatch.setattr(dist, "is_initialized", lambda: initialised)
+    monkeypatch.setattr(dist, "get_world_size", lambda group: world_size)
+    model = nn.SyncBatchNorm.convert_sync_batchnorm(bcmfnet(3)).train()
+    assert isinstance(model.spp.scale4[1], nn.SyncBatchNorm)
+    with contextlib.nullcontext() if copes else pytest.raises(UserError, match="at least two images"):
+        model._check(images(1, 3, 64, 64))
