@@ -1,0 +1,504 @@
+"""Data sets on disk: what is found where, which ids become which classes, and the sentences for what is wrong."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from bcmf_ext.data import DATASETS, SegmentationDataset, open_dataset
+from bcmf_ext.data import cityscapes as cityscapes_module
+from bcmf_ext.data.folder import palette_for
+from bcmf_ext.errors import UserError
+
+SHARED_CAMVID = Path(__file__).resolve().parents[2] / "shared" / "data" / "camvid"
+SIZE = (12, 20)  # height, width of the tiny images
+
+
+def write(path: Path, pixels: np.ndarray | int, mode: str | None = None) -> Path:
+    """Saves pixels, or a flat picture of one id, as the format that the extension says."""
+    pixels = np.full(SIZE, pixels, np.uint8) if isinstance(pixels, int) else pixels
+    path.parent.mkdir(parents=True, exist_ok=True)
+    picture = Image.fromarray(pixels)
+    (picture.convert(mode) if mode else picture).save(path)
+    return path
+
+
+def photo(seed: int = 0, size: tuple[int, int] = SIZE) -> np.ndarray:
+    return np.random.default_rng(seed).integers(0, 256, (*size, 3), dtype=np.uint8)
+
+
+def ids(*values: int) -> np.ndarray:
+    """A label whose rows hold the values in turn."""
+    return np.resize(np.array(values, np.uint8), SIZE[0])[:, None].repeat(SIZE[1], 1)
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    """images/ and labels/ with train (2, one of them in a subfolder) and val (1), three classes."""
+    (tmp_path / "classes.txt").write_text("ground\nwall\nsky\n")
+    for key in ("train/a", "train/sub/b", "val/c"):
+        write(tmp_path / f"images/{key}.png", photo())
+        write(tmp_path / f"labels/{key}.png", ids(0, 1, 2, 255))
+    return tmp_path
+
+
+@pytest.fixture
+def flat(tmp_path: Path) -> Path:
+    """Twenty images without train/ and val/."""
+    (tmp_path / "classes.txt").write_text("ground\nwall\n")
+    for i in range(20):
+        write(tmp_path / f"images/frame_{i:03}.png", photo(i))
+        write(tmp_path / f"labels/frame_{i:03}.png", ids(0, 1))
+    return tmp_path
+
+
+@pytest.fixture
+def camvid(tmp_path: Path) -> Path:
+    for split in ("train", "val"):
+        for stem in ("x_01", "x_02"):
+            write(tmp_path / split / f"{stem}.jpg", photo())
+            write(tmp_path / f"{split}annot" / f"{stem}.png", ids(*range(12)))
+    return tmp_path
+
+
+@pytest.fixture
+def cityscapes(tmp_path: Path) -> Path:
+    """Two cities in train, one in val, one in test, with labelIds as downloaded."""
+    for place in ("train/ulm/ulm_000001_000019", "train/bonn/bonn_000002_000019", "val/kiel/kiel_000003_000019"):
+        write(tmp_path / f"leftImg8bit/{place}_leftImg8bit.png", photo())
+        write(tmp_path / f"gtFine/{place}_gtFine_labelIds.png", np.arange(240, dtype=np.uint8).reshape(SIZE) % 34)
+    write(tmp_path / "leftImg8bit/test/rom/rom_000004_000019_leftImg8bit.png", photo())
+    return tmp_path
+
+
+def sentence(call: Callable[[], object], *needles: str) -> None:
+    """The call raises a `UserError` that is one sentence and holds the needles."""
+    with pytest.raises(UserError) as caught:
+        call()
+    message = str(caught.value)
+    assert "\n" not in message, message
+    assert message.endswith("."), message
+    for needle in needles:
+        assert needle in message, message
+
+
+# Cityscapes
+
+
+def test_cityscapes_label_ids_become_train_ids(cityscapes: Path) -> None:
+    """The 19 evaluated ids map in order, all others are ignored: the mapping that everyone has to get right."""
+    train = open_dataset("cityscapes", cityscapes, "train")
+    assert len(train) == 2
+    label = train.label(0).ravel()[:34]
+    evaluated = [7, 8, 11, 12, 13, 17, 19, 20, 21, 22, 23, 24, 25, 26, 27, 28, 31, 32, 33]
+    assert label[evaluated].tolist() == list(range(19))
+    assert (np.delete(label, evaluated) == 255).all()
+    assert "labelIds" in train.protocol
+    assert train.classes[13] == "car"
+
+
+def test_cityscapes_tables_are_the_official_ones() -> None:
+    """Names, colours and both id tables equal cityscapesScripts'."""
+    labels = pytest.importorskip("cityscapesscripts.helpers.labels", reason="cityscapesscripts is not installed").labels
+    official = [label for label in labels if 0 <= label.trainId < 255]
+    assert tuple(label.name for label in official) == cityscapes_module.CLASSES
+    assert cityscapes_module.PALETTE.tolist() == [list(label.color) for label in official]
+    assert cityscapes_module.TRAIN_ID_TO_LABEL_ID[:19].tolist() == [label.id for label in official]
+    assert not cityscapes_module.TRAIN_ID_TO_LABEL_ID[19:].any()
+    for label in labels:
+        if label.id >= 0:
+            assert cityscapes_module._LABEL_ID_TO_TRAIN_ID[label.id] == label.trainId
+
+
+def test_cityscapes_predictions_map_back(cityscapes: Path) -> None:
+    """Train ids written through the inverse table read back as the same classes."""
+    val = open_dataset("cityscapes", cityscapes, "val")
+    train_ids = val.label(0)
+    write(cityscapes / "gtFine/val/kiel/kiel_000003_000019_gtFine_labelIds.png",
+          cityscapes_module.TRAIN_ID_TO_LABEL_ID[train_ids])  # fmt: skip
+    assert (val.label(0) == train_ids).all()
+
+
+def test_cityscapes_accepts_train_id_files(cityscapes: Path) -> None:
+    """labelTrainIds are read as they are, and only where a split has no labelIds."""
+    place = "gtFine/val/kiel/kiel_000003_000019_gtFine"
+    write(cityscapes / f"{place}_labelTrainIds.png", ids(18, 0, 255))
+    assert 18 not in open_dataset("cityscapes", cityscapes, "val").label(0)[0]
+    (cityscapes / f"{place}_labelIds.png").unlink()
+    val = open_dataset("cityscapes", cityscapes, "val")
+    assert (val.label(0) == ids(18, 0, 255)).all()
+    assert "labelTrainIds" in val.protocol
+
+
+def test_cityscapes_label_ids_in_a_train_id_file_are_recognised(cityscapes: Path) -> None:
+    """The classic mistake is told as such, with the file, the ids and how many pixels have them."""
+    place = cityscapes / "gtFine/val/kiel/kiel_000003_000019_gtFine_labelIds.png"
+    wrong = place.rename(place.with_name("kiel_000003_000019_gtFine_labelTrainIds.png"))
+    val = open_dataset("cityscapes", cityscapes, "val")
+    sentence(lambda: val.label(0), str(wrong), "19 (7 px)", "look like Cityscapes label ids")
+
+
+def test_cityscapes_stems_begin_as_the_evaluator_wants(cityscapes: Path) -> None:
+    """cityscapesScripts finds predictions by <city>_<seq>_<frame>*: no folder, no other prefix."""
+    stems = {open_dataset("cityscapes", cityscapes, "train").stem(i) for i in range(2)}
+    assert stems == {"ulm_000001_000019_leftImg8bit", "bonn_000002_000019_leftImg8bit"}
+
+
+def test_cityscapes_test_has_no_labels(cityscapes: Path) -> None:
+    """The blank labels of the test split never become a score, even where they were unpacked."""
+    write(cityscapes / "gtFine/test/rom/rom_000004_000019_gtFine_labelIds.png", 0)
+    test = open_dataset("cityscapes", cityscapes, "test")
+    assert not test.has_labels
+    assert test.image(0).shape == (*SIZE, 3)
+    test.check()
+    sentence(lambda: test.label(0), "no labels")
+
+
+def test_cityscapes_root_from_the_environment(cityscapes: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """$CITYSCAPES_DATASET serves where no root is given, as with the official tools; a given root wins."""
+    monkeypatch.delenv("CITYSCAPES_DATASET", raising=False)
+    sentence(lambda: open_dataset("cityscapes", None, "val"), "--data-root", "CITYSCAPES_DATASET")
+    monkeypatch.setenv("CITYSCAPES_DATASET", str(cityscapes))
+    assert len(open_dataset("cityscapes", None, "val")) == 1
+    monkeypatch.setenv("CITYSCAPES_DATASET", "/nowhere")
+    assert len(open_dataset("cityscapes", cityscapes, "val")) == 1
+
+
+# CamVid
+
+
+def test_camvid_pairs_by_stem_and_ignores_void(camvid: Path) -> None:
+    """JPEG images go with PNG labels of the same stem; 0 to 10 stay, void 11 becomes 255."""
+    train = open_dataset("camvid", camvid, "train")
+    assert [train.stem(i) for i in range(len(train))] == ["x_01", "x_02"]
+    assert train.label(0)[:, 0].tolist() == [*range(11), 255]
+    assert "SegNet" in train.protocol
+    assert len(train.classes) == len(train.palette) == 11
+    train.check()
+
+
+def test_camvid_has_no_test_split_unless_it_is_there(camvid: Path) -> None:
+    """A copy with train and val alone works; asking for test tells which folder is missing."""
+    sentence(lambda: open_dataset("camvid", camvid, "test"), str(camvid / "test"))
+
+
+def test_camvid_of_32_classes_is_recognised(camvid: Path) -> None:
+    """Labels of the original CamVid are told apart from SegNet's."""
+    path = write(camvid / "trainannot/x_01.png", ids(3, 17))
+    train = open_dataset("camvid", camvid, "train")
+    sentence(lambda: train.label(0), str(path), "17 (120 px)", "32 classes")
+
+
+@pytest.mark.skipif(not SHARED_CAMVID.is_dir(), reason="the CamVid copy of the project is not here")
+def test_camvid_real_data() -> None:
+    """The real copy: split sizes, picture size, and labels that hold all 11 classes and void."""
+    train, val = (open_dataset("camvid", SHARED_CAMVID, split) for split in ("train", "val"))
+    assert (len(train), len(val)) == (367, 101)
+    image, label = train.pair(0)
+    assert image.shape == (360, 480, 3)
+    road = image[label == train.classes.index("road")].mean(0)
+    sky = image[label == train.classes.index("sky")].mean(0)
+    assert (sky > road + 50).all()
+    present = set().union(*(np.unique(val.label(i)).tolist() for i in range(0, len(val), 10)))
+    assert present == {*range(11), 255}
+
+
+# Folder
+
+
+def test_folder_mirrors_subfolders(folder: Path) -> None:
+    """images/train/sub/b.png goes with labels/train/sub/b.png, and its stem is a plain file name."""
+    train, val = open_dataset("folder", folder, "train"), open_dataset("folder", folder, "val")
+    assert [train.stem(i) for i in range(len(train))] == ["a", "sub__b"]
+    assert (train.label(1) == ids(0, 1, 2, 255)).all()
+    assert len(val) == 1
+    assert train.classes == ("ground", "wall", "sky")
+    train.check()
+
+
+def test_folder_holds_out_one_in_five(flat: Path) -> None:
+    """Without train/ and val/, every image is in exactly one split, the choice is repeatable, and the log tells."""
+    train, val = open_dataset("folder", flat, "train"), open_dataset("folder", flat, "val")
+    names = [{split.stem(i) for i in range(len(split))} for split in (train, val)]
+    assert (len(names[0]), len(names[1])) == (16, 4)
+    assert not names[0] & names[1]
+    assert names[1] == {f"frame_{i:03}" for i in (5, 6, 7, 9)}, "the same images on every machine and for good"
+    assert "4 of 20 held out" in val.protocol
+    sentence(lambda: open_dataset("folder", flat, "test"), "test")
+
+
+def test_folder_hold_out_hardly_moves_when_images_are_added(flat: Path) -> None:
+    """Images that were trained on stay out of val when the folder grows, but for the few that fill it up."""
+    before = {item.key for item in open_dataset("folder", flat, "val").files}  # type: ignore[attr-defined]
+    for i in range(20, 25):
+        write(flat / f"images/frame_{i:03}.png", photo(i))
+        write(flat / f"labels/frame_{i:03}.png", ids(0, 1))
+    after = {item.key for item in open_dataset("folder", flat, "val").files}  # type: ignore[attr-defined]
+    new = {f"frame_{i:03}" for i in range(20, 25)}
+    assert len(after) == 5
+    assert len(after - before - new) <= 1
+
+
+def test_folder_test_split_may_lack_labels(folder: Path) -> None:
+    """images/test without labels/test can be predicted."""
+    write(folder / "images/test/t.png", photo())
+    test = open_dataset("folder", folder, "test")
+    assert (len(test), test.has_labels) == (1, False)
+    write(folder / "labels/test/t.png", ids(0, 1))
+    assert open_dataset("folder", folder, "test").has_labels
+
+
+def test_classes_txt_with_colours(folder: Path) -> None:
+    """`name r g b` sets a colour, names may hold blanks and digits, other classes get colours of their own."""
+    (folder / "classes.txt").write_text("\ufeffroad 1 2 3\n\nroute 66\r\ntraffic light 255 0 9\n", encoding="utf-8")
+    train = open_dataset("folder", folder, "train")
+    assert train.classes == ("road", "route 66", "traffic light")
+    assert train.palette[[0, 2]].tolist() == [[1, 2, 3], [255, 0, 9]]
+    assert train.palette[1].tolist() == palette_for(3)[1].tolist()
+
+
+def test_reduce_zero_label(folder: Path) -> None:
+    """Id 0 is ignored, the others move down, 255 stays ignored: classes.txt names ids 1, 2, …"""
+    write(folder / "labels/val/c.png", ids(0, 1, 3, 255))
+    val = open_dataset("folder", folder, "val", reduce_zero_label=True)
+    assert (val.label(0) == ids(255, 0, 2, 255)).all()
+    sentence(lambda: open_dataset("demo", None, "val", reduce_zero_label=True), "--reduce-zero-label")
+
+
+def test_palette_is_distinct_for_any_count() -> None:
+    """254 different colours, none black (that is what ignored pixels look like), beginning as PASCAL VOC's do."""
+    palette = palette_for(254)
+    assert len({tuple(colour) for colour in palette.tolist()} - {(0, 0, 0)}) == 254
+    assert palette[:3].tolist() == [[128, 0, 0], [0, 128, 0], [128, 128, 0]]
+    assert (palette_for(5) == palette[:5]).all()
+
+
+# Label files of every kind
+
+
+@pytest.mark.parametrize("kind", ["L", "P", "16-bit", "1-bit"])
+def test_label_modes(folder: Path, kind: str) -> None:
+    """Grey, palette, 16-bit and 1-bit files hold the same ids: colours of a palette do not matter."""
+    wanted = ids(0, 1) if kind == "1-bit" else ids(0, 1, 2, 255)
+    if kind == "P":
+        picture = Image.fromarray(wanted).convert("P")
+        picture = Image.frombytes("P", picture.size, wanted.tobytes())
+        picture.putpalette([255, 0, 0, 0, 255, 0] * 128)
+        picture.save(folder / "labels/val/c.png")
+    elif kind == "16-bit":
+        write(folder / "labels/val/c.png", wanted.astype(np.uint16))
+    else:
+        write(folder / "labels/val/c.png", wanted * (255 if kind == "1-bit" else 1), {"1-bit": "1"}.get(kind))
+    label = open_dataset("folder", folder, "val").label(0)
+    assert label.dtype == np.uint8
+    assert (label == wanted).all()
+
+
+def test_images_of_any_mode_become_rgb(folder: Path) -> None:
+    """Grey, palette and RGBA images are read as RGB; pixels are writable and not shared."""
+    for mode in ("L", "P", "RGBA"):
+        write(folder / "images/val/c.png", photo(), mode)
+        image = open_dataset("folder", folder, "val").image(0)
+        assert (image.shape, image.dtype) == ((*SIZE, 3), np.uint8)
+        assert image.flags.writeable
+
+
+@pytest.mark.parametrize(
+    ("pixels", "classes", "needles"),
+    [
+        (photo(), 3, ["colour picture (mode RGB)"]),
+        (ids(0, 3), 3, ["3 (120 px)", "3 classes", "--reduce-zero-label"]),
+        (ids(0, 4, 5), 3, ["4 (80 px), 5 (80 px)", "may lack a line"]),
+        (ids(7, 26, 33), 19, ["26 (80 px), 33 (80 px)", "Cityscapes label ids"]),
+        (np.arange(240, dtype=np.uint8).reshape(SIZE), 3, ["3 (1 px), 4 (1 px), 5 (1 px), 6 (1 px) …", "grey picture"]),
+        (np.full(SIZE, 26001, np.uint16), 3, ["26001 (240 px)", "instance ids"]),
+    ],
+    ids=["colours", "off by one", "class count", "cityscapes", "grey picture", "16-bit"],
+)
+def test_unexpected_ids_name_the_likely_cause(
+    folder: Path, pixels: np.ndarray, classes: int, needles: list[str]
+) -> None:
+    """The error names the file, the ids with their pixel counts, and what has probably gone wrong."""
+    (folder / "classes.txt").write_text("\n".join(f"class {i}" for i in range(classes)))
+    path = write(folder / "labels/val/c.png", pixels)
+    val = open_dataset("folder", folder, "val")
+    sentence(lambda: val.label(0), str(path), *needles)
+    sentence(val.check, str(path), *needles)
+
+
+# What is missing or broken
+
+
+def damage(root: Path, how: str) -> None:
+    """Spoils the tree of the fixture `folder` in one way."""
+    image, label = root / "images/train/a.png", root / "labels/train/a.png"
+    if how == "no classes.txt":
+        (root / "classes.txt").unlink()
+    elif how == "one class":
+        (root / "classes.txt").write_text("ground\n")
+    elif how == "class twice":
+        (root / "classes.txt").write_text("ground\nwall\nground\n")
+    elif how == "bad colour":
+        (root / "classes.txt").write_text("ground 0 0 256\nwall\nsky\n")
+    elif how == "binary classes.txt":
+        (root / "classes.txt").write_bytes(b"\xff\xfe\x00")
+    elif how == "no images folder":
+        (root / "images").rename(root / "pictures")
+    elif how == "no labels folder":
+        (root / "labels").rename(root / "masks")
+    elif how == "empty split":
+        image.unlink()
+        (root / "images/train/sub/b.png").unlink()
+    elif how == "image without label":
+        label.unlink()
+    elif how == "label without image":
+        image.unlink()
+    elif how == "same stem twice":
+        write(root / "images/train/a.jpg", photo())
+    elif how == "same output name":
+        write(root / "images/train/sub__b.png", photo())
+        write(root / "labels/train/sub__b.png", ids(0, 1))
+    elif how == "other size":
+        write(image, photo(size=(6, 10)))
+    elif how == "truncated image":
+        image.write_bytes(image.read_bytes()[:200])
+    elif how == "truncated label":
+        label.write_bytes(label.read_bytes()[:-30])
+    elif how == "empty file":
+        image.write_bytes(b"")
+    elif how == "not a picture":
+        image.write_text("Not found")
+    elif how == "16-bit image":
+        write(image, np.full(SIZE, 3000, np.uint16))
+
+
+@pytest.mark.parametrize(
+    ("how", "needles"),
+    [
+        ("no classes.txt", ["classes.txt", "one class name per line", "(ids found in the first labels: 0, 1, 2)"]),
+        ("one class", ["classes.txt", "1 classes"]),
+        ("class twice", ["classes.txt", "'ground' twice"]),
+        ("bad colour", ["classes.txt", "'ground 0 0 256'"]),
+        ("binary classes.txt", ["classes.txt", "UTF-8"]),
+        ("no images folder", ["images", "does not exist"]),
+        ("no labels folder", ["labels/train", "does not exist"]),
+        ("empty split", ["images/train", "holds no images"]),
+        ("image without label", ["images/train/a.png", "labels/train/a.png is missing"]),
+        ("label without image", ["labels/train/a.png", "has no image"]),
+        ("same stem twice", ["images/train/a.jpg", "images/train/a.png"]),
+        ("same output name", ["images/train/sub__b.png", "images/train/sub/b.png"]),
+    ],
+)
+def test_opening_tells_what_is_missing(folder: Path, how: str, needles: list[str]) -> None:
+    """Everything that can be seen without decoding is told when the data set is opened, before any training."""
+    damage(folder, how)
+    sentence(lambda: open_dataset("folder", folder, "train"), *needles)
+
+
+@pytest.mark.parametrize(
+    ("how", "needles"),
+    [
+        ("other size", ["images/train/a.png", "10×6", "20×12"]),
+        ("truncated image", ["images/train/a.png", "cannot be read"]),
+        ("truncated label", ["labels/train/a.png", "cannot be read"]),
+        ("empty file", ["images/train/a.png", "cannot be read"]),
+        ("not a picture", ["images/train/a.png", "cannot be read"]),
+        ("16-bit image", ["images/train/a.png", "8 bits"]),
+    ],
+)
+def test_loading_and_checking_tell_what_is_broken(folder: Path, how: str, needles: list[str]) -> None:
+    """What only decoding shows is told by `check`, and by loading the one pair, with the same sentence."""
+    damage(folder, how)
+    train = open_dataset("folder", folder, "train")
+    sentence(lambda: train.pair(0), *needles)
+    sentence(train.check, *needles)
+    train.pair(1)
+
+
+def test_check_counts_further_problems(folder: Path) -> None:
+    """One sentence however many files are broken: the first, and the number of others."""
+    for key in ("a", "sub/b"):
+        write(folder / f"labels/train/{key}.png", 9)
+    sentence(open_dataset("folder", folder, "train").check, "a.png", "(and 1 more file with a problem)")
+
+
+def test_check_refuses_labels_of_a_single_class(folder: Path) -> None:
+    """A mask of 0 and 255 (ignored) has nothing to learn and would score 1.0: its author meant 0 and 1."""
+    write(folder / "labels/val/c.png", ids(0, 255))
+    sentence(open_dataset("folder", folder, "val").check, "only the class 'ground'", "50 %", "255")
+
+
+@pytest.mark.parametrize("name", DATASETS)
+def test_wrong_roots_and_splits(name: str, tmp_path: Path) -> None:
+    """No root, a root that is not there, an empty one, a file, and a split of another name: a sentence each."""
+    if name == "demo":
+        sentence(lambda: open_dataset(name, tmp_path, "train"), "--data-root")
+        sentence(lambda: open_dataset(name, None, "test"), "'test'", "train, val")
+        return
+    (tmp_path / "file").touch()
+    sentence(lambda: open_dataset(name, tmp_path / "gone", "train"), str(tmp_path / "gone"), "does not exist")
+    sentence(lambda: open_dataset(name, tmp_path / "file", "train"), "is not a folder")
+    sentence(lambda: open_dataset(name, tmp_path, "train"), str(tmp_path), "does not exist")
+    sentence(lambda: open_dataset(name, tmp_path, "trian"), "'trian'", "train, val, test")
+    if name != "cityscapes":
+        sentence(lambda: open_dataset(name, None, "train"), "--data-root")
+
+
+def test_unknown_dataset() -> None:
+    """The names to choose from are told."""
+    sentence(lambda: open_dataset("ade20k", None, "train"), "'ade20k'", "demo, cityscapes, camvid, folder")
+
+
+def test_empty_and_unmatched_splits(camvid: Path, cityscapes: Path) -> None:
+    """The fixed layouts too: an empty split and an image without label name the folder and the file."""
+    (camvid / "valannot/x_02.png").unlink()
+    sentence(lambda: open_dataset("camvid", camvid, "val"), "val/x_02.jpg", "valannot/x_02.png is missing")
+    (cityscapes / "gtFine/train/ulm/ulm_000001_000019_gtFine_labelIds.png").unlink()
+    sentence(
+        lambda: open_dataset("cityscapes", cityscapes, "train"),
+        "ulm_000001_000019_leftImg8bit.png has no label",
+        "gtFine/train/ulm/ulm_000001_000019_gtFine_labelIds.png is missing",
+    )
+    next(cityscapes.glob("leftImg8bit/val/*/*")).unlink()
+    sentence(lambda: open_dataset("cityscapes", cityscapes, "val"), "leftImg8bit/val", "holds no")
+
+
+def test_hidden_files_and_upper_case_endings(folder: Path) -> None:
+    """Files that systems leave behind are no images; .PNG is."""
+    (folder / "images/train/._a.png").write_bytes(b"\0")
+    write(folder / "images/train/.ipynb_checkpoints/a-checkpoint.png", photo())
+    (folder / "images/train/Thumbs.db").write_bytes(b"\0")
+    (folder / "images/train/a.png").rename(folder / "images/train/a.PNG")
+    assert len(open_dataset("folder", folder, "train")) == 2
+
+
+def test_linked_folders_are_followed(folder: Path, tmp_path_factory: pytest.TempPathFactory) -> None:
+    """Data often lies on another disk, with links to it."""
+    disk = tmp_path_factory.mktemp("disk") / "train"
+    (folder / "images/train/sub").rename(disk)
+    (folder / "images/train/sub").symlink_to(disk, target_is_directory=True)
+    assert len(open_dataset("folder", folder, "train")) == 2
+
+
+@pytest.mark.parametrize("name", DATASETS)
+def test_every_dataset_keeps_the_interface(name: str, request: pytest.FixtureRequest) -> None:
+    """Classes, palette, protocol, names, shapes and dtypes are of one form, whatever the data."""
+    root = None if name == "demo" else request.getfixturevalue(name)
+    dataset: SegmentationDataset = open_dataset(name, root, "train")
+    assert (dataset.name, dataset.split, dataset.has_labels) == (name, "train", True)
+    assert dataset.palette.shape == (len(dataset.classes), 3)
+    assert dataset.palette.dtype == np.uint8
+    assert "\n" not in dataset.protocol
+    assert str(len(dataset)) in dataset.protocol
+    stems = [dataset.stem(i) for i in range(len(dataset))]
+    assert len(set(stems)) == len(dataset)
+    assert all(re.fullmatch(r"[\w-]+", stem) for stem in stems)
+    image, label = dataset.pair(0)
+    assert image.dtype == label.dtype == np.uint8
+    assert image.shape == (*label.shape, 3)
+    assert set(np.unique(label)) <= {*range(len(dataset.classes)), 255}
