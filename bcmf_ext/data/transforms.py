@@ -43,7 +43,7 @@ class Augmentation:
     crop: tuple[int, int]
     scale: tuple[float, float] = (0.5, 2.0)
     flip: bool = True
-    colour_jitter: float = 0.25
+    colour_jitter: float = 0.1
 
     def __call__(self, image: np.ndarray, label: np.ndarray, rng: np.random.Generator) -> tuple[np.ndarray, np.ndarray]:
         """(H, W, 3) and (H, W) uint8 to the same of size `crop`. Only the pixels of the crop are resized."""

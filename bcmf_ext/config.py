@@ -1,0 +1,228 @@
+"""Every knob of a training run: its flag, its meaning, and its default for each dataset."""
+
+from __future__ import annotations
+
+import argparse
+import math
+import shlex
+import textwrap
+from collections.abc import Mapping, Sequence
+from dataclasses import MISSING, Field, asdict, dataclass, field, fields
+from pathlib import Path
+from typing import Any
+
+from .errors import UserError
+from .models import bcmfnet, ddrnet_s
+
+# What suits each dataset (spec section 7). Everything else has one default, in `Config`.
+RECIPES: dict[str, dict[str, Any]] = {
+    # the images' own size; lr and epochs: what converges in three minutes on two cores
+    "demo": {"crop_size": (128, 256), "scale_range": (0.75, 1.5), "batch_size": 8, "epochs": 20, "lr": 0.05},
+    "camvid": {"crop_size": (360, 480), "scale_range": (0.5, 2.0), "batch_size": 16, "epochs": 200, "lr": 0.05},
+    "cityscapes": {"crop_size": (1024, 1024), "scale_range": (0.5, 2.0), "batch_size": 8, "epochs": 484, "lr": 0.01},
+    # own images, of any size: a crop that fits most (smaller ones are padded), and a rate between the two above
+    "folder": {"crop_size": (512, 512), "scale_range": (0.5, 2.0), "batch_size": 8, "epochs": 200, "lr": 0.02},
+}
+NETWORKS = {"bcmfnet": bcmfnet, "ddrnet_s": ddrnet_s}
+SMALLEST_CROP = 64  # the deepest feature map is at 1/64
+
+
+def knob(
+    meaning: str, default: Any = None, *, by_dataset: bool = False, resumable: bool = False, **argument: Any
+) -> Any:
+    """A field of `Config`: what it means, its default, and how argparse reads its flag.
+
+    by_dataset: the default is `RECIPES[dataset]`'s. resumable: `--resume` accepts another value, because it
+    changes where or how the run is computed, not what is learnt.
+    """
+    metadata = {"meaning": meaning, "resumable": resumable, "argument": argument}
+    return field(default=MISSING if by_dataset else default, metadata=metadata)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Config:
+    """What a training run does. Every field is the flag of the same name; a `UserError` says what cannot be."""
+
+    dataset: str = knob("what to train on; demo draws its own street scenes", "demo", choices=tuple(RECIPES))
+    data_root: str | None = knob(
+        "the dataset's folder; for cityscapes $CITYSCAPES_DATASET when left out", resumable=True, metavar="DIR"
+    )
+    reduce_zero_label: bool = knob("folder: ignore label 0 and count the others from 0", False, action="store_true")
+    model: str = knob("network", "bcmfnet", choices=tuple(NETWORKS))
+    pretrained: str | None = knob("weights to start from, matched by name", metavar="PATH")
+    name: str | None = knob("name of the run; DATASET-MODEL when left out", resumable=True)
+    output_dir: str = knob("where runs are kept", "runs", resumable=True, metavar="DIR")
+
+    epochs: int = knob("passes over the training split", by_dataset=True, type=int)
+    batch_size: int = knob("images per step", by_dataset=True, type=int, aliases=("-b",))
+    lr: float = knob("highest learning rate", by_dataset=True, type=float)
+    power: float = knob("the rate falls as (1 - iteration / iterations) ** power", 0.9, type=float)
+    warmup: int | None = knob(
+        "iterations of linear warm-up; min(200, 5 %% of all) when left out", type=int, metavar="ITERATIONS"
+    )
+    momentum: float = knob("SGD's momentum", 0.9, type=float)
+    weight_decay: float = knob("SGD's weight decay, on every parameter", 5e-4, type=float, aliases=("--wd",))
+
+    crop_size: tuple[int, int] = knob(
+        "size of the training crops", by_dataset=True, type=int, nargs=2, metavar=("H", "W")
+    )
+    scale_range: tuple[float, float] = knob(
+        "training images are resized by a random factor", by_dataset=True, type=float, nargs=2, metavar=("LO", "HI")
+    )
+    workers: int | None = knob(
+        "processes that load data; by the number of cores when left out", type=int, resumable=True, aliases=("-j",)
+    )
+
+    ohem: float | None = knob(
+        "average the cross-entropy over hard pixels only: those below probability THETA (0.9 when not given)",
+        type=float,
+        nargs="?",
+        const=0.9,
+        metavar="THETA",
+    )
+    bcl: float = knob("weight of the boundary corrected loss; 0: off", 0.4, type=float, metavar="LAMBDA")
+    cpg: float | None = knob(
+        "weight of the CPG loss; 0: off; 1, 0.4, 0.35 for kernel size 3, 5, 7 when left out",
+        type=float,
+        nargs="?",
+        metavar="LAMBDA",
+    )
+    cpg_kernel: int = knob("kernel size of the CPG loss", 3, type=int, choices=(3, 5, 7))
+    aux_weight: float = knob("weight of the auxiliary head's cross-entropy", 0.4, type=float)
+
+    amp: str = knob(
+        "autocast; auto: where the device is fast at it",
+        "auto",
+        choices=("auto", "bf16", "fp16", "off"),
+        resumable=True,
+    )
+    channels_last: bool = knob("NHWC memory layout", True, action=argparse.BooleanOptionalAction, resumable=True)
+    impl: str = knob(
+        "which implementation of the losses", "auto", choices=("auto", "cuda", "triton", "cpu", "torch"), resumable=True
+    )
+    seed: int = knob("of the weights, the order and the augmentation", 0, type=int)
+    device: str | None = knob("cpu, cuda, cuda:1, …; the first GPU, or the CPU, when left out", resumable=True)
+    eval_interval: int = knob("epochs between evaluations; the last is always evaluated", 1, type=int, resumable=True)
+
+    def __post_init__(self) -> None:
+        if self.batch_size == 1:
+            raise UserError(
+                "--batch-size 1 cannot train: the network's global pool leaves batch norm a single value per channel; "
+                "use 2 or more."
+            )
+        low, high = self.scale_range
+        for flag, value, holds, must in (
+            ("epochs", self.epochs, self.epochs >= 1, "at least 1"),
+            ("batch-size", self.batch_size, self.batch_size >= 2, "at least 2"),
+            ("lr", self.lr, 0 < self.lr < math.inf, "above 0"),
+            ("power", self.power, 0 <= self.power < math.inf, "at least 0"),
+            ("warmup", self.warmup, self.warmup is None or self.warmup >= 0, "at least 0"),
+            ("momentum", self.momentum, 0 <= self.momentum < 1, "at least 0 and below 1"),
+            ("weight-decay", self.weight_decay, 0 <= self.weight_decay < math.inf, "at least 0"),
+            (
+                "crop-size",
+                self.crop_size,
+                min(self.crop_size) >= SMALLEST_CROP,
+                f"at least {SMALLEST_CROP} on each side",
+            ),
+            ("scale-range", self.scale_range, 0 < low <= high < math.inf, "two factors above 0, the lower one first"),
+            ("workers", self.workers, self.workers is None or self.workers >= 0, "at least 0"),
+            ("ohem", self.ohem, self.ohem is None or 0 < self.ohem < 1, "a probability between 0 and 1"),
+            ("bcl", self.bcl, 0 <= self.bcl < math.inf, "at least 0"),
+            ("cpg", self.cpg, self.cpg is None or 0 <= self.cpg < math.inf, "at least 0"),
+            ("aux-weight", self.aux_weight, 0 <= self.aux_weight < math.inf, "at least 0"),
+            ("seed", self.seed, self.seed >= 0, "at least 0"),
+            ("eval-interval", self.eval_interval, self.eval_interval >= 1, "at least 1"),
+        ):
+            if not holds:
+                raise UserError(f"--{flag} is {_words(value)}, but must be {must}.")
+
+    @property
+    def default_name(self) -> str:
+        """What the run is called without `--name`."""
+        return f"{self.dataset}-{self.model}"
+
+
+def _words(value: Any) -> str:
+    """A value as it is typed on the command line."""
+    return " ".join(map(str, value)) if isinstance(value, tuple) else str(value)
+
+
+def _help(entry: Field[Any]) -> str:
+    """A flag's help: its meaning and its default, or each dataset's."""
+    default = str(entry.default)
+    if entry.default is MISSING:
+        default = ", ".join(f"{dataset} {_words(recipe[entry.name])}" for dataset, recipe in RECIPES.items())
+    elif entry.default is None or isinstance(entry.default, bool):
+        return entry.metadata["meaning"]
+    return f"{entry.metadata['meaning']} ({default})"
+
+
+def parse_flags(argv: Sequence[str] | None = None) -> dict[str, Any]:
+    """Reads the command line. Returns only the flags that were given: `Config` fields, `resume` and `check_data`."""
+    parser = argparse.ArgumentParser(
+        "python -m bcmf_ext.train",
+        usage="%(prog)s [flags]",
+        description="Trains a real-time segmentation network; without flags, on drawn street scenes.",
+        argument_default=argparse.SUPPRESS,
+    )
+    for entry in fields(Config):
+        argument = dict(entry.metadata["argument"])
+        flags = [f"--{entry.name.replace('_', '-')}", *argument.pop("aliases", ())]
+        if "type" in argument and "choices" not in argument:
+            argument.setdefault("metavar", "N" if argument["type"] is int else "X")
+        parser.add_argument(*flags, dest=entry.name, help=_help(entry), **argument)
+    parser.add_argument(
+        "--resume",
+        nargs="?",
+        const="auto",
+        metavar="PATH",
+        help="go on with a run: its folder or its last.pt, or without PATH the newest run of this name",
+    )
+    parser.add_argument("--check-data", action="store_true", help="check every image and label, and stop")
+    given = vars(parser.parse_args(argv))
+    return {name: tuple(value) if isinstance(value, list) else value for name, value in given.items()}
+
+
+def _knobs(flags: Mapping[str, Any]) -> dict[str, Any]:
+    return {name: value for name, value in flags.items() if name not in ("resume", "check_data")}
+
+
+def make_config(flags: Mapping[str, Any]) -> Config:
+    """The configuration of a new run: the flags that were given, the dataset's recipe for the others."""
+    return Config(**(RECIPES[flags.get("dataset", "demo")] | _knobs(flags)))
+
+
+def resumed_config(saved: Mapping[str, Any], flags: Mapping[str, Any], run: Path) -> Config:
+    """The configuration of a run that goes on: as saved, but for what may change without changing what is learnt."""
+    given = _knobs(flags)
+    saved = asdict(make_config({"dataset": saved["dataset"]})) | dict(saved)  # knobs may have joined since it was saved
+    for entry in fields(Config):
+        old, new = saved[entry.name], given.get(entry.name, saved[entry.name])
+        if entry.metadata["resumable"] or new == old:
+            continue
+        flag = entry.name.replace("_", "-")
+        raise UserError(
+            f"{run} was trained with --{flag} {_words(old)}, not {_words(new)}, and resuming keeps a run's settings: "
+            f"leave --{flag} out, or start another run with --pretrained {shlex.quote(str(run / 'best.pt'))}."
+        )
+    place = {"name": run.name, "output_dir": str(run.parent)}
+    return Config(**{**saved, **given, **place})
+
+
+def command_line(config: Config) -> str:
+    """The command that asks for this configuration with every knob spelt out, as the log shows it."""
+    words = ["python -m bcmf_ext.train"]
+    for name, value in asdict(config).items():
+        flag = f"--{name.replace('_', '-')}"
+        if name == "channels_last":
+            words.append(flag if value else "--no-channels-last")
+        elif value is True:
+            words.append(flag)
+        elif value is not None and value is not False:
+            values = value if isinstance(value, tuple) else (value,)
+            words.append(" ".join([flag, *(shlex.quote(str(v)) for v in values)]))
+    # One word per flag: a line never breaks between a flag and its value.
+    glued = " ".join(word.replace(" ", "\0") for word in words)
+    lines = textwrap.wrap(glued, 100, break_long_words=False, break_on_hyphens=False)
+    return " \\\n".join(lines).replace("\0", " ")

@@ -1,0 +1,263 @@
+"""The training loop and the evaluation: plain functions, in the manner of detr's engine.py."""
+
+from __future__ import annotations
+
+import math
+import os
+import signal
+import time
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.optim import Optimizer
+from torch.optim.lr_scheduler import LambdaLR
+from torch.utils.data import DataLoader, Dataset
+from tqdm import tqdm
+
+from .data import MEAN, STD, normalise
+from .errors import UserError
+from .losses.criterion import SegmentationCriterion
+from .metrics import ConfusionMatrix
+
+
+@dataclass(frozen=True)
+class Compute:
+    """Where and how the network runs.
+
+    dtype: autocast's, or None for fp32 throughout. mean, std: of the training images, RGB in 0..1. align_corners: how
+    logits are resampled to the size of a label.
+    """
+
+    device: torch.device
+    dtype: torch.dtype | None = None
+    channels_last: bool = True
+    mean: tuple[float, float, float] = MEAN
+    std: tuple[float, float, float] = STD
+    align_corners: bool = False
+
+    @property
+    def memory_format(self) -> torch.memory_format:
+        return torch.channels_last if self.channels_last else torch.contiguous_format
+
+    def place(self, model: nn.Module) -> nn.Module:
+        """Moves the network's parameters to the device, in the memory format."""
+        return model.to(self.device, memory_format=self.memory_format)  # type: ignore[call-overload]
+
+    def run(self, model: nn.Module, images: Tensor) -> Any:
+        """What the network returns for uint8 images (N, 3, H, W): they travel as bytes and are normalised there."""
+        images = images.to(self.device, non_blocking=True).contiguous(memory_format=self.memory_format)
+        with torch.autocast(self.device.type, dtype=self.dtype, enabled=self.dtype is not None):
+            return model(normalise(images, self.mean, self.std))
+
+    def predict(self, model: nn.Module, images: Tensor, size: Sequence[int]) -> Tensor:
+        """The class of each pixel, (N, H, W) int64, (H, W) being `size`; arg-max of the logits, resampled in fp32."""
+        logits = self.run(model, images).float()
+        logits = F.interpolate(logits, tuple(size), mode="bilinear", align_corners=self.align_corners)
+        return logits.argmax(1)
+
+
+def choose_device(name: str | None) -> torch.device:
+    """The device of that name, or without one the first GPU, or the CPU. `UserError` if it is not there."""
+    if name is None:
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        device = torch.device(name)
+        torch.empty(1, device=device)
+    except (RuntimeError, AssertionError) as error:  # AssertionError: "Torch not compiled with CUDA enabled"
+        reason = str(error).splitlines()[0].rstrip(".")
+        raise UserError(f"--device {name} cannot be used ({reason}): choose another, such as cpu.") from error
+    return device
+
+
+def choose_dtype(amp: str, device: torch.device) -> tuple[torch.dtype | None, str]:
+    """Autocast's dtype for `--amp` (None: fp32), and why."""
+    if amp != "auto":
+        return {"bf16": torch.bfloat16, "fp16": torch.float16, "off": None}[amp], "as asked"
+    if device.type == "cuda":
+        if torch.cuda.is_bf16_supported(including_emulation=False):
+            return torch.bfloat16, "this GPU computes in it"
+        return torch.float16, "this GPU has no bf16"
+    if device.type == "cpu":
+        found = [name for name in ("amx_bf16", "avx512_bf16") if torch.cpu.get_capabilities().get(name)]
+        return (torch.bfloat16, f"this CPU has {found[0]}") if found else (None, "this CPU has no bf16 instructions")
+    return None, f"not tried on {device.type}"
+
+
+def choose_workers(workers: int | None, device: torch.device) -> int:
+    """How many processes load data: so many if given, otherwise by the number of cores."""
+    if workers is not None:
+        return workers
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    return min(8, cores) if device.type == "cuda" else min(4, cores // 2)
+
+
+def make_loader(samples: Dataset, workers: int, device: torch.device, **options: Any) -> DataLoader:
+    """A loader of single samples, or as the options say, whose processes live as long as it does."""
+    return DataLoader(
+        samples,
+        num_workers=workers,
+        persistent_workers=workers > 0,
+        pin_memory=device.type == "cuda",
+        worker_init_fn=_ignore_ctrl_c,
+        **options,
+    )
+
+
+def _ignore_ctrl_c(worker: int) -> None:
+    """A terminal sends Ctrl-C to every process; the trainer still needs its batch to finish the step."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+
+
+def lr_factor(iteration: int, iterations: int, power: float = 0.9, warmup: int = 0) -> float:
+    """The learning rate at an iteration (from 0) relative to the highest: poly, while warming up times a ramp."""
+    ramp = min(1.0, (iteration + 1) / warmup) if warmup else 1.0
+    return ramp * max(0.0, 1 - iteration / iterations) ** power
+
+
+@dataclass
+class TrainState:
+    """Everything that changes while training: what `last.pt` holds, and all that is needed to go on exactly.
+
+    epoch, step: where the run stands, `step` iterations into epoch `epoch`, both from 0. loss_sums, seconds: of those
+    iterations. best_miou, best_epoch: of the evaluations so far.
+    """
+
+    model: nn.Module
+    optimizer: Optimizer
+    scheduler: LambdaLR
+    scaler: torch.amp.GradScaler
+    epoch: int = 0
+    step: int = 0
+    loss_sums: dict[str, float] = field(default_factory=dict)
+    seconds: float = 0.0
+    best_miou: float = -1.0
+    best_epoch: int = -1
+
+    def state_dict(self) -> dict[str, Any]:
+        return {name: v.state_dict() if hasattr(v, "state_dict") else v for name, v in vars(self).items()}
+
+    def load_state_dict(self, saved: dict[str, Any]) -> None:
+        for name, value in vars(self).items():
+            if hasattr(value, "load_state_dict"):
+                value.load_state_dict(saved[name])
+            else:
+                setattr(self, name, saved[name])
+
+    def begin_next_epoch(self) -> None:
+        self.epoch, self.step, self.loss_sums, self.seconds = self.epoch + 1, 0, {}, 0.0
+
+
+class NonFiniteLoss(Exception):
+    """A loss was NaN or infinite. epoch and step (from 0) say where, `terms` its terms, `batch` images and labels."""
+
+    def __init__(self, state: TrainState, losses: StepLosses) -> None:
+        self.epoch, self.step, self.terms, self.batch = state.epoch, losses.step, losses.read(), losses.batch
+        super().__init__(", ".join(f"{name} {value:g}" for name, value in self.terms.items()))
+
+
+class StepLosses:
+    """The loss terms of one step on their way to the host, and the batch they belong to.
+
+    Asking a GPU for a value waits until it has run everything queued so far, and leaves it idle. So the copy is queued
+    right behind the step, and read when the next step has been queued: the wait is then for work that is already done.
+    """
+
+    def __init__(self, step: int, losses: Any, batch: tuple[Tensor, Tensor]) -> None:
+        terms = {name: value.detach() for name, value in losses._asdict().items() if value is not None}
+        self.step, self.batch, self.names = step, batch, tuple(terms)
+        values, on_gpu = torch.stack(list(terms.values())), losses.total.is_cuda
+        self._values = values.to("cpu", non_blocking=on_gpu)
+        self._copied = torch.cuda.current_stream(values.device).record_event() if on_gpu else None
+
+    def read(self) -> dict[str, float]:
+        if self._copied is not None:
+            self._copied.synchronize()
+        return dict(zip(self.names, self._values.tolist(), strict=True))
+
+
+def train_one_epoch(
+    state: TrainState,
+    criterion: SegmentationCriterion,
+    batches: Iterable[tuple[Tensor, Tensor]],
+    compute: Compute,
+    bar: tqdm,
+    interrupted: Callable[[], bool] = lambda: False,
+) -> None:
+    """Trains on the batches (uint8 images (N, 3, H, W), uint8 labels (N, H, W)), which are those of the epoch from
+    `state.step` on. Stops after a step if `interrupted()`. Raises `NonFiniteLoss`, at the latest one step late: the
+    weights have then taken the bad step, so nothing must be saved from them.
+    """
+    state.model.train()
+    began = time.perf_counter() - state.seconds
+    pending: StepLosses | None = None
+    for images, labels in batches:
+        outputs = compute.run(state.model, images)
+        # Outside autocast: the losses compute in fp32 themselves.
+        losses = criterion(outputs, labels.to(compute.device, non_blocking=True))
+        state.optimizer.zero_grad()
+        state.scaler.scale(losses.total).backward()
+        state.scaler.step(state.optimizer)
+        state.scaler.update()
+        state.scheduler.step()
+
+        previous, pending = pending, StepLosses(state.step, losses, (images, labels))
+        state.step += 1
+        state.seconds = time.perf_counter() - began
+        if previous is not None:
+            _note(state, previous, bar, images_per_second=state.step * len(images) / state.seconds)
+        bar.update()
+        if interrupted():
+            break
+    if pending is not None:
+        _note(state, pending, bar)
+        # Finite losses, but infinite gradients in the last step: the next loss would show it, and comes too late.
+        if not _finite(state.model):
+            raise NonFiniteLoss(state, pending)
+    state.seconds = time.perf_counter() - began
+
+
+def _note(state: TrainState, losses: StepLosses, bar: tqdm, images_per_second: float | None = None) -> None:
+    """Checks a step's losses, adds them to the epoch's sums and shows them."""
+    terms = losses.read()
+    if not all(map(math.isfinite, terms.values())):
+        raise NonFiniteLoss(state, losses)
+    for name, value in terms.items():
+        state.loss_sums[name] = state.loss_sums.get(name, 0.0) + value
+    if images_per_second is not None:
+        shown = " ".join(f"{name} {value:.3f}" for name, value in terms.items())
+        lr = state.scheduler.get_last_lr()[0]
+        bar.set_postfix_str(f"{images_per_second:.1f} images/s, lr {lr:.2g}, {shown}", refresh=False)
+
+
+def _finite(model: nn.Module) -> bool:
+    return bool(torch.stack([parameter.detach().sum() for parameter in model.parameters()]).isfinite().all())
+
+
+@torch.inference_mode()
+def evaluate(
+    model: nn.Module,
+    samples: Iterable[tuple[Tensor, Tensor]],
+    compute: Compute,
+    num_classes: int,
+    visit: Callable[[int, Tensor], None] = lambda index, prediction: None,
+    interrupted: Callable[[], bool] = lambda: False,
+) -> ConfusionMatrix:
+    """Counts predictions against labels at the labels' own size.
+
+    samples: batches of one image, uint8 (1, 3, H, W) and uint8 (1, H, W). visit: is called with each one's position and
+    prediction, (H, W) int64 on the device. Stops early if `interrupted()`: the counts are then incomplete.
+    """
+    model.eval()
+    confusion = ConfusionMatrix(num_classes, device=compute.device)
+    for index, (images, labels) in enumerate(samples):
+        labels = labels.to(compute.device, non_blocking=True)
+        prediction = compute.predict(model, images, labels.shape[-2:])
+        confusion.update(prediction, labels)
+        visit(index, prediction[0])
+        if interrupted():
+            break
+    return confusion

@@ -1,0 +1,85 @@
+"""Scores a checkpoint: python -m bcmf_ext.evaluate --checkpoint runs/NAME/best.pt [flags]."""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+from torch import Tensor
+from tqdm import tqdm
+
+from .config import RECIPES
+from .data import EvalSamples, open_dataset
+from .data.cityscapes import TRAIN_ID_TO_LABEL_ID
+from .engine import choose_workers, evaluate, make_loader
+from .errors import UserError, run_command
+from .inference import Predictor
+from .report import save_png, score_lines, scores
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    """Prints mIoU, pixel accuracy and the IoU of each class; writes the predictions if asked to."""
+    args = parse_flags(argv)
+    predictor = Predictor(args.checkpoint, args.device, args.amp)
+    trained = predictor.config
+    name = args.dataset or trained["dataset"]
+    root = args.data_root or (trained["data_root"] if name == trained["dataset"] else None)
+    reduce_zero_label = name == "folder" and trained["reduce_zero_label"]
+    dataset = open_dataset(name, root, args.split, reduce_zero_label=reduce_zero_label)
+    if dataset.classes != predictor.classes:
+        raise UserError(
+            f"{args.checkpoint} knows the {len(predictor.classes)} classes {', '.join(predictor.classes)}; {name} has "
+            f"{len(dataset.classes)}, {', '.join(dataset.classes)}: they cannot be compared."
+        )
+    if not dataset.has_labels and args.save_preds is None:
+        raise UserError(
+            f"{name} {args.split} has no labels, so there is no mIoU: write the predictions with --save-preds DIR, or "
+            "score --split val."
+        )
+    print(dataset.protocol)
+
+    # Predictions are written in the ids of the dataset's own label files.
+    ids = (np.arange(256) + reduce_zero_label).astype(np.uint8)
+    if name == "cityscapes":
+        ids = TRAIN_ID_TO_LABEL_ID
+
+    def save(index: int, prediction: Tensor | np.ndarray) -> None:
+        if args.save_preds is not None:
+            save_png(Path(args.save_preds, f"{dataset.stem(index)}.png"), ids[np.asarray(prediction)])
+
+    if dataset.has_labels:
+        device = predictor.compute.device
+        loader = make_loader(EvalSamples(dataset), choose_workers(args.workers, device), device)
+        samples = tqdm(loader, "evaluating", unit=" images", disable=None)
+        confusion = evaluate(predictor.model, samples, predictor.compute, len(dataset.classes), save)
+        print(score_lines(scores(confusion, dataset.classes)))
+    else:
+        for index in tqdm(range(len(dataset)), "predicting", unit=" images", disable=None):
+            save(index, predictor(dataset.image(index)))
+    if args.save_preds is not None:
+        print(f"predictions {args.save_preds}")
+
+
+def parse_flags(argv: Sequence[str] | None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        "python -m bcmf_ext.evaluate",
+        usage="%(prog)s --checkpoint PATH [flags]",
+        description="Scores a checkpoint on labelled data.",
+    )
+    parser.add_argument("--checkpoint", required=True, metavar="PATH", help="best.pt or last.pt of a run")
+    parser.add_argument("--dataset", choices=tuple(RECIPES), help="what to score it on; as in training when left out")
+    parser.add_argument("--data-root", metavar="DIR", help="the dataset's folder; as in training when left out")
+    parser.add_argument("--split", default="val", choices=("train", "val", "test"), help="its split (%(default)s)")
+    parser.add_argument("--save-preds", metavar="DIR", help="write predictions as PNG, in the ids of the label files")
+    parser.add_argument(
+        "--workers", "-j", type=int, metavar="N", help="processes that load data; by the number of cores"
+    )
+    parser.add_argument("--amp", choices=("auto", "bf16", "fp16", "off"), help="autocast; as in training when left out")
+    parser.add_argument("--device", help="cpu, cuda, cuda:1, …; the first GPU, or the CPU, when left out")
+    return parser.parse_args(argv)
+
+
+if __name__ == "__main__":
+    run_command(main)

@@ -1,0 +1,172 @@
+"""What a run shows of itself: lines and tables for the terminal, curves and pictures for the eye."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import matplotlib
+import numpy as np
+from matplotlib.figure import Figure
+from PIL import Image, ImageDraw, ImageFont
+
+from .checkpoint import atomic_write
+from .data import IGNORE_INDEX
+from .metrics import ConfusionMatrix
+
+IGNORED_COLOUR = (0, 0, 0)
+WRONG_COLOUR = (230, 30, 30)
+PANEL = 480  # width of each of the four panels, in pixels
+FONT = ImageFont.truetype(str(Path(matplotlib.get_data_path(), "fonts", "ttf", "DejaVuSans.ttf")), 14)
+
+
+def scores(confusion: ConfusionMatrix, classes: Sequence[str]) -> dict[str, Any]:
+    """mIoU, pixel accuracy and each class's IoU as the log holds them: None (JSON has no NaN) for an absent class."""
+    iou = zip(classes, confusion.iou().tolist(), strict=True)
+    return {
+        "miou": confusion.mean_iou(),
+        "pixel_accuracy": confusion.pixel_accuracy(),
+        "iou": {name: None if math.isnan(value) else value for name, value in iou},
+    }
+
+
+def loss_line(record: Mapping[str, Any], epochs: int) -> str:
+    """A record of the log in one line, but for its scores."""
+    loss = dict(record["loss"])
+    terms = f"loss {loss.pop('total'):.3f} ({', '.join(f'{name} {value:.3f}' for name, value in loss.items())})"
+    speed = f"{record['images_per_second']:.1f} images/s, {record['seconds']:.0f} s"
+    return f"epoch {record['epoch']}/{epochs}: {terms}, lr {record['lr']:.2g}, {speed}"
+
+
+def score_lines(record: Mapping[str, Any], remark: str = "") -> str:
+    """`scores` as text: a line and a table."""
+    head = f"  mIoU {record['miou']:.4f}{remark}, pixel accuracy {record['pixel_accuracy']:.4f}"
+    return f"{head}\n{iou_table(record['iou'])}"
+
+
+def iou_table(iou: Mapping[str, float | None], columns: int = 4) -> str:
+    """The IoU of each class in aligned columns, read downwards; "–" for a class in neither truth nor prediction."""
+    width = max(map(len, iou))
+    cells = [f"{name:<{width}} {'    –' if value is None else f'{value:.3f}'}" for name, value in iou.items()]
+    rows = math.ceil(len(cells) / columns)
+    return "\n".join("  " + "   ".join(cells[row::rows]) for row in range(rows))
+
+
+def save_png(path: Path, pixels: np.ndarray, palette: np.ndarray | None = None) -> None:
+    """Writes (H, W) or (H, W, 3) uint8; with a palette (C, 3), (H, W) as indices into it. Makes the folder."""
+    picture = Image.fromarray(pixels)
+    if palette is not None:
+        picture.putpalette(palette.tobytes())
+    with atomic_write(path) as file:
+        picture.save(file, format="png")
+
+
+def colourise(label: np.ndarray, palette: np.ndarray) -> np.ndarray:
+    """(H, W) class indices to (H, W, 3) uint8 colours; ignored pixels are black."""
+    table = np.zeros((256, 3), np.uint8)
+    table[: len(palette)] = palette
+    table[IGNORE_INDEX] = IGNORED_COLOUR
+    return table[label]
+
+
+def blend(image: np.ndarray, colours: np.ndarray, opacity: float = 0.6) -> np.ndarray:
+    """Colours laid over an image, both (H, W, 3) uint8."""
+    return np.round((1 - opacity) * image + opacity * colours).astype(np.uint8)
+
+
+def error_map(image: np.ndarray, label: np.ndarray, prediction: np.ndarray) -> np.ndarray:
+    """(H, W, 3) uint8: the image in pale grey, wrong pixels red, ignored ones black."""
+    grey = image.mean(2, keepdims=True).repeat(3, 2)
+    picture = (150 + 0.4 * grey).astype(np.uint8)
+    picture[label != prediction] = WRONG_COLOUR
+    picture[label == IGNORE_INDEX] = IGNORED_COLOUR
+    return picture
+
+
+def draw_sample(
+    path: Path,
+    image: np.ndarray,
+    label: np.ndarray,
+    prediction: np.ndarray,
+    classes: Sequence[str],
+    palette: np.ndarray,
+    title: str,
+) -> None:
+    """Writes a PNG: image, truth, prediction and errors side by side, with the classes that occur as legend.
+
+    Drawn with Pillow: after every epoch of a short run, matplotlib's time for it would show.
+    """
+    valid = label != IGNORE_INDEX
+    wrong = (label != prediction)[valid]
+    panels = {
+        title: image,
+        "truth": colourise(label, palette),
+        "prediction": colourise(prediction, palette),
+        f"errors, {100 * wrong.mean() if wrong.size else 0:.1f} % of the pixels": error_map(image, label, prediction),
+    }
+    legend = [(classes[i], tuple(palette[i])) for i in np.union1d(label[valid], prediction)]
+    legend += [("wrong", WRONG_COLOUR), ("ignored", IGNORED_COLOUR)]
+
+    gap, line = 8, 24
+    width = PANEL
+    height = round(width * label.shape[0] / label.shape[1])
+    entries, legend_bottom = _flow(legend, 4 * (width + gap) - gap, top=line + height + gap, line=line)
+    canvas = Image.new("RGB", (4 * (width + gap) + gap, legend_bottom + gap), "white")
+    draw = ImageDraw.Draw(canvas)
+    enlarged = width >= label.shape[1]
+    for column, (name, pixels) in enumerate(panels.items()):
+        left = gap + column * (width + gap)
+        draw.text((left, line // 2), name, "black", FONT, anchor="lm")
+        resampling = Image.Resampling.NEAREST if enlarged else Image.Resampling.BOX
+        canvas.paste(Image.fromarray(pixels).resize((width, height), resampling), (left, line))
+    for x, y, name, colour in entries:
+        draw.rectangle((gap + x, y + 5, gap + x + 20, y + line - 7), colour, "grey")
+        draw.text((gap + x + 26, y + line // 2), name, "black", FONT, anchor="lm")
+    with atomic_write(path) as file:
+        canvas.save(file, format="png")
+
+
+def _flow(
+    legend: Sequence[tuple[str, tuple[int, ...]]], width: int, top: int, line: int
+) -> tuple[list[tuple[int, int, str, tuple[int, ...]]], int]:
+    """Places legend entries from left to right, in as many lines as they need: (x, y, name, colour), and the bottom."""
+    placed, x, y = [], 0, top
+    for name, colour in legend:
+        space = 26 + round(FONT.getlength(name)) + 18
+        if x + space > width and x > 0:
+            x, y = 0, y + line
+        placed.append((x, y, name, colour))
+        x += space
+    return placed, y + line
+
+
+def draw_curves(path: Path, records: Sequence[dict[str, Any]]) -> None:
+    """Writes a PNG of the loss terms and the mIoU over the epochs of a log."""
+    figure = Figure((8, 6), dpi=100)
+    above, below = figure.subplots(2, 1, sharex=True)
+    figure.subplots_adjust(0.09, 0.08, 0.98, 0.98, hspace=0.08)
+    epochs = [record["epoch"] for record in records]
+    marker = "o" if len(epochs) <= 30 else None
+    for name in records[-1]["loss"]:
+        style = {"color": "black", "linewidth": 2} if name == "total" else {}
+        above.plot(epochs, [r["loss"].get(name, math.nan) for r in records], label=name, marker=marker, ms=3, **style)
+    above.set_ylabel("loss terms, unweighted")
+    above.set_ylim(bottom=0)
+    above.legend(loc="upper right", ncols=5, frameon=False)
+    evaluated = [(record["epoch"], record["miou"]) for record in records if "miou" in record]
+    if evaluated:
+        below.plot(*zip(*evaluated, strict=True), color="tab:green", marker=marker, ms=3)
+        best_epoch, best = max(evaluated, key=lambda pair: pair[1])
+        below.plot(best_epoch, best, "*", color="tab:orange", ms=12, label=f"best {best:.3f}, epoch {best_epoch}")
+        below.legend(loc="lower right", frameon=False)
+    below.set_ylabel("val mIoU")
+    below.set_ylim(0, 1)
+    below.set_xlabel("epoch")
+    below.xaxis.get_major_locator().set_params(integer=True)
+    for axes in (above, below):
+        axes.grid(alpha=0.3)
+        axes.spines[["top", "right"]].set_visible(False)
+    with atomic_write(path) as file:
+        figure.savefig(file, format="png")

@@ -1,0 +1,349 @@
+"""Trains a network: python -m bcmf_ext.train [flags].
+
+A run lives in one folder: last.pt (to go on from), best.pt (to use), log.jsonl, curves.png and pictures/.
+"""
+
+from __future__ import annotations
+
+import os
+import shlex
+import signal
+import sys
+import warnings
+from collections.abc import Sequence
+from dataclasses import asdict
+from datetime import timedelta
+from pathlib import Path
+from types import FrameType
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from torch.optim.lr_scheduler import LambdaLR
+from tqdm import tqdm
+
+from . import dispatch, ops
+from .checkpoint import Run, find_checkpoint, load_checkpoint, new_folder, save_checkpoint
+from .config import NETWORKS, Config, command_line, make_config, parse_flags, resumed_config
+from .data import MEAN, STD, Augmentation, EpochSampler, EvalSamples, SegmentationDataset, TrainSamples, open_dataset
+from .engine import (
+    Compute,
+    NonFiniteLoss,
+    TrainState,
+    choose_device,
+    choose_dtype,
+    choose_workers,
+    evaluate,
+    lr_factor,
+    make_loader,
+    train_one_epoch,
+)
+from .errors import UserError, run_command
+from .losses.criterion import SegmentationCriterion
+from .metrics import ConfusionMatrix
+from .models import load_pretrained
+from .reference import BCL, CPG, OHEM
+from .report import draw_curves, draw_sample, loss_line, score_lines, scores
+
+PICTURES = 4  # val samples drawn after each evaluation
+BAR = "{desc} {percentage:3.0f}%|{bar:12}| {n_fmt}/{total_fmt} [{elapsed}<{remaining}{postfix}]"
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    """Reads the flags, checks the data, and trains. `UserError` for what the user can mend."""
+    flags = parse_flags(argv)
+    config = make_config(flags)
+    saved = None
+    if "resume" in flags:
+        last = find_checkpoint(flags["resume"], config.output_dir, config.name, config.default_name)
+        saved = load_checkpoint(last)
+        if "optimizer" not in saved:
+            raise UserError(f"{last} holds weights only: resume from last.pt, or train them further with --pretrained.")
+        config = resumed_config(saved["config"], flags, last.parent)
+        if saved["epoch"] == config.epochs:
+            print(f"{last.parent} is finished, all {config.epochs} epochs are done: best mIoU {saved['best_miou']:.3f}")
+            return
+
+    train_set, val_set = (
+        open_dataset(config.dataset, config.data_root, split, reduce_zero_label=config.reduce_zero_label)
+        for split in ("train", "val")
+    )
+    for dataset in (train_set, val_set):
+        dataset.check()
+    if "check_data" in flags:
+        print(f"{train_set.protocol}\n{val_set.protocol}\nall images and labels are fine")
+        return
+    trainer = Trainer(config, train_set, val_set, saved)
+    print(trainer.describe())
+    trainer.train()
+
+
+class Trainer:
+    """A run: network, loss, optimiser, data and folder, and the loop over them.
+
+    saved: the content of a `last.pt`, from which the run goes on exactly.
+    """
+
+    def __init__(
+        self,
+        config: Config,
+        train_set: SegmentationDataset,
+        val_set: SegmentationDataset,
+        saved: dict[str, Any] | None = None,
+    ) -> None:
+        self.config, self.train_set, self.val_set = config, train_set, val_set
+        device = choose_device(config.device)
+        dtype, self.why_dtype = choose_dtype(config.amp, device)
+        self.compute = Compute(device, dtype, config.channels_last)
+
+        self.sampler = EpochSampler(len(train_set), config.batch_size, config.seed)
+        samples = TrainSamples(train_set, Augmentation(config.crop_size, config.scale_range), config.seed)
+        self.workers = choose_workers(config.workers, device)
+        self.train_loader = make_loader(samples, self.workers, device, batch_sampler=self.sampler)
+        self.val_loader = make_loader(EvalSamples(val_set), self.workers, device)
+
+        torch.manual_seed(config.seed)
+        model = self.compute.place(NETWORKS[config.model](len(train_set.classes)))
+        self.criterion = make_criterion(config)
+        self.impl = choose_impl(self.criterion, device)
+        self.iterations = config.epochs * len(self.sampler)
+        self.warmup = min(200, self.iterations // 20) if config.warmup is None else config.warmup
+        self.state = self._fresh_state(model)
+        about = {
+            "config": asdict(config),
+            "classes": list(train_set.classes),
+            "palette": torch.from_numpy(train_set.palette),
+            "mean": MEAN,
+            "std": STD,
+            "align_corners": self.criterion.align_corners,
+            "train_images": len(train_set),
+        }
+        if saved is None:
+            self.weights = f"random, seed {config.seed} (--pretrained PATH would start from public DDRNet weights)"
+            if config.pretrained is not None:
+                self.weights = str(load_pretrained(model, config.pretrained))
+            self.run = Run(new_folder(config.output_dir, config.name, config.default_name), about)
+            self.run.save_last(self.state.state_dict())
+        else:
+            self.run = Run(Path(config.output_dir, str(config.name)), about, saved["epoch"])
+            check_same_data(saved, about, self.run.last)
+            self.state.load_state_dict(saved)
+            self.weights = f"{self.run.last}, after {self.state.epoch} epochs and {self.state.step} steps"
+
+    def _fresh_state(self, model: nn.Module) -> TrainState:
+        # Local names for the lambda: with `self` in it, only the garbage collector would end the loading processes.
+        config, iterations, warmup = self.config, self.iterations, self.warmup
+        optimizer = torch.optim.SGD(model.parameters(), config.lr, config.momentum, weight_decay=config.weight_decay)
+        scheduler = LambdaLR(optimizer, lambda i: lr_factor(i, iterations, config.power, warmup))
+        scaler = torch.amp.GradScaler(self.compute.device.type, enabled=self.compute.dtype is torch.float16)
+        if scaler.is_enabled():  # it skips steps until it has found its scale, of which the scheduler would warn
+            warnings.filterwarnings("ignore", "Detected call of `lr_scheduler.step", UserWarning)
+        return TrainState(model, optimizer, scheduler, scaler)
+
+    def train(self) -> None:
+        """Trains until the last epoch is done, or until Ctrl-C, which saves the run where it stands and exits."""
+        config, state = self.config, self.state
+        done = state.epoch * len(self.sampler) + state.step
+        bar = tqdm(total=self.iterations, initial=done, bar_format=BAR, smoothing=0, disable=None)
+        with CtrlC() as interrupted, bar:
+            while state.epoch < config.epochs:
+                bar.set_description_str(f"epoch {state.epoch + 1}/{config.epochs}")
+                self.sampler.set_epoch(state.epoch, start=state.step)
+                try:
+                    train_one_epoch(state, self.criterion, self.train_loader, self.compute, bar, interrupted)
+                except NonFiniteLoss as stop:
+                    raise self._explanation(stop) from stop
+                except torch.OutOfMemoryError as error:
+                    height, width = config.crop_size
+                    raise UserError(
+                        f"The GPU has too little memory for --batch-size {config.batch_size} with "
+                        f"--crop-size {height} {width}: lower one of them."
+                    ) from error
+                confusion = None
+                due = (state.epoch + 1) % config.eval_interval == 0 or state.epoch + 1 == config.epochs
+                if due and not interrupted():
+                    bar.set_description_str(f"epoch {state.epoch + 1}/{config.epochs}, evaluating")
+                    confusion = self._evaluate(interrupted)
+                if interrupted():
+                    break
+                self._finish_epoch(confusion)
+        if state.epoch < config.epochs:
+            self.run.save_last(state.state_dict())
+            print(f"stopped in epoch {state.epoch + 1} after {state.step} of {len(self.sampler)} steps; to go on:")
+            print(f"  python -m bcmf_ext.train --resume {shlex.quote(str(self.run.folder))}")
+            sys.exit(130)
+        print(self.result())
+
+    def _evaluate(self, interrupted: CtrlC) -> ConfusionMatrix:
+        """Evaluates on the val split and draws some of it."""
+        pictured = {int(index) for index in np.linspace(0, len(self.val_set) - 1, PICTURES)}
+        predictions: dict[int, np.ndarray] = {}
+
+        def keep(index: int, prediction: Tensor) -> None:
+            if index in pictured:
+                predictions[index] = prediction.cpu().numpy()
+
+        classes, palette = self.val_set.classes, self.val_set.palette
+        confusion = evaluate(self.state.model, self.val_loader, self.compute, len(classes), keep, interrupted)
+        for index, prediction in predictions.items():
+            stem = self.val_set.stem(index)
+            path = self.run.folder / "pictures" / f"{stem}.png"
+            title = f"{stem}, epoch {self.state.epoch + 1}"
+            draw_sample(path, *self.val_set.pair(index), prediction, classes, palette, title)
+        return confusion
+
+    def _finish_epoch(self, confusion: ConfusionMatrix | None) -> None:
+        """Reports the epoch and saves the run at the beginning of the next one."""
+        state, run = self.state, self.run
+        record: dict[str, Any] = {
+            "epoch": state.epoch + 1,
+            "step": state.scheduler.last_epoch,
+            "lr": self.config.lr * state.scheduler.lr_lambdas[0](state.scheduler.last_epoch - 1),
+            "loss": {name: total / state.step for name, total in state.loss_sums.items()},
+            "seconds": state.seconds,
+            "images_per_second": state.step * self.config.batch_size / state.seconds,
+        }
+        lines = loss_line(record, self.config.epochs)
+        if confusion is not None:
+            record |= scores(confusion, self.val_set.classes)
+            if record["miou"] > state.best_miou:
+                state.best_miou, state.best_epoch = record["miou"], state.epoch
+                run.save_best(state.model.state_dict(), state.epoch + 1, state.best_miou)
+            lines += "\n" + score_lines(record, f" (best {state.best_miou:.4f}, epoch {state.best_epoch + 1})")
+        tqdm.write(lines)
+        run.log(record)
+        draw_curves(run.folder / "curves.png", run.records)
+        state.begin_next_epoch()
+        run.save_last(state.state_dict())
+
+    def _explanation(self, stop: NonFiniteLoss) -> UserError:
+        """Saves the batch, and says what happened."""
+        path = self.run.folder / "nonfinite-batch.pt"
+        images, labels = stop.batch
+        where = {"epoch": stop.epoch, "step": stop.step, "terms": stop.terms}
+        save_checkpoint(path, {"images": images, "labels": labels, **where})
+        terms = ", ".join(f"{name} {value:g}" for name, value in stop.terms.items())
+        return UserError(
+            f"The loss is not finite in epoch {stop.epoch + 1}, step {stop.step + 1} ({terms}); the batch is saved as "
+            f"{path}, and {self.run.last} is from before: try a lower --lr, or --amp off."
+        )
+
+    def describe(self) -> str:
+        """What was decided, and the command that asks for it in full."""
+        config, compute = self.config, self.compute
+        short = len(self.train_set) % config.batch_size
+        model = self.state.model
+        auxiliary = sum(p.numel() for name, p in model.named_parameters() if name.startswith("seghead_extra."))
+        parameters = sum(p.numel() for p in model.parameters()) - auxiliary
+        threads = f", {torch.get_num_threads()} threads" if compute.device.type == "cpu" else ""
+        dtype = str(compute.dtype).removeprefix("torch.") if compute.dtype else "float32"
+        lines = {
+            "train": self.train_set.protocol,
+            "val": self.val_set.protocol,
+            "epoch": f"{len(self.sampler)} steps of {config.batch_size} images"
+            + (f"; the short last batch, of {short}, is left out, with other images each time" if short else ""),
+            "network": f"{config.model}, {parameters:,} parameters, and {auxiliary:,} of the auxiliary head",
+            "weights": self.weights,
+            "loss": f"{describe_loss(self.criterion)}; impl {self.impl}",
+            "schedule": f"SGD, {self.iterations} iterations, the first {self.warmup} of them to warm up",
+            "device": f"{compute.device}{threads}, {self.workers} loading processes",
+            "compute": f"{dtype} ({self.why_dtype})" + (", channels_last" if compute.channels_last else ""),
+            "run": str(self.run.folder),
+            "flags": command_line(config),
+        }
+        indent = "\n" + 10 * " "
+        return "\n".join(f"{name:<10}{line}".replace("\n", indent) for name, line in lines.items())
+
+    def result(self) -> str:
+        """How the run ended, where its pictures are, and what to type next."""
+        run, state = self.run, self.state
+        took = timedelta(seconds=round(sum(record["seconds"] for record in run.records)))
+        best = shlex.quote(str(run.best))
+        return (
+            f"mIoU {run.records[-1]['miou']:.3f} after epoch {state.epoch}, best {state.best_miou:.3f} in epoch "
+            f"{state.best_epoch + 1}; {took} of training\n"
+            f"pictures  {run.folder / 'pictures'}, {run.folder / 'curves.png'}\n"
+            f"next      python -m bcmf_ext.evaluate --checkpoint {best}\n"
+            f"          python -m bcmf_ext.predict --checkpoint {best} IMAGES…"
+        )
+
+
+def make_criterion(config: Config) -> SegmentationCriterion:
+    """The loss that the flags ask for."""
+    ohem = None
+    if config.ohem is not None:
+        # The usual 131072 pixels are 1/64 of a batch of eight 1024×1024 crops: keep that share of other batches.
+        pixels = config.batch_size * config.crop_size[0] * config.crop_size[1]
+        ohem = OHEM(config.ohem, min_kept=pixels // 64)
+    cpg = None
+    if config.cpg != 0:
+        cpg = CPG(kernel_size=config.cpg_kernel) if config.cpg is None else CPG(config.cpg, config.cpg_kernel)
+    return SegmentationCriterion(
+        ohem=ohem,
+        bcl=BCL(config.bcl) if config.bcl > 0 else None,
+        cpg=cpg,
+        aux_weight=config.aux_weight,
+        impl=config.impl,
+    )
+
+
+def describe_loss(criterion: SegmentationCriterion) -> str:
+    """Such as "CE + 0.4 BCL + 1 CPG3, and 0.4 CE of the auxiliary head"."""
+    ohem, bcl, cpg = criterion.ohem, criterion.bcl, criterion.cpg
+    first = "CE" if ohem is None else f"OHEM (p < {ohem.threshold:g}, at least {ohem.min_kept:,} pixels)"
+    terms = [first]
+    if bcl is not None:
+        terms.append(f"{bcl.weight:g} BCL")
+    if cpg is not None:
+        terms.append(f"{cpg.weight:g} CPG{cpg.kernel_size}")
+    return f"{' + '.join(terms)}, and {criterion.aux_weight:g} {first.split()[0]} of the auxiliary head"
+
+
+def choose_impl(criterion: SegmentationCriterion, device: torch.device) -> str:
+    """Which implementation of the loss runs, and why not the device's own; `UserError` if the one asked for cannot."""
+    mix = {"ohem": criterion.ohem is not None, "bcl": criterion.bcl is not None, "cpg": criterion.cpg is not None}
+    lacks = ops.loss_lacks(**mix)
+    try:
+        impl = dispatch.choose("segmentation_loss", criterion.impl, device, lacks)
+    except ValueError as error:
+        raise UserError(f"--impl {criterion.impl}: {error}") from error
+    reason = dispatch.why_not(device.type, device.type, lacks) if criterion.impl == "auto" else None
+    return f"{impl} ({device.type}: {reason})" if reason else impl
+
+
+class CtrlC:
+    """While active, the first Ctrl-C only makes `interrupted()` true, for the loop to stop at a good place."""
+
+    def __init__(self) -> None:
+        self._asked = False
+
+    def __call__(self) -> bool:
+        return self._asked
+
+    def __enter__(self) -> CtrlC:
+        self._before = signal.signal(signal.SIGINT, self._ask)
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        signal.signal(signal.SIGINT, self._before)
+
+    def _ask(self, number: int, frame: FrameType | None) -> None:
+        self._asked = True
+        signal.signal(signal.SIGINT, signal.default_int_handler)
+        # Not print: this may run in the middle of one.
+        os.write(2, b"\nstopping after this step; Ctrl-C again stops at once, without saving\n")
+
+
+def check_same_data(saved: dict[str, Any], about: dict[str, Any], last: Path) -> None:
+    """`UserError` if a run would go on with other classes or another number of images: it would not be the same run."""
+    if saved["classes"] != about["classes"]:
+        old, new = (", ".join(content["classes"]) for content in (saved, about))
+        raise UserError(f"{last} knows the classes {old}, but the data has {new}: start another run.")
+    if saved["train_images"] != about["train_images"]:
+        old, new = saved["train_images"], about["train_images"]
+        raise UserError(f"{last} was trained on {old} images, but the training split has {new} now: start another run.")
+
+
+if __name__ == "__main__":
+    run_command(main)

@@ -1,0 +1,157 @@
+"""The flags: their defaults, what they accept, and what a resumed run may change."""
+
+from __future__ import annotations
+
+import shlex
+from dataclasses import asdict, fields
+from pathlib import Path
+
+import pytest
+
+from bcmf_ext.config import RECIPES, Config, command_line, make_config, parse_flags, resumed_config
+from bcmf_ext.data import DATASETS, open_dataset
+from bcmf_ext.errors import UserError
+
+
+def configure(flags: str = "") -> Config:
+    return make_config(parse_flags(shlex.split(flags)))
+
+
+# Defaults
+
+
+def test_defaults_are_the_specs() -> None:
+    """The table of spec section 7: a changed default changes everybody's results."""
+    expected = {
+        "cityscapes": ((1024, 1024), (0.5, 2.0), 8, 484, 0.01),
+        "camvid": ((360, 480), (0.5, 2.0), 16, 200, 0.05),
+    }
+    for dataset, (crop, scale, batch, epochs, lr) in expected.items():
+        config = configure(f"--dataset {dataset}")
+        assert (config.crop_size, config.scale_range, config.batch_size, config.epochs, config.lr) == (
+            crop,
+            scale,
+            batch,
+            epochs,
+            lr,
+        )
+    config = configure()
+    assert (config.dataset, config.model, config.batch_size, config.scale_range) == ("demo", "bcmfnet", 8, (0.75, 1.5))
+    assert config.crop_size == open_dataset("demo", None, "val").image(0).shape[:2]
+    assert (config.momentum, config.weight_decay, config.power, config.warmup) == (0.9, 5e-4, 0.9, None)
+    assert (config.ohem, config.bcl, config.cpg, config.cpg_kernel, config.aux_weight) == (None, 0.4, None, 3, 0.4)
+
+
+def test_every_dataset_has_a_recipe() -> None:
+    """A dataset that joins needs its defaults, for the same knobs as the others."""
+    assert set(RECIPES) == set(DATASETS)
+    assert len({frozenset(recipe) for recipe in RECIPES.values()}) == 1
+
+
+def test_help_names_every_knob(capsys: pytest.CaptureFixture[str]) -> None:
+    """Each knob is a flag, its help says what it means, and the defaults of each dataset stand there."""
+    with pytest.raises(SystemExit, match="0"):
+        parse_flags(["--help"])
+    text = " ".join(capsys.readouterr().out.split())
+    for entry in fields(Config):
+        assert f"--{entry.name.replace('_', '-')}" in text
+        assert entry.metadata["meaning"].replace("%%", "%") in text
+    assert "demo 0.05, camvid 0.05, cityscapes 0.01" in text
+
+
+# Flags
+
+
+def test_given_flags_win() -> None:
+    """What is given replaces the recipe, in both spellings, and nothing else."""
+    config = configure("--dataset camvid -b 4 --wd 0 -j 2 --crop-size 64 96 --no-channels-last --lr 1")
+    changes = {"batch_size": 4, "weight_decay": 0.0, "workers": 2, "crop_size": (64, 96), "lr": 1.0}
+    assert asdict(config) == {**asdict(configure("--dataset camvid")), **changes, "channels_last": False}
+
+
+def test_optional_values() -> None:
+    """`--ohem` and `--cpg` without a number mean their default; 0 switches BCL and CPG off."""
+    assert configure("--ohem").ohem == 0.9
+    assert configure("--ohem 0.7").ohem == 0.7
+    assert configure("--cpg --cpg-kernel 5").cpg is None
+    config = configure("--cpg 0 --bcl 0")
+    assert (config.cpg, config.bcl) == (0.0, 0.0)
+    assert parse_flags(["--resume"]) == {"resume": "auto"}
+    assert parse_flags(["--resume", "runs/x"]) == {"resume": "runs/x"}
+
+
+@pytest.mark.parametrize(
+    "flags",
+    [
+        "",
+        "--dataset folder --data-root 'my data' --reduce-zero-label --name 'a run' --pretrained w.pt --ohem --cpg 0",
+        "--dataset camvid --warmup 0 --no-channels-last --device cpu --seed 3 --amp off --scale-range 1 1",
+    ],
+)
+def test_command_line_says_it_all(flags: str) -> None:
+    """The printed command, typed again, gives the same run, even after defaults have changed."""
+    config = configure(flags)
+    typed = shlex.split(command_line(config).replace("\\\n", " "))
+    assert typed[:3] == ["python", "-m", "bcmf_ext.train"]
+    assert make_config(parse_flags(typed[3:])) == config
+    defaults = {entry.name for entry in fields(Config) if getattr(config, entry.name) is not None}
+    assert set(parse_flags(typed[3:])) == defaults - {"reduce_zero_label"} | (
+        {"reduce_zero_label"} if config.reduce_zero_label else set()
+    )
+    assert all(len(line) <= 110 for line in command_line(config).splitlines())
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        ("--batch-size 1", "batch norm"),
+        ("--batch-size 0", "--batch-size is 0, but must be at least 2"),
+        ("--epochs 0", "--epochs"),
+        ("--lr 0", "--lr"),
+        ("--lr nan", "--lr"),
+        ("--momentum 1", "--momentum"),
+        ("--weight-decay -1", "--weight-decay"),
+        ("--power -1", "--power"),
+        ("--warmup -1", "--warmup"),
+        ("--crop-size 64 32", "--crop-size is 64 32"),
+        ("--scale-range 2 0.5", "--scale-range"),
+        ("--scale-range 0 1", "--scale-range"),
+        ("--workers -1", "--workers"),
+        ("--ohem 1.5", "--ohem"),
+        ("--bcl -1", "--bcl"),
+        ("--cpg -1", "--cpg"),
+        ("--cpg inf", "--cpg"),
+        ("--aux-weight -1", "--aux-weight"),
+        ("--seed -1", "--seed"),
+        ("--eval-interval 0", "--eval-interval"),
+    ],
+)
+def test_impossible_values(flags: str, message: str) -> None:
+    """A value that cannot work is refused by name, not by whatever fails on it later."""
+    with pytest.raises(UserError, match=message):
+        configure(flags)
+
+
+# Resuming
+
+
+def test_resume_keeps_the_settings() -> None:
+    """A resumed run has the saved settings; only where and how it is computed may differ."""
+    saved = asdict(configure("--dataset camvid --lr 0.2 --workers 3"))
+    flags = parse_flags(["--resume", "runs/x", "--workers", "1", "--device", "cpu", "--lr", "0.2"])
+    config = resumed_config(saved, flags, Path("elsewhere/x"))
+    place = {"name": "x", "output_dir": "elsewhere"}
+    assert asdict(config) == {**saved, "workers": 1, "device": "cpu", **place}
+    del saved["power"]  # as if the knob had joined since
+    assert resumed_config(saved, flags, Path("elsewhere/x")) == config
+
+
+@pytest.mark.parametrize(
+    "flags", ["--dataset demo", "--model ddrnet_s", "--epochs 300", "--cpg 0", "--crop-size 64 64"]
+)
+def test_resume_refuses_another_run(flags: str) -> None:
+    """What would change what is learnt is refused, with both values: it would be neither the old run nor a new one."""
+    saved = asdict(configure("--dataset camvid"))
+    flag, value = flags.split(maxsplit=1)
+    with pytest.raises(UserError, match=f"{flag} .*, not {value}"):
+        resumed_config(saved, parse_flags(["--resume", *flags.split()]), Path("runs/x"))

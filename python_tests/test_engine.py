@@ -1,0 +1,288 @@
+"""The loop: learning rate, one step by hand, the non-finite check, evaluation, and the loading processes."""
+
+from __future__ import annotations
+
+import math
+import os
+import signal
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from tiny import TinyNet, one_thread  # noqa: F401
+from torch import Tensor, nn
+from torch.optim.lr_scheduler import LambdaLR, PolynomialLR
+from torch.utils.data import Dataset
+from tqdm import tqdm
+
+from bcmf_ext.data import MEAN, STD
+from bcmf_ext.engine import (
+    Compute,
+    NonFiniteLoss,
+    TrainState,
+    choose_device,
+    choose_dtype,
+    choose_workers,
+    evaluate,
+    lr_factor,
+    make_loader,
+    train_one_epoch,
+)
+from bcmf_ext.errors import UserError
+from bcmf_ext.losses.criterion import CriterionLoss, SegmentationCriterion
+
+CPU = torch.device("cpu")
+BAR = tqdm(disable=True)
+
+
+def make_state(lr: float = 0.1, fp16: bool = False) -> TrainState:
+    torch.manual_seed(0)
+    model = TinyNet(3)
+    optimizer = torch.optim.SGD(model.parameters(), lr, momentum=0.9)
+    scheduler = LambdaLR(optimizer, lambda i: lr_factor(i, 10))
+    return TrainState(model, optimizer, scheduler, torch.amp.GradScaler("cpu", enabled=fp16))
+
+
+def batches(count: int = 3) -> list[tuple[Tensor, Tensor]]:
+    generator = torch.Generator().manual_seed(0)
+    draw = lambda high, *shape: torch.randint(high, shape, generator=generator, dtype=torch.uint8)  # noqa: E731
+    return [(draw(256, 2, 3, 32, 48), draw(3, 2, 32, 48)) for _ in range(count)]
+
+
+# Learning rate
+
+
+def test_poly() -> None:
+    """Without warm-up it is PyTorch's PolynomialLR, stepped per iteration."""
+    optimizer = torch.optim.SGD([nn.Parameter(torch.zeros(1))], 0.05)
+    scheduler = PolynomialLR(optimizer, total_iters=40, power=0.9)
+    for iteration in range(40):
+        assert 0.05 * lr_factor(iteration, 40) == pytest.approx(scheduler.get_last_lr()[0], rel=1e-12)
+        optimizer.step()
+        scheduler.step()
+
+
+def test_warmup() -> None:
+    """The rate rises linearly to the poly curve, follows it from there, and never is 0 while training."""
+    factors = [lr_factor(iteration, 100, 0.9, 4) for iteration in range(100)]
+    poly = [(1 - iteration / 100) ** 0.9 for iteration in range(100)]
+    assert factors[:4] == pytest.approx([poly[0] / 4, poly[1] / 2, poly[2] * 3 / 4, poly[3]])
+    assert factors[3:] == poly[3:]
+    assert max(factors) == factors[3]
+    assert min(factors) > 0
+    assert lr_factor(100, 100) == 0
+
+
+# Where and how
+
+
+def test_compute_normalises_and_autocasts() -> None:
+    """The network sees normalised images of the asked layout; its layers run in the asked type."""
+    seen = []
+
+    class Look(nn.Module):
+        def forward(self, images: Tensor) -> Tensor:
+            seen.append(images)
+            return F.conv2d(images, torch.ones(1, 3, 1, 1))
+
+    images = torch.tensor([round(255 * m) for m in MEAN], dtype=torch.uint8).view(1, 3, 1, 1).expand(2, 3, 4, 5)
+    images = torch.cat([images, 255 * torch.ones_like(images)])
+    logits = Compute(CPU, torch.bfloat16).run(Look(), images)
+    assert logits.dtype == torch.bfloat16
+    assert seen[0].dtype == torch.float32
+    assert seen[0].is_contiguous(memory_format=torch.channels_last)
+    assert seen[0][:2].abs().max() < 0.01
+    white = [(1 - m) / s for m, s in zip(MEAN, STD, strict=True)]
+    assert seen[0][2, :, 0, 0].tolist() == pytest.approx(white, rel=1e-5)
+    assert Compute(CPU, None, channels_last=False).run(Look(), images).dtype == torch.float32
+    assert seen[1].is_contiguous()
+
+
+def test_predict_upsamples_in_fp32() -> None:
+    """The class of a pixel is the arg-max of logits resampled in fp32: bf16 would tie where fp32 decides."""
+    logits = torch.tensor([[[[1.0, 1.0078125]], [[1.004, 1.004]]]]).bfloat16()  # 1.004 rounds to 1.0 or 1.0078125
+
+    class Fixed(nn.Module):
+        def forward(self, images: Tensor) -> Tensor:
+            return logits
+
+    prediction = Compute(CPU).predict(Fixed(), torch.zeros(1, 3, 8, 64, dtype=torch.uint8), (8, 64))
+    expected = F.interpolate(logits.float(), (8, 64), mode="bilinear", align_corners=False).argmax(1)
+    assert torch.equal(prediction, expected)
+    corners = Compute(CPU, align_corners=True).predict(Fixed(), torch.zeros(1, 3, 8, 64, dtype=torch.uint8), (8, 64))
+    expected = F.interpolate(logits.float(), (8, 64), mode="bilinear", align_corners=True).argmax(1)
+    assert torch.equal(corners, expected)
+    assert not torch.equal(prediction, corners)
+
+
+def test_devices_and_types() -> None:
+    """A device that is not there is a sentence; `--amp` is obeyed, and auto says why."""
+    for name in ("nonsense", "cuda:99"):
+        with pytest.raises(UserError, match=f"--device {name} cannot be used"):
+            choose_device(name)
+    assert choose_device("cpu") == CPU
+    assert choose_dtype("fp16", CPU)[0] == torch.float16
+    assert choose_dtype("off", CPU)[0] is None
+    dtype, why = choose_dtype("auto", CPU)
+    assert (dtype is torch.bfloat16) == ("has amx" in why or "has avx512" in why)
+
+
+# Training
+
+
+def test_one_step_by_hand() -> None:
+    """A step is forward, backward, SGD, schedule: nothing else touches the weights; the sums are the losses' sums."""
+    # Without BCL: it selects pixels by a threshold, which magnifies differences in the last digit.
+    state, criterion = make_state(), SegmentationCriterion(bcl=None)
+    model = TinyNet(3)
+    model.load_state_dict(state.model.state_dict())
+    optimizer = torch.optim.SGD(model.parameters(), 0.1, momentum=0.9)
+    sums = 0.0
+    for step, (images, labels) in enumerate(batches(), 1):
+        mean, std = (torch.tensor(v).view(3, 1, 1) for v in (MEAN, STD))
+        optimizer.zero_grad()
+        loss = criterion(model((images / 255 - mean) / std), labels)
+        loss.total.backward()
+        optimizer.step()
+        optimizer.param_groups[0]["lr"] = 0.1 * (1 - step / 10) ** 0.9
+        sums += loss.total.item()
+
+    train_one_epoch(state, criterion, batches(), Compute(CPU), BAR)
+    assert state.step == 3
+    assert state.scheduler.last_epoch == 3
+    assert state.optimizer.param_groups[0]["lr"] == optimizer.param_groups[0]["lr"]
+    assert set(state.loss_sums) == {"total", "ce", "cpg", "aux"}
+    assert state.loss_sums["total"] == pytest.approx(sums, rel=1e-5)
+    for ours, theirs in zip(state.model.parameters(), model.parameters(), strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-6)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_half_precision_learns(dtype: torch.dtype) -> None:
+    """Under autocast, with the loss scaled for fp16, a few steps lower the loss; the loss itself is not autocast."""
+
+    class Watched(SegmentationCriterion):
+        def forward(self, logits: Any, target: Tensor) -> CriterionLoss:
+            assert logits[0].dtype == dtype
+            assert not torch.is_autocast_enabled("cpu")
+            return super().forward(logits, target)
+
+    state = make_state(lr=0.2, fp16=dtype is torch.float16)
+    losses = []
+    for _ in range(5):
+        train_one_epoch(state, Watched(bcl=None, cpg=None), batches(1), Compute(CPU, dtype), BAR)
+        losses.append(state.loss_sums["total"])
+        state.begin_next_epoch()
+    assert losses[-1] < losses[0]
+
+
+def test_interrupt_stops_after_a_step() -> None:
+    """The step that runs is finished and counted; no other begins."""
+    state = make_state()
+    train_one_epoch(state, SegmentationCriterion(), batches(), Compute(CPU), BAR, lambda: state.step == 2)
+    assert state.step == state.scheduler.last_epoch == 2
+
+
+class Spoilt(SegmentationCriterion):
+    """The loss, with one term replaced in one call."""
+
+    def __init__(self, call: int, value: float) -> None:
+        super().__init__()
+        self.call, self.value = call, value
+
+    def forward(self, logits: Any, target: Tensor) -> CriterionLoss:
+        loss = super().forward(logits, target)
+        self.call -= 1
+        if self.call >= 0:
+            return loss
+        self.call = 1000
+        return loss._replace(total=loss.total * self.value, bcl=loss.bcl * self.value)
+
+
+@pytest.mark.parametrize("step", [0, 1, 2])
+@pytest.mark.parametrize("value", [math.nan, math.inf])
+def test_non_finite_loss(step: int, value: float) -> None:
+    """A NaN or infinite loss stops, and names the step, terms and batch that it belongs to, the last step too."""
+    data = batches()
+    with pytest.raises(NonFiniteLoss, match=r"bcl (nan|inf)") as caught:
+        train_one_epoch(make_state(), Spoilt(step, value), data, Compute(CPU), BAR)
+    assert caught.value.step == step
+    assert all(torch.equal(ours, theirs) for ours, theirs in zip(caught.value.batch, data[step], strict=True))
+    assert not math.isfinite(caught.value.terms["total"])
+    assert math.isfinite(caught.value.terms["ce"])
+
+
+def test_non_finite_weights() -> None:
+    """A last step with a finite loss that destroys the weights is not taken for a good epoch."""
+    state = make_state()
+    state.model.final_layer.weight.register_hook(lambda gradient: gradient * math.inf)
+    with pytest.raises(NonFiniteLoss):
+        train_one_epoch(state, SegmentationCriterion(), batches(1), Compute(CPU), BAR)
+    assert math.isfinite(state.loss_sums["total"])
+
+
+# Evaluation
+
+
+def test_evaluate() -> None:
+    """Predictions are counted at the labels' size, ignored pixels are not, and the network keeps its statistics."""
+    state = make_state()
+    model = state.model
+    samples = [(images[:1], labels[:1].clone()) for images, labels in batches()]
+    samples[0][1][0, :5] = 255
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    seen: dict[int, Tensor] = {}
+    confusion = evaluate(model, samples, Compute(CPU), 3, seen.__setitem__)
+
+    expected = torch.zeros(3, 3, dtype=torch.int64)
+    model.eval()
+    for index, (images, labels) in enumerate(samples):
+        mean, std = (torch.tensor(v).view(3, 1, 1) for v in (MEAN, STD))
+        logits = F.interpolate(model((images / 255 - mean) / std), labels.shape[-2:], mode="bilinear")
+        prediction = logits.argmax(1)
+        assert torch.equal(seen[index], prediction[0])
+        for truth, guess in zip(labels.flatten().tolist(), prediction.flatten().tolist(), strict=True):
+            if truth != 255:
+                expected[truth, guess] += 1
+    assert torch.equal(confusion.matrix, expected)
+    assert all(torch.equal(before[name], value) for name, value in model.state_dict().items())
+
+
+def test_evaluate_can_be_interrupted() -> None:
+    """Ctrl-C does not wait for the whole split."""
+    seen: list[int] = []
+    samples = [(images[:1], labels[:1]) for images, labels in batches()]
+    evaluate(make_state().model, samples, Compute(CPU), 3, lambda i, _: seen.append(i), lambda: len(seen) == 2)
+    assert seen == [0, 1]
+
+
+# Loading
+
+
+class Numbers(Dataset[int]):
+    """0 to 6, and a sample that cannot be read."""
+
+    def __len__(self) -> int:
+        return 8
+
+    def __getitem__(self, index: int) -> int:
+        if index == 7:
+            raise UserError("file.png holds unexpected ids.")
+        return index
+
+
+def test_loading_process_ignores_ctrl_c() -> None:
+    """Ctrl-C reaches the loading processes too; they go on, for the trainer to finish its step."""
+    loader = make_loader(Numbers(), 1, CPU)
+    iterator = iter(loader)
+    assert next(iterator) == 0
+    os.kill(iterator._workers[0].pid, signal.SIGINT)
+    assert [int(next(iterator)) for _ in range(6)] == [1, 2, 3, 4, 5, 6]
+
+
+def test_number_of_loading_processes() -> None:
+    """What is asked for is obeyed, and the default leaves cores for training."""
+    assert choose_workers(0, CPU) == 0
+    assert choose_workers(5, CPU) == 5
+    assert 0 <= choose_workers(None, CPU) < max(1, os.cpu_count() or 1)

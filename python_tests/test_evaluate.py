@@ -1,0 +1,195 @@
+"""Scoring and predicting with a checkpoint: the same numbers as in training, the right files, and clear refusals."""
+
+from __future__ import annotations
+
+from dataclasses import asdict
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+from PIL import Image
+from tiny import CLASSES, TinyNet, one_thread, write_folder  # noqa: F401
+
+from bcmf_ext import evaluate, predict
+from bcmf_ext.checkpoint import Run
+from bcmf_ext.config import NETWORKS, make_config
+from bcmf_ext.data import MEAN, STD, open_dataset
+from bcmf_ext.data.cityscapes import CLASSES as CITYSCAPES_CLASSES
+from bcmf_ext.data.cityscapes import PALETTE as CITYSCAPES_PALETTE
+from bcmf_ext.errors import UserError
+from bcmf_ext.inference import Predictor
+from bcmf_ext.metrics import ConfusionMatrix
+
+PALETTE = np.array([(128, 0, 0), (0, 128, 0), (0, 0, 200)], np.uint8)
+
+
+@pytest.fixture(autouse=True)
+def tiny(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(NETWORKS, "bcmfnet", TinyNet)
+
+
+@pytest.fixture
+def root(tmp_path: Path) -> Path:
+    return write_folder(tmp_path / "my data")
+
+
+def write_checkpoint(
+    folder: Path, classes: tuple[str, ...] = CLASSES, palette: np.ndarray = PALETTE, **flags: object
+) -> Path:
+    """A best.pt with random weights; returns its path."""
+    torch.manual_seed(0)
+    config = make_config({"dataset": "folder", "amp": "off", **flags})
+    about = {
+        "config": asdict(config),
+        "classes": list(classes),
+        "palette": torch.from_numpy(palette),
+        "mean": MEAN,
+        "std": STD,
+        "align_corners": False,
+    }
+    run = Run(folder, about)
+    run.save_best(TinyNet(len(classes)).state_dict(), 1, 0.5)
+    return run.best
+
+
+def predicted(checkpoint: Path, image: np.ndarray) -> np.ndarray:
+    """The label map, computed step by step."""
+    saved = torch.load(checkpoint, weights_only=True)
+    model = TinyNet(len(saved["classes"])).eval()
+    model.load_state_dict(saved["model"])
+    x = torch.from_numpy(image).permute(2, 0, 1)[None] / 255
+    mean, std = (torch.tensor(saved[name]).view(3, 1, 1) for name in ("mean", "std"))
+    with torch.no_grad():
+        logits = F.interpolate(model((x - mean) / std), image.shape[:2], mode="bilinear")
+    return logits[0].argmax(0).numpy()
+
+
+# Predictor
+
+
+def test_predictor(tmp_path: Path, root: Path) -> None:
+    """An image of any size in, its class of each pixel out, with the checkpoint's own mean and deviation."""
+    checkpoint = write_checkpoint(tmp_path)
+    predictor = Predictor(checkpoint, device="cpu")
+    assert predictor.classes == CLASSES
+    assert np.array_equal(predictor.palette, PALETTE)
+    for size in ((72, 96), (65, 101)):
+        image = np.random.default_rng(0).integers(0, 256, (*size, 3), np.uint8)
+        label = predictor(image)
+        assert label.dtype == np.uint8
+        assert np.array_equal(label, predicted(checkpoint, image))
+    saved = torch.load(checkpoint, weights_only=True)
+    for other in ({"mean": (0.0, 0.1, 0.9)}, {"std": (0.02, 2.0, 0.02)}):
+        torch.save({**saved, **other}, checkpoint)
+        assert np.array_equal(Predictor(checkpoint, "cpu")(image), predicted(checkpoint, image))
+        assert not np.array_equal(Predictor(checkpoint, "cpu")(image), label)
+    with pytest.raises(ValueError, match=r"\(H, W, 3\) uint8"):
+        predictor(image[..., 0])
+    with pytest.raises(ValueError, match="float64"):
+        predictor(image / 255)
+
+
+# Evaluate
+
+
+def test_scores(tmp_path: Path, root: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Dataset and folder come from the checkpoint; the scores are those of the predictions, at the labels' size."""
+    checkpoint = write_checkpoint(tmp_path, data_root=str(root))
+    dataset = open_dataset("folder", root, "val")
+    confusion = ConfusionMatrix(3)
+    for index in range(len(dataset)):
+        image, label = dataset.pair(index)
+        confusion.update(torch.from_numpy(predicted(checkpoint, image)), torch.from_numpy(label))
+    evaluate.main(["--checkpoint", str(checkpoint), "--workers", "1", "--device", "cpu"])
+    out = capsys.readouterr().out
+    assert f"mIoU {confusion.mean_iou():.4f}, pixel accuracy {confusion.pixel_accuracy():.4f}" in out
+    assert "val: 3 images" in out
+    evaluate.main(["--checkpoint", str(checkpoint), "--split", "train", "--workers", "0", "--device", "cpu"])
+    assert "train: 9 images" in capsys.readouterr().out
+
+
+def test_saved_predictions(tmp_path: Path, root: Path) -> None:
+    """Predictions are written under the images' names; with reduce_zero_label in the ids of the label files."""
+    output = tmp_path / "pred s"
+    for shift in (0, 1):
+        checkpoint = write_checkpoint(tmp_path, data_root=str(root), reduce_zero_label=bool(shift))
+        if shift:
+            for path in root.rglob("labels/val/*.png"):
+                ids = np.array(Image.open(path))
+                Image.fromarray(np.where(ids == 255, 0, ids + 1).astype(np.uint8)).save(path)
+        evaluate.main(["--checkpoint", str(checkpoint), "--save-preds", str(output), "-j", "0", "--device", "cpu"])
+        assert sorted(path.name for path in output.iterdir()) == ["val0.png", "val1.png", "val2.png"]
+        image = np.array(Image.open(root / "images" / "val" / "val1.png"))
+        assert np.array_equal(np.array(Image.open(output / "val1.png")), predicted(checkpoint, image) + shift)
+
+
+def test_cityscapes_test_split(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """No mIoU for a split without labels, but predictions for the server: regular ids, under the names it wants."""
+    city = tmp_path / "data" / "leftImg8bit" / "test" / "bonn"
+    city.mkdir(parents=True)
+    image = np.random.default_rng(0).integers(0, 256, (64, 128, 3), np.uint8)
+    Image.fromarray(image).save(city / "bonn_000001_000019_leftImg8bit.png")
+    checkpoint = write_checkpoint(
+        tmp_path, CITYSCAPES_CLASSES, CITYSCAPES_PALETTE, dataset="cityscapes", data_root=str(tmp_path / "data")
+    )
+    flags = ["--checkpoint", str(checkpoint), "--split", "test", "--device", "cpu"]
+    with pytest.raises(UserError, match=r"test has no labels, so there is no mIoU.*--save-preds"):
+        evaluate.main(flags)
+    evaluate.main([*flags, "--save-preds", str(tmp_path / "results")])
+    assert "mIoU" not in capsys.readouterr().out
+    written = np.array(Image.open(tmp_path / "results" / "bonn_000001_000019_leftImg8bit.png"))
+    regular = np.array([7, 8, 11, 12, 13, 17, 19, 20, 21, 22, 23, 24, 25, 26, 27, 28, 31, 32, 33])
+    assert np.array_equal(written, regular[predicted(checkpoint, image)])
+
+
+def test_other_classes(tmp_path: Path, root: Path) -> None:
+    """Scores against other classes would mean nothing: both lists are shown instead."""
+    checkpoint = write_checkpoint(tmp_path, ("a", "b", "c"), data_root=str(root))
+    with pytest.raises(UserError, match=r"3 classes a, b, c; folder has 3, floor, wall, red box"):
+        evaluate.main(["--checkpoint", str(checkpoint)])
+    with pytest.raises(UserError, match="no checkpoint"):
+        evaluate.main(["--checkpoint", str(tmp_path / "none.pt")])
+
+
+# Predict
+
+
+def test_predict(tmp_path: Path, root: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Files and folders in; for each a palette PNG of classes and an overlay of the image's size out."""
+    checkpoint, output = write_checkpoint(tmp_path), tmp_path / "out put"
+    single = tmp_path / "single.jpg"
+    Image.fromarray(np.random.default_rng(0).integers(0, 256, (70, 90, 3), np.uint8)).save(single)
+    folder = root / "images"
+    flags = ["--checkpoint", str(checkpoint), "--output", str(output), "--device", "cpu"]
+    predict.main([*flags, str(single), str(folder)])
+    assert "13 images" in capsys.readouterr().out
+
+    assert len(list(output.rglob("*_label.png"))) == len(list(output.rglob("*_overlay.png"))) == 13
+    for image, name in ((single, "single"), (folder / "val" / "val2.png", "val/val2")):
+        label = Image.open(output / f"{name}_label.png")
+        pixels = np.array(Image.open(image))
+        assert label.mode == "P"
+        assert np.array_equal(np.array(label), predicted(checkpoint, pixels))
+        overlay = np.array(Image.open(output / f"{name}_overlay.png"))
+        expected = 0.4 * pixels + 0.6 * PALETTE[np.array(label)]
+        assert np.abs(overlay - expected).max() <= 1
+
+
+def test_what_cannot_be_predicted(tmp_path: Path, root: Path) -> None:
+    """A path that is not there, a folder without images, a file that is none, two images of one name: sentences."""
+    checkpoint = str(write_checkpoint(tmp_path))
+    (tmp_path / "empty").mkdir()
+    (tmp_path / "text.png").write_text("text")
+    first, second = root / "images" / "val" / "val0.png", tmp_path / "val0.png"
+    second.write_bytes(first.read_bytes())
+    for arguments, message in (
+        ([tmp_path / "none.png"], r"no image or folder .*none\.png"),
+        ([tmp_path / "empty"], "empty holds no images"),
+        ([tmp_path / "text.png"], r"text\.png cannot be read"),
+        ([first, second], "would both be written as val0"),
+    ):
+        flags = ["--checkpoint", checkpoint, "--output", str(tmp_path / "out"), "--device", "cpu"]
+        with pytest.raises(UserError, match=message):
+            predict.main([*flags, *map(str, arguments)])

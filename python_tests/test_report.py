@@ -1,0 +1,117 @@
+"""Tables, colours and pictures."""
+
+from __future__ import annotations
+
+import math
+from pathlib import Path
+
+import numpy as np
+import torch
+from PIL import Image
+
+from bcmf_ext.metrics import ConfusionMatrix
+from bcmf_ext.report import (
+    IGNORED_COLOUR,
+    PANEL,
+    WRONG_COLOUR,
+    blend,
+    colourise,
+    draw_curves,
+    draw_sample,
+    error_map,
+    iou_table,
+    loss_line,
+    save_png,
+    score_lines,
+    scores,
+)
+
+PALETTE = np.array([(10, 20, 30), (0, 255, 0)], np.uint8)
+LABEL = np.array([[0, 1, 255], [1, 1, 0]], np.uint8)
+PREDICTION = np.array([[0, 0, 1], [1, 1, 0]], np.uint8)
+
+
+def test_iou_table_is_aligned() -> None:
+    """Values stand under each other, whatever the names' lengths; an absent class shows no number."""
+    names = [f"class{'x' * (i % 4)}{i}" for i in range(9)]
+    table = iou_table({name: None if i == 4 else i / 10 for i, name in enumerate(names)})
+    lines = table.splitlines()
+    assert len(lines) == 3
+    columns = {tuple(i for i, c in enumerate(line.replace("–", "0.000")) if c == ".")[:1] for line in lines}
+    assert len(columns) == 1
+    assert table.count("–") == 1
+    for i, name in enumerate(names):
+        assert name in table
+        assert i == 4 or f"{i / 10:.3f}" in table
+
+
+def test_scores_and_lines() -> None:
+    """The log has no NaN (JSON knows none); the lines show every loss term and score."""
+    confusion = ConfusionMatrix(3)
+    confusion.update(torch.tensor([0, 1, 1]), torch.tensor([0, 1, 0]))
+    record = scores(confusion, ("sky", "road", "train"))
+    assert record["iou"] == {"sky": 0.5, "road": 0.5, "train": None}
+    assert math.isclose(record["miou"], 0.5)
+    assert "mIoU 0.5000 (best), pixel accuracy 0.6667" in score_lines(record, " (best)")
+    loss = {"total": 1.5, "ce": 1.0, "bcl": 0.25}
+    line = loss_line({"epoch": 2, "loss": loss, "lr": 0.01, "images_per_second": 8.0, "seconds": 5.0}, 7)
+    assert line == "epoch 2/7: loss 1.500 (ce 1.000, bcl 0.250), lr 0.01, 8.0 images/s, 5 s"
+
+
+def test_colours() -> None:
+    """Classes get their colour, ignored pixels black; errors are red, but not where the truth is ignored."""
+    colours = colourise(LABEL, PALETTE)
+    assert colours[0, 0].tolist() == [10, 20, 30]
+    assert tuple(colours[0, 2]) == IGNORED_COLOUR
+    image = np.full((2, 3, 3), 100, np.uint8)
+    errors = error_map(image, LABEL, PREDICTION)
+    red = (errors == WRONG_COLOUR).all(2)
+    assert red.tolist() == [[False, True, False], [False, False, False]]
+    assert tuple(errors[0, 2]) == IGNORED_COLOUR
+    assert blend(image, colours, 0.5)[0, 0].tolist() == [55, 60, 65]
+
+
+def test_palette_png(tmp_path: Path) -> None:
+    """A predicted label is a palette PNG: its values are the classes, its look the colours."""
+    save_png(tmp_path / "new folder" / "label.png", PREDICTION, PALETTE)
+    picture = Image.open(tmp_path / "new folder" / "label.png")
+    assert picture.mode == "P"
+    assert np.array_equal(np.array(picture), PREDICTION)
+    assert np.array_equal(np.array(picture.convert("RGB")), PALETTE[PREDICTION])
+
+
+def test_sample_picture(tmp_path: Path) -> None:
+    """Image, truth, prediction and errors stand side by side, in this order."""
+    label, prediction = np.kron(LABEL, np.ones((20, 20), np.uint8)), np.kron(PREDICTION, np.ones((20, 20), np.uint8))
+    image = np.full((*label.shape, 3), 77, np.uint8)
+    draw_sample(tmp_path / "sample.png", image, label, prediction, ("a", "b"), PALETTE, "sample, epoch 1")
+    picture = np.array(Image.open(tmp_path / "sample.png"))
+    height = PANEL * 2 // 3
+    assert picture.shape[1] > 4 * PANEL
+    assert picture.shape[0] > height + 24
+    gap = (picture.shape[1] - 4 * PANEL) // 5
+    # The middle of the second of the upper three fields: truth 1, prediction 0.
+    middle = [picture[24 + height // 4, gap + panel * (PANEL + gap) + PANEL // 2].tolist() for panel in range(4)]
+    assert middle == [[77, 77, 77], [0, 255, 0], [10, 20, 30], list(WRONG_COLOUR)]
+
+
+def test_sample_picture_of_a_large_image(tmp_path: Path) -> None:
+    """Pictures stay small enough to look at, for many classes too."""
+    label = np.zeros((600, 2000), np.uint8)
+    label[:] = np.arange(2000) // 80
+    classes = [f"a rather long name of class {i}" for i in range(25)]
+    palette = np.random.default_rng(0).integers(0, 256, (25, 3), np.uint8)
+    draw_sample(tmp_path / "large.png", palette[label], label, label, classes, palette, "x")
+    width, height = Image.open(tmp_path / "large.png").size
+    assert width < 2000
+    assert height < 400
+
+
+def test_curves(tmp_path: Path) -> None:
+    """A log whose first epochs were not evaluated, or with a single epoch, can be drawn."""
+    records = [{"epoch": e, "loss": {"total": 3.0 / e, "ce": 1.0 / e}} for e in (1, 2, 3)]
+    draw_curves(tmp_path / "none.png", records[:1])
+    draw_curves(tmp_path / "curves.png", [*records[:2], {**records[2], "miou": 0.5}])
+    pictures = [np.array(Image.open(tmp_path / name).convert("L")) for name in ("none.png", "curves.png")]
+    assert pictures[0].shape == pictures[1].shape
+    assert all((picture < 128).any() for picture in pictures)

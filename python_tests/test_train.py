@@ -1,0 +1,379 @@
+"""Whole runs of the trainer on a few small images: what they leave behind, how they stop, and how they go on."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from PIL import Image
+from tiny import CLASSES, STEPS, TinyNet, one_thread, write_folder  # noqa: F401
+from torch import Tensor
+
+from bcmf_ext import train
+from bcmf_ext.config import NETWORKS
+from bcmf_ext.errors import UserError, run_command
+from bcmf_ext.losses.criterion import CriterionLoss, SegmentationCriterion
+from bcmf_ext.metrics import ConfusionMatrix
+
+TIMINGS = ("seconds", "images_per_second")
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_folder(tmp_path_factory.mktemp("my data"))
+
+
+@pytest.fixture
+def tiny(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The trainer builds a network that is quick to run."""
+    monkeypatch.setitem(NETWORKS, "bcmfnet", TinyNet)
+
+
+@pytest.fixture
+def flags(data: Path, tmp_path: Path) -> list[str]:
+    return [
+        *("--dataset", "folder", "--data-root", str(data), "--output-dir", str(tmp_path / "all runs"), "--name", "x"),
+        *("--batch-size", "2", "--epochs", "3", "--crop-size", "64", "64", "--workers", "0", "--device", "cpu"),
+    ]
+
+
+@pytest.fixture
+def run(tmp_path: Path) -> Path:
+    return tmp_path / "all runs" / "x"
+
+
+def log(run: Path) -> list[dict[str, Any]]:
+    """The records of a run, without what depends on the machine's speed."""
+    records = [json.loads(line) for line in (run / "log.jsonl").read_text().splitlines()]
+    return [{name: value for name, value in record.items() if name not in TIMINGS} for record in records]
+
+
+def load(path: Path) -> dict[str, Any]:
+    return torch.load(path, weights_only=True)
+
+
+def assert_same_run(run: Path, other: Path) -> None:
+    """Two runs have the same log and end with the same weights and optimiser state, bit for bit."""
+    assert log(run) == log(other)
+    for name in ("last.pt", "best.pt"):
+        ours, theirs = load(run / name), load(other / name)
+        assert ours["model"].keys() == theirs["model"].keys()
+        assert all(torch.equal(value, theirs["model"][key]) for key, value in ours["model"].items())
+    ours, theirs = load(run / "last.pt"), load(other / "last.pt")
+    for key, value in ours["optimizer"]["state"].items():
+        assert torch.equal(value["momentum_buffer"], theirs["optimizer"]["state"][key]["momentum_buffer"])
+    assert ours["scheduler"] == theirs["scheduler"]
+    assert (ours["best_miou"], ours["best_epoch"]) == (theirs["best_miou"], theirs["best_epoch"])
+
+
+def at_loss(
+    monkeypatch: pytest.MonkeyPatch, call: int, action: Callable[[CriterionLoss], CriterionLoss | None]
+) -> None:
+    """In the loss's call of that number, counted over the run, `action` happens, and may change the loss."""
+    calls = iter(range(10_000))
+    forward = SegmentationCriterion.forward
+
+    def spied(self: SegmentationCriterion, *args: Any) -> CriterionLoss:
+        loss = forward(self, *args)
+        return (action(loss) or loss) if next(calls) == call else loss
+
+    monkeypatch.setattr(SegmentationCriterion, "forward", spied)
+
+
+def press_ctrl_c(*_: Any) -> None:
+    os.kill(os.getpid(), signal.SIGINT)
+
+
+# A run
+
+
+@pytest.mark.usefixtures("tiny")
+def test_a_run(flags: list[str], run: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """It prints what it decided and how it went, and leaves checkpoints, log, curves and pictures, and nothing else."""
+    train.main([*flags, "--lr", "0.3"])
+    out, err = capsys.readouterr()
+    for text in (
+        "train: 9 images",
+        "val: 3 images",
+        f"{STEPS} steps of 2 images; the short last batch, of 1, is left out",
+        "CE + 0.4 BCL + 1 CPG3, and 0.4 CE of the auxiliary head; impl torch",
+        "12 iterations",
+        str(run),
+        "--weight-decay 0.0005",
+        "epoch 3/3: loss",
+        "red box",
+        "--checkpoint '",
+    ):
+        assert text in out
+    assert "100%" not in err + out  # no bar where nobody watches
+    assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+
+    files = {str(path.relative_to(run)) for path in run.rglob("*") if path.is_file()}
+    pictures = {f"pictures/val{index}.png" for index in range(3)}
+    assert files == {"last.pt", "best.pt", "log.jsonl", "curves.png"} | pictures
+    for name in ("curves.png", *pictures):
+        Image.open(run / name).verify()
+
+    records = log(run)
+    assert [(record["epoch"], record["step"]) for record in records] == [(1, 4), (2, 8), (3, 12)]
+    for record in records:
+        assert record["loss"].keys() == {"total", "ce", "bcl", "cpg", "aux"}
+        assert record["iou"].keys() == set(CLASSES)
+        ious = [value for value in record["iou"].values() if value is not None]
+        assert record["miou"] == pytest.approx(sum(ious) / len(ious))
+    assert records[0]["lr"] == pytest.approx(0.3 * (9 / 12) ** 0.9)
+    assert records[2]["loss"]["ce"] < records[0]["loss"]["ce"]
+
+    best = load(run / "best.pt")
+    assert best["miou"] == max(record["miou"] for record in records)
+    assert best["epoch"] == 1 + max(range(3), key=lambda i: records[i]["miou"])
+    assert best["classes"] == list(CLASSES)
+    assert {"config", "palette", "mean", "std", "align_corners"} <= best.keys()
+
+
+@pytest.mark.usefixtures("tiny")
+def test_same_seed_same_run(flags: list[str], tmp_path: Path) -> None:
+    """A run depends on its seed alone, not on the number of loading processes."""
+    train.main([*flags, "--epochs", "1"])
+    train.main([*flags, "--epochs", "1", "--name", "y", "--workers", "2"])
+    train.main([*flags, "--epochs", "1", "--name", "z", "--seed", "1"])
+    runs = tmp_path / "all runs"
+    assert_same_run(runs / "x", runs / "y")
+    assert log(runs / "x")[0]["loss"] != log(runs / "z")[0]["loss"]
+
+
+@pytest.mark.usefixtures("tiny")
+def test_epochs_differ(flags: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each epoch has its own order and its own crops."""
+    seen = []
+    forward = SegmentationCriterion.forward
+
+    def spied(self: SegmentationCriterion, logits: Any, target: Tensor) -> CriterionLoss:
+        seen.append(target.clone())
+        return forward(self, logits, target)
+
+    monkeypatch.setattr(SegmentationCriterion, "forward", spied)
+    train.main([*flags, "--epochs", "2"])
+    assert len(seen) == 2 * STEPS
+    labels = torch.cat(seen).flatten(1)
+    assert len(labels.unique(dim=0)) == len(labels)
+
+
+@pytest.mark.usefixtures("tiny")
+def test_best_is_the_best(flags: list[str], run: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """best.pt holds the epoch of the highest mIoU, not the last one, also if the run was stopped in between."""
+    scores = iter((10, 90, 50))
+
+    def evaluate(*_: Any) -> ConfusionMatrix:
+        confusion, right = ConfusionMatrix(3), next(scores)
+        confusion.update(torch.tensor([1] * right + [2] * (100 - right)), torch.ones(100, dtype=torch.int64))
+        return confusion
+
+    monkeypatch.setattr(train, "evaluate", evaluate)
+    with monkeypatch.context() as patch:
+        at_loss(patch, 2 * STEPS, press_ctrl_c)
+        with pytest.raises(SystemExit):
+            train.main(flags)
+    train.main(["--resume", str(run)])
+    best = load(run / "best.pt")
+    assert (best["epoch"], best["miou"]) == (2, log(run)[1]["miou"])
+    assert [record["miou"] for record in log(run)] == pytest.approx([0.05, 0.45, 0.25])
+
+
+@pytest.mark.usefixtures("tiny")
+def test_eval_interval(flags: list[str], run: Path) -> None:
+    """Epochs without evaluation have no scores; the last one always has."""
+    train.main([*flags, "--eval-interval", "2"])
+    assert ["miou" in record for record in log(run)] == [False, True, True]
+
+
+@pytest.mark.usefixtures("tiny")
+def test_terms_can_be_switched_off(flags: list[str], run: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """`--bcl 0 --cpg 0 --ohem` trains with OHEM alone; of a batch it keeps 1/64, which is 131072 for Cityscapes."""
+    train.main([*flags, "--epochs", "1", "--bcl", "0", "--cpg", "0", "--ohem"])
+    assert log(run)[0]["loss"].keys() == {"total", "ce", "aux"}
+    assert "OHEM (p < 0.9, at least 128 pixels), and 0.4 OHEM of the auxiliary head" in capsys.readouterr().out
+    cityscapes = train.make_criterion(train.make_config({"dataset": "cityscapes", "ohem": 0.9}))
+    assert cityscapes.ohem is not None
+    assert cityscapes.ohem.min_kept == 131072
+
+
+@pytest.mark.usefixtures("tiny")
+def test_pretrained(flags: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """`--pretrained` starts from the weights of another run, with a report."""
+    train.main([*flags, "--epochs", "1"])
+    best = tmp_path / "all runs" / "x" / "best.pt"
+    train.main([*flags, "--name", "y", "--pretrained", str(best), "--epochs", "1", "--lr", "1e-12", "--warmup", "1"])
+    count = len(TinyNet(3).state_dict())
+    assert f"{count} of the model's {count} tensors matched" in capsys.readouterr().out
+    ours, theirs = (load(path)["model"]["final_layer.weight"] for path in (best, tmp_path / "all runs/y/last.pt"))
+    torch.testing.assert_close(ours, theirs)
+
+
+def test_check_data_only(flags: list[str], run: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """`--check-data` reads everything and trains nothing."""
+    train.main([*flags, "--check-data"])
+    assert "all images and labels are fine" in capsys.readouterr().out
+    assert not run.exists()
+
+
+# Going on
+
+
+@pytest.mark.usefixtures("tiny")
+@pytest.mark.parametrize("call", [0, 5, STEPS - 1])
+def test_ctrl_c_in_training(
+    call: int, flags: list[str], run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any
+) -> None:
+    """Ctrl-C saves the run at the step where it is; resumed, it ends as if nothing had happened, bit for bit."""
+    train.main([*flags, "--name", "whole"])
+    with monkeypatch.context() as patch:
+        at_loss(patch, call, press_ctrl_c)
+        with pytest.raises(SystemExit, match="130"):
+            train.main(flags)
+    saved = load(run / "last.pt")
+    assert (saved["epoch"], saved["step"]) == divmod(call + 1, STEPS) if call != STEPS - 1 else (0, STEPS)
+    assert f"python -m bcmf_ext.train --resume '{run}'" in capsys.readouterr().out
+
+    train.main(["--resume", str(run), "--workers", "1"])
+    assert_same_run(run, tmp_path / "all runs" / "whole")
+
+
+@pytest.mark.usefixtures("tiny")
+def test_ctrl_c_in_evaluation(flags: list[str], run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Ctrl-C during an evaluation loses neither the epoch before it nor the evaluation."""
+    train.main([*flags, "--name", "whole"])
+    evaluate = train.evaluate
+    with monkeypatch.context() as patch:
+        patch.setattr(train, "evaluate", lambda *args: (press_ctrl_c(), evaluate(*args))[1])
+        with pytest.raises(SystemExit, match="130"):
+            train.main(flags)
+    assert log(run) == [] if (run / "log.jsonl").exists() else True
+    train.main(["--resume", str(run / "last.pt")])
+    assert_same_run(run, tmp_path / "all runs" / "whole")
+
+
+@pytest.mark.usefixtures("tiny")
+def test_second_ctrl_c_stops_at_once(flags: list[str], run: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Who presses Ctrl-C twice does not wait for anything; the checkpoint on disk stays good."""
+    at_loss(monkeypatch, STEPS + 1, lambda _: (press_ctrl_c(), press_ctrl_c(), time.sleep(10))[0])
+    with pytest.raises(KeyboardInterrupt):
+        train.main(flags)
+    assert (load(run / "last.pt")["epoch"], len(log(run))) == (1, 1)
+
+
+def test_kill_and_resume(flags: list[str], run: Path, tmp_path: Path) -> None:
+    """kill −9 during an epoch, with the real network and loading processes: no file is corrupt, and the resumed run
+    equals one that was not killed."""
+    command = [sys.executable, "-m", "bcmf_ext.train", *flags, "--epochs", "2", "--workers", "1"]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(Path(train.__file__).parents[1])}
+    process = subprocess.Popen(command, env=environment, stdout=subprocess.DEVNULL)
+    try:
+        while not (run / "last.pt").exists() or load(run / "last.pt")["epoch"] < 1:
+            assert process.poll() is None
+            time.sleep(0.02)
+    finally:
+        process.kill()
+        process.wait()
+    for path in run.rglob("*.png"):
+        Image.open(path).verify()
+    assert len(log(run)) == 1
+
+    train.main(["--resume", str(run), "--workers", "0"])
+    train.main([*flags, "--name", "whole", "--epochs", "2"])
+    assert_same_run(run, tmp_path / "all runs" / "whole")
+
+
+@pytest.mark.usefixtures("tiny")
+def test_resume_by_name_and_finished(flags: list[str], run: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """A bare --resume finds the run by its name; a finished run says so and stays as it is."""
+    train.main([*flags, "--epochs", "1"])
+    before = {path: path.read_bytes() for path in run.rglob("*") if path.is_file()}
+    capsys.readouterr()
+    train.main([*flags, "--epochs", "1", "--resume"])
+    assert "finished" in capsys.readouterr().out
+    assert {path: path.read_bytes() for path in run.rglob("*") if path.is_file()} == before
+
+
+@pytest.mark.usefixtures("tiny")
+def test_what_cannot_be_resumed(flags: list[str], run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Weights alone, other settings, other data: each is refused with its reason."""
+    at_loss(monkeypatch, STEPS, press_ctrl_c)
+    with pytest.raises(SystemExit):
+        train.main(flags)
+    with pytest.raises(UserError, match=r"best\.pt holds weights only"):
+        train.main(["--resume", str(run / "best.pt")])
+    with pytest.raises(UserError, match="--model bcmfnet, not ddrnet_s"):
+        train.main(["--resume", str(run), "--dataset", "folder", "--model", "ddrnet_s"])
+    with pytest.raises(UserError, match="--dataset folder, not demo"):
+        train.main(["--resume", str(run), "--dataset", "demo"])
+    other = write_folder(tmp_path / "other", train=5)
+    with pytest.raises(UserError, match="trained on 9 images, but the training split has 5 now"):
+        train.main(["--resume", str(run), "--data-root", str(other)])
+    other.joinpath("classes.txt").write_text("a\nb\nc")
+    with pytest.raises(UserError, match="knows the classes floor, wall, red box, but the data has a, b, c"):
+        train.main(["--resume", str(run), "--data-root", str(other)])
+    with pytest.raises(UserError, match=r"x exists already"):
+        train.main(flags)
+
+
+# Trouble
+
+
+@pytest.mark.usefixtures("tiny")
+def test_non_finite_loss(flags: list[str], run: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A NaN loss stops the run with its terms; the batch is there to look at, and last.pt is from before."""
+    at_loss(monkeypatch, STEPS + 2, lambda loss: loss._replace(total=loss.total * math.nan, cpg=loss.cpg * math.nan))
+    with pytest.raises(UserError, match=r"epoch 2, step 3 \(total nan, ce [0-9.]+, bcl [0-9.]+, cpg nan, .*last\.pt"):
+        train.main(flags)
+    stopped = load(run / "nonfinite-batch.pt")
+    assert (stopped["epoch"], stopped["step"]) == (1, 2)
+    assert stopped["images"].shape == (2, 3, 64, 64)
+    assert stopped["labels"].shape == (2, 64, 64)
+    assert stopped["images"].dtype == stopped["labels"].dtype == torch.uint8
+    saved = load(run / "last.pt")
+    assert (saved["epoch"], saved["step"]) == (1, 0)
+    assert all(value.isfinite().all() for value in saved["model"].values())
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ("--batch-size 10", "9 images, fewer than one batch of 10"),
+        ("--device cuda:99", "--device cuda:99 cannot be used"),
+        ("--impl cuda", "--impl cuda"),
+        ("--data-root no/such/folder", "no/such/folder does not exist"),
+        ("--pretrained no/such/file", "no/such/file"),
+        ("--resume no/such/run", "no checkpoint no/such/run"),
+    ],
+)
+def test_stops_before_training(changes: str, message: str, flags: list[str], run: Path) -> None:
+    """What cannot work is said before anything is written."""
+    with pytest.raises(UserError, match=message):
+        train.main([*flags, *changes.split()])
+    assert not run.exists()
+
+
+@pytest.mark.usefixtures("tiny")
+def test_error_in_a_loading_process(
+    flags: list[str], data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """A file that breaks after the check is one sentence on stderr and status 2, though a loading process meets it."""
+    copy = write_folder(tmp_path / "copy")
+    broken = copy / "labels" / "train" / "train3.png"
+    monkeypatch.setattr(train.SegmentationDataset, "check", lambda self: broken.write_bytes(b"no picture"))
+    with pytest.raises(SystemExit, match="2"):
+        run_command(lambda: train.main([*flags, "--data-root", str(copy), "--workers", "1"]))
+    error = capsys.readouterr().err
+    assert error.startswith(f"error: {broken} cannot be read")
+    assert len(error.splitlines()) == 1
