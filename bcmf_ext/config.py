@@ -17,7 +17,7 @@ from .models import bcmfnet, ddrnet_s
 # What suits each dataset (spec section 7). Everything else has one default, in `Config`.
 RECIPES: dict[str, dict[str, Any]] = {
     # the images' own size; lr and epochs: what converges in three minutes on two cores
-    "demo": {"crop_size": (128, 256), "scale_range": (0.75, 1.5), "batch_size": 8, "epochs": 20, "lr": 0.05},
+    "demo": {"crop_size": (128, 256), "scale_range": (0.75, 1.5), "batch_size": 8, "epochs": 12, "lr": 0.05},
     "camvid": {"crop_size": (360, 480), "scale_range": (0.5, 2.0), "batch_size": 16, "epochs": 200, "lr": 0.05},
     "cityscapes": {"crop_size": (1024, 1024), "scale_range": (0.5, 2.0), "batch_size": 8, "epochs": 484, "lr": 0.01},
     # own images, of any size: a crop that fits most (smaller ones are padded), and a rate between the two above
