@@ -134,9 +134,12 @@ def test_a_source_tree_finds_the_installed_extension(tmp_path: Path) -> None:
         ignore=shutil.ignore_patterns("__pycache__", "_build.json", "_C*"),
     )
     installed = Path(dispatch.EXTENSION.__file__).parents[1]
-    code = "from bcmf_ext import dispatch; print(dispatch.__file__, dispatch.EXTENSION.__file__)"
-    env = {**os.environ, "PYTHONPATH": str(installed)}
-    done = subprocess.run([sys.executable, "-c", code], env=env, cwd=tmp_path, capture_output=True, text=True)
+    code = (
+        f"import sys; sys.path.append({str(installed)!r})\n"
+        "from bcmf_ext import dispatch; print(dispatch.__file__, dispatch.EXTENSION.__file__)"
+    )
+    done = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
     assert done.stdout.split() == [str(tmp_path / "bcmf_ext" / "dispatch.py"), dispatch.EXTENSION.__file__]
 
 
