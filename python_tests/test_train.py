@@ -276,7 +276,7 @@ def test_second_ctrl_c_stops_at_once(flags: list[str], run: Path, monkeypatch: p
 def test_kill_and_resume(flags: list[str], run: Path, tmp_path: Path) -> None:
     """kill −9 during an epoch, with the real network and loading processes: no file is corrupt, and the resumed run
     equals one that was not killed."""
-    command = [sys.executable, "-m", "bcmf_ext.train", *flags, "--epochs", "2", "--workers", "1"]
+    command = [sys.executable, "-m", "bcmf_ext.train", *flags, "--epochs", "4", "--workers", "1"]
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(Path(train.__file__).parents[1])}
     process = subprocess.Popen(command, env=environment, stdout=subprocess.DEVNULL)
     try:
@@ -288,10 +288,10 @@ def test_kill_and_resume(flags: list[str], run: Path, tmp_path: Path) -> None:
         process.wait()
     for path in run.rglob("*.png"):
         Image.open(path).verify()
-    assert len(log(run)) == 1
+    assert 1 <= len(log(run)) < 4  # the log may be an epoch ahead of last.pt; resuming drops that epoch
 
     train.main(["--resume", str(run), "--workers", "0"])
-    train.main([*flags, "--name", "whole", "--epochs", "2"])
+    train.main([*flags, "--name", "whole", "--epochs", "4"])
     assert_same_run(run, tmp_path / "all runs" / "whole")
 
 
