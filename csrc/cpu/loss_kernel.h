@@ -20,7 +20,7 @@ struct LossKernels {
 
 constexpr int64_t kMaxTilePixels = 1024;
 
-// 64 KiB of fp32 logits: half of a core's L2 at the worst.
+// About 64 KiB of fp32 logits, so that a tile stays in a cache of the core while it is read twice.
 inline int64_t tile_pixels(const LossArgs& args) {
   const int64_t pixels = 16384 / args.C / 64 * 64;
   return pixels < 64 ? 64 : pixels > kMaxTilePixels ? kMaxTilePixels : pixels;

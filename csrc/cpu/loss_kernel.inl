@@ -80,7 +80,7 @@ static void load_labels(const LossArgs& args, int64_t n, int64_t first, int64_t 
   }
 }
 
-// z becomes exp(z - m) with the maximum m of each pixel; returns through m and log_sum.
+// Of each pixel: the maximum m of its logits, and log sum_c exp(z_c - m).
 template <typename Acc>
 static void log_sum_exp(const LossArgs& args, const Acc* __restrict z, int64_t pitch, int64_t count, Acc* __restrict m,
                         Acc* __restrict log_sum) {
