@@ -24,7 +24,7 @@ from build_backend import find_compiler, find_torch
 
 SOURCES = ["csrc/ops.cpp", *sorted(map(str, Path("csrc/cpu").glob("*.cpp")))]
 CUDA_SOURCES = sorted(map(str, Path("csrc/cuda").glob("*.cu")))
-DEFAULT_ARCHS = "7.5;8.0;9.0;10.0;12.0+PTX"  # 8.0 runs on 8.x; the PTX covers what is newer
+DEFAULT_ARCHS = ("7.5", "8.0", "9.0", "10.0", "12.0")  # 8.0 runs on 8.x; PTX of the last covers what is newer
 
 
 def find_cuda_home() -> Path | None:
@@ -78,18 +78,27 @@ class Plan:
         if release.split(".")[0] != self.torch.version.cuda.split(".")[0]:
             return f"nvcc is {release}, but torch was built for CUDA {self.torch.version.cuda}"
         self.nvcc = release
-        self.archs = os.environ.get("TORCH_CUDA_ARCH_LIST") or self._present_archs() or DEFAULT_ARCHS
+        self.archs = os.environ.get("TORCH_CUDA_ARCH_LIST", "")
+        if not self.archs:
+            listed = subprocess.run([nvcc, "--list-gpu-arch"], capture_output=True, text=True).stdout
+            known = {f"{major}.{minor}" for major, minor in re.findall(r"compute_(\d+)(\d)", listed)}
+            present = self._present_archs()
+            if not set(present) <= known:
+                gpus = ";".join(present)
+                return f"nvcc {release} cannot compile for this machine's GPU ({gpus}): install a newer CUDA toolkit"
+            self.archs = ";".join(present or [arch for arch in DEFAULT_ARCHS if arch in known])
+            self.archs += "" if present else "+PTX"
         os.environ["TORCH_CUDA_ARCH_LIST"] = self.archs
         return None
 
-    def _present_archs(self) -> str:
+    def _present_archs(self) -> list[str]:
         if not self.torch.cuda.is_available():
-            return ""
+            return []
         devices = range(self.torch.cuda.device_count())
-        return ";".join(sorted({"{}.{}".format(*self.torch.cuda.get_device_capability(d)) for d in devices}))
+        return sorted({"{}.{}".format(*self.torch.cuda.get_device_capability(d)) for d in devices})
 
     def __str__(self) -> str:
-        torch = self.torch.__version__ if self.torch else "not found"
+        torch = self.torch.__version__ if self.torch else "not looked at" if find_torch() else "not found"
         lines = ["bcmf_ext build", f"  torch      {torch}", f"  compiler   {find_compiler() or 'not found'}"]
         if self.no_extension:
             lines += [f"  extension  left out: {self.no_extension}", "             losses run in PyTorch"]

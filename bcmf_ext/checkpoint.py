@@ -11,7 +11,7 @@ import json
 import os
 import pickle
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import IO, Any
 
@@ -41,6 +41,9 @@ def atomic_write(path: Path, *, sync: bool = False) -> Iterator[IO[bytes]]:
         raise UserError(
             f"{path} cannot be written ({error.strerror or error}): check the folder and the disk."
         ) from error
+    finally:
+        with suppress(OSError):
+            temporary.unlink(missing_ok=True)  # left by an error, or by a second Ctrl-C
 
 
 def save_checkpoint(path: Path, content: dict[str, Any]) -> None:
@@ -126,13 +129,17 @@ def new_folder(output_dir: str, name: str | None, default_name: str) -> Path:
     raise UserError(f"{folder} exists already: choose another --name, or go on with that run by adding --resume.")
 
 
-def find_checkpoint(resume: str, output_dir: str, name: str | None, default_name: str) -> Path:
-    """What `--resume` means: a file, a folder with a last.pt, or "auto", the newest run of that name."""
+def find_checkpoint(resume: str, output_dir: str, name: str | None, default_name: str | None) -> Path:
+    """What `--resume` means: a file, a folder with a last.pt, or "auto", the run that was saved last.
+
+    That is the run `name`; without one, of those called `default_name`, default_name-2, …; without either, of all.
+    """
     if resume != "auto":
         path = Path(resume)
         return path / "last.pt" if path.is_dir() else path
-    first = Path(output_dir, name or default_name, "last.pt")
-    more = Path(output_dir).glob(f"{default_name}-[0-9]*/last.pt") if name is None else ()
+    first = Path(output_dir, name or default_name or "*", "last.pt")
+    pattern = f"{default_name}-[0-9]*/last.pt" if default_name else "*/last.pt"
+    more = Path(output_dir).glob(pattern) if name is None else ()
     found = [path for path in (first, *more) if path.is_file()]
     if not found:
         raise UserError(

@@ -66,9 +66,9 @@ def choose_device(name: str | None) -> torch.device:
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
     try:
         device = torch.device(name)
-        torch.empty(1, device=device)
+        torch.zeros(1, device=device).item()  # which the meta device cannot
     except (RuntimeError, AssertionError) as error:  # AssertionError: "Torch not compiled with CUDA enabled"
-        reason = str(error).splitlines()[0].rstrip(".")
+        reason = str(error).splitlines()[0].split(". ")[0].rstrip(".")
         raise UserError(f"--device {name} cannot be used ({reason}): choose another, such as cpu.") from error
     return device
 
@@ -166,9 +166,9 @@ class StepLosses:
     right behind the step, and read when the next step has been queued: the wait is then for work that is already done.
     """
 
-    def __init__(self, step: int, losses: Any, batch: tuple[Tensor, Tensor]) -> None:
+    def __init__(self, step: int, lr: float, losses: Any, batch: tuple[Tensor, Tensor]) -> None:
         terms = {name: value.detach() for name, value in losses._asdict().items() if value is not None}
-        self.step, self.batch, self.names = step, batch, tuple(terms)
+        self.step, self.lr, self.batch, self.names = step, lr, batch, tuple(terms)
         values, on_gpu = torch.stack(list(terms.values())), losses.total.is_cuda
         self._values = values.to("cpu", non_blocking=on_gpu)
         self._copied = torch.cuda.current_stream(values.device).record_event() if on_gpu else None
@@ -202,9 +202,10 @@ def train_one_epoch(
         state.scaler.scale(losses.total).backward()
         state.scaler.step(state.optimizer)
         state.scaler.update()
+        lr = float(state.scheduler.get_last_lr()[0])
         state.scheduler.step()
 
-        previous, pending = pending, StepLosses(state.step, losses, (images, labels))
+        previous, pending = pending, StepLosses(state.step, lr, losses, (images, labels))
         state.step += 1
         state.seconds = time.perf_counter() - began
         if previous is not None:
@@ -228,9 +229,8 @@ def _note(state: TrainState, losses: StepLosses, bar: tqdm, images_per_second: f
     for name, value in terms.items():
         state.loss_sums[name] = state.loss_sums.get(name, 0.0) + value
     if images_per_second is not None:
-        shown = " ".join(f"{name} {value:.3f}" for name, value in terms.items())
-        lr = state.scheduler.get_last_lr()[0]
-        bar.set_postfix_str(f"{images_per_second:.1f} images/s, lr {lr:.2g}, {shown}", refresh=False)
+        shown = " ".join(f"{name} {value:.2f}" for name, value in terms.items())  # first: a terminal may be narrow
+        bar.set_postfix_str(f"{shown}, lr {losses.lr:.2g}, {images_per_second:.1f} images/s", refresh=False)
 
 
 def _finite(model: nn.Module) -> bool:

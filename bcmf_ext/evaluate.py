@@ -22,6 +22,8 @@ from .report import save_png, score_lines, scores
 def main(argv: Sequence[str] | None = None) -> None:
     """Prints mIoU, pixel accuracy and the IoU of each class; writes the predictions if asked to."""
     args = parse_flags(argv)
+    if args.workers is not None and args.workers < 0:
+        raise UserError(f"--workers is {args.workers}, but must be at least 0.")
     predictor = Predictor(args.checkpoint, args.device, args.amp)
     trained = predictor.config
     name = args.dataset or trained["dataset"]
@@ -68,7 +70,9 @@ def parse_flags(argv: Sequence[str] | None) -> argparse.Namespace:
         usage="%(prog)s --checkpoint PATH [flags]",
         description="Scores a checkpoint on labelled data.",
     )
-    parser.add_argument("--checkpoint", required=True, metavar="PATH", help="best.pt or last.pt of a run")
+    parser.add_argument(
+        "--checkpoint", required=True, metavar="PATH", help="best.pt or last.pt of a run, or its folder"
+    )
     parser.add_argument("--dataset", choices=tuple(RECIPES), help="what to score it on; as in training when left out")
     parser.add_argument("--data-root", metavar="DIR", help="the dataset's folder; as in training when left out")
     parser.add_argument("--split", default="val", choices=("train", "val", "test"), help="its split (%(default)s)")

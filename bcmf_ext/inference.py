@@ -20,7 +20,7 @@ class Predictor:
     >>> colours = predictor.palette[label]
 
     Args:
-        checkpoint: path of the file.
+        checkpoint: path of the file, or of a run's folder, for its `best.pt`.
         device: name of a device; the first GPU, or the CPU, when None.
         amp: "auto", "bf16", "fp16" or "off"; as in training when None.
 
@@ -32,7 +32,8 @@ class Predictor:
     """
 
     def __init__(self, checkpoint: str | Path, device: str | None = None, amp: str | None = None) -> None:
-        saved = load_checkpoint(Path(checkpoint))
+        path = Path(checkpoint)
+        saved = load_checkpoint(path / "best.pt" if path.is_dir() else path)
         self.config, self.classes = saved["config"], tuple(saved["classes"])
         self.palette: np.ndarray = saved["palette"].numpy()
         place = choose_device(device)

@@ -54,6 +54,20 @@ def iou_table(iou: Mapping[str, float | None], columns: int = 4) -> str:
     return "\n".join("  " + "   ".join(cells[row::rows]) for row in range(rows))
 
 
+def share_lines(pixels: np.ndarray, classes: Sequence[str]) -> str:
+    """What `SegmentationDataset.check` counted: each class's share of the labelled pixels, and who never occurs."""
+    counts = pixels[: len(classes)]
+    width = max(map(len, classes))
+    percent = 100 * counts / max(1, counts.sum())
+    cells = [f"{name:<{width}} {share:5.1f} %" for name, share in zip(classes, percent, strict=True)]
+    rows = math.ceil(len(cells) / 4)
+    lines = ["  " + "   ".join(cells[row::rows]) for row in range(rows)]
+    absent = [name for name, count in zip(classes, counts, strict=True) if count == 0]
+    if absent and counts.any():
+        lines.append(f"  no pixel of {', '.join(absent)}: check the ids if that is not meant")
+    return "\n".join(lines)
+
+
 def save_png(path: Path, pixels: np.ndarray, palette: np.ndarray | None = None) -> None:
     """Writes (H, W) or (H, W, 3) uint8; with a palette (C, 3), (H, W) as indices into it. Makes the folder."""
     picture = Image.fromarray(pixels)
@@ -152,7 +166,7 @@ def draw_curves(path: Path, records: Sequence[dict[str, Any]]) -> None:
     for name in records[-1]["loss"]:
         style = {"color": "black", "linewidth": 2} if name == "total" else {}
         above.plot(epochs, [r["loss"].get(name, math.nan) for r in records], label=name, marker=marker, ms=3, **style)
-    above.set_ylabel("loss terms, unweighted")
+    above.set_ylabel("loss and its unweighted terms")
     above.set_ylim(bottom=0)
     above.legend(loc="upper right", ncols=5, frameon=False)
     evaluated = [(record["epoch"], record["miou"]) for record in records if "miou" in record]

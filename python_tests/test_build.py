@@ -46,6 +46,45 @@ def test_torch_is_asked_for_only_if_it_is_missing_and_useful(
     assert backend.get_requires_for_build_wheel() == []
 
 
+def cuda_plan(tmp_path: Path, nvcc_archs: str, gpus: str = "[]") -> str:
+    """What would be compiled for CUDA with an nvcc 12.6 that knows these archs, on a machine with these GPUs."""
+    pytest.importorskip("setuptools")
+    (tmp_path / "bin").mkdir()
+    (tmp_path / "include").mkdir()
+    (tmp_path / "include" / "cuda_runtime.h").touch()
+    nvcc = tmp_path / "bin" / "nvcc"
+    nvcc.write_text(f'#!/bin/sh\n[ "$1" = --version ] && echo "release 12.6, V12.6.1" || echo "{nvcc_archs}"\n')
+    nvcc.chmod(0o755)
+    code = (
+        "import setuptools, sys\n"
+        "from types import SimpleNamespace as Fake\n"
+        "setuptools.setup = lambda **options: None\n"
+        "sys.argv = ['setup.py', 'bdist_wheel']\n"
+        "import setup\n"
+        "plan = setup.Plan.__new__(setup.Plan)\n"
+        f"cuda = Fake(is_available=lambda: {gpus} != [], device_count=lambda: len({gpus}), "
+        f"get_device_capability=lambda d: {gpus}[d])\n"
+        "plan.torch = Fake(version=Fake(cuda='12.6'), cuda=cuda)\n"
+        "print(plan._look_for_cuda() or plan.archs)\n"
+    )
+    env = {**os.environ, "PYTHONPATH": str(ROOT), "CUDA_HOME": str(tmp_path)}
+    env.pop("TORCH_CUDA_ARCH_LIST", None)
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, env=env, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    return done.stdout.splitlines()[-1]
+
+
+def test_an_older_nvcc_builds_for_what_it_knows(tmp_path: Path) -> None:
+    """Protects CUDA 12.6 and older, whose nvcc stops at an arch it has never heard of."""
+    assert cuda_plan(tmp_path, "compute_75 compute_80 compute_86 compute_90") == "7.5;8.0;9.0+PTX"
+
+
+@pytest.mark.parametrize(("gpus", "expected"), [("[(9, 0), (8, 0)]", "8.0;9.0"), ("[(12, 0)]", "cannot compile")])
+def test_the_gpu_at_hand_is_what_is_built_for(tmp_path: Path, gpus: str, expected: str) -> None:
+    """A machine with GPUs compiles for these alone; one that is newer than its nvcc gets a reason, not a traceback."""
+    assert expected in cuda_plan(tmp_path, "compute_75 compute_80 compute_86 compute_90", gpus)
+
+
 def plan(**environment: str) -> subprocess.CompletedProcess[str]:
     """What setup.py would build in this environment."""
     pytest.importorskip("setuptools")

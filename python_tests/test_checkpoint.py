@@ -141,5 +141,8 @@ def test_what_resume_means(tmp_path: Path) -> None:
     assert find_checkpoint("auto", output, "mine", "demo-bcmfnet") == tmp_path / "mine" / "last.pt"
     assert find_checkpoint(str(tmp_path / "mine"), output, None, "demo-bcmfnet") == tmp_path / "mine" / "last.pt"
     assert find_checkpoint("some.pt", output, None, "demo-bcmfnet") == Path("some.pt")
+    assert find_checkpoint("auto", output, None, None) == min(
+        tmp_path.glob("*/last.pt"), key=lambda path: -path.stat().st_mtime
+    )
     with pytest.raises(UserError, match=r"no run to resume, .*demo-ddrnet_s"):
         find_checkpoint("auto", output, None, "demo-ddrnet_s")

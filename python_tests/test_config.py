@@ -69,6 +69,14 @@ def test_given_flags_win() -> None:
     assert asdict(config) == {**asdict(configure("--dataset camvid")), **changes, "channels_last": False}
 
 
+def test_learning_rate_follows_the_batch_size() -> None:
+    """A smaller batch that fits one's machine does not spoil the recipe; a rate that was given stays."""
+    assert configure("--dataset camvid --batch-size 8").lr == 0.025
+    assert configure("--dataset cityscapes --batch-size 12").lr == 0.015
+    assert configure("--dataset camvid --batch-size 8 --lr 0.05").lr == 0.05
+    assert configure("--dataset camvid --batch-size 16").lr == configure("--dataset camvid").lr == 0.05
+
+
 def test_optional_values() -> None:
     """`--ohem` and `--cpg` without a number mean their default; 0 switches BCL and CPG off."""
     assert configure("--ohem").ohem == 0.9

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 
@@ -12,6 +13,7 @@ from PIL import Image
 
 from bcmf_ext.data import DATASETS, SegmentationDataset, open_dataset
 from bcmf_ext.data import cityscapes as cityscapes_module
+from bcmf_ext.data.dataset import find_files, read_image
 from bcmf_ext.data.folder import palette_for
 from bcmf_ext.errors import UserError
 
@@ -255,7 +257,7 @@ def test_folder_test_split_may_lack_labels(folder: Path) -> None:
 
 def test_classes_txt_with_colours(folder: Path) -> None:
     """`name r g b` sets a colour, names may hold blanks and digits, other classes get colours of their own."""
-    (folder / "classes.txt").write_text("\ufeffroad 1 2 3\n\nroute 66\r\ntraffic light 255 0 9\n", encoding="utf-8")
+    (folder / "classes.txt").write_text("\ufeffroad 1 2 3\nroute 66\r\ntraffic light 255 0 9\n", encoding="utf-8")
     train = open_dataset("folder", folder, "train")
     assert train.classes == ("road", "route 66", "traffic light")
     assert train.palette[[0, 2]].tolist() == [[1, 2, 3], [255, 0, 9]]
@@ -341,6 +343,11 @@ def damage(root: Path, how: str) -> None:
         (root / "classes.txt").unlink()
     elif how == "one class":
         (root / "classes.txt").write_text("ground\n")
+    elif how == "empty line":
+        (root / "classes.txt").write_text("ground\n\nwall\nsky\n")
+    elif how == "flat images beside test":
+        (root / "images" / "train").rename(root / "images" / "test")
+        shutil.rmtree(root / "images" / "val")
     elif how == "class twice":
         (root / "classes.txt").write_text("ground\nwall\nground\n")
     elif how == "bad colour":
@@ -381,7 +388,9 @@ def damage(root: Path, how: str) -> None:
     ("how", "needles"),
     [
         ("no classes.txt", ["classes.txt", "one class name per line", "(ids found in the first labels: 0, 1, 2)"]),
-        ("one class", ["classes.txt", "1 classes"]),
+        ("one class", ["classes.txt", "1 class:"]),
+        ("empty line", ["classes.txt, line 2 is empty"]),
+        ("flat images beside test", ["no folders train and val"]),
         ("class twice", ["classes.txt", "'ground' twice"]),
         ("bad colour", ["classes.txt", "'ground 0 0 256'"]),
         ("binary classes.txt", ["classes.txt", "UTF-8"]),
@@ -428,9 +437,32 @@ def test_check_counts_further_problems(folder: Path) -> None:
 
 
 def test_check_refuses_labels_of_a_single_class(folder: Path) -> None:
-    """A mask of 0 and 255 (ignored) has nothing to learn and would score 1.0: its author meant 0 and 1."""
+    """A mask of 0 and 255 (ignored) has nothing to learn and would score 1.0: its author meant 0 and 1. To score, one
+    class is enough, none is not."""
+    for name in ("a", "sub/b"):
+        write(folder / f"labels/train/{name}.png", ids(0, 255))
     write(folder / "labels/val/c.png", ids(0, 255))
-    sentence(open_dataset("folder", folder, "val").check, "only the class 'ground'", "50 %", "255")
+    train, val = (open_dataset("folder", folder, split) for split in ("train", "val"))
+    sentence(train.check, "only the class 'ground'", "50 %", "nothing to learn", "a mask of 0 and 255")
+    assert val.check()[[0, 255]].tolist() == [val.label(0).size // 2] * 2
+    write(folder / "labels/val/c.png", ids(255, 255))
+    sentence(val.check, "no class at all", "nothing to score")
+
+
+def test_pictures_are_upright(tmp_path: Path) -> None:
+    """A phone's JPEG lies on its side and says so in its EXIF data; annotation tools show it upright."""
+    picture = Image.fromarray(np.arange(24, dtype=np.uint8).reshape(4, 6).repeat(8, 0).repeat(8, 1))
+    exif = picture.getexif()
+    exif[0x0112] = 6  # to be turned clockwise
+    picture.save(tmp_path / "phone.jpg", exif=exif, quality=100)
+    assert read_image(tmp_path / "phone.jpg").shape == (48, 32, 3)
+
+
+def test_links_that_lead_upwards_end(tmp_path: Path) -> None:
+    """A link to the folder itself adds no image twice."""
+    (tmp_path / "a.png").touch()
+    (tmp_path / "loop").symlink_to(tmp_path)
+    assert list(find_files(tmp_path, (".png",))) == ["a"]
 
 
 @pytest.mark.parametrize("name", DATASETS)

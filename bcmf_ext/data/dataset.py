@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
-from PIL import Image
+from PIL import Image, ImageOps
 from tqdm import tqdm
 
 from ..errors import UserError
@@ -75,11 +75,12 @@ class SegmentationDataset:
         """Where image `index` comes from, for messages."""
         return self.stem(index)
 
-    def check(self) -> None:
+    def check(self) -> np.ndarray:
         """Decodes every image and label, in threads. `UserError`: the first problem, and how many more files have one.
 
-        Labels that hold a single class in the whole split are a problem too: nothing can be learnt from them, and the
-        usual reason (a mask painted with 255, which is ignored) would otherwise show as a perfect score.
+        Training labels that hold a single class in the whole split are a problem too: nothing can be learnt from them,
+        and the usual reason (a mask painted with 255, which is ignored) would otherwise show as a perfect score.
+        Returns how many pixels have each value 0..255: classes, and 255 where ignored.
         """
 
         def examine(index: int) -> str | np.ndarray:
@@ -102,19 +103,24 @@ class SegmentationDataset:
         if problems:
             others = _and_more(len(problems) - 1, "file with a problem", "files with problems")
             raise UserError(f"{problems[0].removesuffix('.')}{others}.")
+        pixels = np.sum(results, axis=0)
         if self.has_labels:
-            self._check_variety(np.sum(results, axis=0))
+            self._check_variety(pixels)
+        return pixels
 
     def _check_variety(self, pixels: np.ndarray) -> None:
-        """`pixels`: how many of each value 0..255 the labels of the split hold."""
         present = np.flatnonzero(pixels[:IGNORE_INDEX])
-        if len(present) >= 2:
+        if len(present) >= (2 if self.split == "train" else 1):
             return
-        ignored = 100 * pixels[IGNORE_INDEX] / max(1, pixels.sum())
         what = f"only the class {self.classes[present[0]]!r}" if len(present) else "no class at all"
+        ignored, hint = 100 * pixels[IGNORE_INDEX] / max(1, pixels.sum()), ""
+        if ignored > 0:
+            what += f" ({ignored:.0f} % of the pixels are 255 = ignored)"
+            hint = "; a mask of 0 and 255 needs 0 and 1"
+        use = "learn" if self.split == "train" else "score"
         raise UserError(
-            f"The labels of {self.name} {self.split} hold {what} ({ignored:.0f} % of the pixels are 255 = ignored), "
-            "so there is nothing to learn: paint objects with their class index (a mask of 0 and 255 needs 0 and 1)."
+            f"The labels of {self.name} {self.split} hold {what}, so there is nothing to {use}: paint objects with "
+            f"their class index{hint}."
         )
 
 
@@ -186,11 +192,14 @@ class FileDataset(SegmentationDataset):
 
 
 def read_image(path: Path) -> np.ndarray:
-    """(H, W, 3) uint8, RGB. `UserError` if the file cannot be decoded, or has more than 8 bits per channel."""
+    """(H, W, 3) uint8, RGB, upright as its EXIF orientation says, which is how viewers and annotation tools show it.
+
+    `UserError` if the file cannot be decoded, or has more than 8 bits per channel.
+    """
     picture = _decode(path)
     if picture.mode.startswith(("I", "F")):
         raise UserError(f"{path} has more than 8 bits per channel (mode {picture.mode}): convert it to 8 bits.")
-    return np.array(picture.convert("RGB"))
+    return np.array(ImageOps.exif_transpose(picture).convert("RGB"))
 
 
 def read_label_ids(path: Path) -> np.ndarray:
@@ -227,7 +236,12 @@ def find_files(folder: Path, endings: tuple[str, ...]) -> dict[str, Path]:
     a key (a.jpg beside a.png).
     """
     found: dict[str, Path] = {}
+    visited: set[str] = set()
     for parent, subfolders, names in os.walk(folder, followlinks=True):
+        if os.path.realpath(parent) in visited:  # by a link that points upwards
+            subfolders.clear()
+            continue
+        visited.add(os.path.realpath(parent))
         subfolders[:] = [name for name in subfolders if not name.startswith(".")]
         for name in sorted(names):
             ending = next((e for e in endings if name.lower().endswith(e.lower())), None)

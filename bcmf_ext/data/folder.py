@@ -85,8 +85,11 @@ def _find_split(root: Path, split: str) -> tuple[list[Files], str]:
         if split == "test" and not labels.is_dir():
             return [Files(key, path, None) for key, path in images.items()], " without labels"
         return _match(images, labels), ""
-    if split == "test":
-        raise UserError(f"{root / 'images'} has no folder test: put test images there, beside train/ and val/.")
+    if split == "test" or (root / "images" / "test").is_dir():
+        raise UserError(
+            f"{root / 'images'} has no folders train and val: make them, beside test, or put all images into "
+            f"{root / 'images'} itself, of which one in five is then held out as val."
+        )
     files = _match(_find_images(root / "images"), root / "labels")
     held_out = _hold_out([item.key for item in files])
     if not held_out:
@@ -125,11 +128,15 @@ def _read_classes(root: Path, files: list[Files]) -> tuple[tuple[str, ...], np.n
             f"{_ids_in_use(files)}."
         )
     try:
-        lines = [line.split() for line in path.read_text(encoding="utf-8-sig").splitlines() if line.strip()]
+        lines = [line.split() for line in path.read_text(encoding="utf-8-sig").rstrip().splitlines()]
     except UnicodeDecodeError as error:
         raise UserError(f"{path} is not a UTF-8 text file: save it as one ({error.reason}).") from error
+    if [] in lines:
+        raise UserError(f"{path}, line {lines.index([]) + 1} is empty: write a name there, or take the line out.")
     if not 2 <= len(lines) <= MAX_CLASSES:
-        raise UserError(f"{path} names {len(lines)} classes: write 2 to {MAX_CLASSES}, one name per line.")
+        raise UserError(
+            f"{path} names {len(lines)} class{'es' * (len(lines) != 1)}: write 2 to {MAX_CLASSES}, one name per line."
+        )
     names, palette = [], palette_for(len(lines))
     for i, words in enumerate(lines):
         colour = words[-3:]

@@ -156,9 +156,10 @@ class EpochSampler(Sampler[list[tuple[int, int]]]):
 
     def __init__(self, length: int, batch_size: int, seed: int) -> None:
         if length < batch_size:
+            advice = f"pass --batch-size {length} or less" if length >= 2 else "add more"
             raise UserError(
-                f"The training set holds {length} images, fewer than one batch of {batch_size}: "
-                f"pass --batch-size {length} or less."
+                f"The training set holds {length} image{'s' * (length != 1)}, fewer than one batch of {batch_size}: "
+                f"{advice}."
             )
         self.length = length
         self.batch_size = batch_size
