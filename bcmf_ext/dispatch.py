@@ -21,6 +21,7 @@ import torch
 DEBUG = os.environ.get("BCMF_DEBUG") == "1"  # look at labels on CUDA too: a sync, for a sentence
 IMPLS = ("cuda", "triton", "cpu", "torch")
 _ORDER = {"cuda": ("cuda", "triton", "torch"), "cpu": ("cpu", "torch")}  # of "auto", by device
+INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"  # Triton kernels run on the CPU, slowly: for tests
 _REINSTALL = "pip install --force-reinstall --no-deps --no-cache-dir, from the same source"
 
 
@@ -33,7 +34,10 @@ def _find_build() -> Path | None:
 
 def _source_digest() -> str | None:
     """Of csrc beside the package, as setup.py computes it; None where there is no source tree."""
-    files = sorted(path for path in (Path(__file__).parents[1] / "csrc").rglob("*") if path.is_file())
+    csrc = Path(__file__).parents[1] / "csrc"
+    if not (csrc / "ops.cpp").is_file():  # installed; another package may own a csrc there
+        return None
+    files = sorted(path for path in csrc.rglob("*") if path.is_file())
     return hashlib.sha256(b"".join(path.read_bytes() for path in files)).hexdigest() if files else None
 
 
@@ -73,6 +77,7 @@ def _import_from(folder: Path) -> ModuleType:
 
 
 EXTENSION, _NO_EXTENSION, _NO_CUDA = _load_extension()
+_NO_TRITON = None if importlib.util.find_spec("triton") else "triton is not installed"
 
 
 def why_not(impl: str, device: str, unsupported: str | None = None) -> str | None:
@@ -84,11 +89,9 @@ def why_not(impl: str, device: str, unsupported: str | None = None) -> str | Non
         return f'there is no such impl; choose from "auto", {", ".join(map(repr, IMPLS))}'
     if impl == "torch":
         return None
-    if impl not in _ORDER.get(device, ()):
+    if impl not in _ORDER.get(device, ()) and not (impl == "triton" and device == "cpu" and INTERPRETED):
         return f"it does not run on {device} tensors"
-    if impl == "triton":
-        return "there is no Triton kernel for it yet"
-    missing = _NO_EXTENSION if impl == "cpu" else _NO_CUDA
+    missing = {"cpu": _NO_EXTENSION, "cuda": _NO_CUDA, "triton": _NO_TRITON}[impl]
     return missing or unsupported
 
 

@@ -12,10 +12,10 @@ from . import dispatch
 from .ops import loss_lacks
 
 _OPS = {
-    "cross_entropy": loss_lacks(),
-    "cross_entropy, ohem": loss_lacks(ohem=True),
+    "cross_entropy (and OHEM)": loss_lacks(),
     "boundary_corrected_loss": loss_lacks(bcl=True),
     "cpg_loss": loss_lacks(cpg=True),
+    "segmentation_loss, as in training": loss_lacks(bcl=True, cpg=True),
 }
 
 
@@ -57,6 +57,7 @@ def build() -> str:
 
 def impls() -> str:
     """For each op and device, the impl that "auto" takes and why not the others."""
+    said = {dispatch.why_not("cpu", "cpu"), dispatch.why_not("cuda", "cuda")} - {None}  # by `build`
     lines = []
     for op, lacks in _OPS.items():
         lines.append(op)
@@ -66,7 +67,7 @@ def impls() -> str:
             for impl in dispatch.IMPLS:
                 reason = dispatch.why_not(impl, device, lacks)
                 if reason is not None and not reason.startswith("it does not run on"):
-                    lines.append(f"    not {impl}: {reason}")
+                    lines.append(f"    not {impl}: {'not built, see above' if reason in said else reason}")
     return "\n".join(lines)
 
 

@@ -16,6 +16,7 @@ would stop the GPU.
 from __future__ import annotations
 
 import math
+import numbers
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
@@ -46,6 +47,11 @@ class OHEM:
             raise ValueError(f"OHEM's min_kept is a number of pixels, at least 0, not {self.min_kept}.")
 
 
+def _check_weight(name: str, weight: float) -> None:
+    if not 0 <= weight < math.inf:
+        raise ValueError(f"{name}'s weight is a number of at least 0, not {weight}.")
+
+
 @dataclass(frozen=True)
 class BCL:
     """Boundary Corrected Loss: flip the labels, compare, suppress non-maxima, keep the hard ones (spec section 3).
@@ -67,8 +73,9 @@ class BCL:
     nms_size: int = 3
 
     def __post_init__(self) -> None:
-        steps = (self.step,) if isinstance(self.step, int) else tuple(self.step)
-        if not 1 <= len(steps) <= 8 or any(step < 1 for step in steps):
+        _check_weight("BCL", self.weight)
+        steps = tuple(self.step) if isinstance(self.step, (tuple, list)) else (self.step,)
+        if not 1 <= len(steps) <= 8 or any(not isinstance(step, int) or step < 1 for step in steps):
             raise ValueError(
                 f"BCL's step is a positive number of pixels or a tuple of 1 to 8 of them, not {self.step}."
             )
@@ -112,6 +119,7 @@ class CPG:
             raise ValueError(f'CPG\'s ignore_mode is "window" or "centre", not {self.ignore_mode!r}.')
         if self.weight is None:
             object.__setattr__(self, "weight", {3: 1.0, 5: 0.4, 7: 0.35}[self.kernel_size])
+        _check_weight("CPG", self.weight)
 
 
 class SegmentationLoss(NamedTuple):
@@ -129,6 +137,12 @@ class SegmentationLoss(NamedTuple):
 
 def check_inputs(logits: Tensor, target: Tensor, weight: Tensor | None = None) -> None:
     """Raise TypeError or ValueError unless shapes, dtypes and devices are those of the module's docstring."""
+    if not isinstance(logits, Tensor):
+        hint = ": of (main, auxiliary) logits, SegmentationCriterion makes one loss" * isinstance(logits, (tuple, list))
+        raise TypeError(f"logits are a tensor, not a {type(logits).__name__}{hint}.")
+    for name, tensor in (("target is", target), ("class weights are", weight)):
+        if tensor is not None and not isinstance(tensor, Tensor):
+            raise TypeError(f"{name} a tensor, not a {type(tensor).__name__}.")
     if logits.dtype not in (torch.float16, torch.bfloat16, torch.float32, torch.float64):
         raise TypeError(f"logits are floating point (fp16, bf16, fp32, fp64), not {logits.dtype}.")
     if target.dtype not in (torch.uint8, torch.int16, torch.int32, torch.int64):
@@ -236,13 +250,14 @@ def cross_entropy(
     Σ_S w_Y ℓ / |S|.
     """
     check_inputs(logits, target, weight)
-    ohem = OHEM(threshold=ohem) if isinstance(ohem, (int, float)) else ohem
+    hard_examples: OHEM | None = _option(ohem, OHEM, "ohem", "threshold")
     logits, labels, valid = _widen(logits, target, ignore_index, align_corners)
     nll = _nll(_log_softmax(logits, valid), labels)
-    w = torch.ones_like(nll) if weight is None else weight.to(nll.dtype)[labels]
-    if ohem is None:
-        return _mean(w * nll, valid, torch.where(valid, w, 0.0).sum())
-    return _mean(w * nll, _hard_pixels(nll.detach(), valid, ohem))
+    selected = valid if hard_examples is None else _hard_pixels(nll.detach(), valid, hard_examples)
+    if weight is None:  # not weights of 1: inductor multiplies them away, and then loses the gradient at a graph break
+        return _mean(nll, selected)
+    w = weight.to(nll.dtype)[labels]
+    return _mean(w * nll, selected, torch.where(valid, w, 0.0).sum() if hard_examples is None else None)
 
 
 def _hard_pixels(nll: Tensor, valid: Tensor, ohem: OHEM) -> Tensor:
@@ -389,7 +404,8 @@ def cpg_loss_sparse(
     """cpg_loss, computed at the edge pixels only: the fastest eager form we know. Equal to cpg_loss up to rounding.
 
     G is zero wherever a window holds a single label, which is nine pixels of ten. So softmax is taken only of the R
-    pixels in the windows of the E edge pixels, and the Sobel taps are applied as a weighted bag over those rows.
+    pixels in the windows of the E edge pixels, and the Sobel taps are summed one after the other over those rows (with
+    its backward, faster than embedding_bag, a sparse product or one gather of all windows).
     """
     _check_cpg(kernel_size, ignore_mode)
     check_inputs(logits, target)
@@ -417,11 +433,12 @@ def cpg_loss_sparse(
     mask = truth != 0
 
     read = torch.zeros(ids.numel(), dtype=torch.bool, device=ids.device).index_fill_(0, pixels.view(-1), True)
-    bags = (read.cumsum(0) - 1)[pixels]  # (E, k²): rows of p
+    rows_of_p = (read.cumsum(0) - 1)[pixels]  # (E, k²)
     p = logits.movedim(1, -1)[read.view_as(ids)].softmax(dim=1)  # (R, C)
-    estimate = torch.stack(
-        [F.embedding_bag(bags, p, per_sample_weights=t.expand(len(n), -1).contiguous(), mode="sum") for t in taps]
-    )
+    estimate = taps.new_zeros(2, len(n), num_classes)
+    for tap in range(kernel_size**2):
+        if tap != kernel_size**2 // 2:  # both are 0 at the centre
+            estimate = estimate + taps[:, tap].view(2, 1, 1) * p.index_select(0, rows_of_p[:, tap])
     return _mean(((truth - estimate) / denominator).square(), mask)
 
 
@@ -476,15 +493,27 @@ def segmentation_loss(
     )
 
 
+def _option(value: Any, kind: Any, keyword: str, field: str) -> Any:
+    """What was passed as ``keyword``: None, a ``kind``, or a number, which stands for ``kind(field=number)``."""
+    if value is None or isinstance(value, kind):
+        return value
+    if isinstance(value, numbers.Real) and not isinstance(value, bool):
+        return kind(**{field: float(value)})
+    raise TypeError(f"{keyword} is None, a number or {kind.__name__}(…), not {value!r}.")
+
+
 def resolve_options(
     ohem: OHEM | float | None, bcl: BCL | float | None, cpg: CPG | float | None
 ) -> tuple[OHEM | None, BCL | None, CPG | None]:
-    """Floats to options; ValueError if OHEM stands beside a BCL that supervises the flipped labels."""
-    ohem = OHEM(threshold=ohem) if isinstance(ohem, (int, float)) else ohem
-    bcl = BCL(weight=bcl) if isinstance(bcl, (int, float)) else bcl
-    cpg = CPG(weight=cpg) if isinstance(cpg, (int, float)) else cpg
-    if ohem is not None and bcl is not None and bcl.supervise == "flipped":
+    """Floats to options; TypeError for what is neither, ValueError if OHEM stands beside a BCL that supervises the
+    flipped labels."""
+    chosen: tuple[OHEM | None, BCL | None, CPG | None] = (
+        _option(ohem, OHEM, "ohem", "threshold"),
+        _option(bcl, BCL, "bcl", "weight"),
+        _option(cpg, CPG, "cpg", "weight"),
+    )
+    if chosen[0] is not None and chosen[1] is not None and chosen[1].supervise == "flipped":
         raise ValueError(
             'BCL(supervise="flipped") keeps the arg-max right only beside a plain mean cross-entropy: leave ohem out.'
         )
-    return ohem, bcl, cpg
+    return chosen

@@ -5,6 +5,7 @@ A run lives in one folder: last.pt (to go on from), best.pt (to use), log.jsonl,
 
 from __future__ import annotations
 
+import math
 import os
 import shlex
 import signal
@@ -44,10 +45,10 @@ from .losses.criterion import SegmentationCriterion
 from .metrics import ConfusionMatrix
 from .models import load_pretrained
 from .reference import BCL, CPG, OHEM
-from .report import draw_curves, draw_sample, loss_line, score_lines, scores
+from .report import draw_curves, draw_sample, loss_line, score_lines, scores, share_lines
 
 PICTURES = 4  # val samples drawn after each evaluation
-BAR = "{desc} {percentage:3.0f}%|{bar:12}| {n_fmt}/{total_fmt} [{elapsed}<{remaining}{postfix}]"
+BAR = "{desc} |{bar:8}| {n_fmt}/{total_fmt} [{elapsed}<{remaining}{postfix}]"
 
 
 def main(argv: Sequence[str] | None = None) -> None:
@@ -56,7 +57,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     config = make_config(flags)
     saved = None
     if "resume" in flags:
-        last = find_checkpoint(flags["resume"], config.output_dir, config.name, config.default_name)
+        named = config.default_name if {"dataset", "model"} & flags.keys() else None
+        last = find_checkpoint(flags["resume"], config.output_dir, config.name, named)
         saved = load_checkpoint(last)
         if "optimizer" not in saved:
             raise UserError(f"{last} holds weights only: resume from last.pt, or train them further with --pretrained.")
@@ -70,9 +72,11 @@ def main(argv: Sequence[str] | None = None) -> None:
         for split in ("train", "val")
     )
     for dataset in (train_set, val_set):
-        dataset.check()
+        pixels = dataset.check()
+        if "check_data" in flags:
+            print(f"{dataset.protocol}\n{share_lines(pixels, dataset.classes)}")
     if "check_data" in flags:
-        print(f"{train_set.protocol}\n{val_set.protocol}\nall images and labels are fine")
+        print("all images and labels can be used")
         return
     trainer = Trainer(config, train_set, val_set, saved)
     print(trainer.describe())
@@ -163,8 +167,7 @@ class Trainer:
                 confusion = None
                 due = (state.epoch + 1) % config.eval_interval == 0 or state.epoch + 1 == config.epochs
                 if due and not interrupted():
-                    bar.set_description_str(f"epoch {state.epoch + 1}/{config.epochs}, evaluating")
-                    confusion = self._evaluate(interrupted)
+                    confusion = self._evaluate(interrupted, bar)
                 if interrupted():
                     break
                 self._finish_epoch(confusion)
@@ -175,12 +178,15 @@ class Trainer:
             sys.exit(130)
         print(self.result())
 
-    def _evaluate(self, interrupted: CtrlC) -> ConfusionMatrix:
+    def _evaluate(self, interrupted: CtrlC, bar: tqdm) -> ConfusionMatrix:
         """Evaluates on the val split and draws some of it."""
         pictured = {int(index) for index in np.linspace(0, len(self.val_set) - 1, PICTURES)}
         predictions: dict[int, np.ndarray] = {}
 
+        epoch = f"epoch {self.state.epoch + 1}/{self.config.epochs}"
+
         def keep(index: int, prediction: Tensor) -> None:
+            bar.set_description_str(f"{epoch}, evaluating {index + 1}/{len(self.val_set)}")
             if index in pictured:
                 predictions[index] = prediction.cpu().numpy()
 
@@ -219,6 +225,11 @@ class Trainer:
 
     def _explanation(self, stop: NonFiniteLoss) -> UserError:
         """Saves the batch, and says what happened."""
+        if all(map(math.isfinite, stop.terms.values())):
+            return UserError(
+                f"The weights are not finite after epoch {stop.epoch + 1}, step {stop.step + 1}, though the loss was; "
+                f"{self.run.last} is from before: try a lower --lr, or --amp off."
+            )
         path = self.run.folder / "nonfinite-batch.pt"
         images, labels = stop.batch
         where = {"epoch": stop.epoch, "step": stop.step, "terms": stop.terms}
@@ -302,12 +313,12 @@ def describe_loss(criterion: SegmentationCriterion) -> str:
 
 def choose_impl(criterion: SegmentationCriterion, device: torch.device) -> str:
     """Which implementation of the loss runs, and why not the device's own; `UserError` if the one asked for cannot."""
-    mix = {"ohem": criterion.ohem is not None, "bcl": criterion.bcl is not None, "cpg": criterion.cpg is not None}
-    lacks = ops.loss_lacks(**mix)
-    try:
-        impl = dispatch.choose("segmentation_loss", criterion.impl, device, lacks)
-    except ValueError as error:
-        raise UserError(f"--impl {criterion.impl}: {error}") from error
+    lacks = ops.loss_lacks(bcl=criterion.bcl is not None, cpg=criterion.cpg is not None)
+    if criterion.impl != "auto":
+        reason = dispatch.why_not(criterion.impl, device.type, lacks)
+        if reason is not None:
+            raise UserError(f"--impl {criterion.impl} cannot run this loss on {device}: {reason}.")
+    impl = dispatch.choose("segmentation_loss", criterion.impl, device, lacks)
     reason = dispatch.why_not(device.type, device.type, lacks) if criterion.impl == "auto" else None
     return f"{impl} ({device.type}: {reason})" if reason else impl
 

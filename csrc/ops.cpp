@@ -6,6 +6,8 @@
 #include <torch/library.h>
 #include <torch/version.h>
 
+#include <cmath>
+#include <limits>
 #include <optional>
 #include <set>
 #include <sstream>
@@ -69,81 +71,97 @@ void check_same_device(const Tensor& logits, const Tensor& other, const char* na
                     other.device(), ".");
 }
 
-struct Inputs {
+// Both ops' arguments beside tensors of their own: the schemas stand in bcmf_ext/ops.py.
+struct LossInputs {
   LossArgs args;
   std::optional<Tensor> weight;  // keeps the converted class weights alive
+
+  LossInputs(const Tensor& logits, const Tensor& target, const std::optional<Tensor>& weight, int64_t ignore_index,
+             std::optional<double> ohem_threshold, int64_t ohem_min_kept);
 };
 
-Inputs check_inputs(const Tensor& logits, const Tensor& target, const std::optional<Tensor>& weight,
-                    int64_t ignore_index) {
+LossInputs::LossInputs(const Tensor& logits, const Tensor& target, const std::optional<Tensor>& weight,
+                       int64_t ignore_index, std::optional<double> ohem_threshold, int64_t ohem_min_kept)
+    : args() {
   TORCH_CHECK_VALUE(logits.dim() == 4 && logits.size(1) >= 2, "logits have the shape (N, C, H, W) with C >= 2, not ",
                     logits.sizes(), ".");
   TORCH_CHECK_VALUE(target.dim() == 3 && target.size(0) == logits.size(0) && target.size(1) == logits.size(2) &&
                         target.size(2) == logits.size(3),
                     "bcmf::loss reads logits of the target's size, not ", logits.sizes(), " for ", target.sizes(), ".");
   check_same_device(logits, target, "target");
-  Inputs in = {};
-  in.args.N = logits.size(0);
-  in.args.C = logits.size(1);
-  in.args.H = logits.size(2);
-  in.args.W = logits.size(3);
-  in.args.logits = logit_view(logits);
-  in.args.labels = {target.data_ptr(), label_type(target.scalar_type()), target.stride(0), target.stride(1),
-                    target.stride(2)};
-  in.args.ignore_index = ignore_index;
+  args.N = logits.size(0);
+  args.C = logits.size(1);
+  args.H = logits.size(2);
+  args.W = logits.size(3);
+  args.logits = logit_view(logits);
+  args.labels = {target.data_ptr(), label_type(target.scalar_type()), target.stride(0), target.stride(1),
+                 target.stride(2)};
+  args.ignore_index = ignore_index;
   if (weight.has_value()) {
     TORCH_CHECK_VALUE(weight->dim() == 1 && weight->size(0) == logits.size(1),
                       "class weights have one entry for each of the ", logits.size(1), " classes, not ",
                       weight->sizes(), ".");
     check_same_device(logits, *weight, "class weights");
-    in.weight = weight->to(acc_options(logits).dtype()).contiguous();
-    in.args.weight = in.weight->data_ptr();
+    this->weight = weight->to(acc_options(logits).dtype()).contiguous();
+    args.weight = this->weight->data_ptr();
   }
-  return in;
+  if (ohem_threshold.has_value()) {
+    TORCH_CHECK_VALUE(*ohem_threshold > 0 && *ohem_threshold <= 1, "OHEM's threshold is a probability in (0, 1], not ",
+                      *ohem_threshold, ".");
+    const double nll = -std::log(*ohem_threshold), infinity = std::numeric_limits<double>::infinity();
+    args.ohem = true;
+    args.ohem_cutoff = logits.scalar_type() == at::kDouble
+                           ? std::nextafter(nll, infinity)
+                           : std::nextafter(static_cast<float>(nll), static_cast<float>(infinity));
+    args.ohem_min_kept = ohem_min_kept;
+  }
 }
 
-struct Outputs {
-  Tensor total, stats, denominator;
+struct LossOutputs {
+  Tensor total, stats, summary, nll;
+
+  LossOutputs(const Tensor& logits, LossArgs& args) {
+    const auto options = acc_options(logits);
+    total = at::empty({}, options);
+    stats = at::empty({2, args.N, args.H, args.W}, options);
+    summary = at::empty({kSummarySize}, options);
+    args.total = total.data_ptr();
+    args.stats = stats.data_ptr();
+    args.summary = summary.data_ptr();
+    if (args.ohem) {
+      nll = at::empty({args.N, args.H, args.W}, options);
+      args.nll = nll.data_ptr();
+    }
+  }
 };
 
-Outputs allocate_outputs(const Tensor& logits, LossArgs& args) {
-  const auto options = acc_options(logits);
-  Outputs out = {at::empty({}, options), at::empty({2, args.N, args.H, args.W}, options), at::empty({}, options)};
-  args.total = out.total.data_ptr();
-  args.stats = out.stats.data_ptr();
-  args.denominator = out.denominator.data_ptr();
-  return out;
-}
+// What the backward op takes and returns beside its inputs.
+struct LossGradient {
+  Tensor grad_total, stats, summary, grad;
 
-struct BackwardInputs {
-  Inputs in;
-  Tensor grad_total, stats, denominator, grad;
+  LossGradient(const Tensor& grad_total_, const Tensor& logits, const Tensor& stats_, const Tensor& summary_,
+               LossArgs& args) {
+    const auto acc = c10::typeMetaToScalarType(acc_options(logits).dtype());
+    TORCH_CHECK_VALUE(grad_total_.numel() == 1 && summary_.dim() == 1 && summary_.size(0) == kSummarySize &&
+                          stats_.dim() == 4 && stats_.size(0) == 2 && stats_.size(1) == args.N &&
+                          stats_.size(2) == args.H && stats_.size(3) == args.W && stats_.scalar_type() == acc &&
+                          summary_.scalar_type() == acc,
+                      "bcmf::loss_backward takes stats and summary as bcmf::loss returned them.");
+    check_same_device(logits, grad_total_, "grad_total");
+    check_same_device(logits, stats_, "stats");
+    check_same_device(logits, summary_, "summary");
+    grad_total = grad_total_.to(acc).contiguous();
+    stats = stats_.contiguous();
+    summary = summary_.contiguous();
+    grad = at::empty_like(logits, logits.options(), at::MemoryFormat::Preserve);
+    args.grad_total = grad_total.data_ptr();
+    args.stats = stats.data_ptr();
+    args.summary = summary.data_ptr();
+    args.grad = logit_view(grad);
+  }
 };
 
-BackwardInputs check_backward_inputs(const Tensor& grad_total, const Tensor& logits, const Tensor& target,
-                                     const std::optional<Tensor>& weight, const Tensor& stats,
-                                     const Tensor& denominator, int64_t ignore_index) {
-  BackwardInputs b = {check_inputs(logits, target, weight, ignore_index)};
-  LossArgs& args = b.in.args;
-  const auto acc = c10::typeMetaToScalarType(acc_options(logits).dtype());
-  TORCH_CHECK_VALUE(grad_total.numel() == 1 && denominator.numel() == 1 && stats.dim() == 4 && stats.size(0) == 2 &&
-                        stats.size(1) == args.N && stats.size(2) == args.H && stats.size(3) == args.W &&
-                        stats.scalar_type() == acc && denominator.scalar_type() == acc,
-                    "bcmf::loss_backward takes stats and denominator as bcmf::loss returned them.");
-  check_same_device(logits, grad_total, "grad_total");
-  check_same_device(logits, stats, "stats");
-  check_same_device(logits, denominator, "denominator");
-  b.grad_total = grad_total.to(acc).contiguous();
-  b.stats = stats.contiguous();
-  b.denominator = denominator.contiguous();
-  b.grad = at::empty_like(logits, logits.options(), at::MemoryFormat::Preserve);
-  args.grad_total = b.grad_total.data_ptr();
-  args.stats = b.stats.data_ptr();
-  args.denominator = b.denominator.data_ptr();
-  args.grad = logit_view(b.grad);
-  return b;
-}
-
+#ifndef BCMF_EMULATED
 // Same sentence as bcmf_ext.reference.describe_bad_labels.
 std::string describe_bad_labels(const Tensor& target, int64_t num_classes, int64_t ignore_index) {
   const Tensor labels = target.to(at::kLong).contiguous();
@@ -172,21 +190,24 @@ std::string describe_bad_labels(const Tensor& target, int64_t num_classes, int64
 }
 
 std::tuple<Tensor, Tensor, Tensor> loss_cpu(const Tensor& logits, const Tensor& target,
-                                            const std::optional<Tensor>& weight, int64_t ignore_index) {
-  Inputs in = check_inputs(logits, target, weight, ignore_index);
-  Outputs out = allocate_outputs(logits, in.args);
+                                            const std::optional<Tensor>& weight, int64_t ignore_index,
+                                            std::optional<double> ohem_threshold, int64_t ohem_min_kept) {
+  LossInputs in(logits, target, weight, ignore_index, ohem_threshold, ohem_min_kept);
+  LossOutputs out(logits, in.args);
   const int64_t bad_labels = cpu::loss_forward(in.args);
   TORCH_CHECK_VALUE(bad_labels == 0, describe_bad_labels(target, logits.size(1), ignore_index));
-  return {out.total, out.stats, out.denominator};
+  return {out.total, out.stats, out.summary};
 }
 
 Tensor loss_backward_cpu(const Tensor& grad_total, const Tensor& logits, const Tensor& target,
-                         const std::optional<Tensor>& weight, const Tensor& stats, const Tensor& denominator,
-                         int64_t ignore_index) {
-  BackwardInputs b = check_backward_inputs(grad_total, logits, target, weight, stats, denominator, ignore_index);
-  cpu::loss_backward(b.in.args);
-  return b.grad;
+                         const std::optional<Tensor>& weight, const Tensor& stats, const Tensor& summary,
+                         int64_t ignore_index, std::optional<double> ohem_threshold, int64_t ohem_min_kept) {
+  LossInputs in(logits, target, weight, ignore_index, ohem_threshold, ohem_min_kept);
+  const LossGradient out(grad_total, logits, stats, summary, in.args);
+  cpu::loss_backward(in.args);
+  return out.grad;
 }
+#endif
 
 #ifdef BCMF_WITH_CUDA
 void check_launch(int error) {
@@ -195,41 +216,49 @@ void check_launch(int error) {
 }
 
 std::tuple<Tensor, Tensor, Tensor> loss_cuda(const Tensor& logits, const Tensor& target,
-                                             const std::optional<Tensor>& weight, int64_t ignore_index) {
+                                             const std::optional<Tensor>& weight, int64_t ignore_index,
+                                             std::optional<double> ohem_threshold, int64_t ohem_min_kept) {
   const c10::cuda::CUDAGuard guard(logits.device());
-  Inputs in = check_inputs(logits, target, weight, ignore_index);
-  Outputs out = allocate_outputs(logits, in.args);
-  const Tensor scratch = at::empty({cuda::loss_scratch_size(in.args)}, logits.options().dtype(at::kDouble));
-  check_launch(cuda::loss_forward(in.args, scratch.data_ptr<double>(), c10::cuda::getCurrentCUDAStream().stream()));
-  return {out.total, out.stats, out.denominator};
+  LossInputs in(logits, target, weight, ignore_index, ohem_threshold, ohem_min_kept);
+  LossOutputs out(logits, in.args);
+  const Tensor scratch = at::empty({cuda::loss_scratch_bytes(in.args)}, logits.options().dtype(at::kByte));
+  check_launch(cuda::loss_forward(in.args, scratch.data_ptr(), c10::cuda::getCurrentCUDAStream().stream()));
+  return {out.total, out.stats, out.summary};
 }
 
 Tensor loss_backward_cuda(const Tensor& grad_total, const Tensor& logits, const Tensor& target,
-                          const std::optional<Tensor>& weight, const Tensor& stats, const Tensor& denominator,
-                          int64_t ignore_index) {
+                          const std::optional<Tensor>& weight, const Tensor& stats, const Tensor& summary,
+                          int64_t ignore_index, std::optional<double> ohem_threshold, int64_t ohem_min_kept) {
   const c10::cuda::CUDAGuard guard(logits.device());
-  BackwardInputs b = check_backward_inputs(grad_total, logits, target, weight, stats, denominator, ignore_index);
-  check_launch(cuda::loss_backward(b.in.args, c10::cuda::getCurrentCUDAStream().stream()));
-  return b.grad;
-}
-#endif
-
-}  // namespace
-
-TORCH_LIBRARY_IMPL(bcmf, CPU, m) {
-  m.impl("loss", &loss_cpu);
-  m.impl("loss_backward", &loss_backward_cpu);
+  LossInputs in(logits, target, weight, ignore_index, ohem_threshold, ohem_min_kept);
+  const LossGradient out(grad_total, logits, stats, summary, in.args);
+  check_launch(cuda::loss_backward(in.args, c10::cuda::getCurrentCUDAStream().stream()));
+  return out.grad;
 }
 
-#ifdef BCMF_WITH_CUDA
-TORCH_LIBRARY_IMPL(bcmf, CUDA, m) {
+void register_cuda(torch::Library& m) {
   m.impl("loss", &loss_cuda);
   m.impl("loss_backward", &loss_backward_cuda);
 }
 #endif
 
+}  // namespace
+
+#ifdef BCMF_EMULATED  // by python_tests/emulator: the CUDA kernels, run on CPU tensors, under another name
+TORCH_LIBRARY_IMPL(bcmf_emulated, CPU, m) { register_cuda(m); }
+#else
+TORCH_LIBRARY_IMPL(bcmf, CPU, m) {
+  m.impl("loss", &loss_cpu);
+  m.impl("loss_backward", &loss_backward_cpu);
+}
+#ifdef BCMF_WITH_CUDA
+TORCH_LIBRARY_IMPL(bcmf, CUDA, m) { register_cuda(m); }
+#endif
+#endif
+
 }  // namespace bcmf
 
+#ifndef BCMF_EMULATED
 PYBIND11_MODULE(_C, m) {
   m.doc() = "The compiled kernels of bcmf_ext; importing it registers them with torch.ops.bcmf.";
   m.def(
@@ -245,3 +274,4 @@ PYBIND11_MODULE(_C, m) {
       "What was compiled: torch, compiler, cuda_archs (TORCH_CUDA_ARCH_LIST form, empty without CUDA); and the CPU "
       "instruction set in use.");
 }
+#endif

@@ -37,6 +37,7 @@ def test_auto_without_a_compiler_is_torch(monkeypatch: pytest.MonkeyPatch) -> No
     """Protects users without a compiler: auto never fails."""
     monkeypatch.setattr(dispatch, "_NO_EXTENSION", "no compiler")
     monkeypatch.setattr(dispatch, "_NO_CUDA", "no compiler")
+    monkeypatch.setattr(dispatch, "_NO_TRITON", "triton is not installed")
     assert dispatch.choose("op", "auto", CPU) == "torch"
     assert dispatch.choose("op", "auto", CUDA) == "torch"
     z, y = torch.zeros(1, 2, 3, 3), torch.zeros(1, 3, 3, dtype=torch.long)
@@ -50,7 +51,8 @@ def test_auto_without_a_compiler_is_torch(monkeypatch: pytest.MonkeyPatch) -> No
     [
         ("cuda", CPU, "does not run on cpu tensors"),
         ("cpu", CUDA, "does not run on cuda tensors"),
-        ("triton", CUDA, "no Triton kernel"),
+        ("triton", CUDA, "BCL has no kernel yet"),
+        ("triton", torch.device("mps"), "does not run on mps tensors"),
         ("fast", CPU, 'choose from "auto"'),
         ("cpu", CPU, "BCL has no kernel yet"),
     ],
@@ -61,17 +63,30 @@ def test_an_impl_asked_for_by_name_says_why_it_cannot(built: None, impl: str, de
         dispatch.choose("op", impl, device, ops.loss_lacks(bcl=True))
 
 
-@pytest.mark.parametrize("call", ["ohem", "bcl", "cpg"])
+@pytest.mark.parametrize("call", ["bcl", "cpg"])
 def test_named_impl_of_what_has_no_kernel(built: None, call: str) -> None:
     """Protects the public functions: impl="cpu" is not answered by PyTorch behind the user's back."""
     z, y = torch.zeros(1, 2, 4, 4), torch.zeros(1, 4, 4, dtype=torch.long)
     calls = {
-        "ohem": lambda: bcmf_ext.cross_entropy(z, y, ohem=0.9, impl="cpu"),
         "bcl": lambda: bcmf_ext.boundary_corrected_loss(z, y, impl="cpu"),
         "cpg": lambda: bcmf_ext.segmentation_loss(z, y, cpg=1.0, impl="cpu"),
     }
     with pytest.raises(ValueError, match="impl='cpu' cannot run"):
         calls[call]()
+
+
+def test_triton_serves_where_cuda_was_not_built(built: None, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Protects GPU users without nvcc: "auto" takes Triton, and PyTorch only where triton is missing too; on the CPU
+    Triton runs for tests, never by itself."""
+    monkeypatch.setattr(dispatch, "_NO_CUDA", "nvcc was not found")
+    monkeypatch.setattr(dispatch, "_NO_TRITON", None)
+    assert dispatch.choose("op", "auto", CUDA) == "triton"
+    assert dispatch.choose("op", "auto", CPU) == "cpu"
+    monkeypatch.setattr(dispatch, "INTERPRETED", False)
+    with pytest.raises(ValueError, match="does not run on cpu tensors"):
+        dispatch.choose("op", "triton", CPU)
+    monkeypatch.setattr(dispatch, "_NO_TRITON", "triton is not installed")
+    assert dispatch.choose("op", "auto", CUDA) == "torch"
 
 
 def package_with(tmp_path: Path, build: dict) -> dict[str, str]:
@@ -81,7 +96,7 @@ def package_with(tmp_path: Path, build: dict) -> dict[str, str]:
     facts = {"torch": torch.__version__, "no_extension": None, "no_cuda": None, "sources": None}
     (copy / "_build.json").write_text(json.dumps(facts | build))
     (tmp_path / "csrc").mkdir()
-    (tmp_path / "csrc" / "kernel.cu").touch()
+    (tmp_path / "csrc" / "ops.cpp").touch()
     return {**os.environ, "PYTHONPATH": str(tmp_path)}
 
 
@@ -164,4 +179,4 @@ def test_info_says_which_impl_and_why_not_the_others(capsys: pytest.CaptureFixtu
     for op in info._OPS:
         assert f"\n{op}\n  on cpu tensors: " in printed
     assert "on cuda tensors" in printed
-    assert "not triton: there is no Triton kernel for it yet" in printed
+    assert "not triton: BCL and CPG have no kernel yet" in printed or "not triton: triton is not installed" in printed

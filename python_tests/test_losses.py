@@ -48,7 +48,8 @@ def test_functions_equal_the_reference(resampled: bool) -> None:
         ours, expected = (getattr(m, name)(z, labels, **options) for m in (bcmf_ext, reference))
         torch.testing.assert_close(ours, expected, rtol=1e-12, atol=0, msg=name)
     ohem = bcmf_ext.cross_entropy(z, y, ohem=OHEM(0.5, 10), align_corners=True)
-    assert torch.equal(ohem, reference.cross_entropy(z, y, ohem=OHEM(0.5, 10), align_corners=True))
+    expected = reference.cross_entropy(z, y, ohem=OHEM(0.5, 10), align_corners=True)
+    torch.testing.assert_close(ohem, expected, rtol=1e-12, atol=0)
 
 
 def test_modules_equal_the_functions() -> None:
@@ -94,6 +95,18 @@ def test_criterion_adds_the_auxiliary_head() -> None:
     assert alone.aux is None
     torch.testing.assert_close(alone.total, main.total)
     assert "weight" in criterion.state_dict()  # moves with .to(device)
+
+
+@pytest.mark.parametrize("align_corners", [False, True])
+def test_criterion_resamples_as_told(align_corners: bool) -> None:
+    """Protects align_corners and ignore_index on their way to every term of both heads."""
+    z, y = problem()
+    low = z[:, :, ::2, ::2].contiguous()
+    y[y == 255] = 1
+    options = {"ignore_index": 1, "align_corners": align_corners}
+    loss = bcmf_ext.SegmentationCriterion(aux_weight=1.0, **options)((low, 2 * low), y)
+    main = reference.segmentation_loss(low, y, bcl=BCL(), cpg=CPG(), **options)
+    torch.testing.assert_close(loss.total, main.total + reference.cross_entropy(2 * low, y, **options))
 
 
 def test_criterion_defaults_are_bcl_and_cpg() -> None:

@@ -1,311 +1,448 @@
-"""torch.ops.bcmf.loss on the CPU: equal to the reference, and a well-behaved PyTorch op."""
+"""The suite: what every op promises (spec section 1), for every case on every backend of cases.py."""
 
 from __future__ import annotations
 
 import math
-import os
-import subprocess
-import sys
-from ctypes import CDLL
-from pathlib import Path
+from typing import Any
 
+import emulator
 import pytest
 import torch
-import torch.nn.functional as F
+from cases import (
+    BACKENDS,
+    CASES,
+    DTYPES,
+    KERNELS,
+    SHAPES,
+    Backend,
+    Case,
+    assert_not_less_exact,
+    layouts,
+    problem,
+    value_and_grad,
+)
 from torch import Tensor
 
 import bcmf_ext
-from bcmf_ext import dispatch, reference
+from bcmf_ext import OHEM, ops
 
-pytestmark = pytest.mark.skipif(dispatch.EXTENSION is None, reason=f"no extension: {dispatch.why_not('cpu', 'cpu')}")
-
-SHAPES = [(1, 2, 1, 1), (1, 3, 1, 37), (2, 19, 37, 53), (1, 171, 16, 40), (3, 5, 64, 64), (1, 700, 9, 11)]
-
-
-def problem(shape: tuple[int, ...], dtype: torch.dtype, seed: int = 0) -> tuple[Tensor, Tensor, Tensor]:
-    """Logits, labels with some ignored pixels, and class weights."""
-    n, c, h, w = shape
-    g = torch.Generator().manual_seed(seed)
-    z = (3 * torch.randn(shape, generator=g, dtype=torch.float64)).to(dtype)
-    y = torch.randint(0, c, (n, h, w), generator=g)
-    y[torch.rand(n, h, w, generator=g) < 0.1] = 255 if c <= 255 else -1
-    return z, y, torch.rand(c, generator=g)
+every_case = pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
+every_dtype = pytest.mark.parametrize("dtype", DTYPES, ids=str)
 
 
-def value_and_grad(loss, z: Tensor, upstream: float = 1.0) -> tuple[Tensor, Tensor]:
-    z = z.detach().requires_grad_()
-    value = loss(z)
-    (grad,) = torch.autograd.grad(upstream * value, z)
-    return value.detach(), grad
+def marked(backends: tuple[Backend, ...]) -> list[Any]:
+    return [pytest.param(b, marks=pytest.mark.gpu if b.device == "cuda" else (), id=b.name) for b in backends]
 
 
-def layouts(z: Tensor) -> dict[str, Tensor]:
-    """The same logits as NCHW, channels_last, a strided slice, a view with an offset, and transposed storage."""
-    n, c, h, w = z.shape
-    big = z.new_full((n, c + 3, h + 2, 2 * w + 1), math.nan)
-    big[:, 2:-1, 1:-1, 1::2] = z
-    return {
-        "nchw": z,
-        "channels_last": z.contiguous(memory_format=torch.channels_last),
-        "slice": big[:, 2:-1, 1:-1, 1::2],
-        "rows cut": big[:, 2:-1, 1:-1, 1::2].contiguous()[..., :w],
-        "transposed": z.transpose(2, 3).contiguous().transpose(2, 3),
-    }
+every_backend = pytest.mark.parametrize("backend", marked(BACKENDS), indirect=True)
+every_kernel = pytest.mark.parametrize("backend", marked(KERNELS), indirect=True)
 
 
-@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16])
+# --------------------------------------------------------------------------------------------------------------------
+# Values and gradients
+
+
+@every_backend
+@every_case
+@every_dtype
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
-@pytest.mark.parametrize("weighted", [False, True])
-def test_not_less_exact_than_eager(shape: tuple[int, ...], dtype: torch.dtype, weighted: bool) -> None:
-    """Protects values and gradients of every dtype and layout: our error against the fp64 reference is at most that of
-    F.cross_entropy in the same dtype, plus a few roundings of the dtype that the result has."""
-    z, y, weight = problem(shape, dtype)
-    ignore = 255 if shape[1] <= 255 else -1
-    weight = weight if weighted else None
-    w64 = None if weight is None else weight.double()
-    truth, truth_grad = value_and_grad(
-        lambda z: reference.cross_entropy(z, y, weight=w64, ignore_index=ignore), z.double(), 3.0
-    )
-    w = None if weight is None else weight.to(dtype)
-    eager, eager_grad = value_and_grad(lambda z: F.cross_entropy(z, y, weight=w, ignore_index=ignore), z, 3.0)
-    eager_error = (eager - truth).abs().nan_to_num(0.0)
-    eager_grad_error = (eager_grad - truth_grad).abs().max().nan_to_num(0.0)
-    eps, grad_eps = torch.finfo(dispatch_acc(dtype)).eps, torch.finfo(dtype).eps
-    for name, view in layouts(z).items():
-        ours, grad = value_and_grad(
-            lambda z: bcmf_ext.cross_entropy(z, y, weight=weight, ignore_index=ignore, impl="cpu"), view, 3.0
-        )
-        assert ours.dtype == dispatch_acc(dtype)
-        assert grad.dtype == dtype
-        assert grad.stride() == torch.empty_like(view).stride(), name
-        assert (ours - truth).abs() <= eager_error + 4 * eps * truth.abs(), name
-        assert (grad - truth_grad).abs().max() <= eager_grad_error + 2 * grad_eps * truth_grad.abs().max(), name
+def test_not_less_exact_than_eager(backend: Backend, case: Case, dtype: torch.dtype, shape: tuple[int, ...]) -> None:
+    """Protects values and gradients in every dtype, with an upstream gradient other than 1, from one pixel to 171
+    classes."""
+    assert_not_less_exact(case, backend, *problem(shape, dtype, backend.device))
 
 
-def dispatch_acc(dtype: torch.dtype) -> torch.dtype:
-    return torch.float64 if dtype == torch.float64 else torch.float32
+@every_kernel
+@every_case
+@every_dtype
+def test_any_layout(backend: Backend, case: Case, dtype: torch.dtype) -> None:
+    """Protects strides: channels_last, slices, offsets and transposed storage are read where they are, what lies
+    between them (NaN here) is not, and the gradient comes in the logits' layout."""
+    z, y, w = problem((2, 5, 9, 11), dtype, backend.device)
+    for view in layouts(z).values():
+        assert_not_less_exact(case, backend, z, y.transpose(1, 2).contiguous().transpose(1, 2), w, view)
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
-def test_expanded_logits_get_a_dense_gradient(dtype: torch.dtype) -> None:
-    """Protects from writes through stride 0: expanded logits are read as they are, their gradient is dense."""
-    z, y, _ = problem((1, 5, 8, 8), dtype)
+@every_kernel
+@every_case
+def test_expanded_logits_get_a_dense_gradient(backend: Backend, case: Case) -> None:
+    """Protects from writes through stride 0."""
+    z, y, w = problem((1, 5, 8, 8), torch.float64, backend.device)
     y = y.expand(3, 8, 8)
     expanded = z.expand(3, 5, 8, 8).detach().requires_grad_()
-    (grad,) = torch.autograd.grad(bcmf_ext.cross_entropy(expanded, y, impl="cpu"), expanded)
-    _, expected = value_and_grad(lambda z: bcmf_ext.cross_entropy(z, y, impl="torch"), z.repeat(3, 1, 1, 1))
+    (grad,) = torch.autograd.grad(case(expanded, y, w, backend.impl), expanded)
+    _, expected = value_and_grad(lambda z: case.define(z, y, w), z.repeat(3, 1, 1, 1))
     assert grad.is_contiguous()
-    torch.testing.assert_close(grad, expected, rtol=1e-5, atol=1e-8)
+    torch.testing.assert_close(grad, expected, rtol=1e-12, atol=1e-15)
 
 
-def test_gradcheck() -> None:
+@every_backend
+@every_case
+def test_gradcheck(backend: Backend, case: Case) -> None:
     """Protects the analytic gradient in fp64."""
-    z, y, weight = problem((2, 4, 5, 7), torch.float64)
-    z.requires_grad_()
-    assert torch.autograd.gradcheck(lambda z: bcmf_ext.cross_entropy(z, y, weight=weight, impl="cpu"), (z,))
+    z, y, w = problem((1, 3, 3, 4), torch.float64, backend.device)
+    assert torch.autograd.gradcheck(lambda z: case(z, y, w.double(), backend.impl), (z.requires_grad_(),))
 
 
+@every_backend
+@every_case
 @pytest.mark.parametrize("dtype", [torch.uint8, torch.int16, torch.int32, torch.int64])
 @pytest.mark.parametrize("ignore_index", [255, -1, -100, 1])
-def test_label_dtypes_and_ignore_index(dtype: torch.dtype, ignore_index: int) -> None:
-    """Protects the widening of labels before any comparison, for every integer type, strided labels included."""
-    z, y, _ = problem((2, 4, 9, 7), torch.float32)
-    y = torch.where(y == 255, ignore_index, y)
-    if dtype == torch.uint8:
+def test_label_dtypes_and_ignore_index(backend: Backend, case: Case, dtype: torch.dtype, ignore_index: int) -> None:
+    """Protects the widening of labels before any comparison: uint8 with a negative ignore_index ignores nothing."""
+    z, y, w = problem((2, 4, 9, 7), torch.float64, backend.device, ignore_index)
+    if dtype == torch.uint8 and ignore_index < 0:
         y = torch.where(y < 0, 2, y)
-    expected = reference.cross_entropy(z.double(), y, ignore_index=ignore_index)
-    strided = y.to(dtype).transpose(1, 2).contiguous().transpose(1, 2)
-    for labels in (y.to(dtype), strided):
-        value = bcmf_ext.cross_entropy(z, labels, ignore_index=ignore_index, impl="cpu")
-        torch.testing.assert_close(value.double(), expected, rtol=1e-6, atol=0)
+    assert_not_less_exact(case, backend, z, y.to(dtype), w, ignore_index=ignore_index)
 
 
-@pytest.mark.parametrize("labels", [[33, 26, 5], [255, 3], [-7], [1000, 200, 40, 41, 42, 43, 44, 45, 46, 47]])
-@pytest.mark.parametrize("num_classes", [19, 3])
-def test_bad_labels_raise_the_reference_sentence(labels: list[int], num_classes: int) -> None:
-    """Protects users from a loss over garbage, and the two wordings (Python, C++) from drifting apart."""
-    y = torch.zeros(1, 4, 4, dtype=torch.long)
-    y.view(-1)[: len(labels)] = torch.tensor(labels)
-    z = torch.zeros(1, num_classes, 4, 4)
-    messages = []
-    for impl in ("cpu", "torch"):
-        with pytest.raises(ValueError, match="target holds") as error:
-            bcmf_ext.cross_entropy(z, y, ignore_index=-1, impl=impl)
-        messages.append(str(error.value).splitlines()[0])
-    assert messages[0] == messages[1]
-
-
+@every_backend
+@every_case
 @pytest.mark.parametrize("empty", ["all ignored", "no image", "no pixel", "zero weights"])
-def test_nothing_to_average(empty: str) -> None:
+def test_nothing_to_average(backend: Backend, case: Case, empty: str) -> None:
     """Protects from NaN on empty crops: 0 with an all-zero gradient, even where the logits are inf or NaN."""
     n, h = (0 if empty == "no image" else 2), (0 if empty == "no pixel" else 4)
-    z = torch.full((n, 3, h, 5), math.inf) if empty != "zero weights" else torch.zeros(n, 3, h, 5)
-    y = torch.full((n, h, 5), 0 if empty == "zero weights" else 255)
-    weight = torch.zeros(3) if empty == "zero weights" else None
-    value, grad = value_and_grad(lambda z: bcmf_ext.cross_entropy(z, y, weight=weight, impl="cpu"), z)
+    z = torch.full((n, 3, h, 5), math.inf if empty == "all ignored" else 1.0, device=backend.device)
+    y = torch.full((n, h, 5), 0 if empty == "zero weights" else 255, device=backend.device)
+    w = torch.full((3,), 0.0 if empty == "zero weights" else 1.0, device=backend.device)
+    if empty == "zero weights" and not case.weighted:
+        pytest.skip("without class weights")
+    value, grad = value_and_grad(lambda z: case(z, y, w, backend.impl), z)
     assert value.item() == 0
     assert torch.equal(grad, torch.zeros_like(z))
 
 
+@every_backend
+@every_case
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
-def test_extreme_logits(dtype: torch.dtype) -> None:
-    """Protects the tails: ±1e4 and −inf as F.cross_entropy, small losses at 1e4 keep their digits, NaN shows."""
-    y = torch.tensor([[[0, 1, 2, 0]]])
-    z = torch.tensor([[1e4, -1e4, 0], [1e4, 1e4, -1e4], [-math.inf, 3, 4], [1e4, 1e4 - 9, -1e4]], dtype=dtype)
-    z = z.T.reshape(1, 3, 1, 4)
-    value, grad = value_and_grad(lambda z: bcmf_ext.cross_entropy(z, y, impl="cpu"), z)
-    eager, eager_grad = value_and_grad(lambda z: F.cross_entropy(z, y), z)
-    torch.testing.assert_close(value, eager)
-    torch.testing.assert_close(grad, eager_grad)
-    small = bcmf_ext.cross_entropy(z[..., 3:], y[..., 3:], impl="cpu")
-    assert small.item() == pytest.approx(math.log1p(math.exp(-9)), rel=1e-3)
-    assert bcmf_ext.cross_entropy(torch.full_like(z, math.nan), y, impl="cpu").isnan()
-    z[0, 0, 0, 0] = math.nan
-    assert bcmf_ext.cross_entropy(z, y, impl="cpu").isnan()
+def test_extreme_logits(backend: Backend, case: Case, dtype: torch.dtype) -> None:
+    """Protects the tails: ±1e4, and −inf in another class, as the definition in fp64; an ignored pixel's NaN is
+    nobody's."""
+    z = torch.tensor([[1e4, -1e4, 0], [1e4, 1e4, -1e4], [-math.inf, 3, 4], [math.nan, math.inf, 0], [1e4, 9991, -1e4]])
+    z = z.T.reshape(1, 3, 1, 5).to(backend.device, dtype)
+    y = torch.tensor([[[0, 1, 2, 255, 0]]], device=backend.device)
+    w = torch.tensor([1.0, 2.0, 3.0], device=backend.device)
+    value, grad = value_and_grad(lambda z: case(z, y, w, backend.impl), z)
+    truth, truth_grad = value_and_grad(lambda z: case.define(z, y, w), z.double())
+    torch.testing.assert_close(value.double(), truth, rtol=1e-6, atol=0)
+    torch.testing.assert_close(grad.double(), truth_grad, rtol=1e-5, atol=torch.finfo(dtype).eps)
+    assert (grad[0, :, 0, 3] == 0).all()
 
 
-def test_bit_identical_for_any_number_of_threads() -> None:
-    """Protects determinism: values and gradients are the same bits with 1, 2 and 3 threads, run after run."""
-    z, y, weight = problem((4, 19, 97, 101), torch.float32)
+@every_backend
+def test_small_losses_keep_their_digits(backend: Backend) -> None:
+    """Protects (m − z) + log Σ: lse − z would round the loss of an easy pixel away at large logits."""
+    z = torch.tensor([1e4, 9991.0, -1e4], device=backend.device).view(1, 3, 1, 1)
+    y = torch.zeros(1, 1, 1, dtype=torch.long, device=backend.device)
+    loss = bcmf_ext.cross_entropy(z, y, impl=backend.impl)
+    assert loss.item() == pytest.approx(math.log1p(math.exp(-9)), rel=1e-3)
+
+
+@every_backend
+@every_case
+@pytest.mark.parametrize("logit", [math.nan, math.inf])
+def test_a_nan_logit_shows(backend: Backend, case: Case, logit: float) -> None:
+    """Protects from training on: NaN or +inf at a valid pixel makes the loss NaN as in eager, whatever is selected."""
+    z, y, w = problem((2, 4, 9, 7), torch.float32, backend.device)
+    y[1, 3, 3] = 2
+    z[1, 0, 3, 3] = logit
+    assert case(z, y, w, backend.impl).isnan()
+    assert case.define(z, y, w).isnan()
+
+
+@every_backend
+@every_case
+@pytest.mark.parametrize("label", [-1, 4, 33, 255, 100_000])
+def test_out_of_range_labels(backend: Backend, case: Case, label: int) -> None:
+    """Protects users from a loss over garbage: a ValueError that names it where looking is free, elsewhere NaN in the
+    loss and in that pixel's gradient, and nothing is read out of bounds."""
+    z, y, w = problem((2, 4, 9, 7), torch.float32, backend.device, ignore_index=-100)
+    y[1, 3, 3] = label
+    if backend.raises:
+        with pytest.raises(ValueError, match=f"target holds {label}, but"):
+            case(z, y, w, backend.impl, ignore_index=-100)
+        return
+    value, grad = value_and_grad(lambda z: case(z, y, w, backend.impl, ignore_index=-100), z)
+    assert value.isnan()
+    assert grad[1, :, 3, 3].isnan().all()
+
+
+@every_backend
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
+def test_ohem_at_ties(backend: Backend, dtype: torch.dtype) -> None:
+    """Protects OHEM's selection: all ties at the last place are kept; the threshold is strict; min_kept is capped at
+    the number of valid pixels; 0 keeps the hard ones only."""
+    p = torch.tensor([0.1, 0.2, 0.2, 0.4, 0.5, 0.5], dtype=torch.float64, device=backend.device)
+    z = torch.stack([1 - p, p]).log().view(1, 2, 1, 6).to(dtype)
+    y = torch.zeros(1, 1, 6, dtype=torch.long, device=backend.device)
+    nll = -(1 - p).log()
+
+    def kept(threshold: float, min_kept: int) -> float:
+        return bcmf_ext.cross_entropy(z, y, ohem=OHEM(threshold, min_kept), impl=backend.impl).item()
+
+    rel = 1e-12 if dtype == torch.float64 else 1e-6
+    assert kept(0.5, 0) == 0  # ℓ = −ln θ exactly
+    assert kept(0.5, 1) == pytest.approx(nll[4:].mean().item(), rel=rel)
+    assert kept(0.5, 3) == pytest.approx(nll[3:].mean().item(), rel=rel)
+    assert kept(0.5, 4) == kept(0.5, 5) == pytest.approx(nll[1:].mean().item(), rel=rel)
+    assert kept(0.5, 6) == kept(0.5, 1000) == pytest.approx(nll.mean().item(), rel=rel)
+    assert kept(0.7, 0) == kept(0.7, 3) == pytest.approx(nll[3:].mean().item(), rel=rel)
+    assert kept(1.0, 0) == pytest.approx(nll.mean().item(), rel=rel)
+
+
+# --------------------------------------------------------------------------------------------------------------------
+# Determinism
+
+
+@every_kernel
+@every_case
+def test_bit_identical_from_run_to_run(backend: Backend, case: Case) -> None:
+    """Protects determinism: the same bits run after run and for any number of threads; PyTorch's deterministic mode,
+    which fills new memory with NaN, neither throws nor changes a bit."""
+    z, y, w = problem((3, 7, 61, 31), torch.float32, backend.device)
     threads, results = torch.get_num_threads(), []
     try:
-        for t in (1, 2, 3, 2):
-            torch.set_num_threads(t)
-            results.append(value_and_grad(lambda z: bcmf_ext.cross_entropy(z, y, weight=weight, impl="cpu"), z))
+        for count in (threads, 1, 3, 2):
+            torch.set_num_threads(count)
+            torch.use_deterministic_algorithms(count == 3)
+            results.append(value_and_grad(lambda z: case(z, y, w, backend.impl), z))
     finally:
         torch.set_num_threads(threads)
+        torch.use_deterministic_algorithms(False)
     for value, grad in results[1:]:
         assert torch.equal(value, results[0][0])
         assert torch.equal(grad, results[0][1])
 
 
-def test_kernels_use_torch_threads() -> None:
-    """Protects speed: at::parallel_for without OpenMP would silently run on one thread."""
-    maps = Path("/proc/self/maps")
-    if not maps.exists():
-        pytest.skip("no /proc/self/maps to look at")
-    assert CDLL(dispatch.EXTENSION.__file__).GOMP_parallel  # bound to an OpenMP runtime …
-    runtimes = {line.split()[-1] for line in maps.read_text().splitlines() if "libgomp" in line}
-    assert len(runtimes) == 1  # … and to torch's only
-
-
-@pytest.mark.parametrize("capability", ["default", "avx2", "avx512"])
-def test_every_instruction_set(capability: str) -> None:
-    """Protects the variants that this machine would not choose: each gives the reference's value and gradient."""
-    code = (
-        "import torch, bcmf_ext\n"
-        "g = torch.Generator().manual_seed(0)\n"
-        "y = torch.randint(0, 7, (2, 33, 35), generator=g); y[0, 0] = 255\n"
-        "for dtype in (torch.float64, torch.float32, torch.bfloat16, torch.float16):\n"
-        "    z = torch.randn(2, 7, 33, 35, generator=g).to(dtype).requires_grad_()\n"
-        "    ours, truth = (bcmf_ext.cross_entropy(z, y, impl=i) for i in ('cpu', 'torch'))\n"
-        "    torch.testing.assert_close(ours, truth, rtol=1e-6, atol=0)\n"
-        "    grads = [torch.autograd.grad(v, z)[0] for v in (ours, truth)]\n"
-        "    torch.testing.assert_close(*grads, rtol=2 * torch.finfo(dtype).eps + 2e-6, atol=1e-7)\n"
-        "print(bcmf_ext.dispatch.EXTENSION.build_info()['cpu_capability'].lower())\n"
-    )
-    if capability == "avx512" and "AVX512" not in torch.backends.cpu.get_cpu_capability():
-        pytest.skip("this CPU has no AVX-512")
-    if capability == "avx2" and torch.backends.cpu.get_cpu_capability() == "DEFAULT":
-        pytest.skip("this CPU has no AVX2")
-    env = {**os.environ, "ATEN_CPU_CAPABILITY": capability}
-    done = subprocess.run([sys.executable, "-c", code], env=env, capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
-    assert done.stdout.strip() == {"default": "baseline"}.get(capability, capability)
+@pytest.mark.parametrize("backend", marked(tuple(b for b in KERNELS if b.name == "emulated")), indirect=True)
+@every_case
+@every_dtype
+def test_bit_identical_in_any_order_of_threads(backend: Backend, case: Case, dtype: torch.dtype) -> None:
+    """Protects the CUDA kernels from races: blocks and threads in forward, reversed and shuffled order."""
+    z, y, w = problem((2, 5, 33, 41), dtype)
+    results = []
+    try:
+        for order in emulator.ORDERS:
+            emulator.set_order(order)
+            results.append(value_and_grad(lambda z: case(z, y, w, backend.impl), z))
+    finally:
+        emulator.set_order("forward")
+    for value, grad in results[1:]:
+        assert torch.equal(value, results[0][0])
+        assert torch.equal(grad, results[0][1])
 
 
 # --------------------------------------------------------------------------------------------------------------------
 # A well-behaved op
 
 
-def op_arguments(dtype: torch.dtype = torch.float32) -> tuple:
-    z, y, weight = problem((2, 5, 6, 7), dtype)
-    return z, y, weight.to(dtype), 255
+class Recorder:
+    """Stands in for an op and keeps the arguments of its last call."""
+
+    def __init__(self, op: Any) -> None:
+        self.op = op
+
+    def __call__(self, *arguments: Any) -> Any:
+        self.arguments = arguments
+        return self.op(*arguments)
 
 
-def test_opcheck() -> None:
+def called(backend: Backend, case: Case, monkeypatch: pytest.MonkeyPatch, z: Tensor, y: Tensor, w: Tensor) -> Recorder:
+    """The op behind a public call, and the arguments it gets."""
+    recorder = Recorder(ops.LOSS[backend.impl])
+    with monkeypatch.context() as patch:
+        patch.setitem(ops.LOSS, backend.impl, recorder)
+        case(z, y, w, backend.impl)
+    return recorder
+
+
+def backward_of(op: Any) -> Any:
+    namespace, name = op.default.name().split("::")
+    return getattr(getattr(torch.ops, namespace), f"{name.split('.')[0]}_backward")
+
+
+@every_kernel
+@every_case
+def test_opcheck(backend: Backend, case: Case, monkeypatch: pytest.MonkeyPatch) -> None:
     """Protects schema, fake kernels and autograd registration (torch.library.opcheck), forward and backward."""
-    z, y, weight, ignore = op_arguments()
-    for logits in (z.requires_grad_(), z.detach().contiguous(memory_format=torch.channels_last).requires_grad_()):
-        torch.library.opcheck(torch.ops.bcmf.loss, (logits, y, weight, ignore))
-        torch.library.opcheck(torch.ops.bcmf.loss, (logits, y, None, ignore))
-    with torch.no_grad():
-        _, stats, denominator = torch.ops.bcmf.loss(z, y, weight, ignore)
-    arguments = (torch.tensor(1.0), z.detach(), y, weight, stats, denominator, ignore)
-    torch.library.opcheck(torch.ops.bcmf.loss_backward, arguments)
+    z, y, w = problem((2, 5, 6, 7), torch.float32, backend.device)
+    for logits in (z, z.contiguous(memory_format=torch.channels_last)):
+        recorder = called(backend, case, monkeypatch, logits.detach().requires_grad_(), y, w)
+        torch.library.opcheck(recorder.op, recorder.arguments)
+        total, stats, summary = recorder.op(*recorder.arguments)
+        assert total.requires_grad
+        assert not stats.requires_grad
+        assert not summary.requires_grad
+        _, target, weight, *options = recorder.arguments
+        arguments = (torch.ones_like(total.detach()), logits, target, weight, stats, summary, *options)
+        torch.library.opcheck(backward_of(recorder.op), arguments)
 
 
-def test_compile_fullgraph() -> None:
+@every_kernel
+@every_case
+def test_compile_fullgraph(backend: Backend, case: Case) -> None:
     """Protects torch.compile(fullgraph=True): same value and gradient, no graph break."""
-    z, y, weight, _ = op_arguments()
-    loss = torch.compile(
-        lambda z: bcmf_ext.cross_entropy(2 * z, y, weight=weight, impl="cpu"), fullgraph=True, backend="aot_eager"
-    )
+    z, y, w = problem((2, 5, 6, 7), torch.float32, backend.device)
+    torch.compiler.reset()  # or it gives up after so many cases
+    compiled = torch.compile(lambda z: case(2 * z, y, w, backend.impl), fullgraph=True, backend="aot_eager")
     for ours, expected in zip(
-        value_and_grad(loss, z),
-        value_and_grad(lambda z: bcmf_ext.cross_entropy(2 * z, y, weight=weight, impl="cpu"), z),
-        strict=True,
+        value_and_grad(compiled, z), value_and_grad(lambda z: case(2 * z, y, w, backend.impl), z), strict=True
     ):
         assert torch.equal(ours, expected)
 
 
-def test_export_keeps_the_gradient() -> None:
+@every_kernel
+@every_case
+@pytest.mark.parametrize("strict", [True, False])
+def test_export_keeps_the_gradient(backend: Backend, case: Case, strict: bool) -> None:
     """Protects torch.export: the exported module has the value and the gradient (a Function around the op loses it)."""
-    z, y, _, _ = op_arguments()
+    z, y, w = problem((2, 5, 6, 7), torch.float32, backend.device)
 
     class Loss(torch.nn.Module):
         def forward(self, z: Tensor, y: Tensor) -> Tensor:
-            return bcmf_ext.cross_entropy(z, y, impl="cpu")
+            return case(z, y, w, backend.impl)
 
-    module = torch.export.export(Loss(), (z, y)).module()
+    module = torch.export.export(Loss(), (z, y), strict=strict).module()
     for ours, expected in zip(
         value_and_grad(lambda z: module(z, y), z), value_and_grad(lambda z: Loss()(z, y), z), strict=True
     ):
         assert torch.equal(ours, expected)
 
 
-def test_double_backward_raises_our_sentence() -> None:
+@every_kernel
+@every_case
+def test_double_backward_raises_our_sentence(backend: Backend, case: Case) -> None:
     """Protects from silently missing second-order terms."""
-    z, y, _, _ = op_arguments()
+    z, y, w = problem((2, 5, 6, 7), torch.float32, backend.device)
     z.requires_grad_()
-    (grad,) = torch.autograd.grad(bcmf_ext.cross_entropy(z, y, impl="cpu"), z, create_graph=True)
+    (grad,) = torch.autograd.grad(case(z, y, w, backend.impl), z, create_graph=True)
     with pytest.raises(NotImplementedError, match="no second derivative"):
         grad.sum().backward()
 
 
-def test_inputs_are_not_written_and_autocast_is_ignored() -> None:
-    """Protects the inputs, and fp32 arithmetic under autocast."""
-    z, y, weight, _ = op_arguments(torch.bfloat16)
-    copies = z.clone(), y.clone(), weight.clone()
-    expected, _ = value_and_grad(lambda z: bcmf_ext.cross_entropy(z, y, weight=weight, impl="cpu"), z)
-    with torch.autocast("cpu", torch.bfloat16):
-        value, _ = value_and_grad(lambda z: bcmf_ext.cross_entropy(z, y, weight=weight, impl="cpu"), z)
+@every_kernel
+@every_case
+def test_inputs_are_not_written_and_autocast_is_ignored(backend: Backend, case: Case) -> None:
+    """Protects the inputs, fp32 arithmetic under autocast, and use without autograd."""
+    z, y, w = problem((2, 5, 6, 7), torch.bfloat16, backend.device)
+    copies = z.clone(), y.clone(), w.clone()
+    expected, _ = value_and_grad(lambda z: case(z, y, w, backend.impl), z)
+    with torch.autocast(backend.device, torch.bfloat16):
+        value, _ = value_and_grad(lambda z: case(z, y, w, backend.impl), z)
     assert value.dtype == torch.float32
     assert torch.equal(value, expected)
-    assert all(torch.equal(a, b) for a, b in zip((z, y, weight), copies, strict=True))
-
-
-def test_inference_mode_and_no_grad() -> None:
-    """Protects evaluation: the op runs without autograd."""
-    z, y, _, _ = op_arguments()
-    expected = bcmf_ext.cross_entropy(z, y, impl="cpu")
     with torch.inference_mode():
-        assert torch.equal(bcmf_ext.cross_entropy(z, y, impl="cpu"), expected)
+        assert torch.equal(case(z, y, w, backend.impl), expected)
     with torch.no_grad():
-        assert not bcmf_ext.cross_entropy(z.requires_grad_(), y, impl="cpu").requires_grad
+        assert not case(z.requires_grad_(), y, w, backend.impl).requires_grad
+    assert all(torch.equal(a, b) for a, b in zip((z, y, w), copies, strict=True))
 
 
-def test_direct_calls_are_memory_safe() -> None:
-    """Protects torch.ops.bcmf from arguments that would be read out of bounds."""
-    z, y, weight, ignore = op_arguments()
-    _, stats, denominator = torch.ops.bcmf.loss(z, y, weight, ignore)
-    one = torch.tensor(1.0)
-    for arguments in [(z[:, :, :3], y, weight), (z, y[:1], weight), (z, y, weight[:3]), (z[0], y, None)]:
+@every_kernel
+def test_direct_calls_are_memory_safe(backend: Backend) -> None:
+    """Protects torch.ops from arguments that would be read out of bounds."""
+    z, y, w = problem((2, 5, 6, 7), torch.float32, backend.device)
+    op = ops.LOSS[backend.impl]
+    options = (255, None, 0)
+    _, stats, summary = op(z, y, w, *options)
+    one = torch.ones((), device=backend.device)
+    for arguments in [(z[:, :, :3], y, w), (z, y[:1], w), (z, y, w[:3]), (z[0], y, None)]:
         with pytest.raises(ValueError, match=r"shape|size|classes"):
-            torch.ops.bcmf.loss(*arguments, ignore)
-    with pytest.raises(ValueError, match="as bcmf::loss returned them"):
-        torch.ops.bcmf.loss_backward(one, z, y, weight, stats[:, :1], denominator, ignore)
+            op(*arguments, *options)
+    with pytest.raises(ValueError, match=r"as bcmf::loss returned them"):
+        backward_of(op)(one, z, y, w, stats[:, :1], summary, *options)
     with pytest.raises(TypeError, match="class ids"):
-        torch.ops.bcmf.loss(z, y.float(), weight, ignore)
-    bad = torch.ops.bcmf.loss_backward(one, z, torch.full_like(y, 99), weight, stats, denominator, ignore)
+        op(z, y.float(), w, *options)
+    with pytest.raises(ValueError, match="OHEM's threshold"):
+        op(z, y, w, 255, 0.0, 0)
+    bad = backward_of(op)(one, z, torch.full_like(y, 99), w, stats, summary, *options)
     assert bad.isnan().all()
+
+
+# --------------------------------------------------------------------------------------------------------------------
+# What only a GPU can show
+
+gpu_kernels = pytest.mark.parametrize("backend", marked(tuple(b for b in KERNELS if b.device == "cuda")), indirect=True)
+
+
+@pytest.mark.gpu
+@gpu_kernels
+@every_case
+def test_side_stream(backend: Backend, case: Case) -> None:
+    """Protects streams: kernels go to the current one. The input is written late, by that stream alone."""
+    z, y, w = problem((4, 19, 256, 256), torch.float32, "cuda")
+    expected = value_and_grad(lambda z: case(z, y, w, backend.impl), z)
+    torch.cuda.synchronize()
+    with torch.cuda.stream(torch.cuda.Stream()):
+        late = torch.zeros_like(z)
+        torch.cuda._sleep(50_000_000)
+        late.copy_(z)
+        found = value_and_grad(lambda z: case(z, y, w, backend.impl), late)
+    torch.cuda.synchronize()
+    for ours, theirs in zip(found, expected, strict=True):
+        assert torch.equal(ours, theirs)
+
+
+@pytest.mark.gpu
+@gpu_kernels
+@every_case
+def test_graph_replay_with_other_values(backend: Backend, case: Case) -> None:
+    """Protects CUDA graphs: no host sync, nothing of the captured values is baked in."""
+    z, y, w = problem((2, 19, 64, 64), torch.float32, "cuda")
+    static = z.clone().requires_grad_()
+    stream = torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):
+        for _ in range(2):
+            torch.autograd.grad(case(static, y, w, backend.impl), static)
+    torch.cuda.current_stream().wait_stream(stream)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        value = case(static, y, w, backend.impl)
+        (grad,) = torch.autograd.grad(value, static)
+    for scale in (1.0, 0.3, 2.0):
+        with torch.no_grad():
+            static.copy_(scale * z)
+            y[:, : int(10 * scale)] = 255
+            w.mul_(1 + scale * torch.rand_like(w))
+        graph.replay()
+        expected, expected_grad = value_and_grad(lambda z: case(z, y, w, backend.impl), scale * z)
+        assert torch.equal(value, expected)
+        assert torch.equal(grad, expected_grad)
+
+
+@pytest.mark.gpu
+@gpu_kernels
+@every_case
+def test_second_device(backend: Backend, case: Case) -> None:
+    """Protects the device guard: tensors on cuda:1 while cuda:0 is current."""
+    if torch.cuda.device_count() < 2:
+        pytest.skip("one CUDA device only")
+    z, y, w = problem((2, 5, 33, 17), torch.float32, "cuda:0")
+    expected = value_and_grad(lambda z: case(z, y, w, backend.impl), z)
+    found = value_and_grad(lambda z: case(z, y.to("cuda:1"), w.to("cuda:1"), backend.impl), z.to("cuda:1"))
+    for ours, theirs in zip(found, expected, strict=True):
+        assert torch.equal(ours.cpu(), theirs.cpu())
+
+
+@pytest.mark.gpu
+@gpu_kernels
+@every_case
+@pytest.mark.parametrize("shape", [(3, 256, 2048, 2048), (1, 160, 4096, 4096)], ids=["batch", "image"])
+def test_more_than_two_billion_elements(backend: Backend, case: Case, shape: tuple[int, ...]) -> None:
+    """Protects 64-bit offsets, over the batch and within one image: of logits that are all alike but for the last
+    pixels, only these are counted, and give the value and gradient of the same pixels cut out."""
+    n, c, h, w = shape
+    if torch.cuda.mem_get_info()[0] < 3 * n * c * h * w * 2:
+        pytest.skip("too little GPU memory")
+    last, y_last, weight = problem((1, c, 2, 3), torch.bfloat16, "cuda", ignore_index=-1)
+    y_last[:] = torch.tensor([[0, c - 1, 1], [c - 2, 5, c - 1]])
+    z = torch.zeros(shape, dtype=torch.bfloat16, device="cuda")
+    z[-1:, :, -2:, -3:] = last
+    y = torch.full((n, h, w), -1, dtype=torch.int16, device="cuda")
+    y[-1:, -2:, -3:] = y_last
+    value, grad = value_and_grad(lambda z: case(z, y, weight, backend.impl, ignore_index=-1), z)
+    expected, expected_grad = value_and_grad(lambda z: case.define(z, y_last, weight, ignore_index=-1), last)
+    torch.testing.assert_close(value, expected, rtol=1e-5, atol=0)
+    torch.testing.assert_close(grad[-1:, :, -2:, -3:], expected_grad, rtol=2e-2, atol=1e-6)
+    assert grad[0, :, 0, :5].count_nonzero() == 0

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import inspect
 import math
+import shutil
 from itertools import product
 
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
@@ -94,6 +96,46 @@ def test_bcl_by_hand() -> None:
     # An ignored pixel takes its partners out of V₃: 0 and 2 leave, q₁ = −ln .2 and q₃ = −ln .1 are maxima.
     y = torch.tensor([[[255, 0, 1, 1]]])
     assert reference.boundary_corrected_loss(z, y, step=2).item() == pytest.approx(-math.log(0.8 * 0.9) / 2)
+
+
+def test_thresholds_are_strict() -> None:
+    """Protects "exceeds": a pixel whose probability is exactly the threshold is neither hard nor a boundary pixel."""
+    z, y = torch.zeros(1, 2, 1, 3, dtype=torch.float64), torch.zeros(1, 1, 3, dtype=torch.long)
+    assert z.log_softmax(1)[0, 0, 0, 0].item() == math.log(0.5)
+    assert reference.cross_entropy(z, y, ohem=OHEM(0.5, 0)).item() == 0
+    assert reference.boundary_corrected_loss(z, y, threshold=0.5).item() == 0
+
+
+@pytest.mark.parametrize("supervise", ["original", "flipped"])
+@pytest.mark.parametrize("step", [1, 2, 3])
+def test_bcl_equals_its_definition_written_as_loops(supervise: str, step: int) -> None:
+    """Protects every index of BCL, V₃ and the two denominators included, against the definition pixel by pixel."""
+    n, c, h, w = 2, 3, 7, 8
+    z, y = 2 * noise(n, c, h, w), blocks(n, c, h, w, 2)
+    y[0, 0, 0] = y[1, 4, 2] = y[1, 6, 7] = y[0, 3, 5] = 255
+    nll = -z.log_softmax(1)
+
+    def partner(i: int, length: int) -> int:
+        j = i + step if (i // step) % 2 == 0 else i - step
+        return j if j < length else i
+
+    q: dict[tuple[int, int, int], tuple[float, float, float]] = {}  # of V₃: ℓ[Y], ℓ[Yʳ], ℓ[Yᶜ]
+    for b, i, j in product(range(n), range(h), range(w)):
+        labels = [int(y[b, i, j]), int(y[b, partner(i, h), j]), int(y[b, i, partner(j, w)])]
+        if 255 not in labels:
+            q[b, i, j] = tuple(float(nll[b, label, i, j]) for label in labels)
+    kept = []
+    for (b, i, j), losses in q.items():
+        window = [q.get((b, i + u, j + v), (0.0,)) for u, v in product((-1, 0, 1), repeat=2)]
+        if max(losses) >= max(map(max, window)) and max(losses) > -math.log(0.7):
+            kept.append(losses)
+    assert len(kept) > 5
+    if supervise == "original":
+        expected = sum(own for own, _, _ in kept) / len(kept)
+    else:
+        expected = sum(0.3 * rows + 0.6 * columns for _, rows, columns in kept) / int((y != 255).sum())
+    loss = reference.boundary_corrected_loss(z, y, step=step, supervise=supervise, alpha=0.3, beta=0.6)
+    assert loss.item() == pytest.approx(expected, rel=1e-12)
 
 
 def test_cpg_by_hand() -> None:
@@ -208,8 +250,27 @@ def test_default_weights_and_floats() -> None:
     assert CPG(weight=2.0, kernel_size=7).weight == 2.0
     assert (OHEM(), BCL()) == (OHEM(0.9, 131072), BCL(0.4, 2, "original", 0.5, 0.5, 0.7, 3))
     assert reference.resolve_options(0.7, 0.1, 0.2) == (OHEM(0.7), BCL(0.1), CPG(0.2))
+    assert reference.resolve_options(None, np.float32(0.5), 1) == (None, BCL(0.5), CPG(1.0))
     for name in ("cross_entropy", "boundary_corrected_loss", "cpg_loss", "cpg_loss_sparse", "segmentation_loss"):
         assert inspect.signature(getattr(reference, name)).parameters["ignore_index"].default == 255
+
+
+@pytest.mark.parametrize(
+    ("wrong", "says"),
+    [
+        (lambda z, y: reference.segmentation_loss(z, y, ohem=True), r"ohem is None, a number or OHEM\(…\), not True"),
+        (lambda z, y: reference.cross_entropy(z, y, ohem="0.9"), "ohem is None, a number"),
+        (lambda z, y: reference.segmentation_loss(z, y, bcl=torch.tensor(0.7)), "bcl is None, a number or BCL"),
+        (lambda z, y: reference.segmentation_loss((z, z), y), "not a tuple: of .* SegmentationCriterion"),
+        (lambda z, y: reference.cross_entropy({"out": z}, y), "logits are a tensor, not a dict"),
+        (lambda z, y: reference.cross_entropy(z, y.numpy()), "target is a tensor, not a ndarray"),
+        (lambda z, y: reference.cross_entropy(z, y, weight=[1.0, 2.0]), "class weights are a tensor, not a list"),
+    ],
+)
+def test_wrong_types_are_type_errors(wrong, says: str) -> None:
+    """Protects users from an AttributeError deep inside."""
+    with pytest.raises(TypeError, match=says):
+        wrong(torch.zeros(1, 2, 3, 3), torch.zeros(1, 3, 3).long())
 
 
 @pytest.mark.parametrize(
@@ -217,6 +278,9 @@ def test_default_weights_and_floats() -> None:
     [
         lambda: BCL(step=()),
         lambda: BCL(step=0),
+        lambda: BCL(step=1.5),
+        lambda: BCL(weight=math.nan),
+        lambda: CPG(weight=-1.0),
         lambda: BCL(step=(1,) * 9),
         lambda: BCL(nms_size=2),
         lambda: BCL(supervise="both"),
@@ -287,9 +351,31 @@ def test_out_of_range_labels_raise_and_name_the_culprits(loss) -> None:
     y[0, 0, 0], y[0, 1, 1] = 33, 26
     with pytest.raises(ValueError, match=r"target holds 26, 33, .*0\.\.18.*255.*Cityscapes label ids"):
         loss(torch.zeros(1, 19, 4, 4), y)
+    y[0, 0, 0] = 200  # no Cityscapes id
+    with pytest.raises(ValueError, match=r"target holds 26, 200, .*255\.$"):
+        loss(torch.zeros(1, 19, 4, 4), y)
     y = torch.full((1, 4, 4), 255, dtype=torch.uint8)
     with pytest.raises(ValueError, match=r"holds 255.*ignore_index is -1.*pass ignore_index=255"):
         loss(torch.zeros(1, 3, 4, 4), y, ignore_index=-1)  # uint8 with a negative ignore_index ignores nothing
+
+
+@pytest.mark.parametrize("label", [-1, 3, 7])
+def test_out_of_range_labels_are_nan_where_nobody_may_look(label: int) -> None:
+    """Protects traced and CUDA code, where an exception would cost a synchronisation: the loss itself says it."""
+    y = torch.zeros(1, 4, 4, dtype=torch.int64)
+    y[0, 1, 1] = label
+    loss = torch.compile(reference.cross_entropy, backend="eager")(torch.zeros(1, 3, 4, 4), y)
+    assert loss.isnan()
+
+
+@pytest.mark.skipif(shutil.which("c++") is None, reason="inductor needs a C++ compiler")
+@pytest.mark.parametrize("name", ["ce", "ohem", "criterion"])
+def test_compiled_losses_keep_their_gradient(name: str) -> None:
+    """Protects a user's compiled step under impl="torch": OHEM's host sync breaks the graph, its gradient survives."""
+    y, z = blocks(1, 3, 8, 8, 2), noise(1, 3, 8, 8, dtype=torch.float32).requires_grad_()
+    torch.compiler.reset()
+    grads = [torch.autograd.grad(loss(z, y), z)[0] for loss in (torch.compile(LOSSES[name]), LOSSES[name])]
+    torch.testing.assert_close(*grads)
 
 
 @every_loss

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -19,8 +20,10 @@ from PIL import Image
 from tiny import CLASSES, STEPS, TinyNet, one_thread, write_folder  # noqa: F401
 from torch import Tensor
 
-from bcmf_ext import train
-from bcmf_ext.config import NETWORKS
+from bcmf_ext import BCL, CPG, OHEM, train
+from bcmf_ext.config import NETWORKS, parse_flags
+from bcmf_ext.data import Augmentation, open_dataset
+from bcmf_ext.engine import Compute, lr_factor
 from bcmf_ext.errors import UserError, run_command
 from bcmf_ext.losses.criterion import CriterionLoss, SegmentationCriterion
 from bcmf_ext.metrics import ConfusionMatrix
@@ -221,10 +224,46 @@ def test_pretrained(flags: list[str], tmp_path: Path, capsys: pytest.CaptureFixt
     torch.testing.assert_close(ours, theirs)
 
 
+@pytest.mark.usefixtures("tiny")
+def test_every_knob_reaches_its_place(flags: list[str]) -> None:
+    """What is asked for is what is trained with: none of these has its default."""
+    given = (
+        "--lr 0.3 --momentum 0.5 --wd 0.01 --power 2 --warmup 3 --scale-range 0.9 1.1 --crop-size 64 96 --batch-size 3 "
+        "--epochs 5 --bcl 0.2 --cpg 0.3 --cpg-kernel 5 --ohem 0.8 --aux-weight 0.7 --no-channels-last --amp bf16 "
+        "--impl torch --seed 9 --workers 0"
+    )
+    config = train.make_config(parse_flags([*flags, *given.split()]))
+    folder = [open_dataset("folder", config.data_root, split) for split in ("train", "val")]
+    trainer = train.Trainer(config, *folder)
+    (group,) = trainer.state.optimizer.param_groups
+    assert (group["initial_lr"], group["momentum"], group["weight_decay"]) == (0.3, 0.5, 0.01)
+    steps = 5 * (len(folder[0]) // 3)
+    factor = trainer.state.scheduler.lr_lambdas[0]
+    assert [factor(i) for i in (0, 1, 4)] == pytest.approx([lr_factor(i, steps, 2.0, 3) for i in (0, 1, 4)])
+    criterion = trainer.criterion
+    assert (criterion.bcl, criterion.cpg) == (BCL(0.2), CPG(0.3, 5))
+    assert criterion.ohem == OHEM(0.8, 3 * 64 * 96 // 64)
+    assert (criterion.aux_weight, criterion.impl) == (0.7, "torch")
+    assert trainer.compute == Compute(torch.device("cpu"), torch.bfloat16, channels_last=False)
+    samples = trainer.train_loader.dataset
+    assert (samples.augmentation, samples.seed) == (Augmentation((64, 96), (0.9, 1.1)), 9)
+    assert samples.augmentation.colour_jitter == 0.1
+    assert (trainer.sampler.batch_size, trainer.sampler.seed, trainer.workers) == (3, 9, 0)
+
+
+@pytest.mark.usefixtures("tiny")
+def test_weights_that_are_not_finite(flags: list[str], run: Path) -> None:
+    """A finite loss with infinite gradients in the last step of an epoch: the weights are named, not the loss."""
+    with pytest.raises(UserError, match=r"weights are not finite after epoch 1, step \d+, though the loss was"):
+        train.main([*flags, "--epochs", "1", "--batch-size", "9", "--warmup", "0", "--lr", "1000", "--wd", "1e38"])
+
+
 def test_check_data_only(flags: list[str], run: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """`--check-data` reads everything and trains nothing."""
     train.main([*flags, "--check-data"])
-    assert "all images and labels are fine" in capsys.readouterr().out
+    output = capsys.readouterr().out
+    assert "all images and labels can be used" in output
+    assert re.search(r"floor +\d+\.\d % ", output)  # each class's share
     assert not run.exists()
 
 

@@ -16,7 +16,6 @@ def resolve_impl(
     weight: Tensor | None,
     ignore_index: int,
     *,
-    ohem: bool = False,
     bcl: bool = False,
     cpg: bool = False,
 ) -> str:
@@ -24,4 +23,4 @@ def resolve_impl(
     reference.check_inputs(logits, target, weight)
     if dispatch.DEBUG and not torch.compiler.is_compiling():
         reference.check_labels(target, logits.shape[1], ignore_index)
-    return dispatch.choose(op, impl, logits.device, ops.loss_lacks(ohem=ohem, bcl=bcl, cpg=cpg))
+    return dispatch.choose(op, impl, logits.device, ops.loss_lacks(bcl=bcl, cpg=cpg))

@@ -37,7 +37,7 @@ def segmentation_loss(
     BCL(supervise="flipped").
     """
     ohem, bcl, cpg = resolve_options(ohem, bcl, cpg)
-    mix = {"ohem": ohem is not None, "bcl": bcl is not None, "cpg": cpg is not None}
+    mix = {"bcl": bcl is not None, "cpg": cpg is not None}
     impl = resolve_impl("segmentation_loss", impl, logits, target, weight, ignore_index, **mix)
     if impl == "torch":
         return reference.segmentation_loss(
@@ -51,7 +51,7 @@ def segmentation_loss(
             align_corners=align_corners,
         )
     total = cross_entropy(
-        logits, target, weight=weight, ignore_index=ignore_index, align_corners=align_corners, impl=impl
+        logits, target, weight=weight, ohem=ohem, ignore_index=ignore_index, align_corners=align_corners, impl=impl
     )
     return SegmentationLoss(total, total.detach(), None, None)
 

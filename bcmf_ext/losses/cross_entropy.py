@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-import torch
 from torch import Tensor
 
-from .. import reference
-from ..reference import OHEM
+from .. import ops, reference
+from ..reference import OHEM, resolve_options
 from ._resolve import resolve_impl
 
 
@@ -34,11 +33,13 @@ def cross_entropy(
     CPU for a label out of range (on CUDA the loss becomes NaN: BCMF_DEBUG=1 turns that into the ValueError).
     Source: spec section 2; OHEM after HRNet.
     """
-    impl = resolve_impl("cross_entropy", impl, logits, target, weight, ignore_index, ohem=ohem is not None)
+    ohem, _, _ = resolve_options(ohem, None, None)
+    impl = resolve_impl("cross_entropy", impl, logits, target, weight, ignore_index)
     if impl == "torch":
         return reference.cross_entropy(
             logits, target, weight=weight, ohem=ohem, ignore_index=ignore_index, align_corners=align_corners
         )
     if logits.shape[2:] != target.shape[1:]:  # the kernels read logits of the target's size
         logits = reference.resample(logits, target.shape[1:], align_corners)
-    return torch.ops.bcmf.loss(logits, target, weight, ignore_index)[0]
+    threshold, min_kept = (None, 0) if ohem is None else (ohem.threshold, ohem.min_kept)
+    return ops.LOSS[impl](logits, target, weight, ignore_index, threshold, min_kept)[0]

@@ -8,7 +8,8 @@ namespace bcmf::cpu {
 // An image is cut into tiles of consecutive pixels. Their size depends on C alone and their partial sums are added in
 // index order, so that results are the same bits for any number of threads.
 struct LossPartial {
-  double weighted_nll, weight;
+  double weighted_nll, weight;  // without OHEM
+  int64_t hard, valid;          // with OHEM: pixels above the threshold, and all that are not ignored
   int64_t bad_labels;
 };
 

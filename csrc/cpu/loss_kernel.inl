@@ -2,6 +2,7 @@
 // tile, which the compiler vectorises; nothing from torch or the standard library that the linker could merge across
 // instruction sets.
 
+#include "../device/select.cuh"
 #include "loss_kernel.h"
 #include "math.h"
 
@@ -98,6 +99,7 @@ template <typename Acc>
 static void forward(const LossArgs& args, int64_t begin, int64_t end, void* scratch, LossPartial* partials) {
   const int64_t pixels = args.H * args.W, pitch = tile_pixels(args), per_image = tiles_per_image(args);
   const Acc* weight = static_cast<const Acc*>(args.weight);
+  const auto hard = key_of(static_cast<Acc>(args.ohem_cutoff));
   Acc* z = static_cast<Acc*>(scratch);
   int labels[kMaxTilePixels];
   for (int64_t tile = begin; tile < end; ++tile) {
@@ -109,15 +111,21 @@ static void forward(const LossArgs& args, int64_t begin, int64_t end, void* scra
     load_labels(args, n, first, count, labels);
     log_sum_exp(args, z, pitch, count, m, log_sum);
 
-    LossPartial partial = {0, 0, 0};
+    LossPartial partial = {};
+    Acc* nlls = args.ohem ? static_cast<Acc*>(args.nll) + n * pixels + first : nullptr;
     for (int64_t i = 0; i < count; ++i) {
+      Acc nll = -1;  // ignored
       if (labels[i] >= 0) {
+        nll = (m[i] - z[labels[i] * pitch + i]) + log_sum[i];
         const Acc w = weight ? weight[labels[i]] : 1;
-        partial.weighted_nll += w * ((m[i] - z[labels[i] * pitch + i]) + log_sum[i]);
+        partial.weighted_nll += w * nll;
         partial.weight += w;
+        partial.hard += key_of(nll) >= hard;
+        partial.valid += 1;
       } else {
         partial.bad_labels += labels[i] == kBad;
       }
+      if (nlls) nlls[i] = nll;
     }
     partials[tile] = partial;
   }
@@ -127,7 +135,9 @@ template <typename Acc>
 static void backward(const LossArgs& args, int64_t begin, int64_t end, void* scratch) {
   const int64_t pixels = args.H * args.W, pitch = tile_pixels(args), per_image = tiles_per_image(args);
   const Acc* weight = static_cast<const Acc*>(args.weight);
-  const Acc denominator = *static_cast<const Acc*>(args.denominator);
+  const Acc* summary = static_cast<const Acc*>(args.summary);
+  const Acc denominator = summary[kDenominator];
+  const auto cutoff = key_of(summary[kCutoff]);
   const Acc scale = denominator != 0 ? *static_cast<const Acc*>(args.grad_total) / denominator : 0;
   Acc* z = static_cast<Acc*>(scratch);
   int labels[kMaxTilePixels];
@@ -142,6 +152,10 @@ static void backward(const LossArgs& args, int64_t begin, int64_t end, void* scr
     for (int64_t i = 0; i < count; ++i) {
       const Acc w = labels[i] < 0 ? 0 : weight ? weight[labels[i]] : 1;
       coefficient[i] = labels[i] == kBad ? static_cast<Acc>(__builtin_nan("")) : scale * w;
+    }
+    if (args.ohem) {  // the forward's own arithmetic, so that the same pixels are kept
+      for (int64_t i = 0; i < count; ++i)
+        if (labels[i] >= 0 && key_of((m[i] - z[labels[i] * pitch + i]) + log_sum[i]) < cutoff) coefficient[i] = 0;
     }
     for (int64_t c = 0; c < args.C; ++c)
       for (int64_t i = 0; i < count; ++i) {

@@ -8,29 +8,69 @@
 namespace bcmf::cuda {
 namespace {
 
-int64_t tiles(const LossArgs& args) {
+using device::Count;
+using device::kThreads;
+
+int64_t tiles_of(const LossArgs& args) {
   return (args.N * args.H * args.W + device::kTilePixels - 1) / device::kTilePixels;
 }
 
+// How the scratch memory is divided: every part starts at a multiple of 8 bytes.
+struct Scratch {
+  double* partials;  // (2, tiles)
+  Count* histogram;  // (kDigits,), with OHEM
+  void* selection;   // Selection<Acc>, with OHEM
+  int64_t bytes;
+
+  Scratch(const LossArgs& args, void* memory) {
+    char* at = static_cast<char*>(memory);
+    partials = reinterpret_cast<double*>(at);
+    at += 2 * tiles_of(args) * sizeof(double);
+    histogram = reinterpret_cast<Count*>(at);
+    at += args.ohem ? kDigits * sizeof(Count) : 0;
+    selection = at;
+    at += args.ohem ? sizeof(Selection<double>) : 0;
+    bytes = at - static_cast<char*>(memory);
+  }
+};
+
+// Finds the smallest loss that is kept, and sums up the kept ones. Every level is always launched: whether it is needed
+// only the device knows.
+template <typename Acc>
+void ohem(const LossArgs& args, const Scratch& scratch, unsigned tiles, Stream stream) {
+  auto* selection = static_cast<Selection<Acc>*>(scratch.selection);
+  BCMF_LAUNCH(device::ohem_begin<Acc>, 1, kThreads, stream, args, scratch.partials, tiles, selection,
+              scratch.histogram);
+  for (int level = 0; level < kLevels<Acc>; ++level) {
+    BCMF_LAUNCH(device::ohem_count<Acc>, tiles, kThreads, stream, args, selection, level, scratch.histogram);
+    BCMF_LAUNCH(device::ohem_choose<Acc>, 1, kThreads, stream, selection, level, scratch.histogram);
+  }
+  BCMF_LAUNCH(device::ohem_sum_tiles<Acc>, tiles, kThreads, stream, args, selection, scratch.partials);
+}
+
 template <typename Scalar>
-void forward(const LossArgs& args, double* scratch, Stream stream) {
+void forward(const LossArgs& args, void* memory, Stream stream) {
   using Acc = typename device::AccOf<Scalar>::type;
-  const unsigned grid = static_cast<unsigned>(tiles(args));
-  if (grid > 0) BCMF_LAUNCH(device::loss_forward_tiles<Scalar>, grid, device::kThreads, stream, args, scratch);
-  BCMF_LAUNCH(device::loss_finish<Acc>, 1, device::kThreads, stream, args, scratch, tiles(args));
+  const Scratch scratch(args, memory);
+  const unsigned tiles = static_cast<unsigned>(tiles_of(args));
+  if (tiles > 0) {
+    BCMF_LAUNCH(device::loss_forward_tiles<Scalar>, tiles, kThreads, stream, args, scratch.partials);
+    if (args.ohem) ohem<Acc>(args, scratch, tiles, stream);
+  }
+  BCMF_LAUNCH(device::loss_finish<Acc>, 1, kThreads, stream, args, scratch.partials, tiles);
 }
 
 template <typename Scalar>
 void backward(const LossArgs& args, Stream stream) {
-  const unsigned grid = static_cast<unsigned>(tiles(args));
-  if (grid > 0) BCMF_LAUNCH(device::loss_backward_tiles<Scalar>, grid, device::kThreads, stream, args);
+  const unsigned tiles = static_cast<unsigned>(tiles_of(args));
+  if (tiles > 0) BCMF_LAUNCH(device::loss_backward_tiles<Scalar>, tiles, kThreads, stream, args);
 }
 
 }  // namespace
 
-int64_t loss_scratch_size(const LossArgs& args) { return 2 * tiles(args); }
+int64_t loss_scratch_bytes(const LossArgs& args) { return Scratch(args, nullptr).bytes; }
 
-int loss_forward(const LossArgs& args, double* scratch, Stream stream) {
+int loss_forward(const LossArgs& args, void* scratch, Stream stream) {
   switch (args.logits.type) {
     case LogitType::f16:
       forward<__half>(args, scratch, stream);

@@ -8,11 +8,11 @@ namespace bcmf::cuda {
 
 using Stream = CUstream_st*;  // cudaStream_t
 
-// Doubles of scratch that the forward needs on the device.
-int64_t loss_scratch_size(const LossArgs& args);
+// Bytes of scratch that the forward needs on the device, aligned to 8.
+int64_t loss_scratch_bytes(const LossArgs& args);
 
 // All launches go to `stream`, nothing synchronises. They return cudaGetLastError().
-int loss_forward(const LossArgs& args, double* scratch, Stream stream);
+int loss_forward(const LossArgs& args, void* scratch, Stream stream);
 int loss_backward(const LossArgs& args, Stream stream);
 
 }  // namespace bcmf::cuda

@@ -4,10 +4,14 @@
 
 #include <cstdint>
 
+// Always inlined: the CPU kernels are compiled for several instruction sets, and the linker would keep one copy for
+// all.
 #if defined(__CUDACC__)
 #define BCMF_HOST_DEVICE __host__ __device__ __forceinline__
+#elif defined(__GNUC__)
+#define BCMF_HOST_DEVICE inline __attribute__((always_inline))
 #else
-#define BCMF_HOST_DEVICE inline
+#define BCMF_HOST_DEVICE __forceinline
 #endif
 
 namespace bcmf {
@@ -28,6 +32,13 @@ struct LabelView {  // (N, H, W), any strides
   int64_t stride_n, stride_h, stride_w;
 };
 
+// What the backward needs to know of the whole batch: entries of LossArgs::summary.
+enum Summary : int {
+  kDenominator,  // of the mean: the sum of the valid pixels' weights, or with OHEM the number of kept pixels
+  kCutoff,       // OHEM: the smallest loss that is kept
+  kSummarySize
+};
+
 // Arguments of bcmf::loss and bcmf::loss_backward. `acc` is float, or double for fp64 logits.
 struct LossArgs {
   int64_t N, C, H, W;
@@ -35,9 +46,13 @@ struct LossArgs {
   LabelView labels;
   int64_t ignore_index;
   const void* weight;  // (C,) acc, contiguous; null: all ones
-  void* stats;         // (2, N, H, W) acc, contiguous: m = max_c Z_c, then log sum_c exp(Z_c - m)
-  void* total;         // () acc
-  void* denominator;   // () acc: the sum of the valid pixels' weights
+  bool ohem;
+  double ohem_cutoff;  // the smallest acc that exceeds OHEM's threshold -ln(theta)
+  int64_t ohem_min_kept;
+  void* nll;      // (N, H, W) acc, contiguous, forward with OHEM only: -1 where ignored, NaN at a bad label
+  void* stats;    // (2, N, H, W) acc, contiguous: m = max_c Z_c, then log sum_c exp(Z_c - m)
+  void* total;    // () acc
+  void* summary;  // (kSummarySize,) acc
   // backward only
   const void* grad_total;  // () acc
   LogitView grad;          // same dtype as logits

@@ -1,5 +1,10 @@
-// The one place that knows how a kernel starts. Kernels themselves stay free of <<<>>>, so that a CPU emulator can run
-// them.
+// What the kernels cannot say in C++ alone: how one starts, and how a block gets its shared memory. g++ takes both from
+// the emulator of python_tests/emulator, and so runs the same kernels on the CPU.
 #pragma once
 
+#if defined(__CUDACC__)
 #define BCMF_LAUNCH(kernel, grid, block, stream, ...) kernel<<<(grid), (block), 0, (stream)>>>(__VA_ARGS__)
+#define BCMF_SHARED(type, name, count) __shared__ type name[count]
+#else
+#include <emulator.h>
+#endif

@@ -1,0 +1,62 @@
+"""The CUDA kernels without a GPU: csrc/device, compiled by g++ over include/emulator.h, as torch ops on CPU tensors.
+
+``load()`` defines ``torch.ops.bcmf_emulated``; ``set_order`` runs blocks and threads in another order.
+"""
+
+from __future__ import annotations
+
+import functools
+import shutil
+import subprocess
+from ctypes import CDLL
+from pathlib import Path
+
+from torch.library import Library
+from torch.utils import cpp_extension
+
+from bcmf_ext import ops
+
+HERE = Path(__file__).parent
+SOURCES = HERE.parents[1] / "csrc"
+ORDERS = ("forward", "reversed", "shuffled")
+LIB = Library("bcmf_emulated", "DEF")
+
+
+def why_not() -> str | None:
+    """Why the kernels cannot be compiled here; None if they can."""
+    if not SOURCES.is_dir():
+        return "csrc is not there"
+    missing = [tool for tool in ("g++", "ninja") if shutil.which(tool) is None]
+    return f"{' and '.join(missing)} not found" if missing else None
+
+
+def compile_sanitized(source: str, executable: Path) -> None:
+    """Compiles a program of this folder with AddressSanitizer and UndefinedBehaviorSanitizer."""
+    flags = ["-std=c++20", "-O1", "-g", "-Wno-unknown-pragmas", "-fsanitize=address,undefined"]
+    includes = ["-I", str(HERE / "include"), *(f"-isystem{folder}" for folder in cpp_extension.include_paths())]
+    command = ["g++", *flags, "-fno-sanitize-recover=all", *includes, str(HERE / source), "-o", str(executable)]
+    subprocess.run(command, check=True)
+
+
+@functools.cache
+def load() -> CDLL:
+    """Compiles the kernels (half a minute; the result is kept in torch's folder of extensions) and defines their ops.
+
+    ``LOSS`` takes them in: ``ops.LOSS["cpu"] = emulator.LOSS`` runs every caller of bcmf::loss on them.
+    """
+    library = cpp_extension.load(
+        "bcmf_emulated",
+        [str(HERE / "kernels.cpp"), str(SOURCES / "ops.cpp")],
+        extra_include_paths=[str(HERE / "include")],
+        extra_cflags=["-std=c++20", "-O2", "-DBCMF_EMULATED", "-DBCMF_WITH_CUDA", "-Wno-unknown-pragmas"],
+        is_python_module=False,
+    )
+    return CDLL(str(library))
+
+
+def set_order(order: str) -> None:
+    """Of blocks, and of the threads between two barriers."""
+    load().bcmf_emulated_set_order(ORDERS.index(order))
+
+
+LOSS = ops.define_loss(LIB, "loss")

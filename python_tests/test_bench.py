@@ -1,0 +1,41 @@
+"""The benches run, on tiny sizes: a GPU, when there is one, must not be wasted on a script that does not."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from PIL import Image
+
+ROOT = Path(__file__).resolve().parents[1]
+CONTENDERS = {"eager", "native", "compile", "cpu", "torch"}
+
+
+@pytest.mark.skipif(not (ROOT / "bench").is_dir(), reason="bench is not there")
+def test_gpu_script_as_far_as_it_goes_without_one(tmp_path: Path) -> None:
+    """Protects bench/gpu.sh: its stages run, their logs and results are where it says, a failure is its exit status."""
+    out = tmp_path / "out"
+    env = {**os.environ, "PYTHON": sys.executable}
+    done = subprocess.run(
+        [ROOT / "bench" / "gpu.sh", out, "sanitize", "bench", "profile"], env=env, capture_output=True, text=True
+    )
+    assert done.returncode == 0, done.stdout
+    assert "all stages passed" in done.stdout
+    record = json.loads((out / "kernels-cpu.json").read_text())
+    assert {"commit", "sources", "versions", "labels", "results"} <= record.keys()
+    for result in record["results"]:
+        assert {"eager", "compile", "cpu"} <= result["contenders"].keys() <= CONTENDERS
+        for row in result["contenders"].values():
+            bound = 1e-2 if "bfloat16" in result["problem"] else 1e-5
+            assert row["error"]["value"] < bound
+            assert row["error"]["gradient"] < bound
+            assert row["both"]["ms"] > 0
+            assert row["both"]["roofline"] > 0
+    assert Image.open(out / "kernels-cpu.png").size[0] > 400
+    assert "GB/s on its bytes" in (out / "profile.log").read_text()
+    unknown = subprocess.run([ROOT / "bench" / "gpu.sh", out, "dance"], env=env, capture_output=True, text=True)
+    assert unknown.returncode == 2

@@ -1,0 +1,68 @@
+"""The C++ kernels on the CPU: what the suite of test_ops.py, which runs on all backends, cannot see."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from ctypes import CDLL
+from pathlib import Path
+
+import pytest
+import torch
+
+import bcmf_ext
+from bcmf_ext import dispatch
+
+pytestmark = pytest.mark.skipif(dispatch.EXTENSION is None, reason=f"no extension: {dispatch.why_not('cpu', 'cpu')}")
+
+
+@pytest.mark.parametrize("labels", [[33, 26, 5], [255, 3], [-7], [1000, 200, 40, 41, 42, 43, 44, 45, 46, 47]])
+@pytest.mark.parametrize("num_classes", [19, 3])
+def test_bad_labels_raise_the_reference_sentence(labels: list[int], num_classes: int) -> None:
+    """Protects users from a loss over garbage, and the two wordings (Python, C++) from drifting apart."""
+    y = torch.zeros(1, 4, 4, dtype=torch.long)
+    y.view(-1)[: len(labels)] = torch.tensor(labels)
+    z = torch.zeros(1, num_classes, 4, 4)
+    messages = []
+    for impl in ("cpu", "torch"):
+        with pytest.raises(ValueError, match="target holds") as error:
+            bcmf_ext.cross_entropy(z, y, ignore_index=-1, impl=impl)
+        messages.append(str(error.value).splitlines()[0])
+    assert messages[0] == messages[1]
+
+
+def test_kernels_use_torch_threads() -> None:
+    """Protects speed: at::parallel_for without OpenMP would silently run on one thread."""
+    maps = Path("/proc/self/maps")
+    if not maps.exists():
+        pytest.skip("no /proc/self/maps to look at")
+    assert CDLL(dispatch.EXTENSION.__file__).GOMP_parallel  # bound to an OpenMP runtime …
+    runtimes = {line.split()[-1] for line in maps.read_text().splitlines() if "libgomp" in line}
+    assert len(runtimes) == 1  # … and to torch's only
+
+
+@pytest.mark.parametrize("capability", ["default", "avx2", "avx512"])
+def test_every_instruction_set(capability: str) -> None:
+    """Protects the variants that this machine would not choose: each gives the reference's value and gradient."""
+    code = (
+        "import torch, bcmf_ext\n"
+        "g = torch.Generator().manual_seed(0)\n"
+        "y = torch.randint(0, 7, (2, 33, 35), generator=g); y[0, 0] = 255\n"
+        "for dtype in (torch.float64, torch.float32, torch.bfloat16, torch.float16):\n"
+        "    z = torch.randn(2, 7, 33, 35, generator=g).to(dtype).requires_grad_()\n"
+        "    for ohem in (None, bcmf_ext.OHEM(0.1, 500)):\n"
+        "        ours, truth = (bcmf_ext.cross_entropy(z, y, ohem=ohem, impl=i) for i in ('cpu', 'torch'))\n"
+        "        torch.testing.assert_close(ours, truth, rtol=1e-6, atol=0)\n"
+        "        grads = [torch.autograd.grad(v, z)[0] for v in (ours, truth)]\n"
+        "        torch.testing.assert_close(*grads, rtol=2 * torch.finfo(dtype).eps + 2e-6, atol=1e-7)\n"
+        "print(bcmf_ext.dispatch.EXTENSION.build_info()['cpu_capability'].lower())\n"
+    )
+    if capability == "avx512" and "AVX512" not in torch.backends.cpu.get_cpu_capability():
+        pytest.skip("this CPU has no AVX-512")
+    if capability == "avx2" and torch.backends.cpu.get_cpu_capability() == "DEFAULT":
+        pytest.skip("this CPU has no AVX2")
+    env = {**os.environ, "ATEN_CPU_CAPABILITY": capability}
+    done = subprocess.run([sys.executable, "-c", code], env=env, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.strip() == {"default": "baseline"}.get(capability, capability)

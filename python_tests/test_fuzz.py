@@ -1,0 +1,60 @@
+"""Any shape, layout, label and option against the definition in fp64, on every backend of cases.py."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from cases import DTYPES, Backend, Case, assert_not_less_exact, layouts
+from test_ops import every_backend
+
+import bcmf_ext
+from bcmf_ext import OHEM
+
+pytest.importorskip("hypothesis")  # some GPU machines have no network to get it from
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+FUZZ_EXAMPLES = {"cpu": 1000, "emulated": 300, "triton": 50, "cuda": 300, "torch": 100}
+
+
+@st.composite
+def problems(draw: st.DrawFn) -> dict[str, Any]:
+    """Shape, dtype, layout, labels and options of a call."""
+    n, c = draw(st.integers(0, 3)), draw(st.sampled_from([2, 3, 11, 19, 40]))
+    h, w = draw(st.integers(0, 17)), draw(st.integers(0, 17))
+    ignore_index = draw(st.sampled_from([255, -1, -100, 0, 1]))
+    g = torch.Generator().manual_seed(draw(st.integers(0, 2**31)))
+    z = draw(st.sampled_from([0.1, 3, 50])) * torch.randn((n, c, h, w), generator=g, dtype=torch.float64)
+    y = torch.randint(0, c, (n, h, w), generator=g)
+    y[torch.rand(n, h, w, generator=g) < draw(st.sampled_from([0, 0.2, 1]))] = ignore_index
+    return {
+        "logits": z.to(draw(st.sampled_from(DTYPES))),
+        "target": y.to(draw(st.sampled_from([torch.int16, torch.int32, torch.int64]))),
+        "weight": torch.rand(c, generator=g) if draw(st.booleans()) else None,
+        "layout": draw(st.sampled_from(["nchw", "channels_last", "slice", "rows cut", "transposed"])),
+        "ignore_index": ignore_index,
+        "ohem": draw(
+            st.none() | st.builds(OHEM, st.sampled_from([1e-3, 0.3, 0.9, 1.0]), st.sampled_from([0, 1, 17, 10**6]))
+        ),
+    }
+
+
+@every_backend
+def test_fuzz(backend: Backend) -> None:
+    """Protects from what nobody thought of: any shape, layout, label and option as the definition in fp64."""
+
+    @settings(max_examples=FUZZ_EXAMPLES[backend.name], deadline=None, suppress_health_check=list(HealthCheck))
+    @given(problems())
+    def run(drawn: dict[str, Any]) -> None:
+        z, y, weight, layout, ignore_index, ohem = drawn.values()
+        case = Case(
+            "fuzz", bcmf_ext.cross_entropy, bcmf_ext.reference.cross_entropy, {"ohem": ohem}, weight is not None
+        )
+        z, y = z.to(backend.device), y.to(backend.device)
+        w = torch.ones(z.shape[1]) if weight is None else weight
+        view = layouts(z)[layout]
+        assert_not_less_exact(case, backend, z, y, w.to(backend.device), view, ignore_index=ignore_index)
+
+    run()
