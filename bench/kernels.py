@@ -1,64 +1,112 @@
-"""Our ops against pure PyTorch: ``python bench/kernels.py [--json FILE]``.
+"""Our ops against PyTorch: ``python bench/kernels.py [--device cuda] [--labels CAMVID] [--op NAME …]``.
 
-Protocol: the two sides run alternately in one process, 21 pairs; the figure is the median of the paired ratios, which a
-busy machine disturbs far less than times. Beside it stands the A/A ratio, the baseline against itself in the same run:
-where it is off by more than 5 % the row does not count and says so. CPU memory is the peak of the process's resident
-set above its state before the call.
+Prints a table and writes bench/results/kernels-<device>.json and .png.
+
+Protocol. All contenders take turns in one process, round after round, in rotated order; a figure is the median over the
+rounds of a contender's time divided by the baseline's in the same round, which a busy machine disturbs far less than
+times, and its spread the middle half of these ratios. The baseline runs twice a round: where this A/A ratio is off by
+more than 5 %, the problem does not count and says so. On a GPU times come from events, and the L2 cache is flushed
+before each forward. Every contender's value and gradient are compared with the fp64 definition in the same run. Memory
+is the peak above the state before the call: CUDA's allocator, or the process's resident set.
+
+Roofline. What an op has to do at least: bytes from memory and exponentials. Both rates are measured in the same run, by
+copying a tensor of the logits' size and by torch.exp on one that fits into the cache (on a GPU, the exponentials are
+those of its special function units at full clock); the share is the larger of the two times that this work needs, over
+the time it took. A share above 100 % says that torch.exp is not the fastest exp.
 """
 
 from __future__ import annotations
 
 import argparse
+import ctypes
+import hashlib
 import json
 import platform
+import re
 import statistics
 import subprocess
+import sys
 import time
 from collections.abc import Callable
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
+import matplotlib as mpl
 import torch
-import torch.nn.functional as F
 from torch import Tensor
+from tqdm import tqdm
 
-import bcmf_ext
-from bcmf_ext import dispatch, info, ops
+mpl.use("Agg")
+import matplotlib.pyplot as plt
 
-PAIRS = 21
-Step = Callable[[], None]
+sys.path.insert(0, str(Path(__file__).parent))
+import cross_entropy
+from problem import Problem
 
+from bcmf_ext import info
+from bcmf_ext.data import open_dataset
 
-@dataclass
-class Row:
-    """One comparison: median paired ratio ours / baseline, the A/A ratio, and both sides' median time and peak
-    memory."""
-
-    op: str
-    shape: str
-    dtype: str
-    baseline: str
-    impl: str
-    ratio: float
-    aa_ratio: float
-    ours_ms: float
-    baseline_ms: float
-    ours_mib: float
-    baseline_mib: float
-
-    @property
-    def counts(self) -> bool:
-        return abs(self.aa_ratio - 1) <= 0.05
+ROOT = Path(__file__).resolve().parents[1]
+RESULTS = ROOT / "bench" / "results"
+OPS = {"cross_entropy": cross_entropy.problems}
+PHASES = ("forward", "backward", "both")
+ROUNDS = 21
+AA_LIMIT = 0.05
 
 
-def seconds(step: Step) -> float:
-    start = time.perf_counter()
-    step()
-    return time.perf_counter() - start
+# --------------------------------------------------------------------------------------------------------------------
+# One step of one contender
 
 
-def peak_mib(step: Step) -> float:
-    """Peak resident memory of a step above the state before it. (The profiler does not see C++ scratch.)"""
+class Clock:
+    """Times the phases of a step on a device, in ms."""
+
+    def __init__(self, device: str) -> None:
+        self.cuda = device == "cuda"
+        # Twice the L2 of the largest GPU; zeroed before a step, so that its input comes from memory.
+        self.flush = torch.empty(256 << 20, dtype=torch.uint8, device="cuda") if self.cuda else None
+
+    def mark(self) -> Any:
+        if not self.cuda:
+            return time.perf_counter()
+        event = torch.cuda.Event(enable_timing=True)
+        event.record()
+        return event
+
+    def between(self, start: Any, end: Any) -> float:
+        if not self.cuda:
+            return 1e3 * (end - start)
+        end.synchronize()
+        return start.elapsed_time(end)
+
+    def step(self, loss: Callable[[Tensor], Tensor], logits: Tensor) -> dict[str, float]:
+        if self.flush is not None:
+            self.flush.zero_()
+        start = self.mark()
+        value = loss(logits)
+        middle = self.mark()
+        value.backward()
+        end = self.mark()
+        logits.grad = None
+        spans = ((start, middle), (middle, end), (start, end))
+        return {phase: self.between(*span) for phase, span in zip(PHASES, spans, strict=True)}
+
+
+def peak_mib(loss: Callable[[Tensor], Tensor], logits: Tensor) -> float:
+    """Peak memory of a step above the state before it. (On the CPU the profiler does not see C++ scratch.)"""
+
+    def step() -> None:
+        loss(logits).backward()
+        logits.grad = None
+
+    if logits.is_cuda:
+        torch.cuda.synchronize()
+        torch.cuda.reset_peak_memory_stats()
+        before = torch.cuda.memory_allocated()
+        step()
+        torch.cuda.synchronize()
+        return (torch.cuda.max_memory_allocated() - before) / 2**20
     status = Path("/proc/self/status")
     if not status.exists():
         return float("nan")
@@ -67,89 +115,204 @@ def peak_mib(step: Step) -> float:
         return next(int(line.split()[1]) for line in status.read_text().splitlines() if line.startswith(key))
 
     Path("/proc/self/clear_refs").write_text("5")  # reset the high-water mark
-    before = read("VmRSS")
+    ctypes.CDLL(None).malloc_trim(0)  # what malloc keeps of earlier steps would count as there before
+    resident = read("VmRSS")
     step()
-    return (read("VmHWM") - before) / 1024
+    return (read("VmHWM") - resident) / 1024
 
 
-def compare(ours: Step, baseline: Step) -> dict[str, float]:
-    for _ in range(3):
-        ours(), baseline()
-    times = [(seconds(ours), seconds(baseline), seconds(baseline)) for _ in range(PAIRS)]
-    return {
-        "ratio": statistics.median(a / b for a, b, _ in times),
-        "aa_ratio": statistics.median(c / b for _, b, c in times),
-        "ours_ms": 1e3 * statistics.median(a for a, _, _ in times),
-        "baseline_ms": 1e3 * statistics.median(b for _, b, _ in times),
-        "ours_mib": peak_mib(ours),
-        "baseline_mib": peak_mib(baseline),
-    }
+# --------------------------------------------------------------------------------------------------------------------
+# One problem
 
 
-def forward_backward(loss: Callable[[Tensor], Tensor], logits: Tensor) -> Step:
-    def step() -> None:
-        loss(logits).backward()
-        logits.grad = None
+@dataclass(frozen=True)
+class Rates:
+    """What the machine can do, measured: bytes and exponentials per ms."""
 
-    return step
+    bytes: float
+    exps: float
 
-
-def street_labels(n: int, height: int, width: int) -> Tensor:
-    """Labels of demo scenes: they have the edges and the ignored pixels of a street."""
-    scenes = bcmf_ext.data.open_dataset("demo", None, "val")
-    labels = torch.stack([torch.from_numpy(scenes.label(i)) for i in range(n)])
-    return F.interpolate(labels[:, None].float(), size=(height, width), mode="nearest")[:, 0].to(torch.uint8)
+    def least_ms(self, work: tuple[float, float]) -> float:
+        return max(work[0] / self.bytes, work[1] / self.exps)
 
 
-def cross_entropy_rows() -> list[Row]:
-    """(8, 19, 360, 480), logits at label size, forward + backward; bf16 against what autocast does, and native."""
-    n, c, h, w = 8, 19, 360, 480
-    labels = street_labels(n, h, w)
-    wide = labels.long()  # F.cross_entropy takes no uint8
-    baselines = [
-        (torch.float32, "F.cross_entropy(z)", lambda z: F.cross_entropy(z, wide, ignore_index=255)),
-        (torch.bfloat16, "F.cross_entropy(z.float())", lambda z: F.cross_entropy(z.float(), wide, ignore_index=255)),
-        (torch.bfloat16, "F.cross_entropy(z)", lambda z: F.cross_entropy(z, wide, ignore_index=255)),
-    ]
-    impl = dispatch.choose("cross_entropy", "auto", labels.device, ops.loss_lacks())
-    found = []
-    for dtype, name, baseline in baselines:
-        logits = torch.randn(n, c, h, w, generator=torch.Generator().manual_seed(0)).to(dtype).requires_grad_()
-        measured = compare(
-            forward_backward(lambda z: bcmf_ext.cross_entropy(z, labels), logits), forward_backward(baseline, logits)
-        )
-        found.append(Row("cross_entropy", f"{n}×{c}×{h}×{w}", str(dtype).split(".")[1], name, impl, **measured))
-        print(render(found[-1]), flush=True)
+def measure_rates(logits: Tensor, clock: Clock) -> Rates:
+    def best(run: Callable[[], object], repeat: int = 15) -> float:
+        times = []
+        for _ in range(repeat):
+            start = clock.mark()
+            run()
+            times.append(clock.between(start, clock.mark()))
+        return statistics.median(times[2:])
+
+    source = logits.detach()
+    target = torch.empty_like(source)
+    copy = best(lambda: target.copy_(source))
+    if logits.is_cuda:  # torch.exp waits for memory there; the special function units take 16 a clock and processor
+        properties = torch.cuda.get_device_properties(logits.device)
+        exps = 16.0 * properties.multi_processor_count * properties.clock_rate
+    else:
+        small = torch.rand(1 << 17)
+        result = torch.empty_like(small)
+        exps = 20 * small.numel() / best(lambda: [torch.exp(small, out=result) for _ in range(20)])
+    return Rates(2 * source.numel() * source.element_size() / copy, exps)
+
+
+def errors(problem: Problem) -> dict[str, dict[str, float]]:
+    """Of every contender, relative to the fp64 definition: of the value, and of the gradient (to its largest entry)."""
+    wide = problem.logits.detach().double().requires_grad_()
+    truth = problem.definition(wide)
+    (truth_grad,) = torch.autograd.grad(truth, wide)
+    found = {}
+    for name, loss in problem.contenders.items():
+        value = loss(problem.logits)
+        (grad,) = torch.autograd.grad(value, problem.logits)
+        found[name] = {
+            "value": abs(value.double() - truth).item() / abs(truth.item()),
+            "gradient": ((grad - truth_grad).abs().max() / truth_grad.abs().max()).item(),
+        }
     return found
 
 
-def render(row: Row) -> str:
-    verdict = "" if row.counts else "   DOES NOT COUNT: the machine was busy"
-    return (
-        f"{row.op:<16} {row.shape:<14} {row.dtype:<9} {row.impl:<5} {row.ratio:5.2f} × {row.baseline:<27}"
-        f" (A/A {row.aa_ratio:4.2f})  {row.ours_ms:6.1f} ms vs {row.baseline_ms:6.1f} ms"
-        f"  {row.ours_mib:5.0f} MiB vs {row.baseline_mib:5.0f} MiB{verdict}"
-    )
+def measure(problem: Problem, clock: Clock, rounds: int) -> dict[str, Any]:
+    """All figures of one problem. The first contender is the baseline."""
+    names = list(problem.contenders)
+    baseline = names[0]
+    wrong = errors(problem)
+    turns = [*names, "A/A"]
+    losses = {**problem.contenders, "A/A": problem.contenders[baseline]}
+    times: dict[str, list[dict[str, float]]] = {name: [] for name in turns}
+    for round_ in tqdm(range(-3, rounds), problem.title, leave=False, disable=None):
+        for name in turns[round_ % len(turns) :] + turns[: round_ % len(turns)]:
+            step = clock.step(losses[name], problem.logits)
+            if round_ >= 0:  # the others warm up
+                times[name].append(step)
+    rates = measure_rates(problem.logits, clock)
 
+    def ratios(name: str, phase: str) -> list[float]:
+        return [ours[phase] / theirs[phase] for ours, theirs in zip(times[name], times[baseline], strict=True)]
 
-def machine() -> dict[str, object]:
-    commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True).stdout.strip()
+    aa = {phase: statistics.median(ratios("A/A", phase)) for phase in PHASES}
+    rows = {}
+    for name in names:
+        rows[name] = {"error": wrong[name], "mib": peak_mib(problem.contenders[name], problem.logits)}
+        for phase in PHASES:
+            low, ratio, high = statistics.quantiles(ratios(name, phase), n=4)
+            ms = statistics.median(step[phase] for step in times[name])
+            share = rates.least_ms(problem.work[phase]) / ms
+            rows[name][phase] = {"ratio": ratio, "spread": [low, high], "ms": ms, "roofline": share}
     return {
-        "commit": commit,
-        "bcmf_ext": info.versions().splitlines(),
-        "platform": platform.platform(),
-        "pairs": PAIRS,
+        "problem": problem.title,
+        "baseline": baseline,
+        "A/A": aa,
+        "counts": all(abs(ratio - 1) <= AA_LIMIT for ratio in aa.values()),
+        "copy_gb_per_s": rates.bytes / 1e6,
+        "exp_g_per_s": rates.exps / 1e6,
+        "contenders": rows,
     }
 
 
+# --------------------------------------------------------------------------------------------------------------------
+# Report
+
+
+def render(result: dict[str, Any]) -> str:
+    aa = ", ".join(f"{phase} {ratio:.2f}" for phase, ratio in result["A/A"].items())
+    lines = [
+        f"{result['problem']}   × {result['baseline']}   A/A: {aa}"
+        + ("" if result["counts"] else "   DOES NOT COUNT: the machine was busy"),
+        f"  copy {result['copy_gb_per_s']:.0f} GB/s, exp {result['exp_g_per_s']:.2f} G/s",
+        f"  {'':<12}{'forward':>9}{'backward':>10}{'both':>7}  {'(spread)':<13}{'ms':>8}{'roofline':>10}{'MiB':>7}"
+        "   error of value, gradient",
+    ]
+    for name, row in result["contenders"].items():
+        both = row["both"]
+        spread = "({:.2f}–{:.2f})".format(*both["spread"])
+        lines.append(
+            f"  {name:<12}{row['forward']['ratio']:9.2f}{row['backward']['ratio']:10.2f}{both['ratio']:7.2f}"
+            f"  {spread:<13}{both['ms']:8.2f}{both['roofline']:9.0%}{row['mib']:8.0f}"
+            f"   {row['error']['value']:.0e}, {row['error']['gradient']:.0e}"
+        )
+    return "\n".join(lines)
+
+
+def draw(results: list[dict[str, Any]], path: Path) -> None:
+    """Bars: forward + backward of each contender relative to the baseline."""
+    figure, axes = plt.subplots(1, len(results), figsize=(1 + 2.6 * len(results), 3.6), squeeze=False, sharey=True)
+    for axis, result in zip(axes[0], results, strict=True):
+        rows = result["contenders"]
+        ratios = [row["both"]["ratio"] for row in rows.values()]
+        colours = ["tab:grey" if name in ("eager", "native", "compile", "torch") else "tab:blue" for name in rows]
+        axis.bar(list(rows), ratios, color=colours)
+        for x, ratio in enumerate(ratios):
+            axis.text(x, ratio, f"{ratio:.2f}", ha="center", va="bottom", fontsize=8)
+        axis.axhline(1, color="black", linewidth=0.8, linestyle=":")
+        axis.set_title(result["problem"].replace(", ", "\n") + ("" if result["counts"] else "\n(busy)"), fontsize=8)
+        axis.tick_params(axis="x", labelrotation=45, labelsize=8)
+        axis.spines[["top", "right"]].set_visible(False)
+    axes[0][0].set_ylabel("forward + backward, × baseline (less is faster)", fontsize=8)
+    figure.tight_layout()
+    figure.savefig(path, dpi=120)
+    plt.close(figure)
+
+
+def about() -> dict[str, Any]:
+    """Commit, a hash of the sources that were measured, versions and machine."""
+    files = sorted(path for folder in ("bcmf_ext", "csrc") for path in (ROOT / folder).rglob("*.*") if path.is_file())
+    sources = [path for path in files if path.suffix in (".py", ".cpp", ".h", ".inl", ".cu", ".cuh")]
+    describe = ["git", "describe", "--always", "--dirty", "--exclude=*"]
+    commit = subprocess.run(describe, capture_output=True, text=True, cwd=ROOT)
+    return {
+        "commit": commit.stdout.strip() or "unknown",
+        "sources": hashlib.sha256(b"".join(path.read_bytes() for path in sources)).hexdigest()[:16],
+        "versions": info.versions().splitlines(),
+        "platform": platform.platform(),
+    }
+
+
+def make_labels(camvid: str | None, n: int, height: int, width: int) -> Tensor:
+    """uint8 labels (n, height, width): of CamVid's val split, or of drawn scenes; both with ignored pixels."""
+    scenes = open_dataset("camvid" if camvid else "demo", camvid, "val")
+    labels = [torch.from_numpy(scenes.label(i * len(scenes) // n)) for i in range(n)]
+    sized = [torch.nn.functional.interpolate(y[None, None], (height, width), mode="nearest")[0, 0] for y in labels]
+    return torch.stack(sized)
+
+
+def parser(description: str | None) -> argparse.ArgumentParser:
+    """The flags that say what to run: device, labels, ops and size."""
+    found = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
+    found.add_argument("--device", choices=("cpu", "cuda"), default="cuda" if torch.cuda.is_available() else "cpu")
+    found.add_argument("--labels", metavar="CAMVID", help="CamVid's folder; without it, labels of drawn scenes")
+    found.add_argument("--op", nargs="*", choices=tuple(OPS), default=tuple(OPS), help="which ops; all when left out")
+    usual = (8, 19, 1024, 1024) if torch.cuda.is_available() else (8, 19, 360, 480)
+    found.add_argument("--size", type=int, nargs=4, metavar=("N", "C", "H", "W"), default=usual)
+    return found
+
+
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--json", type=Path, metavar="FILE", help="also write the rows and the versions here")
-    arguments = parser.parse_args()
-    print("forward + backward, ratio of times, ours / baseline")
-    found = cross_entropy_rows()
-    if arguments.json:
-        arguments.json.write_text(json.dumps({**machine(), "rows": [asdict(row) for row in found]}, indent=2) + "\n")
+    flags = parser(__doc__)
+    flags.add_argument("--rounds", type=int, default=ROUNDS, help=f"default: {ROUNDS}; at least 2")
+    flags.add_argument("--output", type=Path, default=RESULTS, metavar="DIR", help="where the results go")
+    arguments = flags.parse_args()
+    n, c, height, width = arguments.size
+    labels = make_labels(arguments.labels, n, height, width).to(arguments.device)
+
+    clock = Clock(arguments.device)
+    results = []
+    for op in arguments.op:
+        for problem in OPS[op](labels, c):
+            results.append(measure(problem, clock, arguments.rounds))
+            print(render(results[-1]), flush=True)
+    device = "cpu"
+    if arguments.device == "cuda":  # such as "NVIDIA H100 80GB HBM3"
+        device = re.sub(r"[^a-z0-9]+", "-", torch.cuda.get_device_name().lower().removeprefix("nvidia ")).strip("-")
+    path = arguments.output / f"kernels-{device}.json"
+    path.parent.mkdir(parents=True, exist_ok=True)
+    source = "CamVid" if arguments.labels else "drawn scenes"
+    record = {**about(), "labels": source, "rounds": arguments.rounds, "results": results}
+    path.write_text(json.dumps(record, indent=1) + "\n")
+    draw(results, path.with_suffix(".png"))
+    print(f"{path}, {path.with_suffix('.png')}")
 
 
 if __name__ == "__main__":
