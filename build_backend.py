@@ -2,9 +2,8 @@
 
 The extension only works with the torch it was built against. Under pip's build isolation torch is not importable, and
 asking for "torch" would build against the newest release, not against the one installed. So we look into the
-environment that pip
-installs into: if torch is there, it is put on the path (setup.py) and nothing is asked for; otherwise torch is asked
-for, the same release that pip then installs as our dependency.
+environment that pip installs into: if torch is there, it is put on the path (setup.py) and nothing is asked for;
+otherwise torch is asked for, the same release that pip then installs as our dependency.
 """
 
 from __future__ import annotations
@@ -16,6 +15,7 @@ import site
 import sys
 import sysconfig
 from importlib.machinery import PathFinder
+from importlib.metadata import distributions
 from pathlib import Path
 from typing import Any
 
@@ -40,23 +40,52 @@ __all__ = [
 ]
 
 
+OLDEST_TORCH = "2.11"
+
+
 def find_compiler() -> str | None:
     """The C++ compiler that torch's extension builder would call."""
-    return shutil.which(shlex.split(os.environ.get("CXX", "c++"))[0])
+    try:
+        words = shlex.split(os.environ.get("CXX") or "c++")
+    except ValueError:  # a quote without its end
+        return None
+    return shutil.which(words[0]) if words else None
 
 
 def find_torch() -> Path | None:
     """The folder that holds the torch package of the target environment."""
     folders = [sysconfig.get_path("purelib"), sysconfig.get_path("platlib"), *site.getsitepackages()]
-    if not os.environ.get("PYTHONNOUSERSITE"):
+    if sees_user_site():
         folders.append(site.getusersitepackages())
     spec = PathFinder.find_spec("torch", [*sys.path, *folders])
     return Path(spec.origin).parent.parent if spec and spec.origin else None
 
 
+def sees_user_site() -> bool:
+    """Whether the target environment imports from ~/.local. (This process does not: pip sets PYTHONNOUSERSITE.)"""
+    if sys.prefix == sys.base_prefix:
+        return True
+    settings = Path(sys.prefix, "pyvenv.cfg")
+    lines = settings.read_text().lower().splitlines() if settings.is_file() else []
+    return any(line.replace(" ", "") == "include-system-site-packages=true" for line in lines)
+
+
+def is_too_old(version: str) -> bool:
+    """Whether a torch of this version is older than what the package depends on."""
+    return [int(part) for part in version.split(".")[:2]] < [int(part) for part in OLDEST_TORCH.split(".")]
+
+
+def _will_be_replaced(folder: Path) -> bool:
+    """Whether pip upgrades the torch in this folder, because our dependency asks for a newer one."""
+    found = [dist.version for dist in distributions(name="torch", path=[str(folder)])]
+    return bool(found) and is_too_old(found[0])
+
+
 def get_requires_for_build_wheel(config_settings: Any = None) -> list[str]:
-    """Ask for torch only if it is not installed and could be put to use."""
-    return ["torch>=2.11"] if find_torch() is None and find_compiler() is not None else []
+    """Ask for torch only if there is none that stays installed, and one could be put to use."""
+    folder = find_torch()
+    wanted = folder is None or _will_be_replaced(folder)
+    return [f"torch>={OLDEST_TORCH}"] if wanted and find_compiler() is not None else []
 
 
 get_requires_for_build_editable = get_requires_for_build_wheel

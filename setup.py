@@ -10,9 +10,11 @@ import hashlib
 import json
 import os
 import re
+import shlex
 import shutil
 import subprocess
 import sys
+import sysconfig
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +22,7 @@ from setuptools import setup
 from setuptools.command.build_py import build_py
 
 sys.path.insert(0, str(Path(__file__).parent))
-from build_backend import find_compiler, find_torch
+from build_backend import OLDEST_TORCH, find_compiler, find_torch, is_too_old
 
 SOURCES = ["csrc/ops.cpp", *sorted(map(str, Path("csrc/cpu").glob("*.cpp")))]
 CUDA_SOURCES = sorted(map(str, Path("csrc/cuda").glob("*.cu")))
@@ -35,6 +37,19 @@ def find_cuda_home() -> Path | None:
         if (home / "bin" / "nvcc").exists() and (home / "include" / "cuda_runtime.h").exists():
             return home
     return None
+
+
+def try_compiler() -> str | None:
+    """What the C++ compiler says of a file as small as can be; None if it compiles it."""
+    command = [*shlex.split(os.environ.get("CXX") or "c++"), "-std=c++20", "-fsyntax-only", "-x", "c++", "-"]
+    command += ["-I", sysconfig.get_path("include"), "-I", sysconfig.get_path("platinclude")]
+    try:
+        done = subprocess.run(command, input="#include <Python.h>\n", capture_output=True, text=True)
+    except OSError as error:
+        return str(error)
+    if done.returncode == 0:
+        return None
+    return next((line for line in done.stderr.splitlines() if "error" in line), f"exit status {done.returncode}")
 
 
 class Plan:
@@ -52,6 +67,9 @@ class Plan:
     def _look_for_torch(self) -> str | None:
         if find_compiler() is None:
             return "no C++ compiler was found (c++ or $CXX)"
+        complaint = try_compiler()
+        if complaint is not None:
+            return f"the C++ compiler does not compile C++20 with Python's headers ({complaint})"
         folder = find_torch()
         if folder is None:
             return "no torch was found to build against"
@@ -60,6 +78,8 @@ class Plan:
         import torch
 
         self.torch = torch
+        if is_too_old(torch.__version__):
+            return f"torch {torch.__version__} is older than {OLDEST_TORCH}"
         return None
 
     def _look_for_cuda(self) -> str | None:

@@ -9,7 +9,6 @@ from __future__ import annotations
 import itertools
 import json
 import os
-import pickle
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -58,7 +57,7 @@ def load_checkpoint(path: Path) -> dict[str, Any]:
         raise UserError(f"There is no checkpoint {path}: check the path.")
     try:
         content = torch.load(path, map_location="cpu", weights_only=True)
-    except (pickle.UnpicklingError, RuntimeError, EOFError, OSError, ValueError, KeyError, AttributeError) as error:
+    except Exception as error:  # the unpickler raises whatever the bytes lead it to
         raise UserError(f"{path} cannot be read as a checkpoint: it is damaged, or another kind of file.") from error
     if not isinstance(content, dict) or not {"version", "config", "classes", "model"} <= content.keys():
         raise UserError(

@@ -47,23 +47,29 @@ def _load_extension() -> tuple[ModuleType | None, str | None, str | None]:
     if folder is None:
         reason = "bcmf_ext runs from a source tree and is not installed (pip install .)"
         return None, reason, reason
-    build = json.loads((folder / "_build.json").read_text())
-    if build["no_extension"] is not None:
-        reason = f"the extension was not built: {build['no_extension']}"
+    try:
+        build = json.loads((folder / "_build.json").read_text())
+        built_for, no_extension, no_cuda = build["torch"], build["no_extension"], build["no_cuda"]
+    except (OSError, ValueError, KeyError, TypeError):
+        built_for, no_extension, no_cuda = "an unknown version (_build.json is damaged)", None, None
+        build = {}
+    if no_extension is not None:
+        reason = f"the extension was not built: {no_extension}"
         return None, reason, reason
-    if build["torch"] != torch.__version__:
+    if built_for != torch.__version__:
         reason = (
-            f"bcmf_ext was built for torch {build['torch']}, but this is torch {torch.__version__}: "
+            f"bcmf_ext was built for torch {built_for}, but this is torch {torch.__version__}: "
             f"reinstall it ({_REINSTALL})"
         )
     elif _source_digest() not in (None, build.get("sources")):
         reason = f"csrc has changed since the extension was built: reinstall it ({_REINSTALL})"
     else:
         try:
-            return _import_from(folder), None, build["no_cuda"]
+            return _import_from(folder), None, no_cuda
         except ImportError as error:
             reason = f"the extension does not load ({error}): reinstall it ({_REINSTALL})"
-    warnings.warn(f"{reason}. Until then its ops run in PyTorch.", RuntimeWarning, stacklevel=2)
+    # Not warn: its second line would quote this one.
+    warnings.warn_explicit(f"{reason}. Until then its ops run in PyTorch.", RuntimeWarning, "bcmf_ext", 1)
     return None, reason, reason
 
 

@@ -229,8 +229,10 @@ def _note(state: TrainState, losses: StepLosses, bar: tqdm, images_per_second: f
     for name, value in terms.items():
         state.loss_sums[name] = state.loss_sums.get(name, 0.0) + value
     if images_per_second is not None:
-        shown = " ".join(f"{name} {value:.2f}" for name, value in terms.items())  # first: a terminal may be narrow
-        bar.set_postfix_str(f"{shown}, lr {losses.lr:.2g}, {images_per_second:.1f} images/s", refresh=False)
+        loss, *others = (f"{name} {value:.2f}" for name, value in terms.items())
+        rates = f"lr {losses.lr:.2g}, {images_per_second:.1f} images/s"
+        # The single terms last: a terminal may be narrow.
+        bar.set_postfix_str(f"{loss}, {rates}, {' '.join(others)}", refresh=False)
 
 
 def _finite(model: nn.Module) -> bool:

@@ -48,7 +48,7 @@ def build() -> str:
     no_cuda = dispatch.why_not("cuda", "cuda")
     return "\n".join(
         [
-            f"extension  for torch {facts['torch']}, compiled by {facts['compiler']}",
+            f"extension  for torch {facts['torch']}, compiled by C++ compiler {facts['compiler']}",
             f"CPU        {facts['cpu_capability']} kernels in use",
             f"CUDA       {'left out: ' + no_cuda if no_cuda else 'built for ' + facts['cuda_archs']}",
         ]

@@ -43,8 +43,12 @@ class OHEM:
     def __post_init__(self) -> None:
         if not 0 < self.threshold <= 1:
             raise ValueError(f"OHEM's threshold is a probability in (0, 1], not {self.threshold}.")
-        if self.min_kept < 0:
+        if not _is_integer(self.min_kept) or self.min_kept < 0:
             raise ValueError(f"OHEM's min_kept is a number of pixels, at least 0, not {self.min_kept}.")
+
+
+def _is_integer(value: Any) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool)
 
 
 def _check_weight(name: str, weight: float) -> None:
@@ -75,7 +79,7 @@ class BCL:
     def __post_init__(self) -> None:
         _check_weight("BCL", self.weight)
         steps = tuple(self.step) if isinstance(self.step, (tuple, list)) else (self.step,)
-        if not 1 <= len(steps) <= 8 or any(not isinstance(step, int) or step < 1 for step in steps):
+        if not 1 <= len(steps) <= 8 or any(not _is_integer(step) or step < 1 for step in steps):
             raise ValueError(
                 f"BCL's step is a positive number of pixels or a tuple of 1 to 8 of them, not {self.step}."
             )
@@ -83,7 +87,10 @@ class BCL:
             raise ValueError(f'BCL\'s supervise is "original" or "flipped", not {self.supervise!r}.')
         if not 0 < self.threshold <= 1:
             raise ValueError(f"BCL's threshold is a probability in (0, 1], not {self.threshold}.")
-        if self.nms_size < 1 or self.nms_size % 2 == 0:
+        for name, share in (("alpha", self.alpha), ("beta", self.beta)):
+            if not 0 <= share < math.inf:
+                raise ValueError(f"BCL's {name} is a number of at least 0, not {share}.")
+        if not _is_integer(self.nms_size) or self.nms_size < 1 or self.nms_size % 2 == 0:
             raise ValueError(f"BCL's nms_size is an odd number of pixels, not {self.nms_size}.")
         if self.supervise == "flipped" and self.weight * (self.alpha + self.beta) >= 1:
             raise ValueError(
@@ -153,6 +160,8 @@ def check_inputs(logits: Tensor, target: Tensor, weight: Tensor | None = None) -
         raise ValueError(
             f"target has the shape (N, H, W) with the logits' N = {logits.shape[0]}, not {tuple(target.shape)}."
         )
+    if target.numel() > 0 and logits.numel() == 0:
+        raise ValueError(f"logits of the shape {tuple(logits.shape)} cannot be resampled to {tuple(target.shape)}.")
     if target.device != logits.device:
         raise ValueError(f"logits are on {logits.device} and target on {target.device}: move one of them.")
     if weight is not None:

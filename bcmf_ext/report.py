@@ -62,10 +62,13 @@ def share_lines(pixels: np.ndarray, classes: Sequence[str]) -> str:
     cells = [f"{name:<{width}} {share:5.1f} %" for name, share in zip(classes, percent, strict=True)]
     rows = math.ceil(len(cells) / 4)
     lines = ["  " + "   ".join(cells[row::rows]) for row in range(rows)]
-    absent = [name for name, count in zip(classes, counts, strict=True) if count == 0]
-    if absent and counts.any():
-        lines.append(f"  no pixel of {', '.join(absent)}: check the ids if that is not meant")
-    return "\n".join(lines)
+    return "\n".join(lines) + "\n" + absent_line(pixels, classes)
+
+
+def absent_line(pixels: np.ndarray, classes: Sequence[str]) -> str:
+    """The classes of which there is no pixel, as a line; nothing if all occur."""
+    absent = [name for name, count in zip(classes, pixels, strict=False) if count == 0]
+    return f"  no pixel of {', '.join(absent)}: check the ids if that is not meant\n" if absent else ""
 
 
 def save_png(path: Path, pixels: np.ndarray, palette: np.ndarray | None = None) -> None:
@@ -179,6 +182,7 @@ def draw_curves(path: Path, records: Sequence[dict[str, Any]]) -> None:
     below.set_ylim(0, 1)
     below.set_xlabel("epoch")
     below.xaxis.get_major_locator().set_params(integer=True)
+    below.set_xlim(0.5, max(2, len(epochs)) + 0.5)  # whole numbers for a single epoch, too
     for axes in (above, below):
         axes.grid(alpha=0.3)
         axes.spines[["top", "right"]].set_visible(False)

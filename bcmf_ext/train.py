@@ -45,7 +45,7 @@ from .losses.criterion import SegmentationCriterion
 from .metrics import ConfusionMatrix
 from .models import load_pretrained
 from .reference import BCL, CPG, OHEM
-from .report import draw_curves, draw_sample, loss_line, score_lines, scores, share_lines
+from .report import absent_line, draw_curves, draw_sample, loss_line, score_lines, scores, share_lines
 
 PICTURES = 4  # val samples drawn after each evaluation
 BAR = "{desc} |{bar:8}| {n_fmt}/{total_fmt} [{elapsed}<{remaining}{postfix}]"
@@ -63,7 +63,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         if "optimizer" not in saved:
             raise UserError(f"{last} holds weights only: resume from last.pt, or train them further with --pretrained.")
         config = resumed_config(saved["config"], flags, last.parent)
-        if saved["epoch"] == config.epochs:
+        if saved["epoch"] == config.epochs and "check_data" not in flags:
             print(f"{last.parent} is finished, all {config.epochs} epochs are done: best mIoU {saved['best_miou']:.3f}")
             return
 
@@ -75,6 +75,8 @@ def main(argv: Sequence[str] | None = None) -> None:
         pixels = dataset.check()
         if "check_data" in flags:
             print(f"{dataset.protocol}\n{share_lines(pixels, dataset.classes)}")
+        elif dataset is train_set:
+            print(absent_line(pixels, dataset.classes), end="")
     if "check_data" in flags:
         print("all images and labels can be used")
         return
@@ -258,7 +260,7 @@ class Trainer:
             "weights": self.weights,
             "loss": f"{describe_loss(self.criterion)}; impl {self.impl}",
             "schedule": f"SGD, {self.iterations} iterations, the first {self.warmup} of them to warm up",
-            "device": f"{compute.device}{threads}, {self.workers} loading processes",
+            "device": f"{compute.device}{threads}, {self.workers} loading process{'es' * (self.workers != 1)}",
             "compute": f"{dtype} ({self.why_dtype})" + (", channels_last" if compute.channels_last else ""),
             "run": str(self.run.folder),
             "flags": command_line(config),

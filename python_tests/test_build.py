@@ -46,6 +46,39 @@ def test_torch_is_asked_for_only_if_it_is_missing_and_useful(
     assert backend.get_requires_for_build_wheel() == []
 
 
+def test_torch_of_the_user_site_counts_where_it_can_be_imported(
+    backend: ModuleType, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """Protects ``pip install --user torch``: pip hides that site from an isolated build, not from the environment; and
+    a virtual environment, which does not import from there, from a torch that is not its own."""
+    (tmp_path / "torch").mkdir()
+    (tmp_path / "torch" / "__init__.py").touch()
+    monkeypatch.setattr(sys, "path", [])
+    monkeypatch.setattr(backend.sysconfig, "get_path", lambda name: str(tmp_path / "nothing"))
+    monkeypatch.setattr(backend.site, "getsitepackages", lambda: [])
+    monkeypatch.setattr(backend.site, "getusersitepackages", lambda: str(tmp_path))
+    monkeypatch.setenv("PYTHONNOUSERSITE", "1")
+    monkeypatch.setattr(sys, "prefix", sys.base_prefix)
+    assert backend.find_torch() == tmp_path
+    monkeypatch.setattr(sys, "prefix", str(tmp_path))
+    assert backend.find_torch() is None
+    (tmp_path / "pyvenv.cfg").write_text("include-system-site-packages = true\n")
+    assert backend.find_torch() == tmp_path
+
+
+def test_torch_that_will_be_upgraded_is_not_built_against(
+    backend: ModuleType, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """Protects from an extension for a torch that pip then replaces, because the package needs a newer one."""
+    monkeypatch.setattr(backend, "find_torch", lambda: tmp_path)
+    monkeypatch.setattr(backend, "find_compiler", lambda: "/usr/bin/c++")
+    for version, wanted in (("2.6.0+cu124", ["torch>=2.11"]), ("2.11.0", []), ("3.0", [])):
+        info = tmp_path / "torch.dist-info"
+        info.mkdir(exist_ok=True)
+        (info / "METADATA").write_text(f"Metadata-Version: 2.1\nName: torch\nVersion: {version}\n")
+        assert backend.get_requires_for_build_wheel() == wanted
+
+
 def cuda_plan(tmp_path: Path, nvcc_archs: str, gpus: str = "[]") -> str:
     """What would be compiled for CUDA with an nvcc 12.6 that knows these archs, on a machine with these GPUs."""
     pytest.importorskip("setuptools")
@@ -99,12 +132,27 @@ def plan(**environment: str) -> subprocess.CompletedProcess[str]:
     return subprocess.run([sys.executable, "-c", code], cwd=ROOT, env=env, capture_output=True, text=True)
 
 
-def test_no_compiler_is_no_error() -> None:
-    """Protects machines without a compiler: no extension, a reason, and no traceback."""
-    done = plan(CXX="no-such-compiler")
+@pytest.mark.parametrize(
+    ("compiler", "reason"),
+    [
+        ("no-such-compiler", "no C++ compiler was found"),
+        ("'", "no C++ compiler was found"),
+        ("/bin/false", "the C++ compiler does not compile C++20 with Python's headers (exit status 1)"),
+    ],
+)
+def test_a_compiler_that_is_missing_or_broken_is_no_error(compiler: str, reason: str) -> None:
+    """Protects machines without a compiler that works: no extension, a reason, and no traceback."""
+    done = plan(CXX=compiler)
     assert done.returncode == 0, done.stderr
-    assert "extension  left out: no C++ compiler was found" in done.stdout
+    assert f"extension  left out: {reason}" in done.stdout
     assert "ext_modules" not in done.stdout
+
+
+def test_an_empty_cxx_means_the_usual_compiler() -> None:
+    """Protects from a traceback where a script exports CXX without a value."""
+    done = plan(CXX="", BCMF_CUDA="0")
+    assert done.returncode == 0, done.stderr
+    assert done.stdout == plan(CXX="c++", BCMF_CUDA="0").stdout
 
 
 def test_cuda_is_left_out_or_refused_with_a_reason() -> None:

@@ -76,7 +76,7 @@ def test_not_a_checkpoint(tmp_path: Path) -> None:
     save_checkpoint(good, CONTENT)
     with pytest.raises(UserError, match=r"There is no checkpoint .*a file\.pt"):
         load_checkpoint(path)
-    for damaged in (b"", b"no checkpoint at all", good.read_bytes()[:-100]):
+    for damaged in (b"", b"no checkpoint at all", b"a\nb\nc\n", b"hello", good.read_bytes()[:-100]):
         path.write_bytes(damaged)
         with pytest.raises(UserError, match=r"a file\.pt cannot be read"):
             load_checkpoint(path)

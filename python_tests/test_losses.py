@@ -74,6 +74,12 @@ def test_modules_equal_the_functions() -> None:
         bcmf_ext.CPGLoss(kernel_size=4)
     with pytest.raises(ValueError, match="nms_size"):
         bcmf_ext.BoundaryCorrectedLoss(nms_size=4)
+    with pytest.raises(ValueError, match="aux_weight"):
+        bcmf_ext.SegmentationCriterion(aux_weight=float("nan"))
+    with pytest.raises(TypeError, match="class weights are a tensor, not a list"):
+        bcmf_ext.SegmentationCriterion(weight=[1.0, 2.0])
+    with pytest.raises(TypeError, match="not 3 of them"):
+        bcmf_ext.SegmentationCriterion()((torch.zeros(1, 2, 4, 4),) * 3, torch.zeros(1, 4, 4).long())
 
 
 def test_criterion_adds_the_auxiliary_head() -> None:

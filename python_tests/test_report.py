@@ -14,6 +14,7 @@ from bcmf_ext.report import (
     IGNORED_COLOUR,
     PANEL,
     WRONG_COLOUR,
+    absent_line,
     blend,
     colourise,
     draw_curves,
@@ -115,3 +116,10 @@ def test_curves(tmp_path: Path) -> None:
     pictures = [np.array(Image.open(tmp_path / name).convert("L")) for name in ("none.png", "curves.png")]
     assert pictures[0].shape == pictures[1].shape
     assert all((picture < 128).any() for picture in pictures)
+
+
+def test_absent_line() -> None:
+    """Classes that never occur are named (train ids in a file of label ids leave most of them out), others are not."""
+    pixels = np.array([5, 0, 3, 0, *[0] * 252])
+    assert absent_line(pixels, ("road", "sky", "car", "bus")).startswith("  no pixel of sky, bus: ")
+    assert absent_line(pixels, ("road",)) == ""

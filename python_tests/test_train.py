@@ -282,7 +282,8 @@ def test_ctrl_c_in_training(
         with pytest.raises(SystemExit, match="130"):
             train.main(flags)
     saved = load(run / "last.pt")
-    assert (saved["epoch"], saved["step"]) == divmod(call + 1, STEPS) if call != STEPS - 1 else (0, STEPS)
+    expected = divmod(call + 1, STEPS) if call != STEPS - 1 else (0, STEPS)  # an epoch ends with its evaluation
+    assert (saved["epoch"], saved["step"]) == expected
     assert f"python -m bcmf_ext.train --resume '{run}'" in capsys.readouterr().out
 
     train.main(["--resume", str(run), "--workers", "1"])
@@ -411,7 +412,7 @@ def test_error_in_a_loading_process(
     """A file that breaks after the check is one sentence on stderr and status 2, though a loading process meets it."""
     copy = write_folder(tmp_path / "copy")
     broken = copy / "labels" / "train" / "train3.png"
-    monkeypatch.setattr(train.SegmentationDataset, "check", lambda self: broken.write_bytes(b"no picture"))
+    monkeypatch.setattr(train.SegmentationDataset, "check", lambda self: [1] * broken.write_bytes(b"no picture"))
     with pytest.raises(SystemExit, match="2"):
         run_command(lambda: train.main([*flags, "--data-root", str(copy), "--workers", "1"]))
     error = capsys.readouterr().err

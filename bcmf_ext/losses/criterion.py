@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any, NamedTuple
 
 from torch import Tensor, nn
@@ -89,6 +90,10 @@ class SegmentationCriterion(nn.Module):
         impl: str = "auto",
     ) -> None:
         super().__init__()
+        if weight is not None and not isinstance(weight, Tensor):
+            raise TypeError(f"class weights are a tensor, not a {type(weight).__name__}.")
+        if not 0 <= aux_weight < math.inf:
+            raise ValueError(f"aux_weight is a number of at least 0, not {aux_weight}.")
         self.ohem, self.bcl, self.cpg = resolve_options(ohem, bcl, cpg)
         if self.bcl is not None and self.bcl.supervise == "flipped" and weight is not None:
             _check_flipped_against_weights(self.bcl, weight)
@@ -98,6 +103,8 @@ class SegmentationCriterion(nn.Module):
 
     def forward(self, logits: Tensor | tuple[Tensor, Tensor], target: Tensor) -> CriterionLoss:
         """logits (N, C, h, w), or (main, auxiliary) logits; target (N, H, W)."""
+        if isinstance(logits, (tuple, list)) and len(logits) != 2:
+            raise TypeError(f"logits are a tensor, or (main, auxiliary) logits, not {len(logits)} of them.")
         main, auxiliary = logits if isinstance(logits, (tuple, list)) else (logits, None)
         common: dict[str, Any] = {
             "weight": self.weight,
