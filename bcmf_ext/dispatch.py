@@ -12,9 +12,10 @@ import json
 import os
 import sys
 import warnings
+from collections.abc import Mapping
 from importlib.machinery import PathFinder
 from pathlib import Path
-from types import ModuleType
+from types import MappingProxyType, ModuleType
 
 import torch
 
@@ -86,10 +87,10 @@ EXTENSION, _NO_EXTENSION, _NO_CUDA = _load_extension()
 _NO_TRITON = None if importlib.util.find_spec("triton") else "triton is not installed"
 
 
-def why_not(impl: str, device: str, unsupported: str | None = None) -> str | None:
+def why_not(impl: str, device: str, lacks: Mapping[str, str] = MappingProxyType({})) -> str | None:
     """Why ``impl`` cannot run an op on tensors of this device type; None if it can.
 
-    unsupported: what the compiled op lacks for the call at hand, from the op's own file; None if it lacks nothing.
+    lacks: what impls lack for the call at hand, from the op's own file.
     """
     if impl not in IMPLS:
         return f'there is no such impl; choose from "auto", {", ".join(map(repr, IMPLS))}'
@@ -98,17 +99,17 @@ def why_not(impl: str, device: str, unsupported: str | None = None) -> str | Non
     if impl not in _ORDER.get(device, ()) and not (impl == "triton" and device == "cpu" and INTERPRETED):
         return f"it does not run on {device} tensors"
     missing = {"cpu": _NO_EXTENSION, "cuda": _NO_CUDA, "triton": _NO_TRITON}[impl]
-    return missing or unsupported
+    return missing or lacks.get(impl)
 
 
-def choose(op: str, impl: str, device: torch.device, unsupported: str | None = None) -> str:
+def choose(op: str, impl: str, device: torch.device, lacks: Mapping[str, str] = MappingProxyType({})) -> str:
     """The impl that runs ``op``: for "auto" the first that can, otherwise the one asked for.
 
     Raises ValueError if the impl asked for by name cannot run, and says why.
     """
     if impl == "auto":
-        return next(i for i in _ORDER.get(device.type, ("torch",)) if why_not(i, device.type, unsupported) is None)
-    reason = why_not(impl, device.type, unsupported)
+        return next(i for i in _ORDER.get(device.type, ("torch",)) if why_not(i, device.type, lacks) is None)
+    reason = why_not(impl, device.type, lacks)
     if reason is not None:
         raise ValueError(f"impl={impl!r} cannot run {op}: {reason}.")
     return impl

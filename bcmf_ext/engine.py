@@ -11,7 +11,6 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LambdaLR
@@ -21,7 +20,7 @@ from tqdm import tqdm
 from .data import MEAN, STD, normalise
 from .errors import UserError
 from .losses.criterion import SegmentationCriterion
-from .metrics import ConfusionMatrix
+from .metrics import ConfusionMatrix, upsample_argmax
 
 
 @dataclass(frozen=True)
@@ -54,10 +53,8 @@ class Compute:
             return model(normalise(images, self.mean, self.std))
 
     def predict(self, model: nn.Module, images: Tensor, size: Sequence[int]) -> Tensor:
-        """The class of each pixel, (N, H, W) int64, (H, W) being `size`; arg-max of the logits, resampled in fp32."""
-        logits = self.run(model, images).float()
-        logits = F.interpolate(logits, tuple(size), mode="bilinear", align_corners=self.align_corners)
-        return logits.argmax(1)
+        """The class of each pixel, (N, H, W) uint8, (H, W) being `size`; arg-max of the logits, resampled in fp32."""
+        return upsample_argmax(self.run(model, images), size, self.align_corners)
 
 
 def choose_device(name: str | None) -> torch.device:
@@ -251,7 +248,7 @@ def evaluate(
     """Counts predictions against labels at the labels' own size.
 
     samples: batches of one image, uint8 (1, 3, H, W) and uint8 (1, H, W). visit: is called with each one's position and
-    prediction, (H, W) int64 on the device. Stops early if `interrupted()`: the counts are then incomplete.
+    prediction, (H, W) uint8 on the device. Stops early if `interrupted()`: the counts are then incomplete.
     """
     model.eval()
     confusion = ConfusionMatrix(num_classes, device=compute.device)

@@ -9,13 +9,14 @@ import platform
 import torch
 
 from . import dispatch
-from .ops import loss_lacks
+from .ops import UPSAMPLE_ARGMAX_LACKS, loss_lacks
 
 _OPS = {
     "cross_entropy (and OHEM)": loss_lacks(),
     "boundary_corrected_loss": loss_lacks(bcl=True),
     "cpg_loss": loss_lacks(cpg=True),
     "segmentation_loss, as in training": loss_lacks(bcl=True, cpg=True),
+    "upsample_argmax, as in evaluation": UPSAMPLE_ARGMAX_LACKS,
 }
 
 

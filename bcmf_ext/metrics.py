@@ -2,9 +2,30 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 import torch.distributed as dist
 from torch import Tensor
+
+from . import dispatch, ops, reference
+
+
+def upsample_argmax(logits: Tensor, size: Sequence[int], align_corners: bool = False) -> Tensor:
+    """The class of each pixel: arg-max of logits (N, C, h, w), resampled bilinearly to ``size`` (H, W) in fp32 (fp64).
+
+    Returns (N, H, W), uint8, or int32 for C > 256: the lowest class where several have the largest logit. On the CPU in
+    one pass, without a tensor of resampled logits; elsewhere, or without the extension, by PyTorch.
+
+    Raises TypeError for logits that are not floating point, ValueError for another shape.
+    """
+    if logits.dtype not in (torch.float16, torch.bfloat16, torch.float32, torch.float64):
+        raise TypeError(f"logits are floating point (fp16, bf16, fp32, fp64), not {logits.dtype}.")
+    if logits.dim() != 4 or logits.shape[1] < 1:
+        raise ValueError(f"logits have the shape (N, C, h, w), not {tuple(logits.shape)}.")
+    if dispatch.choose("upsample_argmax", "auto", logits.device, ops.UPSAMPLE_ARGMAX_LACKS) == "cpu":
+        return torch.ops.bcmf.upsample_argmax(logits.detach(), *size, align_corners)
+    return reference.resample(logits, size, align_corners).argmax(1).to(ops.argmax_dtype(logits))
 
 
 class ConfusionMatrix:

@@ -6,7 +6,8 @@ key is a ``torch.autograd.Function`` (not a Function around the op: that would l
 
 from __future__ import annotations
 
-from typing import Any
+from collections.abc import Sequence
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -43,34 +44,68 @@ def _define(lib: Library, name: str, schema: str, fake: Any, backward_schema: st
 
 
 # --------------------------------------------------------------------------------------------------------------------
-# loss: the mean cross-entropy, or OHEM's; BCL and CPG join as further arguments.
-#   logits (N, C, H, W), target (N, H, W), weight (C,) or None
+# loss: any mix of cross-entropy or OHEM, BCL and CPG, of logits of any size.
+#   logits (N, C, h, w), target (N, H, W), weight (C,) or None, and LossOptions
 #   → total (), differentiable;
+#     terms (3,), unweighted: cross-entropy, BCL, CPG, 0 for one that was not asked for;
 #     stats (2, N, H, W): m = max_c Z_c and log Σ_c exp(Z_c − m), kept apart so that small losses keep their digits;
-#     summary (2,), which the backward reads on the device: the mean's denominator, and the smallest loss OHEM keeps.
+#     selected (N, H, W) uint8, (0, H, W) without BCL: bit s says whether BCL's step s selected the pixel;
+#     summary (SUMMARY,), which the backward reads on the device: what each mean is taken over, and the smallest loss
+#     that OHEM keeps (csrc/device/common.cuh).
 
-_LOSS_OPTIONS = "int ignore_index, float? ohem_threshold, int ohem_min_kept"
+SUMMARY = 12
+
+
+class LossOptions(NamedTuple):
+    """What is asked of bcmf::loss, in the order of its schema. bcl_steps empty: without BCL; cpg_kernel_size 0: without
+    CPG; bcl_flipped: empty, or α and β of the flipped labels."""
+
+    ignore_index: int
+    align_corners: bool = False
+    ce: bool = True
+    ohem_threshold: float | None = None
+    ohem_min_kept: int = 0
+    bcl_weight: float = 0.0
+    bcl_steps: Sequence[int] = ()
+    bcl_flipped: Sequence[float] = ()
+    bcl_threshold: float = 1.0
+    bcl_nms_size: int = 1
+    cpg_weight: float = 0.0
+    cpg_kernel_size: int = 0
+    cpg_window: bool = True
+
+
+_LOSS_OPTIONS = (
+    "int ignore_index, bool align_corners, bool ce, float? ohem_threshold, int ohem_min_kept, float bcl_weight,"
+    " int[] bcl_steps, float[] bcl_flipped, float bcl_threshold, int bcl_nms_size, float cpg_weight,"
+    " int cpg_kernel_size, bool cpg_window"
+)
 _LOSS = (
-    f"(Tensor logits, Tensor target, Tensor? weight, {_LOSS_OPTIONS}) -> (Tensor total, Tensor stats, Tensor summary)"
+    f"(Tensor logits, Tensor target, Tensor? weight, {_LOSS_OPTIONS})"
+    " -> (Tensor total, Tensor terms, Tensor stats, Tensor selected, Tensor summary)"
 )
 _LOSS_BACKWARD = (
-    "(Tensor grad_total, Tensor logits, Tensor target, Tensor? weight, Tensor stats, Tensor summary,"
+    "(Tensor grad_total, Tensor logits, Tensor target, Tensor? weight, Tensor stats, Tensor selected, Tensor summary,"
     f" {_LOSS_OPTIONS}) -> Tensor"
 )
 
 
-def loss_lacks(*, bcl: bool = False, cpg: bool = False) -> str | None:
-    """What the kernels of bcmf::loss cannot do yet in this mix, as a reason to run in PyTorch; None if nothing."""
+def loss_lacks(*, bcl: bool = False, cpg: bool = False) -> dict[str, str]:
+    """By impl, what its kernels of bcmf::loss cannot do yet in this mix, as a reason to run another."""
     lacking = [name for name, asked in (("BCL", bcl), ("CPG", cpg)) if asked]
-    return f"{' and '.join(lacking)} {'have' if len(lacking) > 1 else 'has'} no kernel yet" if lacking else None
+    reason = f"{' and '.join(lacking)} {'have' if len(lacking) > 1 else 'has'} no kernel there yet"
+    return dict.fromkeys(("cuda", "triton"), reason) if lacking else {}
 
 
-def _loss_fake(logits: Tensor, target: Tensor, *_: Any) -> tuple[Tensor, Tensor, Tensor]:
+def _loss_fake(logits: Tensor, target: Tensor, weight: Tensor | None, *options: Any) -> tuple[Tensor, ...]:
     acc = acc_dtype(logits)
+    images = target.shape[0] if LossOptions(*options).bcl_steps else 0
     return (
         logits.new_empty((), dtype=acc),
+        logits.new_empty((3,), dtype=acc),
         logits.new_empty((2, *target.shape), dtype=acc),
-        logits.new_empty((2,), dtype=acc),
+        logits.new_empty((images, *target.shape[1:]), dtype=torch.uint8),
+        logits.new_empty((SUMMARY,), dtype=acc),
     )
 
 
@@ -86,14 +121,15 @@ def define_loss(lib: Library, name: str) -> Any:
         @staticmethod
         def forward(
             ctx: Any, logits: Tensor, target: Tensor, weight: Tensor | None, *options: Any
-        ) -> tuple[Tensor, Tensor, Tensor]:
+        ) -> tuple[Tensor, ...]:
             with torch._C._AutoDispatchBelowAutograd():
-                total, stats, summary = loss(logits, target, weight, *options)
-            ctx.save_for_backward(logits, target, weight, stats, summary)
+                total, *others = loss(logits, target, weight, *options)
+            _, *kept = others
+            ctx.save_for_backward(logits, target, weight, *kept)
             ctx.options = options
-            ctx.mark_non_differentiable(stats, summary)
+            ctx.mark_non_differentiable(*others)
             ctx.set_materialize_grads(False)  # no zeros the size of stats
-            return total, stats, summary
+            return total, *others
 
         @staticmethod
         def backward(ctx: Any, grad_total: Tensor | None, *_: Any) -> tuple[Tensor | None, ...]:
@@ -109,7 +145,7 @@ LOSS = {"cpu": define_loss(LIB, "loss"), "triton": define_loss(LIB, "loss_triton
 LOSS["cuda"] = LOSS["cpu"]  # one op, whose kernel the tensors' device chooses
 
 
-def _loss_triton(*arguments: Any) -> tuple[Tensor, Tensor, Tensor]:
+def _loss_triton(*arguments: Any) -> tuple[Tensor, ...]:
     from .triton import loss  # not before it is needed: importing triton takes a while
 
     return loss.loss(*arguments)
@@ -124,3 +160,22 @@ def _loss_triton_backward(*arguments: Any) -> Tensor:
 for _device in ("CUDA", "CPU"):  # on the CPU it is interpreted, for tests
     LIB.impl("loss_triton", _loss_triton, _device)
     LIB.impl("loss_triton_backward", _loss_triton_backward, _device)
+
+
+# --------------------------------------------------------------------------------------------------------------------
+# upsample_argmax: logits (N, C, h, w) → the class of each pixel, (N, height, width), uint8 or, of C > 256, int32
+
+
+UPSAMPLE_ARGMAX_LACKS = dict.fromkeys(("cuda", "triton"), "upsample_argmax has no kernel there yet")
+
+
+def argmax_dtype(logits: Tensor) -> torch.dtype:
+    return torch.uint8 if logits.shape[1] <= 256 else torch.int32
+
+
+def _upsample_argmax_fake(logits: Tensor, height: int, width: int, align_corners: bool) -> Tensor:
+    return logits.new_empty((logits.shape[0], height, width), dtype=argmax_dtype(logits))
+
+
+LIB.define("upsample_argmax(Tensor logits, int height, int width, bool align_corners) -> Tensor")
+torch.library.register_fake("bcmf::upsample_argmax", _upsample_argmax_fake, lib=LIB)

@@ -171,6 +171,8 @@ def check_inputs(logits: Tensor, target: Tensor, weight: Tensor | None = None) -
             raise ValueError(
                 f"class weights have one entry for each of the {logits.shape[1]} classes, not {tuple(weight.shape)}."
             )
+        if weight.requires_grad:
+            raise ValueError("class weights get no gradient: pass weight.detach().")
         if weight.device != logits.device:
             raise ValueError(f"logits are on {logits.device} and class weights on {weight.device}: move one of them.")
 
@@ -324,17 +326,19 @@ def _bcl_of_one_step(logits: Tensor, labels: Tensor, valid: Tensor, step: int, o
 
     log_p = _log_softmax(logits, valid3)
     nll, nll_rows, nll_columns = (_nll(log_p, y) for y in (labels, labels[:, rows], labels[:, :, columns]))
-
     q = torch.maximum(torch.maximum(nll, nll_rows), nll_columns).detach()
-    q = torch.where(valid3, q, 0.0)
-    is_maximum = (
-        q == F.max_pool2d(q, options.nms_size, stride=1, padding=options.nms_size // 2) if q.numel() else q == q
-    )
-    selected = valid3 & (is_maximum & (q > -math.log(options.threshold)) | q.isnan())
-
+    selected = select_maxima(q, valid3, options)
     if options.supervise == "original":
         return _mean(nll, selected)
     return _mean(options.alpha * nll_rows + options.beta * nll_columns, selected, valid.sum())
+
+
+def select_maxima(q: Tensor, valid3: Tensor, options: BCL) -> Tensor:
+    """S: where the scores q (N, H, W) are maxima of their neighbourhood and exceed the threshold, bool (N, H, W). A NaN
+    score is never left out silently."""
+    q = torch.where(valid3, q, 0.0)
+    pooled = F.max_pool2d(q, options.nms_size, stride=1, padding=options.nms_size // 2) if q.numel() else q
+    return valid3 & ((q == pooled) & (q > -math.log(options.threshold)) | q.isnan())
 
 
 # --------------------------------------------------------------------------------------------------------------------
@@ -425,7 +429,7 @@ def cpg_loss_sparse(
     taps, denominator = sobel_taps(kernel_size)
     taps = taps.flatten(1).to(logits)  # (2, k²)
 
-    ids = torch.where(valid, labels, num_classes)  # ignored pixels are a class of their own
+    ids = torch.where(valid, labels, num_classes).contiguous()  # ignored pixels are a class of their own
     highest = F.max_pool2d(ids.float(), kernel_size, stride=1, padding=radius)
     lowest = -F.max_pool2d(-ids.float(), kernel_size, stride=1, padding=radius)
     usable = highest < num_classes if ignore_mode == "window" else valid

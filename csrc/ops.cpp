@@ -6,6 +6,7 @@
 #include <torch/library.h>
 #include <torch/version.h>
 
+#include <algorithm>
 #include <cmath>
 #include <limits>
 #include <optional>
@@ -71,28 +72,42 @@ void check_same_device(const Tensor& logits, const Tensor& other, const char* na
                     other.device(), ".");
 }
 
-// Both ops' arguments beside tensors of their own: the schemas stand in bcmf_ext/ops.py.
+// What is asked of bcmf::loss beside tensors; the order is that of the schemas in bcmf_ext/ops.py.
+#define BCMF_LOSS_OPTIONS                                                                                         \
+  int64_t ignore_index, bool align_corners, bool ce, std::optional<double> ohem_threshold, int64_t ohem_min_kept, \
+      double bcl_weight, at::IntArrayRef bcl_steps, at::ArrayRef<double> bcl_flipped, double bcl_threshold,       \
+      int64_t bcl_nms_size, double cpg_weight, int64_t cpg_kernel_size, bool cpg_window
+#define BCMF_PASS_LOSS_OPTIONS                                                                                       \
+  ignore_index, align_corners, ce, ohem_threshold, ohem_min_kept, bcl_weight, bcl_steps, bcl_flipped, bcl_threshold, \
+      bcl_nms_size, cpg_weight, cpg_kernel_size, cpg_window
+
+// Both ops' arguments beside tensors of their own.
 struct LossInputs {
   LossArgs args;
   std::optional<Tensor> weight;  // keeps the converted class weights alive
 
-  LossInputs(const Tensor& logits, const Tensor& target, const std::optional<Tensor>& weight, int64_t ignore_index,
-             std::optional<double> ohem_threshold, int64_t ohem_min_kept);
+  LossInputs(const Tensor& logits, const Tensor& target, const std::optional<Tensor>& weight, BCMF_LOSS_OPTIONS);
 };
 
 LossInputs::LossInputs(const Tensor& logits, const Tensor& target, const std::optional<Tensor>& weight,
-                       int64_t ignore_index, std::optional<double> ohem_threshold, int64_t ohem_min_kept)
+                       BCMF_LOSS_OPTIONS)
     : args() {
-  TORCH_CHECK_VALUE(logits.dim() == 4 && logits.size(1) >= 2, "logits have the shape (N, C, H, W) with C >= 2, not ",
+  TORCH_CHECK_VALUE(logits.dim() == 4 && logits.size(1) >= 2, "logits have the shape (N, C, h, w) with C >= 2, not ",
                     logits.sizes(), ".");
-  TORCH_CHECK_VALUE(target.dim() == 3 && target.size(0) == logits.size(0) && target.size(1) == logits.size(2) &&
-                        target.size(2) == logits.size(3),
-                    "bcmf::loss reads logits of the target's size, not ", logits.sizes(), " for ", target.sizes(), ".");
+  TORCH_CHECK_VALUE(target.dim() == 3 && target.size(0) == logits.size(0),
+                    "target has the shape (N, H, W) with the "
+                    "logits' N = ",
+                    logits.size(0), ", not ", target.sizes(), ".");
   check_same_device(logits, target, "target");
   args.N = logits.size(0);
   args.C = logits.size(1);
-  args.H = logits.size(2);
-  args.W = logits.size(3);
+  args.h = logits.size(2);
+  args.w = logits.size(3);
+  args.H = target.size(1);
+  args.W = target.size(2);
+  TORCH_CHECK_VALUE(target.numel() == 0 || logits.numel() > 0, "logits of the size ", logits.sizes(),
+                    " cannot be resampled to ", target.sizes(), ".");
+  args.align_corners = align_corners;
   args.logits = logit_view(logits);
   args.labels = {target.data_ptr(), label_type(target.scalar_type()), target.stride(0), target.stride(1),
                  target.stride(2)};
@@ -105,57 +120,95 @@ LossInputs::LossInputs(const Tensor& logits, const Tensor& target, const std::op
     this->weight = weight->to(acc_options(logits).dtype()).contiguous();
     args.weight = this->weight->data_ptr();
   }
+  args.ce = ce;
+  const auto nll_of = [](double probability, const char* name) {
+    TORCH_CHECK_VALUE(probability > 0 && probability <= 1, name, "'s threshold is a probability in (0, 1], not ",
+                      probability, ".");
+    return -std::log(probability);
+  };
+  const bool wide = logits.scalar_type() == at::kDouble;
   if (ohem_threshold.has_value()) {
-    TORCH_CHECK_VALUE(*ohem_threshold > 0 && *ohem_threshold <= 1, "OHEM's threshold is a probability in (0, 1], not ",
-                      *ohem_threshold, ".");
-    const double nll = -std::log(*ohem_threshold), infinity = std::numeric_limits<double>::infinity();
+    const double nll = nll_of(*ohem_threshold, "OHEM"), infinity = std::numeric_limits<double>::infinity();
     args.ohem = true;
-    args.ohem_cutoff = logits.scalar_type() == at::kDouble
-                           ? std::nextafter(nll, infinity)
-                           : std::nextafter(static_cast<float>(nll), static_cast<float>(infinity));
+    args.ohem_cutoff =
+        wide ? std::nextafter(nll, infinity) : std::nextafter(static_cast<float>(nll), static_cast<float>(infinity));
     args.ohem_min_kept = ohem_min_kept;
+  }
+  if (!bcl_steps.empty()) {
+    TORCH_CHECK_VALUE(bcl_steps.size() <= kMaxSteps && *std::min_element(bcl_steps.begin(), bcl_steps.end()) >= 1,
+                      "BCL takes 1 to 8 steps of at least one pixel, not ", bcl_steps, ".");
+    TORCH_CHECK_VALUE(bcl_flipped.empty() || bcl_flipped.size() == 2, "BCL's flipped labels have two weights.");
+    TORCH_CHECK_VALUE(bcl_nms_size >= 1 && bcl_nms_size % 2 == 1, "BCL's nms_size is an odd number of pixels, not ",
+                      bcl_nms_size, ".");
+    args.bcl_steps = static_cast<int>(bcl_steps.size());
+    std::copy(bcl_steps.begin(), bcl_steps.end(), args.bcl_step);
+    args.bcl_flipped = !bcl_flipped.empty();
+    if (args.bcl_flipped) args.bcl_alpha = bcl_flipped[0], args.bcl_beta = bcl_flipped[1];
+    args.bcl_weight = bcl_weight;
+    args.bcl_cutoff = nll_of(bcl_threshold, "BCL");
+    args.bcl_nms_radius = bcl_nms_size / 2;
+  }
+  if (cpg_kernel_size != 0) {
+    TORCH_CHECK_VALUE(cpg_kernel_size == 3 || cpg_kernel_size == 5 || cpg_kernel_size == 7,
+                      "CPG's kernel_size is 3, 5 or 7, not ", cpg_kernel_size, ".");
+    args.cpg_radius = static_cast<int>(cpg_kernel_size / 2);
+    args.cpg_window = cpg_window;
+    args.cpg_weight = cpg_weight;
   }
 }
 
 struct LossOutputs {
-  Tensor total, stats, summary, nll;
+  Tensor total, terms, stats, selected, summary, nll;
 
   LossOutputs(const Tensor& logits, LossArgs& args) {
     const auto options = acc_options(logits);
     total = at::empty({}, options);
+    terms = at::empty({kTerms}, options);
     stats = at::empty({2, args.N, args.H, args.W}, options);
     summary = at::empty({kSummarySize}, options);
+    selected = at::empty({args.bcl_steps > 0 ? args.N : 0, args.H, args.W}, options.dtype(at::kByte));
     args.total = total.data_ptr();
+    args.terms = terms.data_ptr();
     args.stats = stats.data_ptr();
+    args.selected = selected.data_ptr();
     args.summary = summary.data_ptr();
     if (args.ohem) {
       nll = at::empty({args.N, args.H, args.W}, options);
       args.nll = nll.data_ptr();
     }
   }
+
+  std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> as_tuple() const {
+    return {total, terms, stats, selected, summary};
+  }
 };
 
 // What the backward op takes and returns beside its inputs.
 struct LossGradient {
-  Tensor grad_total, stats, summary, grad;
+  Tensor grad_total, stats, selected, summary, grad;
 
-  LossGradient(const Tensor& grad_total_, const Tensor& logits, const Tensor& stats_, const Tensor& summary_,
-               LossArgs& args) {
+  LossGradient(const Tensor& grad_total_, const Tensor& logits, const Tensor& stats_, const Tensor& selected_,
+               const Tensor& summary_, LossArgs& args) {
     const auto acc = c10::typeMetaToScalarType(acc_options(logits).dtype());
-    TORCH_CHECK_VALUE(grad_total_.numel() == 1 && summary_.dim() == 1 && summary_.size(0) == kSummarySize &&
-                          stats_.dim() == 4 && stats_.size(0) == 2 && stats_.size(1) == args.N &&
-                          stats_.size(2) == args.H && stats_.size(3) == args.W && stats_.scalar_type() == acc &&
-                          summary_.scalar_type() == acc,
-                      "bcmf::loss_backward takes stats and summary as bcmf::loss returned them.");
+    const int64_t images = args.bcl_steps > 0 ? args.N : 0;
+    TORCH_CHECK_VALUE(grad_total_.numel() == 1 && summary_.sizes() == at::IntArrayRef({kSummarySize}) &&
+                          stats_.sizes() == at::IntArrayRef({2, args.N, args.H, args.W}) &&
+                          selected_.sizes() == at::IntArrayRef({images, args.H, args.W}) &&
+                          stats_.scalar_type() == acc && summary_.scalar_type() == acc &&
+                          selected_.scalar_type() == at::kByte,
+                      "bcmf::loss_backward takes stats, selected and summary as bcmf::loss returned them.");
     check_same_device(logits, grad_total_, "grad_total");
     check_same_device(logits, stats_, "stats");
+    check_same_device(logits, selected_, "selected");
     check_same_device(logits, summary_, "summary");
     grad_total = grad_total_.to(acc).contiguous();
     stats = stats_.contiguous();
+    selected = selected_.contiguous();
     summary = summary_.contiguous();
     grad = at::empty_like(logits, logits.options(), at::MemoryFormat::Preserve);
     args.grad_total = grad_total.data_ptr();
     args.stats = stats.data_ptr();
+    args.selected = selected.data_ptr();
     args.summary = summary.data_ptr();
     args.grad = logit_view(grad);
   }
@@ -189,23 +242,41 @@ std::string describe_bad_labels(const Tensor& target, int64_t num_classes, int64
   return text.str();
 }
 
-std::tuple<Tensor, Tensor, Tensor> loss_cpu(const Tensor& logits, const Tensor& target,
-                                            const std::optional<Tensor>& weight, int64_t ignore_index,
-                                            std::optional<double> ohem_threshold, int64_t ohem_min_kept) {
-  LossInputs in(logits, target, weight, ignore_index, ohem_threshold, ohem_min_kept);
+std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> loss_cpu(const Tensor& logits, const Tensor& target,
+                                                            const std::optional<Tensor>& weight, BCMF_LOSS_OPTIONS) {
+  LossInputs in(logits, target, weight, BCMF_PASS_LOSS_OPTIONS);
   LossOutputs out(logits, in.args);
+  cpu::advise_huge_pages(out.stats.data_ptr(), out.stats.nbytes());
+  if (out.nll.defined()) cpu::advise_huge_pages(out.nll.data_ptr(), out.nll.nbytes());
   const int64_t bad_labels = cpu::loss_forward(in.args);
   TORCH_CHECK_VALUE(bad_labels == 0, describe_bad_labels(target, logits.size(1), ignore_index));
-  return {out.total, out.stats, out.summary};
+  return out.as_tuple();
 }
 
 Tensor loss_backward_cpu(const Tensor& grad_total, const Tensor& logits, const Tensor& target,
-                         const std::optional<Tensor>& weight, const Tensor& stats, const Tensor& summary,
-                         int64_t ignore_index, std::optional<double> ohem_threshold, int64_t ohem_min_kept) {
-  LossInputs in(logits, target, weight, ignore_index, ohem_threshold, ohem_min_kept);
-  const LossGradient out(grad_total, logits, stats, summary, in.args);
+                         const std::optional<Tensor>& weight, const Tensor& stats, const Tensor& selected,
+                         const Tensor& summary, BCMF_LOSS_OPTIONS) {
+  LossInputs in(logits, target, weight, BCMF_PASS_LOSS_OPTIONS);
+  const LossGradient out(grad_total, logits, stats, selected, summary, in.args);
+  cpu::advise_huge_pages(out.grad.data_ptr(), out.grad.nbytes());
   cpu::loss_backward(in.args);
   return out.grad;
+}
+
+Tensor upsample_argmax_cpu(const Tensor& logits, int64_t height, int64_t width, bool align_corners) {
+  TORCH_CHECK_VALUE(logits.dim() == 4 && logits.size(1) >= 1 && height >= 0 && width >= 0,
+                    "logits have the shape (N, C, h, w), not ", logits.sizes(), ".");
+  TORCH_CHECK_VALUE(logits.numel() > 0 || logits.size(0) * height * width == 0, "logits of the size ", logits.sizes(),
+                    " cannot be resampled to ", height, "x", width, ".");
+  LossArgs args = {};
+  args.N = logits.size(0), args.C = logits.size(1), args.h = logits.size(2), args.w = logits.size(3);
+  args.H = height, args.W = width;
+  args.align_corners = align_corners;
+  args.logits = logit_view(logits);
+  const Tensor classes =
+      at::empty({args.N, height, width}, logits.options().dtype(args.C <= 256 ? at::kByte : at::kInt));
+  cpu::upsample_argmax(args, classes.data_ptr());
+  return classes;
 }
 #endif
 
@@ -215,23 +286,30 @@ void check_launch(int error) {
               "); python -m bcmf_ext.info says for which GPUs this build was made.");
 }
 
-std::tuple<Tensor, Tensor, Tensor> loss_cuda(const Tensor& logits, const Tensor& target,
-                                             const std::optional<Tensor>& weight, int64_t ignore_index,
-                                             std::optional<double> ohem_threshold, int64_t ohem_min_kept) {
+// bcmf_ext/ops.py says the same before it calls.
+void check_cuda_can(const LossArgs& args) {
+  TORCH_CHECK_VALUE(!args.resampled() && args.ce && args.bcl_steps == 0 && args.cpg_radius == 0,
+                    "the CUDA kernels of bcmf::loss compute the cross-entropy of logits of the target's size only.");
+}
+
+std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> loss_cuda(const Tensor& logits, const Tensor& target,
+                                                             const std::optional<Tensor>& weight, BCMF_LOSS_OPTIONS) {
   const c10::cuda::CUDAGuard guard(logits.device());
-  LossInputs in(logits, target, weight, ignore_index, ohem_threshold, ohem_min_kept);
+  LossInputs in(logits, target, weight, BCMF_PASS_LOSS_OPTIONS);
+  check_cuda_can(in.args);
   LossOutputs out(logits, in.args);
   const Tensor scratch = at::empty({cuda::loss_scratch_bytes(in.args)}, logits.options().dtype(at::kByte));
   check_launch(cuda::loss_forward(in.args, scratch.data_ptr(), c10::cuda::getCurrentCUDAStream().stream()));
-  return {out.total, out.stats, out.summary};
+  return out.as_tuple();
 }
 
 Tensor loss_backward_cuda(const Tensor& grad_total, const Tensor& logits, const Tensor& target,
-                          const std::optional<Tensor>& weight, const Tensor& stats, const Tensor& summary,
-                          int64_t ignore_index, std::optional<double> ohem_threshold, int64_t ohem_min_kept) {
+                          const std::optional<Tensor>& weight, const Tensor& stats, const Tensor& selected,
+                          const Tensor& summary, BCMF_LOSS_OPTIONS) {
   const c10::cuda::CUDAGuard guard(logits.device());
-  LossInputs in(logits, target, weight, ignore_index, ohem_threshold, ohem_min_kept);
-  const LossGradient out(grad_total, logits, stats, summary, in.args);
+  LossInputs in(logits, target, weight, BCMF_PASS_LOSS_OPTIONS);
+  check_cuda_can(in.args);
+  const LossGradient out(grad_total, logits, stats, selected, summary, in.args);
   check_launch(cuda::loss_backward(in.args, c10::cuda::getCurrentCUDAStream().stream()));
   return out.grad;
 }
@@ -250,6 +328,7 @@ TORCH_LIBRARY_IMPL(bcmf_emulated, CPU, m) { register_cuda(m); }
 TORCH_LIBRARY_IMPL(bcmf, CPU, m) {
   m.impl("loss", &loss_cpu);
   m.impl("loss_backward", &loss_backward_cpu);
+  m.impl("upsample_argmax", &upsample_argmax_cpu);
 }
 #ifdef BCMF_WITH_CUDA
 TORCH_LIBRARY_IMPL(bcmf, CUDA, m) { register_cuda(m); }

@@ -13,6 +13,7 @@ import torch
 
 import bcmf_ext
 from bcmf_ext import dispatch
+from bcmf_ext.ops import LossOptions
 
 pytestmark = pytest.mark.skipif(dispatch.EXTENSION is None, reason=f"no extension: {dispatch.why_not('cpu', 'cpu')}")
 
@@ -66,3 +67,23 @@ def test_every_instruction_set(capability: str) -> None:
     done = subprocess.run([sys.executable, "-c", code], env=env, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     assert done.stdout.strip() == {"default": "baseline"}.get(capability, capability)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
+def test_every_half_number_is_read_and_rounded_as_torch_does(dtype: torch.dtype) -> None:
+    """Protects our own conversions: each of the 65,536 patterns as a logit, and gradients rounded to nearest even."""
+    bits = torch.arange(-(2**15), 2**15, dtype=torch.int32).to(torch.int16)
+    z = torch.stack([bits.view(dtype), torch.zeros(2**16, dtype=dtype)]).view(1, 2, 256, 256)
+    y = torch.ones(1, 256, 256, dtype=torch.uint8)
+    stats = torch.ops.bcmf.loss(z, y, None, *LossOptions(255))[2]
+    highest = torch.where(z[0, 0].isnan() | (z[0, 0] > 0), z[0, 0], 0).float()
+    torch.testing.assert_close(stats[0, 0], highest, rtol=0, atol=0, equal_nan=True)
+    # The gradient of a single pixel's other logit is upstream · p, and p is 1 up to rounding: any float comes out.
+    upstream = torch.cat([bits.view(dtype).float(), torch.randn(2**16) * 2.0 ** torch.randint(-30, 15, (2**16,))])
+    midpoints = (bits.view(dtype).float() + bits.roll(1).view(dtype).float()) / 2
+    z = torch.tensor([0.0, 200.0], dtype=dtype).view(1, 2, 1, 1)
+    y = torch.zeros(1, 1, 1, dtype=torch.uint8)
+    _, _, *kept = torch.ops.bcmf.loss(z, y, None, *LossOptions(255))
+    for value in torch.cat([upstream, midpoints])[:: 2**17 // 5000]:
+        grad = torch.ops.bcmf.loss_backward(value, z, y, None, *kept, *LossOptions(255))
+        assert torch.equal(grad[0, 1, 0, 0], value.to(dtype)) or value.isnan()

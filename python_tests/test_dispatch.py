@@ -29,7 +29,7 @@ def test_auto_takes_the_first_that_can(built: None) -> None:
     """Protects the order cuda → triton → torch and cpu → torch, and PyTorch where a kernel lacks something."""
     assert dispatch.choose("op", "auto", CPU) == "cpu"
     assert dispatch.choose("op", "auto", CUDA) == "cuda"
-    assert dispatch.choose("op", "auto", CUDA, "no kernel yet") == "torch"
+    assert dispatch.choose("op", "auto", CUDA, {"cuda": "no kernel yet", "triton": "no kernel yet"}) == "torch"
     assert dispatch.choose("op", "auto", torch.device("meta")) == "torch"
 
 
@@ -51,10 +51,10 @@ def test_auto_without_a_compiler_is_torch(monkeypatch: pytest.MonkeyPatch) -> No
     [
         ("cuda", CPU, "does not run on cpu tensors"),
         ("cpu", CUDA, "does not run on cuda tensors"),
-        ("triton", CUDA, "BCL has no kernel yet"),
+        ("triton", CUDA, "BCL has no kernel there yet"),
         ("triton", torch.device("mps"), "does not run on mps tensors"),
         ("fast", CPU, 'choose from "auto"'),
-        ("cpu", CPU, "BCL has no kernel yet"),
+        ("cuda", CUDA, "BCL has no kernel there yet"),
     ],
 )
 def test_an_impl_asked_for_by_name_says_why_it_cannot(built: None, impl: str, device: torch.device, says: str) -> None:
@@ -64,14 +64,15 @@ def test_an_impl_asked_for_by_name_says_why_it_cannot(built: None, impl: str, de
 
 
 @pytest.mark.parametrize("call", ["bcl", "cpg"])
-def test_named_impl_of_what_has_no_kernel(built: None, call: str) -> None:
+def test_named_impl_of_what_cannot_run(monkeypatch: pytest.MonkeyPatch, call: str) -> None:
     """Protects the public functions: impl="cpu" is not answered by PyTorch behind the user's back."""
+    monkeypatch.setattr(dispatch, "_NO_EXTENSION", "no compiler")
     z, y = torch.zeros(1, 2, 4, 4), torch.zeros(1, 4, 4, dtype=torch.long)
     calls = {
         "bcl": lambda: bcmf_ext.boundary_corrected_loss(z, y, impl="cpu"),
         "cpg": lambda: bcmf_ext.segmentation_loss(z, y, cpg=1.0, impl="cpu"),
     }
-    with pytest.raises(ValueError, match="impl='cpu' cannot run"):
+    with pytest.raises(ValueError, match=r"impl='cpu' cannot run \w+: no compiler"):
         calls[call]()
 
 
@@ -163,7 +164,7 @@ def test_debug_checks_labels_where_nobody_else_looks() -> None:
     """Protects BCMF_DEBUG=1: labels are looked at before any impl runs, so that CUDA too gets the sentence, not NaN."""
     code = (
         "import torch\n"
-        "from bcmf_ext.losses._resolve import resolve_impl\n"
+        "from bcmf_ext.losses._kernels import resolve_impl\n"
         "resolve_impl('op', 'auto', torch.zeros(1, 2, 2, 2), torch.full((1, 2, 2), 7), None, 255)\n"
     )
     for debug, fails in (("1", True), ("0", False)):
@@ -180,4 +181,7 @@ def test_info_says_which_impl_and_why_not_the_others(capsys: pytest.CaptureFixtu
     for op in info._OPS:
         assert f"\n{op}\n  on cpu tensors: " in printed
     assert "on cuda tensors" in printed
-    assert "not triton: BCL and CPG have no kernel yet" in printed or "not triton: triton is not installed" in printed
+    assert (
+        "not triton: BCL and CPG have no kernel there yet" in printed
+        or "not triton: triton is not installed" in printed
+    )

@@ -6,11 +6,10 @@ from typing import Any
 
 import pytest
 import torch
-from cases import DTYPES, Backend, Case, assert_not_less_exact, layouts
+from cases import DTYPES, Backend, assert_not_less_exact, layouts, make_case
 from test_ops import every_backend
 
-import bcmf_ext
-from bcmf_ext import OHEM
+from bcmf_ext import BCL, CPG, OHEM
 
 pytest.importorskip("hypothesis")  # some GPU machines have no network to get it from
 from hypothesis import HealthCheck, given, settings
@@ -24,19 +23,40 @@ def problems(draw: st.DrawFn) -> dict[str, Any]:
     """Shape, dtype, layout, labels and options of a call."""
     n, c = draw(st.integers(0, 3)), draw(st.sampled_from([2, 3, 11, 19, 40]))
     h, w = draw(st.integers(0, 17)), draw(st.integers(0, 17))
+    size = draw(st.none() | st.tuples(st.integers(1, 20), st.integers(1, 20))) or (h, w)  # of the logits
     ignore_index = draw(st.sampled_from([255, -1, -100, 0, 1]))
     g = torch.Generator().manual_seed(draw(st.integers(0, 2**31)))
-    z = draw(st.sampled_from([0.1, 3, 50])) * torch.randn((n, c, h, w), generator=g, dtype=torch.float64)
+    z = draw(st.sampled_from([0.1, 3, 50])) * torch.randn((n, c, *size), generator=g, dtype=torch.float64)
     y = torch.randint(0, c, (n, h, w), generator=g)
-    y[torch.rand(n, h, w, generator=g) < draw(st.sampled_from([0, 0.2, 1]))] = ignore_index
+    grain = draw(st.integers(1, 6))  # labels in areas have few edges
+    y = y[:, ::grain, ::grain].repeat_interleave(grain, 1).repeat_interleave(grain, 2)[:, :h, :w]
+    y[torch.rand(n, h, w, generator=g) < draw(st.sampled_from([0, 0.02, 0.2, 1]))] = ignore_index
     return {
         "logits": z.to(draw(st.sampled_from(DTYPES))),
         "target": y.to(draw(st.sampled_from([torch.int16, torch.int32, torch.int64]))),
         "weight": torch.rand(c, generator=g) if draw(st.booleans()) else None,
         "layout": draw(st.sampled_from(["nchw", "channels_last", "slice", "rows cut", "transposed"])),
         "ignore_index": ignore_index,
+        "align_corners": draw(st.booleans()),
         "ohem": draw(
             st.none() | st.builds(OHEM, st.sampled_from([1e-3, 0.3, 0.9, 1.0]), st.sampled_from([0, 1, 17, 10**6]))
+        ),
+        "bcl": draw(
+            st.none()
+            | st.builds(
+                BCL,
+                st.just(0.7),
+                st.integers(1, 20) | st.tuples(st.integers(1, 3), st.integers(1, 3)),
+                st.sampled_from(["original", "flipped"]),
+                threshold=st.sampled_from([0.1, 0.7, 1.0]),
+                nms_size=st.sampled_from([1, 3, 7]),
+            )
+        ),
+        "cpg": draw(
+            st.none()
+            | st.builds(
+                CPG, st.just(0.6), st.sampled_from([3, 5, 7]), ignore_mode=st.sampled_from(["window", "centre"])
+            )
         ),
     }
 
@@ -48,13 +68,16 @@ def test_fuzz(backend: Backend) -> None:
     @settings(max_examples=FUZZ_EXAMPLES[backend.name], deadline=None, suppress_health_check=list(HealthCheck))
     @given(problems())
     def run(drawn: dict[str, Any]) -> None:
-        z, y, weight, layout, ignore_index, ohem = drawn.values()
-        case = Case(
-            "fuzz", bcmf_ext.cross_entropy, bcmf_ext.reference.cross_entropy, {"ohem": ohem}, weight is not None
-        )
+        z, y, weight, layout = (drawn[name] for name in ("logits", "target", "weight", "layout"))
+        terms = {name: drawn[name] for name in ("ohem", "bcl", "cpg", "align_corners")}
+        if terms["bcl"] is not None and terms["bcl"].supervise == "flipped":
+            terms["ohem"] = None
+        case = make_case("segmentation_loss fuzz" + " weighted" * (weight is not None), **terms)
+        if not backend.can(case):
+            case = make_case(case.name, **{**terms, "bcl": None, "cpg": None})
         z, y = z.to(backend.device), y.to(backend.device)
         w = torch.ones(z.shape[1]) if weight is None else weight
         view = layouts(z)[layout]
-        assert_not_less_exact(case, backend, z, y, w.to(backend.device), view, ignore_index=ignore_index)
+        assert_not_less_exact(case, backend, z, y, w.to(backend.device), view, ignore_index=drawn["ignore_index"])
 
     run()

@@ -14,7 +14,8 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from bcmf_ext.metrics import ConfusionMatrix
+from bcmf_ext import dispatch, reference
+from bcmf_ext.metrics import ConfusionMatrix, upsample_argmax
 
 
 def confusion(prediction: Tensor, target: Tensor, num_classes: int, ignore_index: int = 255) -> ConfusionMatrix:
@@ -248,7 +249,8 @@ def test_counts_are_exact_beyond_float32() -> None:
 
 _RANK = """
 import sys, torch
-from bcmf_ext.metrics import ConfusionMatrix
+from bcmf_ext import dispatch, reference
+from bcmf_ext.metrics import ConfusionMatrix, upsample_argmax
 rank = int(sys.argv[1])
 torch.distributed.init_process_group("gloo", f"file://{sys.argv[2]}", rank=rank, world_size=2)
 metric = ConfusionMatrix(3)
@@ -276,3 +278,45 @@ def test_all_reduce(tmp_path: Path) -> None:
         processes.append(subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, text=True))
     outputs = [process.communicate(timeout=60)[0] for process in processes]
     assert outputs == [f"{expected}\n"] * 2
+
+
+# upsample_argmax
+
+
+@pytest.mark.parametrize("align_corners", [False, True])
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize(
+    ("size", "wanted"), [((7, 9), (56, 72)), ((7, 9), (7, 9)), ((5, 6), (13, 31)), ((1, 1), (4, 3)), ((40, 31), (9, 8))]
+)
+def test_upsample_argmax(size: tuple, wanted: tuple, dtype: torch.dtype, align_corners: bool) -> None:
+    """The class of the largest resampled logit, in any dtype and layout; another only where two are almost equal."""
+    z = torch.randn(2, 5, *size, generator=torch.Generator().manual_seed(0), dtype=torch.float64).to(dtype)
+    exact = reference.resample(z.double(), wanted, align_corners)
+    for logits in (z, z.contiguous(memory_format=torch.channels_last)):
+        found = upsample_argmax(logits, wanted, align_corners)
+        assert (found.shape, found.dtype) == ((2, *wanted), torch.uint8)
+        chosen = exact.gather(1, found[:, None].long())[:, 0]
+        assert (exact.amax(1) - chosen <= (1e-12 if dtype == torch.float64 else 1e-5)).all()
+
+
+def test_upsample_argmax_at_ties_and_limits() -> None:
+    """The lowest class of equals; NaN as torch.argmax has it; int32 for many classes; empty batches; wrong inputs."""
+    z = torch.tensor([[1.0, 2, 2], [3, 3, 3], [0, math.nan, 5], [math.nan, math.nan, 9], [-math.inf, -math.inf, 0]])
+    z = z.T.reshape(1, 3, 1, 5).contiguous()
+    assert torch.equal(upsample_argmax(z, (1, 5)).long(), z.argmax(1))
+    many = torch.zeros(1, 300, 2, 2)
+    many[0, 299] = 1
+    assert upsample_argmax(many, (4, 4)).dtype == torch.int32
+    assert (upsample_argmax(many, (4, 4)) == 299).all()
+    assert upsample_argmax(torch.zeros(0, 3, 2, 2), (4, 4)).shape == (0, 4, 4)
+    with pytest.raises(TypeError, match="floating point"):
+        upsample_argmax(torch.zeros(1, 3, 2, 2, dtype=torch.long), (4, 4))
+    with pytest.raises(ValueError, match="shape"):
+        upsample_argmax(torch.zeros(3, 2, 2), (4, 4))
+
+
+@pytest.mark.skipif(dispatch.EXTENSION is None, reason="no extension")
+def test_upsample_argmax_as_an_op() -> None:
+    """Schema and fake kernel of the compiled op."""
+    for classes in (3, 300):
+        torch.library.opcheck(torch.ops.bcmf.upsample_argmax, (torch.randn(2, classes, 3, 4), 7, 9, False))

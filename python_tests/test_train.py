@@ -110,7 +110,7 @@ def test_a_run(flags: list[str], run: Path, capsys: pytest.CaptureFixture[str]) 
         "train: 9 images",
         "val: 3 images",
         f"{STEPS} steps of 2 images; the short last batch, of 1, is left out",
-        "CE + 0.4 BCL + 1 CPG3, and 0.4 CE of the auxiliary head; impl torch",
+        "CE + 0.4 BCL + 1 CPG3, and 0.4 CE of the auxiliary head; impl ",
         "12 iterations",
         str(run),
         "--weight-decay 0.0005",

@@ -5,7 +5,7 @@ from __future__ import annotations
 from torch import Tensor, nn
 
 from .. import reference
-from ._resolve import resolve_impl
+from ._kernels import fused_loss, resolve_impl
 
 
 def boundary_corrected_loss(
@@ -39,7 +39,12 @@ def boundary_corrected_loss(
     Raises TypeError for a wrong dtype; ValueError for a wrong shape, device or option, for an impl that cannot run, and
     on the CPU for a label out of range (on CUDA the loss becomes NaN: BCMF_DEBUG=1 turns that into the ValueError).
     """
-    resolve_impl("boundary_corrected_loss", impl, logits, target, None, ignore_index, bcl=True)
+    bcl = reference.BCL(0.0, step, supervise, alpha, beta, threshold, nms_size)
+    impl = resolve_impl("boundary_corrected_loss", impl, logits, target, None, ignore_index, bcl=True)
+    if impl != "torch":
+        return fused_loss(
+            impl, logits, target, ce=False, bcl=bcl, ignore_index=ignore_index, align_corners=align_corners
+        )[0]
     return reference.boundary_corrected_loss(
         logits,
         target,

@@ -5,7 +5,7 @@ from __future__ import annotations
 from torch import Tensor, nn
 
 from .. import reference
-from ._resolve import resolve_impl
+from ._kernels import fused_loss, resolve_impl
 
 
 def cpg_loss(
@@ -34,7 +34,12 @@ def cpg_loss(
     Raises TypeError for a wrong dtype; ValueError for a wrong shape, device or option, for an impl that cannot run, and
     on the CPU for a label out of range (on CUDA the loss becomes NaN: BCMF_DEBUG=1 turns that into the ValueError).
     """
-    resolve_impl("cpg_loss", impl, logits, target, None, ignore_index, cpg=True)
+    cpg = reference.CPG(0.0, kernel_size, ignore_mode)
+    impl = resolve_impl("cpg_loss", impl, logits, target, None, ignore_index, cpg=True)
+    if impl != "torch":
+        return fused_loss(
+            impl, logits, target, ce=False, cpg=cpg, ignore_index=ignore_index, align_corners=align_corners
+        )[0]
     return reference.cpg_loss_sparse(
         logits,
         target,

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from .. import reference
 from ..reference import BCL, CPG, OHEM, SegmentationLoss, resolve_options
-from ._resolve import resolve_impl
+from ._kernels import fused_loss, resolve_impl
 from .cross_entropy import cross_entropy
 
 
@@ -40,21 +40,20 @@ def segmentation_loss(
     ohem, bcl, cpg = resolve_options(ohem, bcl, cpg)
     mix = {"bcl": bcl is not None, "cpg": cpg is not None}
     impl = resolve_impl("segmentation_loss", impl, logits, target, weight, ignore_index, **mix)
+    common: dict[str, Any] = {
+        "weight": weight,
+        "ohem": ohem,
+        "bcl": bcl,
+        "cpg": cpg,
+        "ignore_index": ignore_index,
+        "align_corners": align_corners,
+    }
     if impl == "torch":
-        return reference.segmentation_loss(
-            logits,
-            target,
-            weight=weight,
-            ohem=ohem,
-            bcl=bcl,
-            cpg=cpg,
-            ignore_index=ignore_index,
-            align_corners=align_corners,
-        )
-    total = cross_entropy(
-        logits, target, weight=weight, ohem=ohem, ignore_index=ignore_index, align_corners=align_corners, impl=impl
-    )
-    return SegmentationLoss(total, total.detach(), None, None)
+        return reference.segmentation_loss(logits, target, **common)
+    weights = bcl.weight if bcl else 0.0, cpg.weight if cpg else 0.0
+    total, terms = fused_loss(impl, logits, target, bcl_weight=weights[0], cpg_weight=weights[1], **common)
+    ce, bcl_term, cpg_term = terms.unbind()
+    return SegmentationLoss(total, ce, bcl_term if bcl else None, cpg_term if cpg else None)
 
 
 class CriterionLoss(NamedTuple):

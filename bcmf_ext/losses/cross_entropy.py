@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 from torch import Tensor
 
-from .. import ops, reference
+from .. import reference
 from ..reference import OHEM, resolve_options
-from ._resolve import resolve_impl
+from ._kernels import fused_loss, resolve_impl
 
 
 def cross_entropy(
@@ -35,11 +37,12 @@ def cross_entropy(
     """
     ohem, _, _ = resolve_options(ohem, None, None)
     impl = resolve_impl("cross_entropy", impl, logits, target, weight, ignore_index)
+    common: dict[str, Any] = {
+        "weight": weight,
+        "ohem": ohem,
+        "ignore_index": ignore_index,
+        "align_corners": align_corners,
+    }
     if impl == "torch":
-        return reference.cross_entropy(
-            logits, target, weight=weight, ohem=ohem, ignore_index=ignore_index, align_corners=align_corners
-        )
-    if logits.shape[2:] != target.shape[1:]:  # the kernels read logits of the target's size
-        logits = reference.resample(logits, target.shape[1:], align_corners)
-    threshold, min_kept = (None, 0) if ohem is None else (ohem.threshold, ohem.min_kept)
-    return ops.LOSS[impl](logits, target, weight, ignore_index, threshold, min_kept)[0]
+        return reference.cross_entropy(logits, target, **common)
+    return fused_loss(impl, logits, target, **common)[0]

@@ -15,12 +15,18 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ..ops import acc_dtype
+from ..ops import SUMMARY, LossOptions, acc_dtype
 from ..reference import OHEM, check_inputs
 
 BLOCK = 512  # pixels of a tile
 FINISH_BLOCK = 1024
 DIGIT_BITS = 11  # of the radix select, see csrc/device/select.cuh
+
+# Arguments whose values 1 and multiples of 16 are nothing special: each would double the number of kernels to compile.
+UNSPECIAL = (
+    "pixels", "classes", "height", "tiles", "min_kept", "ignore_index",
+    "stride_n", "target_stride_n", "target_stride_h", "target_stride_w", "grad_stride_n",
+)  # fmt: skip
 
 
 @triton.jit
@@ -50,7 +56,7 @@ def _key(nll):
     return key
 
 
-@triton.jit
+@triton.jit(do_not_specialize=UNSPECIAL)
 def _forward(
     logits, target, weight, stats, nlls, exceeds, partials,
     pixels, classes, height, width,
@@ -109,25 +115,26 @@ def _sum_partials(partials, tiles, BLOCK: tl.constexpr):
     return tl.sum(first, 0), tl.sum(second, 0)
 
 
-@triton.jit
-def _finish(partials, tiles, total, summary, BLOCK: tl.constexpr):
+@triton.jit(do_not_specialize=UNSPECIAL)
+def _finish(partials, tiles, total, terms, summary, BLOCK: tl.constexpr):
     numerator, denominator = _sum_partials(partials, tiles, BLOCK)
     empty = denominator == 0
+    mean = tl.where(empty, 0.0, numerator / tl.where(empty, 1.0, denominator))
     tl.store(summary, denominator)
-    tl.store(total, tl.where(empty, 0.0, numerator / tl.where(empty, 1.0, denominator)))
+    tl.store(terms, mean)
+    tl.store(total, mean)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=UNSPECIAL)
 def _ohem_begin(partials, tiles, min_kept, selection, BLOCK: tl.constexpr):
     """How many of the largest losses to look for (selection: prefix, rank): none if enough are above the threshold."""
     hard, valid = _sum_partials(partials, tiles, BLOCK)
-    # Not min_kept.to(…): an argument of 1 is a constant of the kernel, and that has no method.
-    kept = tl.minimum(tl.full((), min_kept, tl.int64).to(tl.float64), valid)
+    kept = tl.minimum(tl.cast(min_kept, tl.float64), valid)
     tl.store(selection, 0)
     tl.store(selection + 1, tl.where(hard >= kept, 0, kept.to(tl.int64)))
 
 
-@triton.jit
+@triton.jit(do_not_specialize=UNSPECIAL)
 def _ohem_count(nlls, selection, histogram, pixels, SHIFT: tl.constexpr, BITS: tl.constexpr, BLOCK: tl.constexpr):
     """Counts the digits of the tile's losses that have the prefix: `BITS` bits from bit `SHIFT` on."""
     prefix = tl.load(selection)
@@ -158,7 +165,7 @@ def _ohem_choose(selection, histogram, SHIFT: tl.constexpr, BITS: tl.constexpr):
         tl.store(selection + 1, rank - larger)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=UNSPECIAL)
 def _ohem_sum(
     nlls, target, weight, exceeds, selection, summary, partials,
     pixels, classes, height, width,
@@ -189,7 +196,7 @@ def _ohem_sum(
             tl.store(summary + 1, key.to(tl.int32).to(tl.float32, bitcast=True))
 
 
-@triton.jit
+@triton.jit(do_not_specialize=UNSPECIAL)
 def _backward(
     grad_total, logits, target, weight, stats, summary, grad,
     pixels, classes, height, width,
@@ -236,15 +243,17 @@ def _on(tensor: Tensor) -> contextlib.AbstractContextManager[None]:
     return torch.cuda.device(tensor.device) if tensor.is_cuda else contextlib.nullcontext()
 
 
-def _check(logits: Tensor, target: Tensor, weight: Tensor | None, ohem_threshold: float | None) -> None:
+def _check(logits: Tensor, target: Tensor, weight: Tensor | None, options: LossOptions) -> None:
     """The public functions have checked all this; it keeps a direct call of the op memory-safe."""
     check_inputs(logits, target, weight)
+    if options.bcl_steps or options.cpg_kernel_size or not options.ce:
+        raise ValueError("bcmf::loss_triton computes the cross-entropy only.")
     if logits.shape[2:] != target.shape[1:]:
         raise ValueError(
             f"bcmf::loss_triton reads logits of the target's size, not {tuple(logits.shape)} for {tuple(target.shape)}."
         )
-    if ohem_threshold is not None:
-        OHEM(ohem_threshold)
+    if options.ohem_threshold is not None:
+        OHEM(options.ohem_threshold)
 
 
 def _common(logits: Tensor, target: Tensor, weight: Tensor | None, ohem_threshold: float | None) -> dict[str, Any]:
@@ -272,17 +281,16 @@ def _target_strides(target: Tensor) -> dict[str, int]:
 
 
 def loss(
-    logits: Tensor,
-    target: Tensor,
-    weight: Tensor | None,
-    ignore_index: int,
-    ohem_threshold: float | None,
-    ohem_min_kept: int,
-) -> tuple[Tensor, Tensor, Tensor]:
-    """The kernel of bcmf::loss_triton."""
-    _check(logits, target, weight, ohem_threshold)
+    logits: Tensor, target: Tensor, weight: Tensor | None, *arguments: Any
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """The kernel of bcmf::loss_triton; arguments: LossOptions."""
+    options = LossOptions(*arguments)
+    ignore_index, ohem_threshold = options.ignore_index, options.ohem_threshold
+    _check(logits, target, weight, options)
     acc = acc_dtype(logits)
-    total, summary = logits.new_empty((), dtype=acc), logits.new_zeros(2, dtype=acc)
+    total, summary = logits.new_empty((), dtype=acc), logits.new_zeros(SUMMARY, dtype=acc)
+    terms = logits.new_zeros(3, dtype=acc)
+    selected = logits.new_empty((0, *target.shape[1:]), dtype=torch.uint8)  # of BCL
     stats = logits.new_empty((2, *target.shape), dtype=acc)
     common = _common(logits, target, weight, ohem_threshold)
     tiles = triton.cdiv(common["pixels"], BLOCK)
@@ -298,9 +306,9 @@ def loss(
                 **common, stats=stats, nlls=nlls, exceeds=exceeds, partials=partials, ignore_index=ignore_index
             )
             if ohem_threshold is not None:
-                _ohem(common, nlls, exceeds, summary, partials, ignore_index, ohem_min_kept)
-        _finish[(1,)](partials, tiles, total, summary, FINISH_BLOCK)
-    return total, stats, summary
+                _ohem(common, nlls, exceeds, summary, partials, ignore_index, options.ohem_min_kept)
+        _finish[(1,)](partials, tiles, total, terms, summary, FINISH_BLOCK)
+    return total, terms, stats, selected, summary
 
 
 def digits(key_bits: int) -> Iterator[tuple[int, int]]:
@@ -342,16 +350,17 @@ def loss_backward(
     target: Tensor,
     weight: Tensor | None,
     stats: Tensor,
+    selected: Tensor,
     summary: Tensor,
-    ignore_index: int,
-    ohem_threshold: float | None,
-    ohem_min_kept: int,
+    *arguments: Any,
 ) -> Tensor:
-    """The kernel of bcmf::loss_triton_backward."""
-    _check(logits, target, weight, ohem_threshold)
+    """The kernel of bcmf::loss_triton_backward; arguments: LossOptions."""
+    options = LossOptions(*arguments)
+    ignore_index, ohem_threshold = options.ignore_index, options.ohem_threshold
+    _check(logits, target, weight, options)
     acc = acc_dtype(logits)
-    if (stats.shape, stats.dtype, summary.shape, summary.dtype) != ((2, *target.shape), acc, (2,), acc):
-        raise ValueError("bcmf::loss_triton_backward takes stats and summary as bcmf::loss returned them.")
+    if (stats.shape, stats.dtype, summary.shape, summary.dtype) != ((2, *target.shape), acc, (SUMMARY,), acc):
+        raise ValueError("bcmf::loss_triton_backward takes stats, selected and summary as bcmf::loss returned them.")
     if grad_total.numel() != 1 or not grad_total.device == stats.device == summary.device == logits.device:
         raise ValueError("bcmf::loss_triton_backward takes one upstream gradient, and all tensors on one device.")
     stats, summary = stats.contiguous(), summary.contiguous()

@@ -3,10 +3,16 @@
 #include <ATen/Parallel.h>
 #include <ATen/Version.h>
 
+#if defined(__linux__)
+#include <sys/mman.h>
+#endif
+
 #include <algorithm>
+#include <memory>
 #include <mutex>
 #include <vector>
 
+#include "../device/geometry.cuh"
 #include "../device/select.cuh"
 #include "loss_kernel.h"
 
@@ -14,7 +20,7 @@ namespace bcmf::cpu {
 namespace {
 
 // torch's own choice, so that ATEN_CPU_CAPABILITY speaks for these kernels too.
-const LossKernels& kernels() {
+const IsaKernels& isa_kernels() {
 #if defined(__x86_64__)
   static const std::string capability = at::get_cpu_capability();
   if (capability == "AVX512") return loss_kernels_avx512;
@@ -23,17 +29,153 @@ const LossKernels& kernels() {
   return loss_kernels_baseline;
 }
 
-size_t acc_size(const LossArgs& args) { return args.logits.type == LogitType::f64 ? sizeof(double) : sizeof(float); }
-
-template <typename F>
-void for_tiles(const LossArgs& args, F run) {
-  const int64_t tiles = args.N * tiles_per_image(args);
-  at::parallel_for(0, tiles, 1, [&](int64_t begin, int64_t end) {
-    std::vector<char> scratch(scratch_size(args) * acc_size(args) + 63);
-    const auto aligned = (reinterpret_cast<uintptr_t>(scratch.data()) + 63) / 64 * 64;
-    run(begin, end, reinterpret_cast<void*>(aligned));
-  });
+template <typename Acc>
+const LossKernels<Acc>& kernels() {
+  if constexpr (std::is_same_v<Acc, double>) return isa_kernels().f64;
+  if constexpr (std::is_same_v<Acc, float>) return isa_kernels().f32;
 }
+
+constexpr int64_t kMaxBlockRows = 16;  // enough blocks for all threads, however few logits there are
+
+template <typename Acc>
+class Axis {  // memory of an AxisTable
+ public:
+  Axis(int64_t in, int64_t out, bool align_corners) : first_(out), second_(out), weight_(out) {
+    for (int64_t i = 0; i < out; ++i) {
+      const AxisTap<Acc> tap = axis_tap<Acc>(i, in, out, align_corners);
+      first_[i] = static_cast<int32_t>(tap.first);
+      second_[i] = static_cast<int32_t>(tap.second);
+      weight_[i] = tap.weight;
+    }
+  }
+  AxisTable<Acc> table() const { return {first_.data(), second_.data(), weight_.data()}; }
+
+ private:
+  std::vector<int32_t> first_, second_;
+  std::vector<Acc> weight_;
+};
+
+template <typename Acc>
+struct RunStore {  // memory of a RowRuns
+  std::vector<Run> runs;
+  std::vector<Acc> residuals;
+};
+
+// LossWork and its memory; each part is there only while the call needs it.
+template <typename Acc>
+class Work {
+ public:
+  LossWork<Acc> view = {};
+
+  explicit Work(const LossArgs& args) : args_(args) {
+    view.nll = args.ohem ? static_cast<Acc*>(args.nll) : nullptr;
+    view.pitch = tile_pixels(args.C);
+    view.strip = std::min(view.pitch, args.W);
+    view.rows_per_tile = args.resampled() || args.W == 0 ? 1 : std::max<int64_t>(1, view.pitch / args.W);
+    if (args.resampled()) {
+      vertical_ = std::make_unique<Axis<Acc>>(args.h, args.H, args.align_corners);
+      horizontal_ = std::make_unique<Axis<Acc>>(args.w, args.W, args.align_corners);
+      view.vertical = vertical_->table();
+      view.horizontal = horizontal_->table();
+    }
+    cut_into_blocks();
+  }
+
+  void identify() {
+    TORCH_CHECK_VALUE(args_.C <= kMaxClasses, "BCL and CPG take at most ", kMaxClasses, " classes on the CPU, not ",
+                      args_.C, ".");
+    view.ids = allocate(ids_);
+    for_rows([&](int64_t begin, int64_t end) { kernels<Acc>().identify(args_, view, begin, end); });
+    for (int s = 0; s < args_.bcl_steps; ++s)
+      for (int64_t x = 0; x < args_.W; ++x)
+        column_flip_.push_back(static_cast<int32_t>(flip_index(x, args_.bcl_step[s], args_.W)));
+    view.column_flip = column_flip_.data();
+  }
+
+  void allocate_scores() { view.scores = allocate(scores_, args_.bcl_steps); }
+  void free_scores() { scores_.reset(); }
+
+  void find_edges() {
+    view.edges = allocate(edges_);
+    for_rows([&](int64_t begin, int64_t end) { kernels<Acc>().find_edges(args_, view, begin, end); });
+  }
+
+  // After this the labels are needed for BCL's flipped ones only.
+  void find_residuals() {
+    stores_ = std::make_unique<RunStore<Acc>[]>(rows());
+    runs_ = std::make_unique<RowRuns<Acc>[]>(rows());
+    view.runs = runs_.get();
+    for_rows([&](int64_t begin, int64_t end) {
+      for (int64_t row = begin; row < end; ++row) view.runs[row].store = &stores_[row];
+      kernels<Acc>().find_residuals(args_, view, begin, end);
+      for (int64_t row = begin; row < end; ++row) {  // when nothing moves any more
+        const RunStore<Acc>& store = stores_[row];
+        view.runs[row] = {store.runs.data(), store.residuals.data(), static_cast<int64_t>(store.runs.size()), nullptr};
+      }
+    });
+    edges_.reset();
+    if (!args_.bcl_flipped) ids_.reset();
+  }
+
+  void allocate_halves() {
+    halves_ = std::make_unique<Acc[]>(args_.N * view.blocks * 2 * args_.C * args_.w);  // zeros
+    view.halves = halves_.get();
+  }
+
+  // run(begin, end, scratch) over the blocks of the batch.
+  template <typename F>
+  void for_blocks(F run) const {
+    at::parallel_for(0, args_.N * view.blocks, 1, [&](int64_t begin, int64_t end) {
+      std::unique_ptr<char[]> scratch(new char[scratch_size(args_, view) * sizeof(Acc) + 63]);
+      const auto aligned = (reinterpret_cast<uintptr_t>(scratch.get()) + 63) / 64 * 64;
+      run(begin, end, reinterpret_cast<Acc*>(aligned));
+    });
+  }
+
+  // run(begin, end) over the label rows of the batch.
+  template <typename F>
+  void for_rows(F run) const {
+    at::parallel_for(0, rows(), 4, run);
+  }
+
+  int64_t rows() const { return args_.N * args_.H; }
+
+ private:
+  void cut_into_blocks() {
+    const int64_t most = args_.resampled() ? kMaxBlockRows : view.rows_per_tile;
+    for (int64_t y = 0; y < args_.H; ++y) {
+      const bool parts = args_.resampled() && y > 0 && view.vertical.first[y] != view.vertical.first[y - 1];
+      if (row_.empty() || parts || y - row_.back() == most) row_.push_back(y);
+    }
+    view.blocks = static_cast<int64_t>(row_.size());
+    row_.push_back(args_.H);
+    view.row = row_.data();
+    if (!args_.resampled()) return;
+    for (int64_t y = 0, block = 0; y <= args_.h; ++y) {
+      while (block < view.blocks && view.vertical.first[row_[block]] < y) ++block;
+      block_.push_back(block);
+    }
+    view.block = block_.data();
+  }
+
+  template <typename T>
+  T* allocate(std::unique_ptr<T[]>& memory, int64_t maps = 1) {
+    const int64_t count = maps * args_.N * args_.H * args_.W;
+    memory.reset(new T[count]);
+    advise_huge_pages(memory.get(), count * sizeof(T));
+    return memory.get();
+  }
+
+  const LossArgs& args_;
+  std::unique_ptr<Axis<Acc>> vertical_, horizontal_;
+  std::vector<int64_t> row_, block_;
+  std::vector<int32_t> column_flip_;
+  std::unique_ptr<uint16_t[]> ids_;
+  std::unique_ptr<uint8_t[]> edges_;
+  std::unique_ptr<Acc[]> scores_, halves_;
+  std::unique_ptr<RunStore<Acc>[]> stores_;
+  std::unique_ptr<RowRuns<Acc>[]> runs_;
+};
 
 // The rank-th largest of the losses that are not -1, by radix select.
 template <typename Acc>
@@ -67,59 +209,75 @@ Acc find_cutoff(const LossArgs& args, int64_t hard, int64_t valid) {
   return find_loss(static_cast<const Acc*>(args.nll), args.N * args.H * args.W, kept);
 }
 
-// Sums of w * nll and the number of the kept pixels, by tiles of a fixed size.
-template <typename Acc>
-void sum_kept(const LossArgs& args, Acc cutoff, double* sum, int64_t* kept) {
-  constexpr int64_t kTile = 4096;
-  const int64_t pixels = args.N * args.H * args.W, tiles = (pixels + kTile - 1) / kTile;
-  const Acc* nlls = static_cast<const Acc*>(args.nll);
-  const Acc* weight = static_cast<const Acc*>(args.weight);
-  std::vector<double> sums(tiles);
-  std::vector<int64_t> counts(tiles);
-  at::parallel_for(0, tiles, 1, [&](int64_t begin, int64_t end) {
-    for (int64_t i = begin * kTile; i < std::min(end * kTile, pixels); ++i) {
-      if (nlls[i] == -1 || key_of(nlls[i]) < key_of(cutoff)) continue;
-      const int64_t row = i / args.W;
-      const Acc w = weight ? weight[read_label(args, row / args.H, row % args.H, i % args.W)] : 1;
-      sums[i / kTile] += w * nlls[i];
-      ++counts[i / kTile];
-    }
-  });
-  *sum = 0, *kept = 0;
-  for (const double s : sums) *sum += s;
-  for (const int64_t c : counts) *kept += c;
+TermPartial add_up(const std::vector<TermPartial>& partials) {
+  TermPartial sum = {};
+  for (const TermPartial& partial : partials) {
+    sum.sum += partial.sum;
+    sum.count += partial.count;
+  }
+  return sum;
 }
 
+// Sums of w * nll and the number of the kept pixels, by rows of labels.
 template <typename Acc>
-void finish(const LossArgs& args, const LossPartial& sum) {
+void sum_kept(const LossArgs& args, const Work<Acc>& work, Acc cutoff, double* sum, int64_t* kept) {
+  std::vector<TermPartial> partials(work.rows());
+  work.for_rows([&](int64_t begin, int64_t end) {
+    kernels<Acc>().sum_kept(args, work.view, cutoff, begin, end, partials.data());
+  });
+  const TermPartial total = add_up(partials);
+  *sum = total.sum, *kept = total.count;
+}
+
+double ratio(double sum, double count) { return count != 0 ? sum / count : 0; }
+
+// The cross-entropy, or OHEM's.
+template <typename Acc>
+double finish_ce(const LossArgs& args, const Work<Acc>& work, const LossPartial& sum) {
+  Acc* summary = static_cast<Acc*>(args.summary);
   double numerator = sum.weighted_nll, denominator = sum.weight;
-  Acc cutoff = 0;
   if (args.ohem) {
-    cutoff = find_cutoff<Acc>(args, sum.hard, sum.valid);
+    summary[kCutoff] = find_cutoff<Acc>(args, sum.hard, sum.valid);
     int64_t kept;
-    sum_kept(args, cutoff, &numerator, &kept);
+    sum_kept(args, work, summary[kCutoff], &numerator, &kept);
     denominator = static_cast<double>(kept);
   }
-  static_cast<Acc*>(args.summary)[kDenominator] = static_cast<Acc>(denominator);
-  static_cast<Acc*>(args.summary)[kCutoff] = cutoff;
-  *static_cast<Acc*>(args.total) = static_cast<Acc>(denominator != 0 ? numerator / denominator : 0);
+  summary[kDenominator] = static_cast<Acc>(denominator);
+  return ratio(numerator, denominator);
 }
 
-}  // namespace
-
-const char* loss_capability() {
-  const LossKernels* k = &kernels();
-#if defined(__x86_64__)
-  if (k == &loss_kernels_avx512) return "AVX512";
-  if (k == &loss_kernels_avx2) return "AVX2";
-#endif
-  return "baseline";
+template <typename Acc>
+double find_bcl(const LossArgs& args, const Work<Acc>& work, int64_t valid) {
+  double mean = 0;
+  std::vector<TermPartial> partials(work.rows());
+  for (int s = 0; s < args.bcl_steps; ++s) {
+    work.for_rows(
+        [&](int64_t begin, int64_t end) { kernels<Acc>().select(args, work.view, s, begin, end, partials.data()); });
+    const TermPartial sum = add_up(partials);
+    static_cast<Acc*>(args.summary)[kSelected + s] = static_cast<Acc>(sum.count);
+    mean += ratio(sum.sum, static_cast<double>(args.bcl_flipped ? valid : sum.count)) / args.bcl_steps;
+  }
+  return mean;
 }
 
-int64_t loss_forward(const LossArgs& args) {
-  std::vector<LossPartial> partials(args.N * tiles_per_image(args));
-  for_tiles(args, [&](int64_t begin, int64_t end, void* scratch) {
-    kernels().forward(args, begin, end, scratch, partials.data());
+template <typename Acc>
+double find_cpg(const LossArgs& args, const Work<Acc>& work) {
+  std::vector<TermPartial> partials(work.rows());
+  work.for_rows(
+      [&](int64_t begin, int64_t end) { kernels<Acc>().compare(args, work.view, begin, end, partials.data()); });
+  const TermPartial sum = add_up(partials);
+  static_cast<Acc*>(args.summary)[kEdges] = static_cast<Acc>(sum.count);
+  return ratio(sum.sum, static_cast<double>(sum.count));
+}
+
+template <typename Acc>
+int64_t forward(const LossArgs& args) {
+  Work<Acc> work(args);
+  if (args.bcl_steps > 0 || args.cpg_radius > 0) work.identify();
+  if (args.bcl_steps > 0) work.allocate_scores();
+  std::vector<LossPartial> partials(args.N * work.view.blocks);
+  work.for_blocks([&](int64_t begin, int64_t end, Acc* scratch) {
+    kernels<Acc>().forward(args, work.view, begin, end, scratch, partials.data());
   });
   LossPartial sum = {};
   for (const LossPartial& partial : partials) {
@@ -129,12 +287,93 @@ int64_t loss_forward(const LossArgs& args) {
     sum.valid += partial.valid;
     sum.bad_labels += partial.bad_labels;
   }
-  if (sum.bad_labels == 0) args.logits.type == LogitType::f64 ? finish<double>(args, sum) : finish<float>(args, sum);
-  return sum.bad_labels;
+  if (sum.bad_labels > 0) return sum.bad_labels;
+
+  Acc* summary = static_cast<Acc*>(args.summary);
+  std::fill(summary, summary + kSummarySize, Acc(0));
+  summary[kValid] = static_cast<Acc>(sum.valid);
+  double terms[kTerms] = {};
+  if (args.ce) terms[kCe] = finish_ce(args, work, sum);
+  if (args.bcl_steps > 0) terms[kBcl] = find_bcl(args, work, sum.valid);
+  work.free_scores();
+  if (args.cpg_radius > 0) {
+    work.find_edges();
+    terms[kCpg] = find_cpg(args, work);
+  }
+  for (int term = 0; term < kTerms; ++term) static_cast<Acc*>(args.terms)[term] = static_cast<Acc>(terms[term]);
+  double total = terms[kCe];
+  if (args.bcl_steps > 0) total += args.bcl_weight * terms[kBcl];
+  if (args.cpg_radius > 0) total += args.cpg_weight * terms[kCpg];
+  *static_cast<Acc*>(args.total) = static_cast<Acc>(total);
+  return 0;
+}
+
+template <typename Acc>
+void backward(const LossArgs& args) {
+  Work<Acc> work(args);
+  if (args.cpg_radius > 0 || (args.bcl_steps > 0 && args.bcl_flipped)) work.identify();
+  if (args.cpg_radius > 0) {
+    work.find_edges();
+    work.find_residuals();
+  }
+  if (args.resampled()) work.allocate_halves();
+  work.for_blocks(
+      [&](int64_t begin, int64_t end, Acc* scratch) { kernels<Acc>().backward(args, work.view, begin, end, scratch); });
+  if (!args.resampled()) return;
+  at::parallel_for(0, args.N * args.h, 1,
+                   [&](int64_t begin, int64_t end) { kernels<Acc>().join_halves(args, work.view, begin, end); });
+}
+
+template <typename Acc>
+void find_classes(const LossArgs& args, void* classes) {
+  const Work<Acc> work(args);
+  work.for_blocks([&](int64_t begin, int64_t end, Acc* scratch) {
+    kernels<Acc>().argmax(args, work.view, begin, end, scratch, classes);
+  });
+}
+
+}  // namespace
+
+template <typename Acc>
+Acc* add_run(RowRuns<Acc>& row, int64_t x0, int64_t x1, int64_t c) {
+  auto* store = static_cast<RunStore<Acc>*>(row.store);
+  const auto first = static_cast<int64_t>(store->residuals.size());
+  store->runs.push_back(
+      {static_cast<int32_t>(x0), static_cast<int32_t>(x1), static_cast<int32_t>(c), static_cast<int32_t>(first)});
+  store->residuals.resize(first + 2 * (x1 - x0));
+  return store->residuals.data() + first;
+}
+template float* add_run(RowRuns<float>& row, int64_t x0, int64_t x1, int64_t c);
+template double* add_run(RowRuns<double>& row, int64_t x0, int64_t x1, int64_t c);
+
+void advise_huge_pages(void* memory, size_t bytes) {
+#if defined(__linux__)
+  constexpr uintptr_t kPage = 2 << 20;
+  const uintptr_t begin = (reinterpret_cast<uintptr_t>(memory) + kPage - 1) / kPage * kPage;
+  const uintptr_t end = (reinterpret_cast<uintptr_t>(memory) + bytes) / kPage * kPage;
+  if (begin < end) madvise(reinterpret_cast<void*>(begin), end - begin, MADV_HUGEPAGE);
+#endif
+}
+
+const char* loss_capability() {
+  const IsaKernels* k = &isa_kernels();
+#if defined(__x86_64__)
+  if (k == &loss_kernels_avx512) return "AVX512";
+  if (k == &loss_kernels_avx2) return "AVX2";
+#endif
+  return "baseline";
+}
+
+int64_t loss_forward(const LossArgs& args) {
+  return args.logits.type == LogitType::f64 ? forward<double>(args) : forward<float>(args);
 }
 
 void loss_backward(const LossArgs& args) {
-  for_tiles(args, [&](int64_t begin, int64_t end, void* scratch) { kernels().backward(args, begin, end, scratch); });
+  args.logits.type == LogitType::f64 ? backward<double>(args) : backward<float>(args);
+}
+
+void upsample_argmax(const LossArgs& args, void* classes) {
+  args.logits.type == LogitType::f64 ? find_classes<double>(args, classes) : find_classes<float>(args, classes);
 }
 
 }  // namespace bcmf::cpu

@@ -1,5 +1,7 @@
 #pragma once
 
+#include <cstddef>
+
 #include "../device/common.cuh"
 
 namespace bcmf::cpu {
@@ -7,8 +9,15 @@ namespace bcmf::cpu {
 // Instruction set of the kernels in use: "AVX512", "AVX2" or "baseline".
 const char* loss_capability();
 
+// A hint for large fresh memory: filled in 2 MiB pages, it costs a fraction of the page faults, which otherwise take
+// longer than the arithmetic. Harmless where the system does not take it.
+void advise_huge_pages(void* memory, size_t bytes);
+
 // Both run on torch's threads. The forward fills stats, total, summary (and nll) and returns the number of bad labels.
 int64_t loss_forward(const LossArgs& args);
 void loss_backward(const LossArgs& args);
+
+// bcmf::upsample_argmax: of `args` the sizes and the logits count. classes: (N, H, W) uint8, or int32 of more than 256.
+void upsample_argmax(const LossArgs& args, void* classes);
 
 }  // namespace bcmf::cpu

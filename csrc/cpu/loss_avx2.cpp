@@ -8,7 +8,7 @@
 #define BCMF_ISA avx2
 #include "loss_kernel.inl"
 
-const bcmf::cpu::LossKernels bcmf::cpu::loss_kernels_avx2 = {avx2::forward_any, avx2::backward_any};
+const bcmf::cpu::IsaKernels bcmf::cpu::loss_kernels_avx2 = {avx2::kernels<float>, avx2::kernels<double>};
 
 #if defined(__clang__)
 #pragma clang attribute pop

@@ -8,7 +8,7 @@
 #define BCMF_ISA avx512
 #include "loss_kernel.inl"
 
-const bcmf::cpu::LossKernels bcmf::cpu::loss_kernels_avx512 = {avx512::forward_any, avx512::backward_any};
+const bcmf::cpu::IsaKernels bcmf::cpu::loss_kernels_avx512 = {avx512::kernels<float>, avx512::kernels<double>};
 
 #if defined(__clang__)
 #pragma clang attribute pop

@@ -2,4 +2,4 @@
 #define BCMF_ISA baseline
 #include "loss_kernel.inl"
 
-const bcmf::cpu::LossKernels bcmf::cpu::loss_kernels_baseline = {baseline::forward_any, baseline::backward_any};
+const bcmf::cpu::IsaKernels bcmf::cpu::loss_kernels_baseline = {baseline::kernels<float>, baseline::kernels<double>};

@@ -32,30 +32,53 @@ struct LabelView {  // (N, H, W), any strides
   int64_t stride_n, stride_h, stride_w;
 };
 
+constexpr int kMaxSteps = 8;  // of BCL
+
 // What the backward needs to know of the whole batch: entries of LossArgs::summary.
 enum Summary : int {
-  kDenominator,  // of the mean: the sum of the valid pixels' weights, or with OHEM the number of kept pixels
+  kDenominator,  // of the cross-entropy: the sum of the valid pixels' weights, or with OHEM the number of kept pixels
   kCutoff,       // OHEM: the smallest loss that is kept
-  kSummarySize
+  kValid,        // |V|
+  kEdges,        // |M| of CPG
+  kSelected,     // |S| of BCL, for each of its steps
+  kSummarySize = kSelected + kMaxSteps
 };
+
+enum Term : int { kCe, kBcl, kCpg, kTerms };  // entries of LossArgs::terms
 
 // Arguments of bcmf::loss and bcmf::loss_backward. `acc` is float, or double for fp64 logits.
 struct LossArgs {
-  int64_t N, C, H, W;
+  int64_t N, C, H, W;  // of the labels
+  int64_t h, w;        // of the logits, which are resampled bilinearly if these differ
+  bool align_corners;
   LogitView logits;
   LabelView labels;
   int64_t ignore_index;
   const void* weight;  // (C,) acc, contiguous; null: all ones
+  bool ce;             // the cross-entropy is part of the total
   bool ohem;
   double ohem_cutoff;  // the smallest acc that exceeds OHEM's threshold -ln(theta)
   int64_t ohem_min_kept;
-  void* nll;      // (N, H, W) acc, contiguous, forward with OHEM only: -1 where ignored, NaN at a bad label
-  void* stats;    // (2, N, H, W) acc, contiguous: m = max_c Z_c, then log sum_c exp(Z_c - m)
-  void* total;    // () acc
-  void* summary;  // (kSummarySize,) acc
+  int bcl_steps;  // how many; 0: without BCL
+  int bcl_step[kMaxSteps];
+  bool bcl_flipped;
+  double bcl_weight, bcl_alpha, bcl_beta;
+  double bcl_cutoff;  // -ln(tau), rounded to acc: scores above it are selected
+  int bcl_nms_radius;
+  int cpg_radius;  // 0: without CPG
+  bool cpg_window;
+  double cpg_weight;
+  void* nll;       // (N, H, W) acc, contiguous, forward with OHEM only: -1 where ignored, NaN at a bad label
+  void* stats;     // (2, N, H, W) acc, contiguous: m = max_c Z_c, then log sum_c exp(Z_c - m)
+  void* selected;  // (N, H, W) uint8, contiguous: bit s is S of BCL's step s; null without BCL
+  void* total;     // () acc
+  void* terms;     // (kTerms,) acc
+  void* summary;   // (kSummarySize,) acc
   // backward only
   const void* grad_total;  // () acc
   LogitView grad;          // same dtype as logits
+
+  BCMF_HOST_DEVICE bool resampled() const { return h != H || w != W; }
 };
 
 // Results of read_label beside the classes 0..C-1.

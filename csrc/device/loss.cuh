@@ -227,9 +227,14 @@ __global__ void __launch_bounds__(kThreads) loss_finish(LossArgs args, const dou
   double numerator, denominator;
   load_partials(partials, tiles, &numerator, &denominator);
   if (threadIdx.x == 0) {
-    static_cast<Acc*>(args.summary)[kDenominator] = static_cast<Acc>(denominator);
-    if (!args.ohem || tiles == 0) static_cast<Acc*>(args.summary)[kCutoff] = 0;
-    *static_cast<Acc*>(args.total) = static_cast<Acc>(denominator != 0 ? numerator / denominator : 0);
+    Acc *summary = static_cast<Acc*>(args.summary), *terms = static_cast<Acc*>(args.terms);
+    const Acc cutoff = args.ohem && tiles > 0 ? summary[kCutoff] : Acc(0);
+    for (int entry = 0; entry < kSummarySize; ++entry) summary[entry] = 0;
+    summary[kDenominator] = static_cast<Acc>(denominator);
+    summary[kCutoff] = cutoff;
+    for (int term = 0; term < kTerms; ++term) terms[term] = 0;
+    terms[kCe] = static_cast<Acc>(denominator != 0 ? numerator / denominator : 0);
+    *static_cast<Acc*>(args.total) = terms[kCe];
   }
 }
 

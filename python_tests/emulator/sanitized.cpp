@@ -64,10 +64,11 @@ void check_loss(bcmf::LogitType type, int64_t n, int64_t c, int64_t h, int64_t w
   for (const auto order : {emulator::Order::forward, emulator::Order::reversed, emulator::Order::shuffled}) {
     emulator::order = order;
     Memory stats(2 * pixels * sizeof(Acc)), nll(pixels * sizeof(Acc)), total(sizeof(Acc)), grad(logits.size);
-    Memory summary(bcmf::kSummarySize * sizeof(Acc)), grad_total(sizeof(Acc));
+    Memory summary(bcmf::kSummarySize * sizeof(Acc)), terms(bcmf::kTerms * sizeof(Acc)), grad_total(sizeof(Acc));
     *static_cast<Acc*>(grad_total.data()) = 2;
     bcmf::LossArgs args = {};
-    args.N = n, args.C = c, args.H = h, args.W = w;
+    args.N = n, args.C = c, args.H = args.h = h, args.W = args.w = w;
+    args.ce = true;
     args.logits = {logits.data(), type, c * h * w, h * w, w, 1};
     args.grad = {grad.data(), type, c * h * w, h * w, w, 1};
     args.labels = {labels.data(), bcmf::LabelType::u8, h * w, w, 1};
@@ -79,6 +80,7 @@ void check_loss(bcmf::LogitType type, int64_t n, int64_t c, int64_t h, int64_t w
     args.nll = options.ohem ? nll.data() : nullptr;
     args.stats = stats.data();
     args.total = total.data();
+    args.terms = terms.data();
     args.summary = summary.data();
     args.grad_total = grad_total.data();
     Memory scratch(bcmf::cuda::loss_scratch_bytes(args));
@@ -88,7 +90,7 @@ void check_loss(bcmf::LogitType type, int64_t n, int64_t c, int64_t h, int64_t w
     const bool selected = options.ohem && options.threshold == 20 && pixels > 1;
     require(!selected || cutoff < options.threshold, "OHEM's selection did not run");
     std::vector<Memory> found;
-    for (Memory* result : {&total, &summary, &stats, &grad}) found.push_back(std::move(*result));
+    for (Memory* result : {&total, &terms, &summary, &stats, &grad}) found.push_back(std::move(*result));
     if (expected.empty())
       expected = std::move(found);
     else

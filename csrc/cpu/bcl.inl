@@ -1,0 +1,152 @@
+// BCL: scores of all pixels, their maxima, and what the selected pixels add to the gradient. Included by
+// loss_kernel.inl.
+
+// Of a row of the batch and the index of a step: the classes there, and the two flipped ones.
+struct FlippedRow {
+  const uint16_t *own, *by_rows;
+  const int32_t* column_flip;
+
+  template <typename Acc>
+  FlippedRow(const LossArgs& args, const LossWork<Acc>& work, int64_t row, int index)
+      : own(work.ids + row * args.W),
+        by_rows(work.ids + (row - row % args.H + flip_index(row % args.H, args.bcl_step[index], args.H)) * args.W),
+        column_flip(work.column_flip + index * args.W) {}
+  uint16_t by_columns(int64_t x) const { return own[column_flip[x]]; }
+  // Whether any of the columns xa..xb has another class after a flip.
+  bool differs(int64_t xa, int64_t xb) const {
+    unsigned any = 0;
+    for (int64_t x = xa; x < xb; ++x) any |= own[x] ^ by_rows[x];
+    for (int64_t x = xa; x < xb; ++x) any |= own[x] ^ own[column_flip[x]];
+    return any != 0;
+  }
+};
+
+constexpr int64_t kStretch = 32;  // pixels whose flips are looked at together: most have none
+
+// q of a tile's pixels, whose logits are z: the largest of the three losses; -1 where one of the labels is ignored. A
+// NaN loss stays NaN.
+template <typename Acc>
+static void score_tile(const LossArgs& args, const LossWork<Acc>& work, int index, int64_t n, Tile t, const Acc* z,
+                       const Acc* nll, const Acc* m, const Acc* log_sum) {
+  for (int64_t y = t.y, i = 0; y < t.y + t.rows; ++y) {
+    const FlippedRow flipped(args, work, n * args.H + y, index);
+    Acc* scores = work.scores + ((index * args.N + n) * args.H + y) * args.W;
+    for (int64_t xa = t.xa; xa < t.xb; xa += kStretch) {
+      const int64_t xb = t.xb - xa < kStretch ? t.xb : xa + kStretch;
+      const bool differs = flipped.differs(xa, xb);
+      for (int64_t x = xa; x < xb; ++x) scores[x] = nll[i + x - xa];
+      for (int64_t x = xa; x < xb && differs; ++x) {
+        if (flipped.own[x] == kIgnoredId) continue;
+        const uint16_t others[2] = {flipped.by_rows[x], flipped.by_columns(x)};
+        const int64_t k = i + x - xa;
+        for (const uint16_t other : others) {
+          if (other == flipped.own[x]) continue;
+          if (other == kIgnoredId) {
+            scores[x] = -1;
+            break;
+          }
+          const Acc loss = (m[k] - z[other * work.pitch + k]) + log_sum[k];
+          scores[x] = loss > scores[x] ? loss : scores[x];
+        }
+      }
+      i += xb - xa;
+    }
+  }
+}
+
+// The larger of two scores; NaN is larger than all.
+template <typename Acc>
+BCMF_INLINE Acc larger(Acc a, Acc b) {
+  return b > a || b != b ? b : a;
+}
+
+// Of the columns xa..xb of a row of scores: the largest of each neighbourhood, clipped at the border.
+template <typename Acc>
+static void pool_scores(const LossArgs& args, const Acc* scores, int64_t row, int64_t xa, int64_t xb, Acc* pooled) {
+  const int64_t radius = args.bcl_nms_radius, y = row % args.H;
+  const int64_t top = y < radius ? 0 : y - radius, bottom = args.H - 1 - y < radius ? args.H - 1 : y + radius;
+  const Acc* own = scores + row * args.W;
+  for (int64_t x = xa; x < xb; ++x) pooled[x - xa] = own[x];
+  for (int64_t v = top; v <= bottom; ++v) {
+    const Acc* other = own + (v - y) * args.W;
+    for (int64_t u = -radius; u <= radius; ++u) {
+      const int64_t from = xa + u < 0 ? -u : xa, to = xb + u > args.W ? args.W - u : xb;
+      for (int64_t x = from; x < to; ++x) pooled[x - xa] = larger(pooled[x - xa], other[x + u]);
+    }
+  }
+}
+
+// S of a step: its bits in `selected`, and by rows the sum of what it is supervised with and the number of its pixels.
+template <typename Acc, typename Source>
+static void select_from(const LossArgs& args, const LossWork<Acc>& work, int index, int64_t begin, int64_t end,
+                        TermPartial* partials) {
+  const Source source(args, work);
+  const Acc* max_logit = static_cast<const Acc*>(args.stats);
+  const Acc* log_sum = max_logit + args.N * args.H * args.W;
+  const Acc cutoff = static_cast<Acc>(args.bcl_cutoff);
+  const Acc alpha = static_cast<Acc>(args.bcl_alpha), beta = static_cast<Acc>(args.bcl_beta);
+  const Acc* scores = work.scores + index * args.N * args.H * args.W;
+  uint8_t* selected = static_cast<uint8_t*>(args.selected);
+  for (int64_t row = begin; row < end; ++row) {
+    const FlippedRow flipped(args, work, row, index);
+    TermPartial partial = {};
+    for (int64_t xa = 0; xa < args.W; xa += kMaxTilePixels) {
+      const int64_t xb = args.W - xa < kMaxTilePixels ? args.W : xa + kMaxTilePixels;
+      Acc pooled[kMaxTilePixels];
+      pool_scores(args, scores, row, xa, xb, pooled);
+      for (int64_t x = xa; x < xb; ++x) {
+        const int64_t pixel = row * args.W + x;
+        const Acc q = scores[pixel];
+        const bool hit = (q > cutoff && q == pooled[x - xa]) || q != q;
+        selected[pixel] = static_cast<uint8_t>((index == 0 ? 0 : selected[pixel]) | hit << index);
+        if (!hit) continue;
+        const auto loss = [&](uint16_t id) {
+          return (max_logit[pixel] - source.entry(row / args.H, row % args.H, x, id)) + log_sum[pixel];
+        };
+        partial.sum += args.bcl_flipped ? alpha * loss(flipped.by_rows[x]) + beta * loss(flipped.by_columns(x))
+                                        : loss(flipped.own[x]);
+        ++partial.count;
+      }
+    }
+    partials[row] = partial;
+  }
+}
+
+template <typename Acc>
+static void select(const LossArgs& args, const LossWork<Acc>& work, int index, int64_t begin, int64_t end,
+                   TermPartial* partials) {
+  if (args.resampled()) return select_from<Acc, Resampled<Acc>>(args, work, index, begin, end, partials);
+  select_from<Acc, Direct<Acc>>(args, work, index, begin, end, partials);
+}
+
+// Derivative of the total by a selected pixel's loss; `count` is what its step is averaged over.
+template <typename Acc>
+static Acc bcl_scale(const LossArgs& args, Acc count) {
+  const Acc upstream = *static_cast<const Acc*>(args.grad_total);
+  return count != 0 ? upstream * static_cast<Acc>(args.bcl_weight / args.bcl_steps) / count : 0;
+}
+
+template <typename Acc>
+static void add_flipped_factor(const LossArgs& args, const uint8_t* selected, int64_t count, Acc* factor) {
+  const Acc share = bcl_scale<Acc>(args, static_cast<const Acc*>(args.summary)[kValid]) *
+                    static_cast<Acc>(args.bcl_alpha + args.bcl_beta);
+  for (int s = 0; s < args.bcl_steps; ++s)
+    for (int64_t i = 0; i < count; ++i) factor[i] += selected[i] >> s & 1 ? share : 0;
+}
+
+template <typename Acc>
+static void subtract_flipped(const LossArgs& args, const LossWork<Acc>& work, int64_t n, Tile t,
+                             const uint8_t* selected, Acc* z) {
+  const Acc share = bcl_scale<Acc>(args, static_cast<const Acc*>(args.summary)[kValid]);
+  const Acc alpha = share * static_cast<Acc>(args.bcl_alpha), beta = share * static_cast<Acc>(args.bcl_beta);
+  for (int s = 0; s < args.bcl_steps; ++s)
+    for (int64_t k = 0; k < t.rows; ++k) {
+      const FlippedRow flipped(args, work, n * args.H + t.y + k, s);
+      for (int64_t x = t.xa; x < t.xb; ++x) {
+        const int64_t i = k * (t.xb - t.xa) + x - t.xa;
+        if (!(selected[i] >> s & 1)) continue;
+        z[flipped.by_rows[x] * work.pitch + i] -= alpha;
+        z[flipped.by_columns(x) * work.pitch + i] -= beta;
+      }
+    }
+}

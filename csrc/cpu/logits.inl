@@ -1,0 +1,263 @@
+// Where logits come from and gradients go to: a tensor of any strides and dtype, read directly or resampled bilinearly.
+// Included by loss_kernel.inl.
+
+// Calls f(y, x, i, length) for the row segments of `rows` label rows from y on, columns xa..xb; i counts pixels from 0.
+// Rows that follow each other without a gap count as one.
+template <typename F>
+BCMF_INLINE void for_segments(const LossArgs& args, const LogitView& view, Tile t, F f) {
+  if (t.xb - t.xa == args.W && view.stride_h == args.W * view.stride_w) return f(t.y, t.xa, int64_t{0}, t.count());
+  for (int64_t k = 0; k < t.rows; ++k) f(t.y + k, t.xa, k * (t.xb - t.xa), t.xb - t.xa);
+}
+
+// f(pointer) with the logits at this offset, as what they are.
+template <typename Acc, typename F>
+BCMF_INLINE auto with_logits(const LogitView& v, int64_t offset, F f) {
+  if constexpr (sizeof(Acc) == sizeof(double)) {
+    return f(static_cast<const double*>(v.data) + offset);
+  } else {
+    if (v.type == LogitType::f16) return f(static_cast<const F16*>(v.data) + offset);
+    if (v.type == LogitType::bf16) return f(static_cast<const BF16*>(v.data) + offset);
+    return f(static_cast<const float*>(v.data) + offset);
+  }
+}
+
+// `length` logits of one class, `stride` apart, to acc.
+template <typename Acc>
+static void widen_row(const LogitView& v, int64_t offset, int64_t stride, int64_t length, Acc* __restrict to) {
+  with_logits<Acc>(v, offset, [&](const auto* from) {
+    if (stride == 1)
+      for (int64_t k = 0; k < length; ++k) to[k] = widen(from[k]);
+    else
+      for (int64_t k = 0; k < length; ++k) to[k] = widen(from[k * stride]);
+  });
+}
+
+template <typename Acc>
+static Acc read_logit(const LogitView& v, int64_t offset) {
+  return with_logits<Acc>(v, offset, [](const auto* from) -> Acc { return widen(*from); });
+}
+
+// The logits of a tile to z, (C, pitch) acc: pixels are contiguous there whatever the strides of the tensor.
+template <typename Scalar, typename Acc>
+static void load_as(const LossArgs& args, int64_t n, Tile t, Acc* __restrict z, int64_t pitch) {
+  const LogitView& v = args.logits;
+  const Scalar* image = static_cast<const Scalar*>(v.data) + n * v.stride_n;
+  for_segments(args, v, t, [&](int64_t y, int64_t x, int64_t i, int64_t length) {
+    const Scalar* from = image + y * v.stride_h + x * v.stride_w;
+    if (v.stride_w == 1) {
+      for (int64_t c = 0; c < args.C; ++c)
+        for (int64_t k = 0; k < length; ++k) z[c * pitch + i + k] = widen(from[c * v.stride_c + k]);
+    } else {
+      for (int64_t k = 0; k < length; ++k)
+        for (int64_t c = 0; c < args.C; ++c) z[c * pitch + i + k] = widen(from[k * v.stride_w + c * v.stride_c]);
+    }
+  });
+}
+
+template <typename Scalar, typename Acc>
+static void store_as(const LossArgs& args, int64_t n, Tile t, const Acc* __restrict z, int64_t pitch) {
+  const LogitView& v = args.grad;
+  Scalar* image = static_cast<Scalar*>(v.data) + n * v.stride_n;
+  for_segments(args, v, t, [&](int64_t y, int64_t x, int64_t i, int64_t length) {
+    Scalar* to = image + y * v.stride_h + x * v.stride_w;
+    if (v.stride_w == 1) {
+      for (int64_t c = 0; c < args.C; ++c)
+        for (int64_t k = 0; k < length; ++k) narrow(z[c * pitch + i + k], to + c * v.stride_c + k);
+    } else {
+      for (int64_t k = 0; k < length; ++k)
+        for (int64_t c = 0; c < args.C; ++c) narrow(z[c * pitch + i + k], to + k * v.stride_w + c * v.stride_c);
+    }
+  });
+}
+
+// Logits of the labels' size.
+template <typename Acc>
+struct Direct {
+  const LossArgs& args;
+  const LossWork<Acc>& work;
+
+  Direct(const LossArgs& args, const LossWork<Acc>& work, Acc* = nullptr) : args(args), work(work) {}
+
+  void begin(int64_t, Tile) {}
+  void clear_sums() {}
+  void load(int64_t n, Tile t, Acc* z) const {
+    if constexpr (sizeof(Acc) == sizeof(double)) return load_as<double>(args, n, t, z, work.pitch);
+    if constexpr (sizeof(Acc) == sizeof(float)) {
+      if (args.logits.type == LogitType::f16) return load_as<F16>(args, n, t, z, work.pitch);
+      if (args.logits.type == LogitType::bf16) return load_as<BF16>(args, n, t, z, work.pitch);
+      load_as<float>(args, n, t, z, work.pitch);
+    }
+  }
+  Acc entry(int64_t n, int64_t y, int64_t x, int64_t c) const {
+    const LogitView& v = args.logits;
+    return read_logit<Acc>(v, n * v.stride_n + c * v.stride_c + y * v.stride_h + x * v.stride_w);
+  }
+  // Entries of a class at the columns xa..xb of a row.
+  void entries(int64_t n, int64_t y, int64_t xa, int64_t xb, int64_t c, Acc* to) const {
+    const LogitView& v = args.logits;
+    widen_row(v, n * v.stride_n + c * v.stride_c + y * v.stride_h + xa * v.stride_w, v.stride_w, xb - xa, to);
+  }
+  void add_gradient(int64_t n, Tile t, const Acc* z) {
+    if constexpr (sizeof(Acc) == sizeof(double)) return store_as<double>(args, n, t, z, work.pitch);
+    if constexpr (sizeof(Acc) == sizeof(float)) {
+      if (args.grad.type == LogitType::f16) return store_as<F16>(args, n, t, z, work.pitch);
+      if (args.grad.type == LogitType::bf16) return store_as<BF16>(args, n, t, z, work.pitch);
+      store_as<float>(args, n, t, z, work.pitch);
+    }
+  }
+  void end(int64_t, Tile) {}
+};
+
+// Logits of another size. All label rows of a block lie between the same two logit rows, which are resampled along x
+// once: a label row then takes two products per pixel and class. The gradients of a block's rows are summed up in the
+// same two places, and resampled back along x once.
+template <typename Acc>
+struct Resampled {
+  static constexpr int64_t kFewCells = 32;
+  const LossArgs& args;
+  const LossWork<Acc>& work;
+  Acc *upper, *lower;   // (C, pitch): logits of the two rows
+  Acc *sum, *weighted;  // (C, pitch), backward: gradients, and gradients times the weight of the lower row
+
+  // scratch: of four tiles; none where only entries are read.
+  Resampled(const LossArgs& args, const LossWork<Acc>& work, Acc* scratch = nullptr) : args(args), work(work) {
+    if (!scratch) return;
+    const int64_t tile = args.C * work.pitch;
+    upper = scratch;
+    lower = scratch + tile;
+    sum = scratch + 2 * tile;
+    weighted = scratch + 3 * tile;
+  }
+
+  // A strip of columns of a block begins: t is its first tile.
+  void begin(int64_t n, Tile t) {
+    for (int64_t c = 0; c < args.C; ++c) {
+      resample_row(n, work.vertical.first[t.y], t, c, upper + c * work.pitch);
+      resample_row(n, work.vertical.second[t.y], t, c, lower + c * work.pitch);
+    }
+  }
+  void clear_sums() {
+    for (int64_t i = 0; i < args.C * work.pitch; ++i) sum[i] = weighted[i] = 0;
+  }
+  void load(int64_t, Tile t, Acc* z) const {
+    const Acc weight = work.vertical.weight[t.y];
+    for (int64_t c = 0; c < args.C; ++c) {
+      const Acc* __restrict a = upper + c * work.pitch, * __restrict b = lower + c * work.pitch;
+      Acc* __restrict to = z + c * work.pitch;
+      for (int64_t i = 0; i < t.count(); ++i) to[i] = mix(a[i], b[i], weight);
+    }
+  }
+  Acc entry(int64_t n, int64_t y, int64_t x, int64_t c) const {
+    Acc value;
+    entries(n, y, x, x + 1, c, &value);
+    return value;
+  }
+  void entries(int64_t n, int64_t y, int64_t xa, int64_t xb, int64_t c, Acc* to) const {
+    const LogitView& v = args.logits;
+    const int64_t image = n * v.stride_n + c * v.stride_c;
+    const int64_t above = work.vertical.first[y] * v.stride_h, below = work.vertical.second[y] * v.stride_h;
+    const Acc weight = work.vertical.weight[y];
+    with_logits<Acc>(v, image, [&](const auto* z) {
+      const auto column = [&](int64_t x) {
+        return mix<Acc>(widen(z[above + x * v.stride_w]), widen(z[below + x * v.stride_w]), weight);
+      };
+      const int64_t first = work.horizontal.first[xa], last = work.horizontal.second[xb - 1];
+      if (last - first < kFewCells) {  // as usual: many labels lie between few logits
+        Acc cells[kFewCells];
+        for (int64_t x = first; x <= last; ++x) cells[x - first] = column(x);
+        for (int64_t x = xa; x < xb; ++x)
+          to[x - xa] = mix(cells[work.horizontal.first[x] - first], cells[work.horizontal.second[x] - first],
+                           work.horizontal.weight[x]);
+      } else {
+        for (int64_t x = xa; x < xb; ++x)
+          to[x - xa] =
+              mix(column(work.horizontal.first[x]), column(work.horizontal.second[x]), work.horizontal.weight[x]);
+      }
+    });
+  }
+  void add_gradient(int64_t, Tile t, const Acc* z) {
+    const Acc weight = work.vertical.weight[t.y];
+    for (int64_t c = 0; c < args.C; ++c) {
+      const Acc* __restrict from = z + c * work.pitch;
+      Acc* __restrict s = sum + c * work.pitch, * __restrict w = weighted + c * work.pitch;
+      for (int64_t i = 0; i < t.count(); ++i) {
+        s[i] += from[i];
+        w[i] += weight * from[i];
+      }
+    }
+  }
+  // The strip ends: its sums go back to the logits' columns. `block` counts over the batch.
+  void end(int64_t block, Tile t) {
+    Acc* halves = work.halves + block * 2 * args.C * args.w;
+    for (int64_t c = 0; c < args.C; ++c) {
+      Acc *above = halves + c * args.w, *below = halves + (args.C + c) * args.w;
+      const Acc *s = sum + c * work.pitch, *w = weighted + c * work.pitch;
+      for (int64_t x = t.xa; x < t.xb;) {  // pixels between the same two columns of logits
+        const int64_t left = work.horizontal.first[x], right = work.horizontal.second[x];
+        Acc al = 0, ar = 0, bl = 0, br = 0;
+        for (; x < t.xb && work.horizontal.first[x] == left; ++x) {
+          const Acc weight = work.horizontal.weight[x];
+          const Acc b = w[x - t.xa], a = s[x - t.xa] - b;
+          al += (1 - weight) * a, ar += weight * a, bl += (1 - weight) * b, br += weight * b;
+        }
+        above[left] += al, above[right] += ar, below[left] += bl, below[right] += br;
+      }
+    }
+  }
+
+ private:
+  void resample_row(int64_t n, int64_t row, Tile t, int64_t c, Acc* __restrict to) const {
+    const LogitView& v = args.logits;
+    const int64_t offset = n * v.stride_n + c * v.stride_c + row * v.stride_h;
+    const int64_t first = work.horizontal.first[t.xa], last = work.horizontal.second[t.xb - 1];
+    const int32_t *left = work.horizontal.first + t.xa, *right = work.horizontal.second + t.xa;
+    const Acc* weight = work.horizontal.weight + t.xa;
+    if (last - first < kMaxTilePixels) {
+      Acc cells[kMaxTilePixels];
+      widen_row(v, offset + first * v.stride_w, v.stride_w, last - first + 1, cells);
+      const Acc* base = cells - first;
+      for (int64_t i = 0; i < t.count(); ++i) to[i] = mix(base[left[i]], base[right[i]], weight[i]);
+    } else {  // many more logits than labels
+      for (int64_t i = 0; i < t.count(); ++i)
+        to[i] = mix(read_logit<Acc>(v, offset + left[i] * v.stride_w),
+                    read_logit<Acc>(v, offset + right[i] * v.stride_w), weight[i]);
+    }
+  }
+};
+
+// Logit rows begin..end of the batch: the gradient of each is the lower half of the block above and the upper half of
+// the block below it. (At the last row both are its own.)
+template <typename Acc>
+static void join_halves(const LossArgs& args, const LossWork<Acc>& work, int64_t begin, int64_t end) {
+  const LogitView& v = args.grad;
+  Acc row[kMaxTilePixels];
+  for (int64_t index = begin; index < end; ++index) {
+    const int64_t n = index / args.h, y = index % args.h;
+    const int64_t from = work.block[y > 0 ? y - 1 : 0], to = work.block[y + 1];
+    for (int64_t c = 0; c < args.C; ++c)
+      for (int64_t x = 0; x < args.w; x += kMaxTilePixels) {
+        const int64_t length = args.w - x < kMaxTilePixels ? args.w - x : kMaxTilePixels;
+        for (int64_t i = 0; i < length; ++i) row[i] = 0;
+        for (int64_t block = from; block < to; ++block) {
+          const int64_t label_row = work.row[block];
+          const Acc* halves = work.halves + (n * work.blocks + block) * 2 * args.C * args.w;
+          const Acc *above = halves + c * args.w + x, *below = halves + (args.C + c) * args.w + x;
+          if (work.vertical.first[label_row] == y)
+            for (int64_t i = 0; i < length; ++i) row[i] += above[i];
+          if (work.vertical.second[label_row] == y)
+            for (int64_t i = 0; i < length; ++i) row[i] += below[i];
+        }
+        const int64_t offset = n * v.stride_n + c * v.stride_c + y * v.stride_h + x * v.stride_w;
+        const auto store = [&](auto* grad) {
+          for (int64_t i = 0; i < length; ++i) narrow(row[i], grad + offset + i * v.stride_w);
+        };
+        if (v.type == LogitType::f64) {
+          if constexpr (sizeof(Acc) == sizeof(double)) store(static_cast<double*>(v.data));
+        } else if constexpr (sizeof(Acc) == sizeof(float)) {
+          if (v.type == LogitType::f16) store(static_cast<F16*>(v.data));
+          if (v.type == LogitType::bf16) store(static_cast<BF16*>(v.data));
+          if (v.type == LogitType::f32) store(static_cast<float*>(v.data));
+        }
+      }
+  }
+}

@@ -1,0 +1,55 @@
+// Index arithmetic that all kernels share, exact in integers: which label a flip brings, between which logits a label
+// pixel lies, and the Sobel taps.
+#pragma once
+
+#include "common.cuh"
+
+namespace bcmf {
+
+// pi_s of BCL: swaps neighbouring groups of `step`; an index whose partner would lie outside stays.
+BCMF_HOST_DEVICE int64_t flip_index(int64_t i, int64_t step, int64_t length) {
+  const int64_t partner = i / step % 2 == 0 ? i + step : i - step;
+  return partner < length ? partner : i;
+}
+
+// Bilinear resampling along an axis: pixel i of `out` is mix(in[first], in[second], weight).
+template <typename Acc>
+struct AxisTap {
+  int64_t first, second;
+  Acc weight;
+};
+
+// F.interpolate's source coordinate as a fraction: floating point picks another `first` where it is almost an integer.
+template <typename Acc>
+BCMF_HOST_DEVICE AxisTap<Acc> axis_tap(int64_t i, int64_t in, int64_t out, bool align_corners) {
+  int64_t numerator, denominator;
+  if (align_corners) {
+    numerator = i * (in - 1);
+    denominator = out > 1 ? out - 1 : 1;
+  } else {
+    numerator = (2 * i + 1) * in - out;
+    denominator = 2 * out;
+    numerator = numerator > 0 ? numerator : 0;
+  }
+  const int64_t first = numerator / denominator;
+  if (first + 1 >= in) return {first, first, Acc(0)};  // beyond the last centre: exact copies, so that ties stay ties
+  const double weight = static_cast<double>(numerator % denominator) / static_cast<double>(denominator);
+  return {first, first + 1, static_cast<Acc>(weight)};
+}
+
+// Both products, as F.interpolate, so that infinities come out alike; but nothing of b where its weight is 0.
+template <typename Acc>
+BCMF_HOST_DEVICE Acc mix(Acc a, Acc b, Acc weight) {
+  return weight == 0 ? a : (1 - weight) * a + weight * b;
+}
+
+// Taps of CPG's Sobel kernels times this denominator are integers, so that G != 0 is decided exactly.
+BCMF_HOST_DEVICE constexpr int sobel_denominator(int radius) { return radius == 1 ? 2 : radius == 2 ? 20 : 780; }
+
+// K_x[u, v] is sobel_tap(radius, v, u), K_y[u, v] is sobel_tap(radius, u, v); u is the row offset. 0 at the centre.
+BCMF_HOST_DEVICE constexpr int sobel_tap(int radius, int along, int across) {
+  const int squared = along * along + across * across;
+  return squared == 0 ? 0 : sobel_denominator(radius) * along / squared;
+}
+
+}  // namespace bcmf
