@@ -1,6 +1,7 @@
 #!/usr/bin/env bash
 # Everything that needs a GPU, in one call of at most nine minutes, on a machine with torch and nvcc and no network:
 #   bench/gpu.sh OUT [build] [tests] [sanitize] [bench] [profile]        (all of them when none is named)
+# A first GPU is best used in three calls: "build tests", "bench profile", "sanitize" (the build is kept between them).
 # Logs, tables and JSON go to OUT; a summary is printed. CAMVID=folder: its labels for the benches. WHEELS=folder: pure
 # Python packages that the machine lacks. Without a GPU each stage goes as far as it can, on tiny sizes: for tests.
 set -uo pipefail
@@ -12,7 +13,11 @@ deadline=$((SECONDS + 535))
 failed=()
 python=${PYTHON:-python3}
 gpu=$("$python" -c 'import torch; print(int(torch.cuda.is_available()))')
-[ "$gpu" = 1 ] && device=cuda size=() rounds=21 || device=cpu size=(--size 2 19 24 32) rounds=3
+if [ "$gpu" = 1 ]; then
+  device=cuda size=() rounds=21 step=(--crop 1024 1024)
+else
+  device=cpu size=(--size 2 19 24 32) rounds=3 step=(--crop 64 64 --batch 2 --rounds 2)
+fi
 
 stage() { # name, seconds at most, command…: its log, its last lines, and whether it failed
   local name=$1 limit=$2 start=$SECONDS left=$((deadline - SECONDS))
@@ -23,7 +28,7 @@ stage() { # name, seconds at most, command…: its log, its last lines, and whet
     failed+=("$name")
     return
   fi
-  timeout -k 5 "$limit" "$@" >"$out/$name.log" 2>&1
+  timeout -s INT -k 15 "$limit" "$@" >"$out/$name.log" 2>&1
   local rc=$?
   [ $rc -ne 0 ] && failed+=("$name (exit $rc)")
   printf '=== %s: exit %d, %d s\n' "$name" $rc $((SECONDS - start))
@@ -35,7 +40,11 @@ build() {
   lines=40 stage build 240 bash -c "$python -m pip install -v --no-build-isolation --no-deps . && $python -m bcmf_ext.info"
 }
 
-tests() { lines=15 stage tests 200 "$python" -m pytest python_tests -m gpu --durations=5; }
+tests() { # CUDA first: Triton compiles a kernel for every new kind of argument
+  local pytest=("$python" -m pytest -m gpu --durations=5 --tb=short --maxfail=25)
+  lines=15 stage tests-cuda 220 "${pytest[@]}" python_tests -k "not triton"
+  lines=15 stage tests-triton 300 "${pytest[@]}" python_tests/test_ops.py -k triton
+}
 
 sanitize() { # the kernels on small shapes
   if ! command -v compute-sanitizer >/dev/null; then
@@ -53,6 +62,8 @@ sanitize() { # the kernels on small shapes
 bench() {
   lines=60 stage bench 200 "$python" bench/kernels.py --device "$device" "${size[@]}" --rounds "$rounds" --output "$out" \
     ${CAMVID:+--labels "$CAMVID"}
+  lines=8 stage train_step 60 "$python" bench/train_step.py --device "$device" "${step[@]}" --output "$out" \
+    ${CAMVID:+--data "$CAMVID"}
 }
 
 profile() {

@@ -5,14 +5,15 @@ Prints a table and writes bench/results/kernels-<device>.json and .png.
 Protocol. All contenders take turns in one process, round after round, in rotated order; a figure is the median over the
 rounds of a contender's time divided by the baseline's in the same round, which a busy machine disturbs far less than
 times, and its spread the middle half of these ratios. The baseline runs twice a round: where this A/A ratio is off by
-more than 5 %, the problem does not count and says so. On a GPU times come from events, and the L2 cache is flushed
-before each forward. Every contender's value and gradient are compared with the fp64 definition in the same run. Memory
-is the peak above the state before the call: CUDA's allocator, or the process's resident set.
+more than 5 %, or with fewer than 15 rounds, the problem does not count and says so. On a GPU times come from events,
+and the L2 cache is flushed before each forward. Every contender's value and gradient are compared with the fp64
+definition in the same run. Memory is the peak above the state before the call: CUDA's allocator, or the process's
+resident set.
 
-Roofline. What an op has to do at least: bytes from memory and exponentials. Both rates are measured in the same run, by
-copying a tensor of the logits' size and by torch.exp on one that fits into the cache (on a GPU, the exponentials are
-those of its special function units at full clock); the share is the larger of the two times that this work needs, over
-the time it took. A share above 100 % says that torch.exp is not the fastest exp.
+Roofline. What an op has to do at least: bytes from memory and exponentials. Both rates are measured in the same run,
+the best of all rounds: copying 128 MiB, and torch.exp of a tensor that fits into the cache (on a GPU, the exponentials
+are those of its special function units at full clock); the share is the larger of the two times that this work needs,
+over the time it took. A share above 100 % says that torch.exp is not the fastest exp.
 """
 
 from __future__ import annotations
@@ -21,6 +22,7 @@ import argparse
 import ctypes
 import hashlib
 import json
+import math
 import platform
 import re
 import statistics
@@ -42,17 +44,20 @@ import matplotlib.pyplot as plt
 
 sys.path.insert(0, str(Path(__file__).parent))
 import cross_entropy
-from problem import Problem
+import segmentation_loss
+from problem import OURS, Problem
 
 from bcmf_ext import info
 from bcmf_ext.data import open_dataset
 
 ROOT = Path(__file__).resolve().parents[1]
 RESULTS = ROOT / "bench" / "results"
-OPS = {"cross_entropy": cross_entropy.problems}
+OPS = {"cross_entropy": cross_entropy.problems, "segmentation_loss": segmentation_loss.problems}
 PHASES = ("forward", "backward", "both")
 ROUNDS = 21
 AA_LIMIT = 0.05
+LEAST_ROUNDS = 15
+REPEATS = 20  # of what is too short to time
 
 
 # --------------------------------------------------------------------------------------------------------------------
@@ -93,18 +98,13 @@ class Clock:
         return {phase: self.between(*span) for phase, span in zip(PHASES, spans, strict=True)}
 
 
-def peak_mib(loss: Callable[[Tensor], Tensor], logits: Tensor) -> float:
-    """Peak memory of a step above the state before it. (On the CPU the profiler does not see C++ scratch.)"""
-
-    def step() -> None:
-        loss(logits).backward()
-        logits.grad = None
-
-    if logits.is_cuda:
+def peak_above(run: Callable[[], object], cuda: bool) -> float:
+    """Peak memory of a call above the state before it, MiB. (On the CPU the profiler does not see C++ scratch.)"""
+    if cuda:
         torch.cuda.synchronize()
         torch.cuda.reset_peak_memory_stats()
         before = torch.cuda.memory_allocated()
-        step()
+        run()
         torch.cuda.synchronize()
         return (torch.cuda.max_memory_allocated() - before) / 2**20
     status = Path("/proc/self/status")
@@ -114,11 +114,28 @@ def peak_mib(loss: Callable[[Tensor], Tensor], logits: Tensor) -> float:
     def read(key: str) -> int:
         return next(int(line.split()[1]) for line in status.read_text().splitlines() if line.startswith(key))
 
-    Path("/proc/self/clear_refs").write_text("5")  # reset the high-water mark
     ctypes.CDLL(None).malloc_trim(0)  # what malloc keeps of earlier steps would count as there before
+    Path("/proc/self/clear_refs").write_text("5")  # reset the high-water mark to what is left
     resident = read("VmRSS")
-    step()
+    run()
     return (read("VmHWM") - resident) / 1024
+
+
+def peak_mib(loss: Callable[[Tensor], Tensor], logits: Tensor) -> float:
+    """Of a forward and backward; the gradient is part of it."""
+
+    def step() -> None:
+        loss(logits).backward()
+        logits.grad = None
+
+    return peak_above(step, logits.is_cuda)
+
+
+def device_name(device: str) -> str:
+    """For names of files: cpu, or such as h100-80gb-hbm3."""
+    if device == "cpu":
+        return device
+    return re.sub(r"[^a-z0-9]+", "-", torch.cuda.get_device_name().lower().removeprefix("nvidia ")).strip("-")
 
 
 # --------------------------------------------------------------------------------------------------------------------
@@ -136,26 +153,40 @@ class Rates:
         return max(work[0] / self.bytes, work[1] / self.exps)
 
 
-def measure_rates(logits: Tensor, clock: Clock) -> Rates:
-    def best(run: Callable[[], object], repeat: int = 15) -> float:
-        times = []
-        for _ in range(repeat):
-            start = clock.mark()
-            run()
-            times.append(clock.between(start, clock.mark()))
-        return statistics.median(times[2:])
+class RateMeter:
+    """Measures both rates once a round, between the contenders; what counts is the best, that of a free machine."""
 
-    source = logits.detach()
-    target = torch.empty_like(source)
-    copy = best(lambda: target.copy_(source))
-    if logits.is_cuda:  # torch.exp waits for memory there; the special function units take 16 a clock and processor
-        properties = torch.cuda.get_device_properties(logits.device)
-        exps = 16.0 * properties.multi_processor_count * properties.clock_rate
-    else:
-        small = torch.rand(1 << 17)
-        result = torch.empty_like(small)
-        exps = 20 * small.numel() / best(lambda: [torch.exp(small, out=result) for _ in range(20)])
-    return Rates(2 * source.numel() * source.element_size() / copy, exps)
+    def __init__(self, logits: Tensor, clock: Clock) -> None:
+        self.clock = clock
+        # 128 MiB: more than a cache holds.
+        self.source = torch.zeros(32 << 20, dtype=torch.float32, device=logits.device)
+        self.target = torch.empty_like(self.source)
+        self.small = torch.rand(1 << 17, device=logits.device)
+        self.result = torch.empty_like(self.small)
+        self.copy_ms = self.exp_ms = math.inf
+
+    def sample(self) -> None:
+        self.copy_ms = min(self.copy_ms, self._time(lambda: self.target.copy_(self.source)))
+        exps = self._time(lambda: [torch.exp(self.small, out=self.result) for _ in range(REPEATS)])
+        self.exp_ms = min(self.exp_ms, exps / REPEATS)
+
+    def _time(self, run: Callable[[], object]) -> float:
+        start = self.clock.mark()
+        run()
+        return self.clock.between(start, self.clock.mark())
+
+    def rates(self) -> Rates:
+        exps = self.small.numel() / self.exp_ms
+        if self.source.is_cuda:  # torch.exp waits for memory there; the special function units take 16 a clock and SM
+            processors = torch.cuda.get_device_properties(self.source.device).multi_processor_count
+            exps = 16.0 * processors * max_clock_khz()
+        return Rates(2 * self.source.numel() * self.source.element_size() / self.copy_ms, exps)
+
+
+def max_clock_khz() -> float:
+    """Of the GPU's multiprocessors; CUDA 13 no longer has it among the device's properties."""
+    command = ["nvidia-smi", "--query-gpu=clocks.max.sm", "--format=csv,noheader,nounits"]
+    return 1e3 * float(subprocess.run(command, capture_output=True, text=True, check=True).stdout.splitlines()[0])
 
 
 def errors(problem: Problem) -> dict[str, dict[str, float]]:
@@ -175,27 +206,33 @@ def errors(problem: Problem) -> dict[str, dict[str, float]]:
 
 
 def measure(problem: Problem, clock: Clock, rounds: int) -> dict[str, Any]:
-    """All figures of one problem. The first contender is the baseline."""
-    names = list(problem.contenders)
+    """All figures of one problem. The first of `other`, or else of the contenders, is the baseline."""
+    losses = {**problem.other, **problem.contenders}
+    names = list(losses)
     baseline = names[0]
     wrong = errors(problem)
     turns = [*names, "A/A"]
-    losses = {**problem.contenders, "A/A": problem.contenders[baseline]}
+    losses["A/A"] = losses[baseline]
+    meter = RateMeter(problem.logits, clock)
     times: dict[str, list[dict[str, float]]] = {name: [] for name in turns}
     for round_ in tqdm(range(-3, rounds), problem.title, leave=False, disable=None):
         for name in turns[round_ % len(turns) :] + turns[: round_ % len(turns)]:
             step = clock.step(losses[name], problem.logits)
             if round_ >= 0:  # the others warm up
                 times[name].append(step)
-    rates = measure_rates(problem.logits, clock)
+        meter.sample()
+    rates = meter.rates()
 
-    def ratios(name: str, phase: str) -> list[float]:
-        return [ours[phase] / theirs[phase] for ours, theirs in zip(times[name], times[baseline], strict=True)]
+    def ratios(name: str, phase: str, rival: str = baseline) -> list[float]:
+        return [ours[phase] / theirs[phase] for ours, theirs in zip(times[name], times[rival], strict=True)]
 
     aa = {phase: statistics.median(ratios("A/A", phase)) for phase in PHASES}
     rows = {}
     for name in names:
-        rows[name] = {"error": wrong[name], "mib": peak_mib(problem.contenders[name], problem.logits)}
+        rows[name] = {"error": wrong.get(name), "mib": peak_mib(losses[name], problem.logits)}
+        if name in OURS:
+            rivals = [rival for rival in names if rival not in OURS]
+            rows[name]["against"] = {rival: statistics.median(ratios(name, "both", rival)) for rival in rivals}
         for phase in PHASES:
             low, ratio, high = statistics.quantiles(ratios(name, phase), n=4)
             ms = statistics.median(step[phase] for step in times[name])
@@ -205,7 +242,8 @@ def measure(problem: Problem, clock: Clock, rounds: int) -> dict[str, Any]:
         "problem": problem.title,
         "baseline": baseline,
         "A/A": aa,
-        "counts": all(abs(ratio - 1) <= AA_LIMIT for ratio in aa.values()),
+        "counts": rounds >= LEAST_ROUNDS and all(abs(ratio - 1) <= AA_LIMIT for ratio in aa.values()),
+        "gradient_mib": problem.logits.numel() * problem.logits.element_size() / 2**20,
         "copy_gb_per_s": rates.bytes / 1e6,
         "exp_g_per_s": rates.exps / 1e6,
         "contenders": rows,
@@ -220,30 +258,39 @@ def render(result: dict[str, Any]) -> str:
     aa = ", ".join(f"{phase} {ratio:.2f}" for phase, ratio in result["A/A"].items())
     lines = [
         f"{result['problem']}   × {result['baseline']}   A/A: {aa}"
-        + ("" if result["counts"] else "   DOES NOT COUNT: the machine was busy"),
+        + ("" if result["counts"] else "   DOES NOT COUNT: the machine was busy, or the rounds are too few"),
         f"  copy {result['copy_gb_per_s']:.0f} GB/s, exp {result['exp_g_per_s']:.2f} G/s",
-        f"  {'':<12}{'forward':>9}{'backward':>10}{'both':>7}  {'(spread)':<13}{'ms':>8}{'roofline':>10}{'MiB':>7}"
+        f"  {'':<14}{'forward':>9}{'backward':>10}{'both':>7}  {'(spread)':<13}{'ms':>9}{'roofline':>10}{'MiB':>8}"
         "   error of value, gradient",
     ]
     for name, row in result["contenders"].items():
         both = row["both"]
         spread = "({:.2f}–{:.2f})".format(*both["spread"])
+        error = row["error"]
         lines.append(
-            f"  {name:<12}{row['forward']['ratio']:9.2f}{row['backward']['ratio']:10.2f}{both['ratio']:7.2f}"
-            f"  {spread:<13}{both['ms']:8.2f}{both['roofline']:9.0%}{row['mib']:8.0f}"
-            f"   {row['error']['value']:.0e}, {row['error']['gradient']:.0e}"
+            f"  {name:<14}{row['forward']['ratio']:9.2f}{row['backward']['ratio']:10.2f}{both['ratio']:7.2f}"
+            f"  {spread:<13}{both['ms']:9.2f}{both['roofline']:9.0%}{row['mib']:8.0f}"
+            + (f"   {error['value']:.0e}, {error['gradient']:.0e}" if error else "")
         )
+    for name, row in result["contenders"].items():
+        if "against" in row:
+            rivals = ", ".join(f"{ratio:.3f} of {rival}" for rival, ratio in row["against"].items())
+            lines.append(f"  {name}: {rivals}")
     return "\n".join(lines)
 
 
 def draw(results: list[dict[str, Any]], path: Path) -> None:
     """Bars: forward + backward of each contender relative to the baseline."""
-    figure, axes = plt.subplots(1, len(results), figsize=(1 + 2.6 * len(results), 3.6), squeeze=False, sharey=True)
+    figure, axes = plt.subplots(1, len(results), figsize=(1 + 2.6 * len(results), 4.2), squeeze=False)
     for axis, result in zip(axes[0], results, strict=True):
         rows = result["contenders"]
         ratios = [row["both"]["ratio"] for row in rows.values()]
-        colours = ["tab:grey" if name in ("eager", "native", "compile", "torch") else "tab:blue" for name in rows]
-        axis.bar(list(rows), ratios, color=colours)
+        colours = ["tab:blue" if name in OURS else "tab:grey" for name in rows]
+        low, high = zip(*(row["both"]["spread"] for row in rows.values()), strict=True)
+        reach = [[max(0, r - a) for r, a in zip(ratios, low, strict=True)]]
+        reach.append([max(0, b - r) for r, b in zip(ratios, high, strict=True)])
+        axis.bar(list(rows), ratios, color=colours, yerr=reach, ecolor="black", capsize=2)
+        axis.set_yscale("log")
         for x, ratio in enumerate(ratios):
             axis.text(x, ratio, f"{ratio:.2f}", ha="center", va="bottom", fontsize=8)
         axis.axhline(1, color="black", linewidth=0.8, linestyle=":")
@@ -297,21 +344,17 @@ def main() -> None:
     n, c, height, width = arguments.size
     labels = make_labels(arguments.labels, n, height, width).to(arguments.device)
 
-    clock = Clock(arguments.device)
-    results = []
-    for op in arguments.op:
-        for problem in OPS[op](labels, c):
-            results.append(measure(problem, clock, arguments.rounds))
-            print(render(results[-1]), flush=True)
-    device = "cpu"
-    if arguments.device == "cuda":  # such as "NVIDIA H100 80GB HBM3"
-        device = re.sub(r"[^a-z0-9]+", "-", torch.cuda.get_device_name().lower().removeprefix("nvidia ")).strip("-")
-    path = arguments.output / f"kernels-{device}.json"
+    path = arguments.output / f"kernels-{device_name(arguments.device)}.json"
     path.parent.mkdir(parents=True, exist_ok=True)
     source = "CamVid" if arguments.labels else "drawn scenes"
-    record = {**about(), "labels": source, "rounds": arguments.rounds, "results": results}
-    path.write_text(json.dumps(record, indent=1) + "\n")
-    draw(results, path.with_suffix(".png"))
+    record = {**about(), "labels": source, "rounds": arguments.rounds, "results": []}
+    clock = Clock(arguments.device)
+    for op in arguments.op:
+        for problem in OPS[op](labels, c):
+            record["results"].append(measure(problem, clock, arguments.rounds))
+            print(render(record["results"][-1]), flush=True)
+            path.write_text(json.dumps(record, indent=1) + "\n")  # after each: a run may be cut short
+    draw(record["results"], path.with_suffix(".png"))
     print(f"{path}, {path.with_suffix('.png')}")
 
 

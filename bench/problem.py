@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
@@ -16,7 +16,8 @@ class Problem:
     """A loss of some logits.
 
     contenders: from logits to a scalar, by name; the first is the baseline. definition: the same in fp64. work: bytes
-    and exponentials that each phase (forward, backward, both) needs at least.
+    and exponentials that each phase (forward, backward, both) needs at least. other: contenders that compute less, and
+    are timed only (the cross-entropy alone, beside a loss that contains it); the first of them is then the baseline.
     """
 
     title: str
@@ -24,16 +25,41 @@ class Problem:
     contenders: Mapping[str, Callable[[Tensor], Tensor]]
     definition: Callable[[Tensor], Tensor]
     work: Mapping[str, tuple[float, float]]
+    other: Mapping[str, Callable[[Tensor], Tensor]] = field(default_factory=dict)
 
 
-def our_impls(device: torch.device, lacks: str | None = None) -> list[str]:
-    """Every impl of ours that runs an op on this device, except interpreted ones."""
-    candidates = ("cpu", "torch") if device.type == "cpu" else ("cuda", "triton", "torch")
-    return [impl for impl in candidates if dispatch.why_not(impl, device.type, lacks) is None]
+OURS = ("cuda", "triton", "cpu")
 
 
-def random_logits(labels: Tensor, classes: int, dtype: torch.dtype) -> Tensor:
-    """(N, classes, H, W) for labels (N, H, W), normally distributed."""
+def our_impls(device: torch.device, lacks: Mapping[str, str] | None = None) -> list[str]:
+    """Every impl of ours with kernels that run an op on this device, except interpreted ones."""
+    candidates = ("cpu",) if device.type == "cpu" else ("cuda", "triton")
+    return [impl for impl in candidates if dispatch.why_not(impl, device.type, lacks or {}) is None]
+
+
+def make_logits(labels: Tensor, classes: int, dtype: torch.dtype, shrink: int = 1) -> Tensor:
+    """(N, classes, H / shrink, W / shrink) for labels (N, H, W): normally distributed, and at four pixels of five
+    higher by 6 for the right class, as of a network that is being trained."""
     generator = torch.Generator(labels.device).manual_seed(0)
-    shape = (labels.shape[0], classes, *labels.shape[1:])
-    return torch.randn(shape, generator=generator, device=labels.device).to(dtype).requires_grad_()
+    few = labels[:, ::shrink, ::shrink].long()
+    logits = torch.randn((few.shape[0], classes, *few.shape[1:]), generator=generator, device=labels.device)
+    easy = torch.rand(few.shape, generator=generator, device=labels.device) < 0.8
+    logits.scatter_add_(1, few.clamp(max=classes - 1)[:, None], 6 * (easy & (few < classes)).float()[:, None])
+    return logits.to(dtype).requires_grad_()
+
+
+def size_of(logits: Tensor, labels: Tensor) -> str:
+    """Such as 8×19×45×60 → 360×480."""
+    shape = "×".join(map(str, logits.shape))
+    return shape if logits.shape[2:] == labels.shape[1:] else f"{shape} → {'×'.join(map(str, labels.shape[1:]))}"
+
+
+def work(logits: Tensor, labels: Tensor) -> dict[str, tuple[float, float]]:
+    """Of any mix of losses. Forward: read logits and labels, write two floats per label pixel. Backward: read all that,
+    write the gradient. An exponential per class and label pixel in each. (What is sparse is left out.)"""
+    logit_bytes, pixels = logits.numel() * logits.element_size(), labels.numel()
+    label_bytes = pixels * labels.element_size()
+    forward = logit_bytes + label_bytes + 8 * pixels
+    backward = 2 * logit_bytes + label_bytes + 8 * pixels
+    exps = pixels * logits.shape[1]
+    return {"forward": (forward, exps), "backward": (backward, exps), "both": (forward + backward, 2 * exps)}

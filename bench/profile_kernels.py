@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import torch
 from kernels import OPS, make_labels, parser
+from problem import OURS
 from torch.autograd import DeviceType
 from torch.profiler import ProfilerActivity, profile
 
@@ -23,7 +24,7 @@ def main() -> None:
     activities = [ProfilerActivity.CUDA] if cuda else [ProfilerActivity.CPU]
     for op in arguments.op:
         for problem in OPS[op](labels, c):
-            for impl in set(problem.contenders) & {"cuda", "triton", "cpu"}:
+            for impl in set(problem.contenders) & set(OURS):
                 loss = problem.contenders[impl]
                 loss(problem.logits).backward()
                 problem.logits.grad = None

@@ -24,7 +24,7 @@ DTYPES = {"fp16": "fp32", "bf16": "fp32", "fp32": "fp32", "fp64": "fp64"}  # of 
 # What the arguments are. Sizes and strides arrive as i32 or i64, by their value.
 POINTERS = {
     "scalar": ("logits", "grad"),
-    "acc": ("weight", "stats", "nlls", "exceeds", "total", "summary", "grad_total"),
+    "acc": ("weight", "stats", "nlls", "exceeds", "total", "terms", "summary", "grad_total"),
     "fp64": ("partials",),
     "i64": ("selection", "histogram"),
     "u8": ("target",),
@@ -58,7 +58,7 @@ def main() -> None:
     archs = [int(arch) for arch in sys.argv[1:]] or ARCHS
     began, count = time.perf_counter(), 0
     for kernel, dtype, constexprs in specialisations():
-        ones = {name: 1 for name in ("min_kept", "tiles", "stride_w", "grad_stride_w") if name in kernel.arg_names}
+        ones = {name: 1 for name in ("stride_w", "grad_stride_w") if name in kernel.arg_names}
         # As launches do it: an argument of 1 is a constant.
         for arch, integer, fixed in [*((arch, "i64", {}) for arch in archs), (archs[0], "i32", ones)]:
             values = {**constexprs, **fixed}

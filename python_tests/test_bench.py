@@ -12,7 +12,7 @@ import pytest
 from PIL import Image
 
 ROOT = Path(__file__).resolve().parents[1]
-CONTENDERS = {"eager", "native", "compile", "cpu", "torch"}
+DISCONTINUOUS = "BCL"  # fp32 may select other pixels than fp64
 
 
 @pytest.mark.skipif(not (ROOT / "bench").is_dir(), reason="bench is not there")
@@ -28,13 +28,18 @@ def test_gpu_script_as_far_as_it_goes_without_one(tmp_path: Path) -> None:
     record = json.loads((out / "kernels-cpu.json").read_text())
     assert {"commit", "sources", "versions", "labels", "results"} <= record.keys()
     for result in record["results"]:
-        assert {"eager", "compile", "cpu"} <= result["contenders"].keys() <= CONTENDERS
-        for row in result["contenders"].values():
-            bound = 1e-2 if "bfloat16" in result["problem"] else 1e-5
-            assert row["error"]["value"] < bound
-            assert row["error"]["gradient"] < bound
+        assert "cpu" in result["contenders"]
+        assert result["contenders"]["cpu"]["against"].keys() == result["contenders"].keys() - {"cpu"}
+        for name, row in result["contenders"].items():
+            bound = 1e-2 if "bfloat16" in result["problem"] else 0.2 if DISCONTINUOUS in result["problem"] else 1e-5
+            if name != "CE alone":
+                assert row["error"]["value"] < bound
+                assert row["error"]["gradient"] < bound
             assert row["both"]["ms"] > 0
             assert row["both"]["roofline"] > 0
+    steps = json.loads((out / "train_step-cpu.json").read_text())["result"]["impls"]
+    assert steps.keys() == {"cpu", "torch"}
+    assert all(row["loss"] > 0 and row["mib"] > 0 for row in steps.values())
     assert Image.open(out / "kernels-cpu.png").size[0] > 400
     assert "GB/s on its bytes" in (out / "profile.log").read_text()
     unknown = subprocess.run([ROOT / "bench" / "gpu.sh", out, "dance"], env=env, capture_output=True, text=True)

@@ -1,0 +1,123 @@
+"""Where a training step's time and memory go: ``python bench/train_step.py [--device cuda] [--data CAMVID]``.
+
+A step of the trainer, in its phases: data (load and augment the batch in this process), forward, loss, backward,
+optimizer. The impls of the loss take turns, step by step, on the same network; a figure is the median, and the ratio
+that of the pairs (bench/kernels.py says why). Memory is the peak above the state before the step. Writes
+bench/results/train_step-<device>.json.
+"""
+
+from __future__ import annotations
+
+import argparse
+import itertools
+import json
+import statistics
+from pathlib import Path
+from typing import Any
+
+import torch
+from kernels import RESULTS, Clock, about, device_name, peak_above
+from problem import our_impls
+from torch.optim import SGD
+from tqdm import tqdm
+
+from bcmf_ext import SegmentationCriterion, ops
+from bcmf_ext.config import NETWORKS, RECIPES
+from bcmf_ext.data import Augmentation, EpochSampler, TrainSamples, open_dataset
+from bcmf_ext.engine import Compute, choose_dtype
+
+PHASES = ("data", "forward", "loss", "backward", "optimizer")
+WARM_UP = 2
+
+
+class Step:
+    """One network and optimizer, and the loss of each impl."""
+
+    def __init__(self, arguments: argparse.Namespace) -> None:
+        self.device = torch.device(arguments.device)
+        self.clock = Clock(arguments.device)
+        dtype, self.why = choose_dtype(arguments.amp, self.device)
+        self.compute = Compute(self.device, dtype)
+        name = "camvid" if arguments.data else "demo"
+        dataset = open_dataset(name, arguments.data, "train")
+        crop = tuple(arguments.crop or RECIPES[name]["crop_size"])
+        self.samples = TrainSamples(dataset, Augmentation(crop, RECIPES[name]["scale_range"]), 0)
+        self.batches = itertools.cycle(EpochSampler(len(dataset), arguments.batch, 0))
+        self.model = self.compute.place(NETWORKS[arguments.model](len(dataset.classes))).train()
+        self.optimizer = SGD(self.model.parameters(), 1e-3, 0.9, weight_decay=5e-4)
+        self.criteria = {impl: SegmentationCriterion(impl=impl) for impl in arguments.impl}
+        self.title = f"{arguments.model}, {dataset.name}, batch {arguments.batch}, crop {crop[0]}×{crop[1]}"
+        self.title += f", {str(dtype or torch.float32).removeprefix('torch.')}, channels_last"
+
+    def run(self, impl: str, batch: list[tuple[int, int]]) -> dict[str, float]:
+        """Milliseconds of each phase."""
+        marks = [self.clock.mark()]
+        images, labels = (torch.stack(tensors) for tensors in zip(*(self.samples[key] for key in batch), strict=True))
+        marks.append(self.clock.mark())
+        outputs = self.compute.run(self.model, images)
+        marks.append(self.clock.mark())
+        loss = self.criteria[impl](outputs, labels.to(self.device)).total
+        marks.append(self.clock.mark())
+        self.optimizer.zero_grad()
+        loss.backward()
+        marks.append(self.clock.mark())
+        self.optimizer.step()
+        marks.append(self.clock.mark())
+        spans = zip(PHASES, itertools.pairwise(marks), strict=True)
+        return {phase: self.clock.between(*span) for phase, span in spans}
+
+
+def measure(step: Step, rounds: int) -> dict[str, Any]:
+    impls = list(step.criteria)
+    times: dict[str, list[dict[str, float]]] = {impl: [] for impl in impls}
+    for round_ in tqdm(range(-WARM_UP, rounds), step.title, leave=False, disable=None):
+        batch = next(step.batches)
+        for impl in impls[round_ % len(impls) :] + impls[: round_ % len(impls)]:
+            found = step.run(impl, batch)
+            if round_ >= 0:
+                times[impl].append({**found, "step": sum(found.values())})
+    rows = {}
+    for impl in impls:
+        rows[impl] = {phase: statistics.median(t[phase] for t in times[impl]) for phase in (*PHASES, "step")}
+        pairs = zip(times[impl], times[impls[-1]], strict=True)
+        rows[impl]["ratio"] = statistics.median(ours["step"] / theirs["step"] for ours, theirs in pairs)
+        batch = next(step.batches)
+        rows[impl]["mib"] = peak_above(lambda impl=impl, batch=batch: step.run(impl, batch), step.device.type == "cuda")
+    return {"title": step.title, "baseline": impls[-1], "impls": rows}
+
+
+def render(result: dict[str, Any]) -> str:
+    lines = [f"{result['title']}   ms, median; ratio: × {result['baseline']}"]
+    lines.append(f"  {'':<8}" + "".join(f"{name:>11}" for name in (*PHASES, "step", "ratio", "MiB")))
+    for impl, row in result["impls"].items():
+        cells = [f"{row[phase]:11.1f}" for phase in (*PHASES, "step")]
+        lines.append(f"  {impl:<8}{''.join(cells)}{row['ratio']:11.2f}{row['mib']:11.0f}")
+    return "\n".join(lines)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--device", choices=("cpu", "cuda"), default="cuda" if torch.cuda.is_available() else "cpu")
+    parser.add_argument("--data", metavar="CAMVID", help="CamVid's folder; without it, drawn scenes")
+    parser.add_argument("--model", choices=tuple(NETWORKS), default="bcmfnet")
+    parser.add_argument("--batch", type=int, default=8)
+    parser.add_argument("--crop", type=int, nargs=2, metavar=("H", "W"), help="as in training when left out")
+    parser.add_argument("--amp", choices=("auto", "bf16", "fp16", "off"), default="auto")
+    parser.add_argument(
+        "--impl", nargs="*", help="the last is the baseline; all that run here, and torch, when left out"
+    )
+    parser.add_argument("--rounds", type=int, default=15)
+    parser.add_argument("--output", type=Path, default=RESULTS, metavar="DIR")
+    arguments = parser.parse_args()
+    if not arguments.impl:
+        arguments.impl = [*our_impls(torch.device(arguments.device), ops.loss_lacks(bcl=True, cpg=True)), "torch"]
+    result = measure(Step(arguments), arguments.rounds)
+    print(render(result))
+    path = arguments.output / f"train_step-{device_name(arguments.device)}.json"
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(json.dumps({**about(), "rounds": arguments.rounds, "result": result}, indent=1) + "\n")
+    print(path)
+
+
+if __name__ == "__main__":
+    main()
