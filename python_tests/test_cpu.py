@@ -57,6 +57,17 @@ def test_every_instruction_set(capability: str) -> None:
         "        torch.testing.assert_close(ours, truth, rtol=1e-6, atol=0)\n"
         "        grads = [torch.autograd.grad(v, z)[0] for v in (ours, truth)]\n"
         "        torch.testing.assert_close(*grads, rtol=2 * torch.finfo(dtype).eps + 2e-6, atol=1e-7)\n"
+        "    logits = torch.randn(2, 7, 9, 11, generator=g).to(dtype).requires_grad_()\n"
+        "    for z, k in ((z, 3), (logits, 5), (logits, 7)):\n"
+        "        terms = dict(cpg=bcmf_ext.CPG(0.7, k), align_corners=True)\n"
+        "        values = [bcmf_ext.segmentation_loss(z, y, impl=i, **terms).total for i in ('cpu', 'torch')]\n"
+        "        torch.testing.assert_close(*values, rtol=4e-6, atol=0)\n"
+        "        grads = [torch.autograd.grad(v, z)[0] for v in values]\n"
+        "        torch.testing.assert_close(*grads, rtol=2 * torch.finfo(dtype).eps + 2e-5, atol=1e-6)\n"
+        "    areas = y[:, ::5, ::5].repeat_interleave(5, 1)[:, :33].repeat_interleave(5, 2)[:, :, :35]\n"
+        "    bcl = lambda i: bcmf_ext.boundary_corrected_loss(z, areas, align_corners=True, impl=i)\n"
+        "    values = [bcl(i) for i in ('cpu', 'torch')]\n"
+        "    torch.testing.assert_close(*values, rtol=1e-5, atol=0)\n"
         "print(bcmf_ext.dispatch.EXTENSION.build_info()['cpu_capability'].lower())\n"
     )
     if capability == "avx512" and "AVX512" not in torch.backends.cpu.get_cpu_capability():

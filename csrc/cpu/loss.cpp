@@ -348,7 +348,9 @@ template double* add_run(RowRuns<double>& row, int64_t x0, int64_t x1, int64_t c
 
 void advise_huge_pages(void* memory, size_t bytes) {
 #if defined(__linux__)
+  constexpr size_t kFresh = 32 << 20;  // what is smaller malloc keeps, and its pages with it
   constexpr uintptr_t kPage = 2 << 20;
+  if (bytes < kFresh) return;
   const uintptr_t begin = (reinterpret_cast<uintptr_t>(memory) + kPage - 1) / kPage * kPage;
   const uintptr_t end = (reinterpret_cast<uintptr_t>(memory) + bytes) / kPage * kPage;
   if (begin < end) madvise(reinterpret_cast<void*>(begin), end - begin, MADV_HUGEPAGE);

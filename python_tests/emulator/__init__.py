@@ -19,6 +19,7 @@ from bcmf_ext import ops
 HERE = Path(__file__).parent
 SOURCES = HERE.parents[1] / "csrc"
 ORDERS = ("forward", "reversed", "shuffled")
+LAUNCHERS = ("loss",)  # of csrc/cuda; each has a file here
 LIB = Library("bcmf_emulated", "DEF")
 
 
@@ -46,7 +47,7 @@ def load() -> CDLL:
     """
     library = cpp_extension.load(
         "bcmf_emulated",
-        [str(HERE / "kernels.cpp"), str(SOURCES / "ops.cpp")],
+        [*(str(HERE / f"{name}.cpp") for name in ("order", *LAUNCHERS)), str(SOURCES / "ops.cpp")],
         extra_include_paths=[str(HERE / "include")],
         extra_cflags=["-std=c++20", "-O2", "-DBCMF_EMULATED", "-DBCMF_WITH_CUDA", "-Wno-unknown-pragmas"],
         is_python_module=False,

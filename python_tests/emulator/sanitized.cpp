@@ -9,7 +9,7 @@
 #include <random>
 #include <vector>
 
-#include "kernels.cpp"
+#include "loss.cpp"
 
 namespace {
 
