@@ -20,7 +20,7 @@ from PIL import Image
 from tiny import CLASSES, STEPS, TinyNet, one_thread, write_folder  # noqa: F401
 from torch import Tensor
 
-from bcmf_ext import BCL, CPG, OHEM, train
+from bcmf_ext import BCL, CPG, OHEM, dispatch, train
 from bcmf_ext.config import NETWORKS, parse_flags
 from bcmf_ext.data import Augmentation, open_dataset
 from bcmf_ext.engine import Compute, lr_factor
@@ -110,7 +110,7 @@ def test_a_run(flags: list[str], run: Path, capsys: pytest.CaptureFixture[str]) 
         "train: 9 images",
         "val: 3 images",
         f"{STEPS} steps of 2 images; the short last batch, of 1, is left out",
-        "CE + 0.4 BCL + 1 CPG3, and 0.4 CE of the auxiliary head; impl ",
+        "CE + 0.4 BCL + 1 CPG3, and 0.4 CE of the auxiliary head; impl " + ("cpu" if dispatch.EXTENSION else "torch"),
         "12 iterations",
         str(run),
         "--weight-decay 0.0005",
