@@ -94,12 +94,15 @@ static void select_from(const LossArgs& args, const LossWork<Acc>& work, int ind
       const int64_t xb = args.W - xa < kMaxTilePixels ? args.W : xa + kMaxTilePixels;
       Acc pooled[kMaxTilePixels];
       pool_scores(args, scores, row, xa, xb, pooled);
+      uint8_t* to = selected + row * args.W + xa;
+      const Acc* q = scores + row * args.W + xa;
+      uint8_t hits[kMaxTilePixels];
+      for (int64_t i = 0; i < xb - xa; ++i)
+        hits[i] = (((q[i] > cutoff) & (q[i] == pooled[i])) | (q[i] != q[i])) << index;
+      for (int64_t i = 0; i < xb - xa; ++i) to[i] = index == 0 ? hits[i] : to[i] | hits[i];
       for (int64_t x = xa; x < xb; ++x) {
+        if (!hits[x - xa]) continue;
         const int64_t pixel = row * args.W + x;
-        const Acc q = scores[pixel];
-        const bool hit = (q > cutoff && q == pooled[x - xa]) || q != q;
-        selected[pixel] = static_cast<uint8_t>((index == 0 ? 0 : selected[pixel]) | hit << index);
-        if (!hit) continue;
         const auto loss = [&](uint16_t id) {
           return (max_logit[pixel] - source.entry(row / args.H, row % args.H, x, id)) + log_sum[pixel];
         };

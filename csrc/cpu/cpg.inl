@@ -148,8 +148,8 @@ struct RunGradients {
       for (int64_t i = 0; i < right - left; ++i) inner[i] = (inner[i] - m[i]) - log_sum[i];
       for (int64_t i = 0; i < left - from; ++i) exponents[i] = inner[0];
       for (int64_t i = right - from; i < width; ++i) exponents[i] = exponents[right - from - 1];
-      BCMF_LANES
-      for (int64_t i = 0; i < kRunWindow; ++i) p[u][i] = exp_nonpositive(exponents[i]);
+      for (int64_t i = 0; i < kRunWindow; i += kWidth<Acc>)
+        store_vector(exp_nonpositive(load_vector(exponents + i)), p[u] + i);
     }
     BCMF_LANES
     for (int64_t i = 0; i < kRunPixels; ++i) px[i] = py[i] = 0;

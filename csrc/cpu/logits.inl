@@ -54,21 +54,51 @@ static void load_as(const LossArgs& args, int64_t n, Tile t, Acc* __restrict z, 
   });
 }
 
+// To contiguous memory; `stream`: past the cache, which needs no read of what was there.
 template <typename Scalar, typename Acc>
-static void store_as(const LossArgs& args, int64_t n, Tile t, const Acc* __restrict z, int64_t pitch) {
+BCMF_INLINE void narrow_row(const Acc* __restrict from, int64_t length, bool stream, Scalar* __restrict to) {
+  int64_t k = 0;
+#if defined(__SSE2__)
+  if constexpr (sizeof(Scalar) == sizeof(float)) {
+    if (stream) {
+      for (; k < length && reinterpret_cast<uintptr_t>(to + k) % 16 != 0; ++k) to[k] = from[k];
+      for (; k + 4 <= length; k += 4) _mm_stream_ps(to + k, _mm_loadu_ps(from + k));
+    }
+  }
+#endif
+  for (; k < length; ++k) narrow(from[k], to + k);
+}
+BCMF_INLINE void finish_streams() {  // before other threads may read
+#if defined(__SSE2__)
+  _mm_sfence();
+#endif
+}
+
+template <typename Scalar, typename Acc>
+static void store_as(const LossArgs& args, const LossWork<Acc>& work, int64_t n, Tile t, const Acc* __restrict z) {
   const LogitView& v = args.grad;
   Scalar* image = static_cast<Scalar*>(v.data) + n * v.stride_n;
   for_segments(args, v, t, [&](int64_t y, int64_t x, int64_t i, int64_t length) {
     Scalar* to = image + y * v.stride_h + x * v.stride_w;
     if (v.stride_w == 1) {
-      for (int64_t c = 0; c < args.C; ++c)
-        for (int64_t k = 0; k < length; ++k) narrow(z[c * pitch + i + k], to + c * v.stride_c + k);
+      for (int64_t c = 0; c < args.C; ++c) narrow_row(z + c * work.pitch + i, length, work.stream, to + c * v.stride_c);
     } else {
       for (int64_t k = 0; k < length; ++k)
-        for (int64_t c = 0; c < args.C; ++c) narrow(z[c * pitch + i + k], to + k * v.stride_w + c * v.stride_c);
+        for (int64_t c = 0; c < args.C; ++c) narrow(z[c * work.pitch + i + k], to + k * v.stride_w + c * v.stride_c);
     }
   });
 }
+
+// The logits of the next tile, asked for one by one while a tile is worked on: its rows are too short for the processor
+// to see them coming.
+struct LogitsAhead {
+  const char* data;
+  int64_t class_bytes, pixel_bytes;
+  void fetch(int64_t c, int64_t i) const { __builtin_prefetch(data + c * class_bytes + i * pixel_bytes, 0, 2); }
+};
+struct NothingAhead {
+  void fetch(int64_t, int64_t) const {}
+};
 
 // Logits of the labels' size.
 template <typename Acc>
@@ -80,6 +110,13 @@ struct Direct {
 
   void begin(int64_t, Tile) {}
   void clear_sums() {}
+  LogitsAhead ahead(int64_t n, Tile t) const {
+    const LogitView& v = args.logits;
+    const int64_t size = v.type == LogitType::f64 ? 8 : v.type == LogitType::f32 ? 4 : 2;
+    const int64_t y = t.xb < args.W ? t.y : t.y + t.rows, x = t.xb < args.W ? t.xb : 0;
+    const int64_t next = n * v.stride_n + y * v.stride_h + x * v.stride_w;
+    return {static_cast<const char*>(v.data) + next * size, v.stride_c * size, v.stride_w * size};
+  }
   void load(int64_t n, Tile t, Acc* z) const {
     if constexpr (sizeof(Acc) == sizeof(double)) return load_as<double>(args, n, t, z, work.pitch);
     if constexpr (sizeof(Acc) == sizeof(float)) {
@@ -98,11 +135,11 @@ struct Direct {
     widen_row(v, n * v.stride_n + c * v.stride_c + y * v.stride_h + xa * v.stride_w, v.stride_w, xb - xa, to);
   }
   void add_gradient(int64_t n, Tile t, const Acc* z) {
-    if constexpr (sizeof(Acc) == sizeof(double)) return store_as<double>(args, n, t, z, work.pitch);
+    if constexpr (sizeof(Acc) == sizeof(double)) return store_as<double>(args, work, n, t, z);
     if constexpr (sizeof(Acc) == sizeof(float)) {
-      if (args.grad.type == LogitType::f16) return store_as<F16>(args, n, t, z, work.pitch);
-      if (args.grad.type == LogitType::bf16) return store_as<BF16>(args, n, t, z, work.pitch);
-      store_as<float>(args, n, t, z, work.pitch);
+      if (args.grad.type == LogitType::f16) return store_as<F16>(args, work, n, t, z);
+      if (args.grad.type == LogitType::bf16) return store_as<BF16>(args, work, n, t, z);
+      store_as<float>(args, work, n, t, z);
     }
   }
   void end(int64_t, Tile) {}
@@ -116,7 +153,8 @@ struct Resampled {
   static constexpr int64_t kFewCells = 32;
   const LossArgs& args;
   const LossWork<Acc>& work;
-  Acc *upper, *lower;   // (C, pitch): logits of the two rows
+  Acc *upper, *lower;                   // (C, pitch): logits of the two rows
+  int64_t lower_row = -1, column = -1;  // of the batch: what `lower` holds
   Acc *sum, *weighted;  // (C, pitch), backward: gradients, and gradients times the weight of the lower row
 
   // scratch: of four tiles; none where only entries are read.
@@ -129,13 +167,20 @@ struct Resampled {
     weighted = scratch + 3 * tile;
   }
 
-  // A strip of columns of a block begins: t is its first tile.
+  // A strip of columns of a block begins: t is its first tile. Its upper row is mostly the lower one of the block
+  // before it.
   void begin(int64_t n, Tile t) {
-    for (int64_t c = 0; c < args.C; ++c) {
-      resample_row(n, work.vertical.first[t.y], t, c, upper + c * work.pitch);
-      resample_row(n, work.vertical.second[t.y], t, c, lower + c * work.pitch);
+    const int64_t above = n * args.h + work.vertical.first[t.y], below = n * args.h + work.vertical.second[t.y];
+    if (above == lower_row && t.xa == column) {
+      Acc* const there = upper;
+      upper = lower, lower = there;
+    } else {
+      resample_rows(above, t, upper);
     }
+    resample_rows(below, t, lower);
+    lower_row = below, column = t.xa;
   }
+  NothingAhead ahead(int64_t, Tile) const { return {}; }
   void clear_sums() {
     for (int64_t i = 0; i < args.C * work.pitch; ++i) sum[i] = weighted[i] = 0;
   }
@@ -206,6 +251,9 @@ struct Resampled {
   }
 
  private:
+  void resample_rows(int64_t row, Tile t, Acc* to) const {
+    for (int64_t c = 0; c < args.C; ++c) resample_row(row / args.h, row % args.h, t, c, to + c * work.pitch);
+  }
   void resample_row(int64_t n, int64_t row, Tile t, int64_t c, Acc* __restrict to) const {
     const LogitView& v = args.logits;
     const int64_t offset = n * v.stride_n + c * v.stride_c + row * v.stride_h;

@@ -68,6 +68,7 @@ class Work {
   LossWork<Acc> view = {};
 
   explicit Work(const LossArgs& args) : args_(args) {
+    view.stream = args.N * args.C * args.h * args.w * sizeof(Acc) >= kLarge;
     view.nll = args.ohem ? static_cast<Acc*>(args.nll) : nullptr;
     view.pitch = tile_pixels(args.C);
     view.strip = std::min(view.pitch, args.W);
@@ -200,15 +201,6 @@ Acc find_loss(const Acc* losses, int64_t count, int64_t rank) {
   return loss_of<Acc>(selection.prefix);
 }
 
-// The smallest loss that OHEM keeps: what exceeds the threshold, or the min_kept-th largest if those are too few.
-template <typename Acc>
-Acc find_cutoff(const LossArgs& args, int64_t hard, int64_t valid) {
-  const Acc exceeds = static_cast<Acc>(args.ohem_cutoff);
-  const int64_t kept = std::min(args.ohem_min_kept, valid);
-  if (hard >= kept) return exceeds;
-  return find_loss(static_cast<const Acc*>(args.nll), args.N * args.H * args.W, kept);
-}
-
 TermPartial add_up(const std::vector<TermPartial>& partials) {
   TermPartial sum = {};
   for (const TermPartial& partial : partials) {
@@ -218,31 +210,34 @@ TermPartial add_up(const std::vector<TermPartial>& partials) {
   return sum;
 }
 
-// Sums of w * nll and the number of the kept pixels, by rows of labels.
+double ratio(double sum, double count) { return count != 0 ? sum / count : 0; }
+
+// OHEM: what exceeds the threshold is kept, or the min_kept largest losses if those are too few.
 template <typename Acc>
-void sum_kept(const LossArgs& args, const Work<Acc>& work, Acc cutoff, double* sum, int64_t* kept) {
+TermPartial sum_kept(const LossArgs& args, const Work<Acc>& work, const LossPartial& sum) {
+  Acc& cutoff = static_cast<Acc*>(args.summary)[kCutoff];
+  const int64_t least = std::min(args.ohem_min_kept, sum.valid);
+  if (sum.hard >= least) {
+    cutoff = static_cast<Acc>(args.ohem_cutoff);
+    return {sum.hard_nll, sum.hard};
+  }
+  cutoff = find_loss(work.view.nll, args.N * args.H * args.W, least);
   std::vector<TermPartial> partials(work.rows());
   work.for_rows([&](int64_t begin, int64_t end) {
     kernels<Acc>().sum_kept(args, work.view, cutoff, begin, end, partials.data());
   });
-  const TermPartial total = add_up(partials);
-  *sum = total.sum, *kept = total.count;
+  return add_up(partials);
 }
-
-double ratio(double sum, double count) { return count != 0 ? sum / count : 0; }
 
 // The cross-entropy, or OHEM's.
 template <typename Acc>
 double finish_ce(const LossArgs& args, const Work<Acc>& work, const LossPartial& sum) {
-  Acc* summary = static_cast<Acc*>(args.summary);
   double numerator = sum.weighted_nll, denominator = sum.weight;
   if (args.ohem) {
-    summary[kCutoff] = find_cutoff<Acc>(args, sum.hard, sum.valid);
-    int64_t kept;
-    sum_kept(args, work, summary[kCutoff], &numerator, &kept);
-    denominator = static_cast<double>(kept);
+    const TermPartial kept = sum_kept(args, work, sum);
+    numerator = kept.sum, denominator = static_cast<double>(kept.count);
   }
-  summary[kDenominator] = static_cast<Acc>(denominator);
+  static_cast<Acc*>(args.summary)[kDenominator] = static_cast<Acc>(denominator);
   return ratio(numerator, denominator);
 }
 
@@ -283,6 +278,7 @@ int64_t forward(const LossArgs& args) {
   for (const LossPartial& partial : partials) {
     sum.weighted_nll += partial.weighted_nll;
     sum.weight += partial.weight;
+    sum.hard_nll += partial.hard_nll;
     sum.hard += partial.hard;
     sum.valid += partial.valid;
     sum.bad_labels += partial.bad_labels;
@@ -348,9 +344,8 @@ template double* add_run(RowRuns<double>& row, int64_t x0, int64_t x1, int64_t c
 
 void advise_huge_pages(void* memory, size_t bytes) {
 #if defined(__linux__)
-  constexpr size_t kFresh = 32 << 20;  // what is smaller malloc keeps, and its pages with it
   constexpr uintptr_t kPage = 2 << 20;
-  if (bytes < kFresh) return;
+  if (bytes < kLarge) return;  // what is smaller malloc keeps, and its pages with it
   const uintptr_t begin = (reinterpret_cast<uintptr_t>(memory) + kPage - 1) / kPage * kPage;
   const uintptr_t end = (reinterpret_cast<uintptr_t>(memory) + bytes) / kPage * kPage;
   if (begin < end) madvise(reinterpret_cast<void*>(begin), end - begin, MADV_HUGEPAGE);

@@ -6,6 +6,7 @@
 #endif
 
 #define BCMF_ISA avx2
+#define BCMF_VECTOR_BYTES 32
 #include "loss_kernel.inl"
 
 const bcmf::cpu::IsaKernels bcmf::cpu::loss_kernels_avx2 = {avx2::kernels<float>, avx2::kernels<double>};

@@ -6,6 +6,7 @@
 #endif
 
 #define BCMF_ISA avx512
+#define BCMF_VECTOR_BYTES 64
 #include "loss_kernel.inl"
 
 const bcmf::cpu::IsaKernels bcmf::cpu::loss_kernels_avx512 = {avx512::kernels<float>, avx512::kernels<double>};

@@ -8,8 +8,9 @@ namespace bcmf::cpu {
 // The label rows of an image are cut into blocks, which depend on the shape alone; a block's partial sums are added in
 // index order, so that results are the same bits for any number of threads.
 struct LossPartial {
-  double weighted_nll, weight;  // without OHEM
-  int64_t hard, valid;          // pixels above OHEM's threshold, and all that are not ignored
+  double weighted_nll, weight;  // of all pixels that are not ignored
+  double hard_nll;              // weighted, of those above OHEM's threshold
+  int64_t hard, valid;          // how many these are, and all that are not ignored
   int64_t bad_labels;
 };
 
@@ -52,6 +53,7 @@ struct LossWork {
   int64_t strip;          // columns that a tile spans
   int64_t rows_per_tile;  // more than one if whole rows are short, and the logits are read directly
   int64_t blocks;         // of an image
+  bool stream;            // the gradient is so large that it does not stay in the cache
   const int64_t* row;     // (blocks + 1,): the first label row of each; all rows of a block lie between the same logits
   const int64_t* block;   // (h + 1,): the first block whose upper logit row is this one or a later one
   AxisTable<Acc> vertical, horizontal;
@@ -87,6 +89,9 @@ struct IsaKernels {
   LossKernels<double> f64;
 };
 extern const IsaKernels loss_kernels_baseline, loss_kernels_avx2, loss_kernels_avx512;
+
+// Memory of so many bytes does not stay in a cache, and comes fresh from the system.
+constexpr size_t kLarge = 32 << 20;
 
 constexpr int64_t kMaxTilePixels = 1024;
 

@@ -45,27 +45,6 @@ BCMF_INLINE void for_tiles(const LossArgs& args, const LossWork<Acc>& work, int6
   }
 }
 
-// Sums that vectorise: pixel i goes into lane i % kLanes, and the lanes are added up in order.
-constexpr int64_t kLanes = 16;
-template <typename T>
-struct LaneSums {
-  T lane[kLanes] = {};
-  T total() const {
-    T sum = 0;
-    for (int64_t i = 0; i < kLanes; ++i) sum += lane[i];
-    return sum;
-  }
-};
-template <typename F>
-BCMF_INLINE void for_lanes(int64_t count, F f) {  // f(i, lane)
-  int64_t i = 0;
-  for (; i + kLanes <= count; i += kLanes) {
-    BCMF_LANES
-    for (int64_t lane = 0; lane < kLanes; ++lane) f(i + lane, lane);
-  }
-  for (int64_t lane = 0; i < count; ++i, ++lane) f(i, lane);
-}
-
 template <typename Label>
 static void load_labels_as(const LossArgs& args, int64_t n, Tile t, int* __restrict labels) {
   const LabelView& v = args.labels;
@@ -92,61 +71,94 @@ static void load_labels(const LossArgs& args, int64_t n, Tile t, int* labels) {
   }
 }
 
-// Of each pixel: the maximum m of its logits, and log sum_c exp(z_c - m).
+// Of each pixel: the maximum m of its logits, and log sum_c exp(z_c - m). In whole vectors: what is beyond `count`, and
+// lies in a tile, comes out as anything.
+template <typename Acc, typename Ahead>
+static void log_sum_exp(const LossArgs& args, const Ahead& ahead, const Acc* z, int64_t pitch, int64_t count, Acc* m,
+                        Acc* log_sum) {
+  for (int64_t i = 0; i < count; i += kWidth<Acc>) {
+    Vector<Acc> largest = load_vector(z + i), sum = {};
+    for (int64_t c = 1; c < args.C; ++c) {
+      const Vector<Acc> value = load_vector(z + c * pitch + i);
+      largest = value > largest ? value : largest;
+    }
+    for (int64_t c = 0; c < args.C; ++c) {
+      ahead.fetch(c, i);
+      sum += exp_nonpositive(load_vector(z + c * pitch + i) - largest);
+    }
+    store_vector(largest, m + i);
+    store_vector(log_positive(sum), log_sum + i);
+  }
+}
+
+// The weights of a tile's pixels; 0 where there is no label.
 template <typename Acc>
-static void log_sum_exp(const LossArgs& args, const Acc* __restrict z, int64_t pitch, int64_t count, Acc* __restrict m,
-                        Acc* __restrict log_sum) {
-  for (int64_t i = 0; i < count; ++i) m[i] = z[i];
-  for (int64_t c = 1; c < args.C; ++c)
-    for (int64_t i = 0; i < count; ++i) m[i] = z[c * pitch + i] > m[i] ? z[c * pitch + i] : m[i];
-  Acc sum[kMaxTilePixels];
-  for (int64_t i = 0; i < count; ++i) sum[i] = 0;
-  for (int64_t c = 0; c < args.C; ++c)
-    for (int64_t i = 0; i < count; ++i) sum[i] += exp_nonpositive(z[c * pitch + i] - m[i]);
-  for (int64_t i = 0; i < count; ++i) log_sum[i] = log_positive(sum[i]);
+BCMF_INLINE void find_weights(const LossArgs& args, const int* labels, int64_t count, Acc* __restrict weights) {
+  const Acc* __restrict weight = static_cast<const Acc*>(args.weight);
+  for (int64_t i = 0; i < count; ++i) weights[i] = labels[i] < 0 ? Acc(0) : Acc(1);
+  if (!weight) return;
+  for (int64_t i = 0; i < count; ++i) weights[i] *= weight[labels[i] < 0 ? 0 : labels[i]];
+}
+
+// The losses of a tile's pixels; -1 where there is no label.
+template <typename Acc>
+BCMF_INLINE void find_losses(const Acc* z, int64_t pitch, int64_t count, const int* labels, const Acc* m,
+                             const Acc* log_sum, Acc* __restrict nll) {
+  for (int64_t i = 0; i < count; ++i) nll[i] = z[(labels[i] < 0 ? 0 : labels[i]) * pitch + i];
+  for (int64_t i = 0; i < count; ++i) nll[i] = labels[i] >= 0 ? (m[i] - nll[i]) + log_sum[i] : Acc(-1);
+}
+
+// Adds up the losses of a tile's pixels, in lanes of a vector first; `hard`: the key of the least hard one. Fills the
+// last vectors.
+template <typename Acc>
+static LossPartial sum_losses(int64_t count, typename KeyOf<Acc>::type hard, Acc* nll, Acc* weights) {
+  for (int64_t i = count; i % kWidth<Acc> != 0; ++i) nll[i] = -1, weights[i] = 0;
+  Sums<Acc> weighted_nll = {}, weight = {}, hard_nll = {};
+  Mask<Acc> above = {}, valid = {};
+  for (int64_t i = 0; i < count; i += kWidth<Acc>) {
+    const Vector<Acc> loss = load_vector(nll + i), w = load_vector(weights + i), product = w * loss;
+    const auto key = bit_cast<Vector<typename KeyOf<Acc>::type>>(loss) << 1 >> 1;
+    const Mask<Acc> is_valid = loss != -1, is_hard = is_valid & (key >= hard);
+    weighted_nll += __builtin_convertvector(product, Sums<Acc>);
+    weight += __builtin_convertvector(w, Sums<Acc>);
+    hard_nll += __builtin_convertvector(is_hard ? product : Vector<Acc>{}, Sums<Acc>);
+    above -= is_hard, valid -= is_valid;
+  }
+  return {add_lanes<double>(weighted_nll), add_lanes<double>(weight), add_lanes<double>(hard_nll),
+          add_lanes<int64_t>(above),       add_lanes<int64_t>(valid), 0};
 }
 
 template <typename Acc, typename Source>
 static void forward_from(const LossArgs& args, const LossWork<Acc>& work, int64_t begin, int64_t end, Acc* scratch,
                          LossPartial* partials) {
-  const Acc* weight = static_cast<const Acc*>(args.weight);
   const auto hard = key_of(static_cast<Acc>(args.ohem_cutoff));
   Acc* z = scratch;
   Source source(args, work, scratch + args.C * work.pitch);
   int labels[kMaxTilePixels];
+  Acc m[kMaxTilePixels], log_sum[kMaxTilePixels], nll[kMaxTilePixels], weights[kMaxTilePixels];
   for_tiles(args, work, begin, end, [&](int64_t n, int64_t block, Tile t, bool first, bool) {
     if (first) source.begin(n, t);
     const int64_t pixel = (n * args.H + t.y) * args.W + t.xa, count = t.count();
-    Acc* m = static_cast<Acc*>(args.stats) + pixel;
-    Acc* log_sum = m + args.N * args.H * args.W;
     source.load(n, t, z);
     load_labels(args, n, t, labels);
-    log_sum_exp(args, z, work.pitch, count, m, log_sum);
-
-    Acc nll[kMaxTilePixels];  // -1 where ignored
-    for (int64_t i = 0; i < count; ++i)
-      nll[i] = labels[i] >= 0 ? (m[i] - z[(labels[i] < 0 ? 0 : labels[i]) * work.pitch + i]) + log_sum[i] : Acc(-1);
+    log_sum_exp(args, source.ahead(n, t), z, work.pitch, count, m, log_sum);
+    find_losses(z, work.pitch, count, labels, m, log_sum, nll);
+    Acc* stats = static_cast<Acc*>(args.stats) + pixel;
+    for (int64_t i = 0; i < count; ++i) stats[i] = m[i];
+    for (int64_t i = 0; i < count; ++i) stats[args.N * args.H * args.W + i] = log_sum[i];
     if (work.nll)
       for (int64_t i = 0; i < count; ++i) work.nll[pixel + i] = nll[i];
     for (int s = 0; s < args.bcl_steps; ++s) score_tile(args, work, s, n, t, z, nll, m, log_sum);
 
-    LaneSums<double> weighted_nll, weights;
-    LaneSums<int32_t> above, valid, bad;
-    for_lanes(count, [&](int64_t i, int64_t lane) {
-      const bool counts = labels[i] >= 0;
-      const Acc w = !counts ? 0 : weight ? weight[labels[i]] : 1;
-      weighted_nll.lane[lane] += counts ? w * nll[i] : 0;
-      weights.lane[lane] += w;
-      above.lane[lane] += counts && key_of(nll[i]) >= hard;
-      valid.lane[lane] += counts;
-      bad.lane[lane] += labels[i] == kBad;
-    });
+    find_weights(args, labels, count, weights);
+    const LossPartial sum = sum_losses(count, hard, nll, weights);
     LossPartial& partial = partials[block];
-    partial.weighted_nll += weighted_nll.total();
-    partial.weight += weights.total();
-    partial.hard += above.total();
-    partial.valid += valid.total();
-    partial.bad_labels += bad.total();
+    partial.weighted_nll += sum.weighted_nll;
+    partial.weight += sum.weight;
+    partial.hard_nll += sum.hard_nll;
+    partial.hard += sum.hard;
+    partial.valid += sum.valid;
+    for (int64_t i = 0; i < count; ++i) partial.bad_labels += labels[i] == kBad;
   });
 }
 
@@ -154,25 +166,37 @@ static void forward_from(const LossArgs& args, const LossWork<Acc>& work, int64_
 template <typename Acc>
 static void find_pull(const LossArgs& args, const Acc* z, int64_t pitch, int64_t count, const int* labels, const Acc* m,
                       const Acc* log_sum, const uint8_t* selected, Acc* pull) {
-  const Acc* weight = static_cast<const Acc*>(args.weight);
   const Acc* summary = static_cast<const Acc*>(args.summary);
   const Acc denominator = summary[kDenominator], upstream = *static_cast<const Acc*>(args.grad_total);
   const Acc scale = args.ce && denominator != 0 ? upstream / denominator : 0;
-  for (int64_t i = 0; i < count; ++i) {
-    const Acc w = labels[i] < 0 ? 0 : weight ? weight[labels[i]] : 1;
-    pull[i] = labels[i] == kBad ? static_cast<Acc>(__builtin_nan("")) : scale * w;
-  }
+  find_weights(args, labels, count, pull);
+  for (int64_t i = 0; i < count; ++i)
+    pull[i] = labels[i] == kBad ? static_cast<Acc>(__builtin_nan("")) : scale * pull[i];
   if (args.ohem) {  // the forward's own arithmetic, so that the same pixels are kept
     const auto cutoff = key_of(summary[kCutoff]);
-    for (int64_t i = 0; i < count; ++i) {
-      const Acc nll = (m[i] - z[(labels[i] < 0 ? 0 : labels[i]) * pitch + i]) + log_sum[i];
-      pull[i] = labels[i] >= 0 && key_of(nll) < cutoff ? 0 : pull[i];
-    }
+    Acc nll[kMaxTilePixels];
+    find_losses(z, pitch, count, labels, m, log_sum, nll);
+    for (int64_t i = 0; i < count; ++i) pull[i] = labels[i] >= 0 && key_of(nll[i]) < cutoff ? 0 : pull[i];
   }
   if (selected && !args.bcl_flipped) {
     for (int s = 0; s < args.bcl_steps; ++s) {
       const Acc share = bcl_scale<Acc>(args, summary[kSelected + s]);
       for (int64_t i = 0; i < count; ++i) pull[i] += selected[i] >> s & 1 ? share : 0;
+    }
+  }
+}
+
+// z becomes p, times the factor if there is one.
+template <bool WithFactor, typename Acc, typename Ahead>
+static void find_probabilities(const LossArgs& args, const Ahead& ahead, int64_t pitch, int64_t count, const Acc* m,
+                               const Acc* log_sum, const Acc* factor, Acc* z) {
+  for (int64_t i = 0; i < count; i += kWidth<Acc>) {
+    const Vector<Acc> largest = load_vector(m + i), log = load_vector(log_sum + i), f = load_vector(factor + i);
+    for (int64_t c = 0; c < args.C; ++c) {
+      ahead.fetch(c, i);
+      const Vector<Acc> p = exp_nonpositive((load_vector(z + c * pitch + i) - largest) - log);
+      const Vector<Acc> product = f != 0 ? f * p : Vector<Acc>{};  // 0 * NaN of an ignored pixel is 0 here
+      store_vector(WithFactor ? product : p, z + c * pitch + i);
     }
   }
 }
@@ -184,6 +208,7 @@ static void backward_from(const LossArgs& args, const LossWork<Acc>& work, int64
   Source source(args, work, scratch + tile);
   SparseGradient<Acc> sparse(args, work, scratch + 5 * tile);
   int labels[kMaxTilePixels];
+  Acc m[kMaxTilePixels], log_sum[kMaxTilePixels];
   Acc pull[kMaxTilePixels], factor[kMaxTilePixels];  // the gradient is factor * p - pull * onehot, and what is sparse
   for_tiles(args, work, begin, end, [&](int64_t n, int64_t block, Tile t, bool first, bool last) {
     if (first) {
@@ -191,8 +216,9 @@ static void backward_from(const LossArgs& args, const LossWork<Acc>& work, int64
       source.clear_sums();
     }
     const int64_t pixel = (n * args.H + t.y) * args.W + t.xa, count = t.count();
-    const Acc* m = static_cast<const Acc*>(args.stats) + pixel;
-    const Acc* log_sum = m + pixels;
+    const Acc* stats = static_cast<const Acc*>(args.stats) + pixel;
+    for (int64_t i = 0; i < count; ++i) m[i] = stats[i];
+    for (int64_t i = 0; i < count; ++i) log_sum[i] = stats[pixels + i];
     const uint8_t* selected = args.bcl_steps ? static_cast<const uint8_t*>(args.selected) + pixel : nullptr;
     source.load(n, t, z);
     load_labels(args, n, t, labels);
@@ -201,20 +227,14 @@ static void backward_from(const LossArgs& args, const LossWork<Acc>& work, int64
     if (selected && args.bcl_flipped) add_flipped_factor(args, selected, count, factor);
 
     if (work.runs && sparse.collect(n, t)) {
-      for (int64_t c = 0; c < args.C; ++c)
-        for (int64_t i = 0; i < count; ++i)
-          z[c * work.pitch + i] = exp_nonpositive((z[c * work.pitch + i] - m[i]) - log_sum[i]);
+      find_probabilities<false>(args, source.ahead(n, t), work.pitch, count, m, log_sum, factor, z);
       sparse.multiply(z, factor);
       for (int64_t c = 0; c < args.C; ++c)
         for (int64_t i = 0; i < count; ++i)
           z[c * work.pitch + i] = factor[i] != 0 ? factor[i] * z[c * work.pitch + i] : 0;
       sparse.add_to(z);
     } else {
-      for (int64_t c = 0; c < args.C; ++c)
-        for (int64_t i = 0; i < count; ++i) {
-          const Acc p = exp_nonpositive((z[c * work.pitch + i] - m[i]) - log_sum[i]);
-          z[c * work.pitch + i] = factor[i] != 0 ? factor[i] * p : 0;  // 0 * NaN of an ignored pixel is 0 here
-        }
+      find_probabilities<true>(args, source.ahead(n, t), work.pitch, count, m, log_sum, factor, z);
     }
     for (int64_t i = 0; i < count; ++i)
       if (labels[i] >= 0) z[labels[i] * work.pitch + i] -= pull[i];
@@ -235,30 +255,27 @@ template <typename Acc>
 static void backward(const LossArgs& args, const LossWork<Acc>& work, int64_t begin, int64_t end, Acc* scratch) {
   if (args.resampled()) return backward_from<Acc, Resampled<Acc>>(args, work, begin, end, scratch);
   backward_from<Acc, Direct<Acc>>(args, work, begin, end, scratch);
+  finish_streams();
 }
 
 // OHEM, with the cutoff known: by rows, the sum of w * nll over the kept pixels, and their number.
 template <typename Acc>
 static void sum_kept(const LossArgs& args, const LossWork<Acc>& work, Acc cutoff, int64_t begin, int64_t end,
                      TermPartial* partials) {
-  const Acc* weight = static_cast<const Acc*>(args.weight);
-  const auto least = key_of(cutoff);
   int labels[kMaxTilePixels];
+  Acc nll[kMaxTilePixels], weights[kMaxTilePixels];
   for (int64_t row = begin; row < end; ++row) {
-    LaneSums<double> sums;
-    LaneSums<int32_t> counts;
+    TermPartial partial = {};
     for (int64_t xa = 0; xa < args.W; xa += kMaxTilePixels) {
       const Tile t = {row % args.H, 1, xa, args.W - xa < kMaxTilePixels ? args.W : xa + kMaxTilePixels};
-      if (weight) load_labels(args, row / args.H, t, labels);
-      const Acc* nll = work.nll + row * args.W + xa;
-      for_lanes(t.count(), [&](int64_t i, int64_t lane) {
-        const bool kept = nll[i] != -1 && key_of(nll[i]) >= least;
-        const Acc w = weight && kept ? weight[labels[i]] : 1;
-        sums.lane[lane] += kept ? w * nll[i] : 0;
-        counts.lane[lane] += kept;
-      });
+      load_labels(args, row / args.H, t, labels);
+      find_weights(args, labels, t.count(), weights);
+      for (int64_t i = 0; i < t.count(); ++i) nll[i] = work.nll[row * args.W + xa + i];
+      const LossPartial sum = sum_losses(t.count(), key_of(cutoff), nll, weights);
+      partial.sum += sum.hard_nll;
+      partial.count += sum.hard;
     }
-    partials[row] = {sums.total(), counts.total()};
+    partials[row] = partial;
   }
 }
 

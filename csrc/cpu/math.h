@@ -1,10 +1,13 @@
-// exp and log as branch-free scalar code that compilers vectorise, and conversions of the half formats.
+// Vectors, their exp and log, and conversions of the half formats.
 // Included once per instruction set (see loss_kernel.inl), hence the static functions and no other header than these.
 #pragma once
 
 #include <cmath>
 #include <cstdint>
 #include <cstring>
+#if defined(__SSE2__)
+#include <emmintrin.h>
+#endif
 
 #define BCMF_INLINE static inline __attribute__((always_inline))
 
@@ -16,34 +19,80 @@ BCMF_INLINE To bit_cast(From from) {
   return to;
 }
 
+// A register of BCMF_VECTOR_BYTES, with the compiler's own operators, lane by lane. Plain loops vectorise, too; these
+// are for where values have to stay in registers from one loop to the next.
+template <typename T>
+struct VectorOf {
+  typedef T type __attribute__((vector_size(BCMF_VECTOR_BYTES)));
+};
+template <typename T>
+using Vector = typename VectorOf<T>::type;
+template <typename T>
+constexpr int64_t kWidth = BCMF_VECTOR_BYTES / sizeof(T);
+
+// With as many lanes: sums, and what a comparison gives (all bits or none).
+template <typename T>
+struct LanesOf {
+  typedef double sums __attribute__((vector_size(kWidth<T> * sizeof(double))));
+  using mask = decltype(Vector<T>{} == Vector<T>{});
+};
+template <typename T>
+using Sums = typename LanesOf<T>::sums;
+template <typename T>
+using Mask = typename LanesOf<T>::mask;
+
+template <typename T>
+BCMF_INLINE Vector<T> load_vector(const T* from) {
+  Vector<T> to;
+  std::memcpy(&to, from, sizeof(to));
+  return to;
+}
+template <typename T>
+BCMF_INLINE void store_vector(Vector<T> from, T* to) {
+  std::memcpy(to, &from, sizeof(from));
+}
+template <typename T, typename Lanes>
+BCMF_INLINE T add_lanes(Lanes lanes) {
+  T sum = 0;
+  for (size_t i = 0; i < sizeof(lanes) / sizeof(lanes[0]); ++i) sum += lanes[i];
+  return sum;
+}
+template <typename T>
+BCMF_INLINE Vector<T> splat(T value) {
+  return value - Vector<T>{};  // 0 - x would turn -0 to 0
+}
+
 // e^x for x <= 0, within 1.07 ulp; 0 below -87.33 (where the result would be subnormal); NaN stays NaN.
 // x = n ln 2 + r: the polynomial is Taylor's to degree 7, |r| <= ln 2 / 2, and 2^n is put together in the exponent
 // bits.
-BCMF_INLINE float exp_nonpositive(float x) {
-  constexpr float lowest = -87.33f;
-  const float clamped = x < lowest ? lowest : x;
-  const float shifted = clamped * 1.44269504f + 12582912.f;  // adding 1.5 * 2^23 rounds to an integer
-  const float n = shifted - 12582912.f;
-  const float r = (clamped - n * 0.693145752f) - n * 1.42860677e-6f;
-  float p = 1.f / 5040.f;
+BCMF_INLINE Vector<float> exp_nonpositive(Vector<float> x) {
+  const Vector<float> lowest = splat(-87.33f);
+  const Vector<float> clamped = x < lowest ? lowest : x;
+  const Vector<float> shifted = clamped * 1.44269504f + 12582912.f;  // adding 1.5 * 2^23 rounds to an integer
+  const Vector<float> n = shifted - 12582912.f;
+  const Vector<float> r = (clamped - n * 0.693145752f) - n * 1.42860677e-6f;
+  Vector<float> p = splat(1.f / 5040.f);
   p = p * r + 1.f / 720.f;
   p = p * r + 1.f / 120.f;
   p = p * r + 1.f / 24.f;
   p = p * r + 1.f / 6.f;
   p = p * r + 0.5f;
   p = p * r * r + r + 1.f;
-  const float scale = bit_cast<float>((bit_cast<uint32_t>(shifted) + 127u) << 23);
-  return x < lowest ? 0.f : p * scale;
+  const auto scale = bit_cast<Vector<float>>((bit_cast<Vector<uint32_t>>(shifted) + 127u) << 23);
+  return x < lowest ? Vector<float>{} : p * scale;
 }
-BCMF_INLINE double exp_nonpositive(double x) { return std::exp(x); }
+BCMF_INLINE Vector<double> exp_nonpositive(Vector<double> x) {
+  for (int64_t lane = 0; lane < kWidth<double>; ++lane) x[lane] = std::exp(x[lane]);
+  return x;
+}
 
 // ln x for 1 <= x < 2^30 (a sum of exponentials, the largest of which is 1), within 1 ulp; NaN stays NaN.
 // x = 2^e f with sqrt(1/2) <= f < sqrt(2); ln f by the Cephes polynomial in f - 1.
-BCMF_INLINE float log_positive(float x) {
-  const uint32_t bits = bit_cast<uint32_t>(x) - 0x3f3504f3u;
-  const float e = static_cast<float>(static_cast<int32_t>(bits) >> 23);
-  const float f = bit_cast<float>((bits & 0x007fffffu) + 0x3f3504f3u) - 1.f;
-  float p = 7.0376836292e-2f;
+BCMF_INLINE Vector<float> log_positive(Vector<float> x) {
+  const Vector<uint32_t> bits = bit_cast<Vector<uint32_t>>(x) - 0x3f3504f3u;
+  const auto e = __builtin_convertvector(bit_cast<Vector<int32_t>>(bits) >> 23, Vector<float>);
+  const Vector<float> f = bit_cast<Vector<float>>((bits & 0x007fffffu) + 0x3f3504f3u) - 1.f;
+  Vector<float> p = splat(7.0376836292e-2f);
   p = p * f - 1.1514610310e-1f;
   p = p * f + 1.1676998740e-1f;
   p = p * f - 1.2420140846e-1f;
@@ -52,11 +101,14 @@ BCMF_INLINE float log_positive(float x) {
   p = p * f + 2.0000714765e-1f;
   p = p * f - 2.4999993993e-1f;
   p = p * f + 3.3333331174e-1f;
-  const float ff = f * f;
-  const float y = f * ff * p + e * -2.12194440e-4f - 0.5f * ff + f + e * 0.693359375f;
+  const Vector<float> ff = f * f;
+  const Vector<float> y = f * ff * p + e * -2.12194440e-4f - 0.5f * ff + f + e * 0.693359375f;
   return x == x ? y : x;
 }
-BCMF_INLINE double log_positive(double x) { return std::log(x); }
+BCMF_INLINE Vector<double> log_positive(Vector<double> x) {
+  for (int64_t lane = 0; lane < kWidth<double>; ++lane) x[lane] = std::log(x[lane]);
+  return x;
+}
 
 struct BF16 {
   uint16_t bits;
