@@ -254,8 +254,7 @@ def evaluate(
     confusion = ConfusionMatrix(num_classes, device=compute.device)
     for index, (images, labels) in enumerate(samples):
         labels = labels.to(compute.device, non_blocking=True)
-        prediction = compute.predict(model, images, labels.shape[-2:])
-        confusion.update(prediction, labels)
+        prediction = confusion.update_from_logits(compute.run(model, images), labels, compute.align_corners)
         visit(index, prediction[0])
         if interrupted():
             break

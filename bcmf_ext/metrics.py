@@ -10,6 +10,8 @@ from torch import Tensor
 
 from . import dispatch, ops, reference
 
+_LABEL_DTYPES = (torch.uint8, torch.int16, torch.int32, torch.int64)  # that the kernels read
+
 
 def upsample_argmax(logits: Tensor, size: Sequence[int], align_corners: bool = False) -> Tensor:
     """The class of each pixel: arg-max of logits (N, C, h, w), resampled bilinearly to ``size`` (H, W) in fp32 (fp64).
@@ -19,13 +21,21 @@ def upsample_argmax(logits: Tensor, size: Sequence[int], align_corners: bool = F
 
     Raises TypeError for logits that are not floating point, ValueError for another shape.
     """
+    _check_logits(logits)
+    if _has_kernel(logits):
+        return torch.ops.bcmf.upsample_argmax(logits.detach(), *size, align_corners)
+    return reference.resample(logits, size, align_corners).argmax(1).to(ops.argmax_dtype(logits))
+
+
+def _check_logits(logits: Tensor) -> None:
     if logits.dtype not in (torch.float16, torch.bfloat16, torch.float32, torch.float64):
         raise TypeError(f"logits are floating point (fp16, bf16, fp32, fp64), not {logits.dtype}.")
     if logits.dim() != 4 or logits.shape[1] < 1:
         raise ValueError(f"logits have the shape (N, C, h, w), not {tuple(logits.shape)}.")
-    if dispatch.choose("upsample_argmax", "auto", logits.device, ops.UPSAMPLE_ARGMAX_LACKS) == "cpu":
-        return torch.ops.bcmf.upsample_argmax(logits.detach(), *size, align_corners)
-    return reference.resample(logits, size, align_corners).argmax(1).to(ops.argmax_dtype(logits))
+
+
+def _has_kernel(logits: Tensor) -> bool:
+    return dispatch.choose("upsample_argmax", "auto", logits.device, ops.UPSAMPLE_ARGMAX_LACKS) == "cpu"
 
 
 class ConfusionMatrix:
@@ -69,11 +79,39 @@ class ConfusionMatrix:
 
         counts = torch.zeros(classes**2 + 2, dtype=torch.int64, device=bins.device)
         counts.scatter_add_(0, bins, torch.ones_like(bins))  # not bincount, which waits for a GPU
+        self._add(counts, prediction, target)
+
+    def update_from_logits(self, logits: Tensor, target: Tensor, align_corners: bool = False) -> Tensor:
+        """Count the arg-max of logits (N, C, h, w), resampled to the size of ``target`` (N, H, W), and return it.
+
+        As ``update(upsample_argmax(logits, target.shape[1:]), target)``, but on the CPU in one pass over the pixels.
+
+        Raises TypeError and ValueError as these do, and ValueError where C is not the matrix' number of classes.
+        """
+        _check_logits(logits)
+        if logits.shape[1] != self.num_classes:
+            raise ValueError(f"logits have {logits.shape[1]} classes and the matrix has {self.num_classes}.")
+        if target.dim() != 3 or target.shape[0] != logits.shape[0]:
+            expected = f"(N, H, W) with the logits' N = {logits.shape[0]}"
+            raise ValueError(f"target has the shape {expected}, not {tuple(target.shape)}.")
+        if not (_has_kernel(logits) and target.device.type == "cpu" and target.dtype in _LABEL_DTYPES):
+            prediction = upsample_argmax(logits, target.shape[1:], align_corners)
+            self.update(prediction, target)
+            return prediction
+        prediction, counts = torch.ops.bcmf.upsample_confusion(
+            logits.detach(), target, self.ignore_index, align_corners
+        )
+        self._add(counts, prediction, target)
+        return prediction
+
+    def _add(self, counts: Tensor, prediction: Tensor, target: Tensor) -> None:
         if counts.device.type == "cpu" and counts[-2]:
-            self._raise_out_of_range(truth[valid], guess[valid])
+            self._raise_out_of_range(target, prediction)
         self._bins = self._bins.to(counts.device) + counts
 
-    def _raise_out_of_range(self, truth: Tensor, guess: Tensor) -> None:
+    def _raise_out_of_range(self, target: Tensor, prediction: Tensor) -> None:
+        valid = target.long() != self.ignore_index
+        truth, guess = target[valid].long(), prediction[valid].long()
         classes = range(self.num_classes)
         found = []
         for name, ids in (("target", truth), ("prediction", guess)):

@@ -163,10 +163,13 @@ for _device in ("CUDA", "CPU"):  # on the CPU it is interpreted, for tests
 
 
 # --------------------------------------------------------------------------------------------------------------------
-# upsample_argmax: logits (N, C, h, w) → the class of each pixel, (N, height, width), uint8 or, of C > 256, int32
+# upsample_argmax: logits (N, C, h, w) → the class of each pixel, (N, height, width), uint8 or, of C > 256, int32.
+# upsample_confusion: the same at the size of target (N, H, W), and bins (C² + 2,) int64: how many pixels have which
+#   label and class, by label · C + class; how many a label that is neither a class nor ignored; how many are ignored.
 
 
 UPSAMPLE_ARGMAX_LACKS = dict.fromkeys(("cuda", "triton"), "upsample_argmax has no kernel there yet")
+"""By impl; upsample_confusion lacks the same."""
 
 
 def argmax_dtype(logits: Tensor) -> torch.dtype:
@@ -177,5 +180,17 @@ def _upsample_argmax_fake(logits: Tensor, height: int, width: int, align_corners
     return logits.new_empty((logits.shape[0], height, width), dtype=argmax_dtype(logits))
 
 
+def _upsample_confusion_fake(
+    logits: Tensor, target: Tensor, ignore_index: int, align_corners: bool
+) -> tuple[Tensor, Tensor]:
+    bins = logits.new_empty((logits.shape[1] ** 2 + 2,), dtype=torch.int64)
+    return logits.new_empty(target.shape, dtype=argmax_dtype(logits)), bins
+
+
 LIB.define("upsample_argmax(Tensor logits, int height, int width, bool align_corners) -> Tensor")
+LIB.define(
+    "upsample_confusion(Tensor logits, Tensor target, int ignore_index, bool align_corners)"
+    " -> (Tensor classes, Tensor bins)"
+)
 torch.library.register_fake("bcmf::upsample_argmax", _upsample_argmax_fake, lib=LIB)
+torch.library.register_fake("bcmf::upsample_confusion", _upsample_confusion_fake, lib=LIB)

@@ -52,7 +52,12 @@ from bcmf_ext.data import open_dataset
 
 ROOT = Path(__file__).resolve().parents[1]
 RESULTS = ROOT / "bench" / "results"
-OPS = {"cross_entropy": cross_entropy.problems, "segmentation_loss": segmentation_loss.problems}
+OPS = {
+    "cross_entropy": cross_entropy.problems,
+    "segmentation_loss": segmentation_loss.problems,
+    "sizes": segmentation_loss.sizes,
+}
+COLUMNS = 6  # of the picture
 PHASES = ("forward", "backward", "both")
 ROUNDS = 21
 AA_LIMIT = 0.05
@@ -281,8 +286,12 @@ def render(result: dict[str, Any]) -> str:
 
 def draw(results: list[dict[str, Any]], path: Path) -> None:
     """Bars: forward + backward of each contender relative to the baseline."""
-    figure, axes = plt.subplots(1, len(results), figsize=(1 + 2.6 * len(results), 4.2), squeeze=False)
-    for axis, result in zip(axes[0], results, strict=True):
+    columns = min(COLUMNS, len(results))
+    rows_of_axes = math.ceil(len(results) / columns)
+    figure, grid = plt.subplots(rows_of_axes, columns, figsize=(1 + 2.6 * columns, 4.2 * rows_of_axes), squeeze=False)
+    for axis in grid.flat[len(results) :]:
+        axis.set_axis_off()
+    for axis, result in zip(grid.flat, results, strict=False):
         rows = result["contenders"]
         ratios = [row["both"]["ratio"] for row in rows.values()]
         colours = ["tab:blue" if name in OURS else "tab:grey" for name in rows]
@@ -297,7 +306,8 @@ def draw(results: list[dict[str, Any]], path: Path) -> None:
         axis.set_title(result["problem"].replace(", ", "\n") + ("" if result["counts"] else "\n(busy)"), fontsize=8)
         axis.tick_params(axis="x", labelrotation=45, labelsize=8)
         axis.spines[["top", "right"]].set_visible(False)
-    axes[0][0].set_ylabel("forward + backward, × baseline (less is faster)", fontsize=8)
+    for axis in grid[:, 0]:
+        axis.set_ylabel("forward + backward, × baseline (less is faster)", fontsize=8)
     figure.tight_layout()
     figure.savefig(path, dpi=120)
     plt.close(figure)

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from bcmf_ext import dispatch
@@ -37,11 +38,11 @@ def our_impls(device: torch.device, lacks: Mapping[str, str] | None = None) -> l
     return [impl for impl in candidates if dispatch.why_not(impl, device.type, lacks or {}) is None]
 
 
-def make_logits(labels: Tensor, classes: int, dtype: torch.dtype, shrink: int = 1) -> Tensor:
-    """(N, classes, H / shrink, W / shrink) for labels (N, H, W): normally distributed, and at four pixels of five
-    higher by 6 for the right class, as of a network that is being trained."""
+def make_logits(labels: Tensor, classes: int, dtype: torch.dtype, size: Sequence[int] | None = None) -> Tensor:
+    """(N, classes, *size) for labels (N, H, W), `size` being theirs if none is given: normally distributed, and at four
+    pixels of five higher by 6 for the right class, as of a network that is being trained."""
     generator = torch.Generator(labels.device).manual_seed(0)
-    few = labels[:, ::shrink, ::shrink].long()
+    few = F.interpolate(labels[:, None].float(), tuple(size or labels.shape[1:]), mode="nearest")[:, 0].long()
     logits = torch.randn((few.shape[0], classes, *few.shape[1:]), generator=generator, device=labels.device)
     easy = torch.rand(few.shape, generator=generator, device=labels.device) < 0.8
     logits.scatter_add_(1, few.clamp(max=classes - 1)[:, None], 6 * (easy & (few < classes)).float()[:, None])

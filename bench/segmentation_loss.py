@@ -1,8 +1,10 @@
-"""segmentation_loss: all terms together beside the cross-entropy alone, of logits at label size and at an eighth."""
+"""segmentation_loss and its terms beside the cross-entropy alone: of logits at label size and at an eighth
+(`problems`), and of logits of many sizes (`sizes`)."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from functools import partial
 
 import torch
@@ -10,44 +12,90 @@ import torch.nn.functional as F
 from problem import Problem, make_logits, our_impls, size_of, work
 from torch import Tensor
 
-from bcmf_ext import BCL, CPG, ops, reference, segmentation_loss
+from bcmf_ext import BCL, CPG, boundary_corrected_loss, cpg_loss, ops, reference, segmentation_loss
+
+# The dense form is the authors', with its three mistakes repaired (spec section 4).
+AUTHORS, SPARSE = reference.cpg_loss, reference.cpg_loss_sparse
+
+
+@dataclass(frozen=True)
+class Mix:
+    """Terms of a loss, computed by PyTorch and by us. BCL and CPG have their usual settings, but for CPG's size."""
+
+    ce: bool = True
+    bcl: BCL | None = None
+    cpg: CPG | None = None
+    align_corners: bool = False
+
+    def __str__(self) -> str:
+        terms = ["CE"] * self.ce + ["BCL"] * bool(self.bcl) + [f"CPG{cpg.kernel_size}" for cpg in [self.cpg] if cpg]
+        return " + ".join(terms)
+
+    def eager(self, z: Tensor, target: Tensor, cpg_form: Callable[..., Tensor]) -> Tensor:
+        z = resample(z, target, self.align_corners)  # once for all terms
+        total = F.cross_entropy(z, target.long(), ignore_index=255) if self.ce else z.new_zeros(())
+        if self.bcl is not None:
+            total = total + self.bcl.weight * reference.boundary_corrected_loss(z, target)
+        if self.cpg is not None:
+            total = total + self.cpg.weight * cpg_form(z, target, kernel_size=self.cpg.kernel_size)
+        return total
+
+    def ours(self, z: Tensor, target: Tensor, impl: str) -> Tensor:
+        given = {"align_corners": self.align_corners, "impl": impl}
+        if self.ce:
+            return segmentation_loss(z, target, bcl=self.bcl, cpg=self.cpg, **given).total
+        if self.bcl is not None:
+            return self.bcl.weight * boundary_corrected_loss(z, target, **given)
+        assert self.cpg is not None
+        return self.cpg.weight * cpg_loss(z, target, kernel_size=self.cpg.kernel_size, **given)
+
+
+ALL = Mix(bcl=BCL(), cpg=CPG())
 
 
 def problems(labels: Tensor, classes: int) -> Iterator[Problem]:
-    alone = {"CE alone": partial(cross_entropy, target=labels.long())}
-    for shrink in (1, 8):
-        for bcl, cpg in ((BCL(), CPG()), (None, CPG(kernel_size=7))):
-            logits = make_logits(labels, classes, torch.float32, shrink)
-            mix = {"target": labels, "bcl": bcl, "cpg": cpg}
-            definition, best = (partial(eager, **mix, cpg_loss=form) for form in CPG_FORMS)
-            contenders: dict[str, Callable[[Tensor], Tensor]] = {"best eager": best}
-            if cpg.kernel_size == 3:  # with 7, minutes
-                contenders |= {"authors": definition, "compile": torch.compile(definition)}
-            for impl in our_impls(labels.device, ops.loss_lacks(bcl=bcl is not None, cpg=True)):
-                contenders[impl] = partial(ours, **mix, impl=impl)
-            name = f"CE + {'BCL + ' if bcl else ''}CPG{cpg.kernel_size}, {size_of(logits, labels)}, float32"
-            yield Problem(name, logits, contenders, definition, work(logits, labels), alone)
+    height, width = labels.shape[1:]
+    for size in ((height, width), (height // 8, width // 8)):
+        yield problem(labels, classes, size, ALL, compiled=True)
+        # Apart from the others: a step takes gigabytes, and what follows it finds the memory in another state.
+        yield problem(labels, classes, size, ALL, authors=True)
+        for mix in (Mix(cpg=CPG(kernel_size=7)), Mix(ce=False, bcl=BCL()), Mix(ce=False, cpg=CPG())):
+            yield problem(labels, classes, size, mix)
 
 
-# The dense form is the authors', with its three mistakes repaired (spec section 4).
-CPG_FORMS = (reference.cpg_loss, reference.cpg_loss_sparse)
+def sizes(labels: Tensor, classes: int) -> Iterator[Problem]:
+    """Ratios of 2, 4 and 16, none that is a whole number, a single logit pixel, more logits than labels, and corners
+    that are aligned."""
+    height, width = labels.shape[1:]
+    uneven = (height // 7 - 2, width // 9 + 3)
+    for size in (*((height // k, width // k) for k in (2, 4, 16)), uneven, (1, 1), (3 * height // 2, 3 * width // 2)):
+        yield problem(labels, classes, size, ALL)
+    for size in ((height // 8, width // 8), uneven):
+        yield problem(labels, classes, size, Mix(bcl=BCL(), cpg=CPG(), align_corners=True))
 
 
-def cross_entropy(z: Tensor, target: Tensor) -> Tensor:
+def problem(
+    labels: Tensor, classes: int, size: tuple[int, int], mix: Mix, compiled: bool = False, authors: bool = False
+) -> Problem:
+    logits = make_logits(labels, classes, torch.float32, size)
+    definition, best = (partial(mix.eager, target=labels, cpg_form=form) for form in (AUTHORS, SPARSE))
+    alone = {"CE alone": partial(cross_entropy, target=labels.long(), align_corners=mix.align_corners)}
+    contenders: dict[str, Callable[[Tensor], Tensor]] = {"authors": definition} if authors else {"best eager": best}
+    if compiled:
+        contenders["compile"] = torch.compile(definition)
+    for impl in our_impls(labels.device, ops.loss_lacks(bcl=mix.bcl is not None, cpg=mix.cpg is not None)):
+        contenders[impl] = partial(mix.ours, target=labels, impl=impl)
+    title = f"{mix}{', the authors’ form' if authors else ''}, {size_of(logits, labels)}, float32"
+    title += ", align_corners" if mix.align_corners else ""
+    return Problem(title, logits, contenders, definition, work(logits, labels), {} if authors else alone)
+
+
+def resample(z: Tensor, target: Tensor, align_corners: bool) -> Tensor:
+    if z.shape[2:] == target.shape[1:]:
+        return z
+    return F.interpolate(z, target.shape[1:], mode="bilinear", align_corners=align_corners)
+
+
+def cross_entropy(z: Tensor, target: Tensor, align_corners: bool) -> Tensor:
     """As everybody writes it."""
-    if z.shape[2:] != target.shape[1:]:
-        z = F.interpolate(z, target.shape[1:], mode="bilinear", align_corners=False)
-    return F.cross_entropy(z, target, ignore_index=255)
-
-
-def eager(z: Tensor, target: Tensor, bcl: BCL | None, cpg: CPG, cpg_loss: Callable[..., Tensor]) -> Tensor:
-    if z.shape[2:] != target.shape[1:]:
-        z = F.interpolate(z, target.shape[1:], mode="bilinear", align_corners=False)  # once for all terms
-    total = F.cross_entropy(z, target.long(), ignore_index=255)
-    if bcl is not None:
-        total = total + bcl.weight * reference.boundary_corrected_loss(z, target)
-    return total + cpg.weight * cpg_loss(z, target, kernel_size=cpg.kernel_size)
-
-
-def ours(z: Tensor, target: Tensor, bcl: BCL | None, cpg: CPG, impl: str) -> Tensor:
-    return segmentation_loss(z, target, bcl=bcl, cpg=cpg, impl=impl).total
+    return F.cross_entropy(resample(z, target, align_corners), target, ignore_index=255)

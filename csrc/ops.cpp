@@ -66,6 +66,10 @@ LogitView logit_view(const Tensor& t) {
   return {t.data_ptr(), logit_type(t.scalar_type()), t.stride(0), t.stride(1), t.stride(2), t.stride(3)};
 }
 
+LabelView label_view(const Tensor& t) {
+  return {t.data_ptr(), label_type(t.scalar_type()), t.stride(0), t.stride(1), t.stride(2)};
+}
+
 // The Python functions have checked all this with kinder words; these keep a direct call of torch.ops.bcmf memory-safe.
 void check_same_device(const Tensor& logits, const Tensor& other, const char* name) {
   TORCH_CHECK_VALUE(other.device() == logits.device(), "logits are on ", logits.device(), " and ", name, " on ",
@@ -109,8 +113,7 @@ LossInputs::LossInputs(const Tensor& logits, const Tensor& target, const std::op
                     " cannot be resampled to ", target.sizes(), ".");
   args.align_corners = align_corners;
   args.logits = logit_view(logits);
-  args.labels = {target.data_ptr(), label_type(target.scalar_type()), target.stride(0), target.stride(1),
-                 target.stride(2)};
+  args.labels = label_view(target);
   args.ignore_index = ignore_index;
   if (weight.has_value()) {
     TORCH_CHECK_VALUE(weight->dim() == 1 && weight->size(0) == logits.size(1),
@@ -263,7 +266,8 @@ Tensor loss_backward_cpu(const Tensor& grad_total, const Tensor& logits, const T
   return out.grad;
 }
 
-Tensor upsample_argmax_cpu(const Tensor& logits, int64_t height, int64_t width, bool align_corners) {
+// Arguments of an arg-max of logits, resampled to (height, width).
+LossArgs upsample_args(const Tensor& logits, int64_t height, int64_t width, bool align_corners) {
   TORCH_CHECK_VALUE(logits.dim() == 4 && logits.size(1) >= 1 && height >= 0 && width >= 0,
                     "logits have the shape (N, C, h, w), not ", logits.sizes(), ".");
   TORCH_CHECK_VALUE(logits.numel() > 0 || logits.size(0) * height * width == 0, "logits of the size ", logits.sizes(),
@@ -273,10 +277,32 @@ Tensor upsample_argmax_cpu(const Tensor& logits, int64_t height, int64_t width, 
   args.H = height, args.W = width;
   args.align_corners = align_corners;
   args.logits = logit_view(logits);
-  const Tensor classes =
-      at::empty({args.N, height, width}, logits.options().dtype(args.C <= 256 ? at::kByte : at::kInt));
-  cpu::upsample_argmax(args, classes.data_ptr());
+  return args;
+}
+
+Tensor empty_classes(const Tensor& logits, const LossArgs& args) {
+  return at::empty({args.N, args.H, args.W}, logits.options().dtype(args.C <= 256 ? at::kByte : at::kInt));
+}
+
+Tensor upsample_argmax_cpu(const Tensor& logits, int64_t height, int64_t width, bool align_corners) {
+  const LossArgs args = upsample_args(logits, height, width, align_corners);
+  const Tensor classes = empty_classes(logits, args);
+  cpu::upsample_argmax(args, classes.data_ptr(), nullptr);
   return classes;
+}
+
+std::tuple<Tensor, Tensor> upsample_confusion_cpu(const Tensor& logits, const Tensor& target, int64_t ignore_index,
+                                                  bool align_corners) {
+  TORCH_CHECK_VALUE(target.dim() == 3 && logits.dim() == 4 && target.size(0) == logits.size(0),
+                    "target has the shape (N, H, W) with the logits' N, not ", target.sizes(), ".");
+  check_same_device(logits, target, "target");
+  LossArgs args = upsample_args(logits, target.size(1), target.size(2), align_corners);
+  args.labels = label_view(target);
+  args.ignore_index = ignore_index;
+  const Tensor classes = empty_classes(logits, args);
+  const Tensor bins = at::empty({args.C * args.C + 2}, logits.options().dtype(at::kLong));
+  cpu::upsample_argmax(args, classes.data_ptr(), bins.mutable_data_ptr<int64_t>());
+  return {classes, bins};
 }
 #endif
 
@@ -329,6 +355,7 @@ TORCH_LIBRARY_IMPL(bcmf, CPU, m) {
   m.impl("loss", &loss_cpu);
   m.impl("loss_backward", &loss_backward_cpu);
   m.impl("upsample_argmax", &upsample_argmax_cpu);
+  m.impl("upsample_confusion", &upsample_confusion_cpu);
 }
 #ifdef BCMF_WITH_CUDA
 TORCH_LIBRARY_IMPL(bcmf, CUDA, m) { register_cuda(m); }

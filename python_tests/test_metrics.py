@@ -315,8 +315,56 @@ def test_upsample_argmax_at_ties_and_limits() -> None:
         upsample_argmax(torch.zeros(3, 2, 2), (4, 4))
 
 
+@pytest.mark.parametrize("classes", [1, 5, 300])
+@pytest.mark.parametrize(("size", "wanted"), [((7, 9), (56, 72)), ((33, 40), (33, 40)), ((3, 2), (9, 1100))])
+def test_update_from_logits(size: tuple, wanted: tuple, classes: int) -> None:
+    """Counts exactly what update counts of the arg-max, and returns that, for every dtype and layout."""
+    generator = torch.Generator().manual_seed(0)
+    for dtype, label_dtype in (
+        (torch.float32, torch.uint8),
+        (torch.bfloat16, torch.int16),
+        (torch.float64, torch.long),
+    ):
+        z = torch.randn(2, classes, *size, generator=generator).to(dtype)
+        target = torch.randint(0, min(classes, 250), (2, *wanted), generator=generator).to(label_dtype)
+        target[:, 2:5, :7] = 255
+        for logits, labels in (
+            (z, target),
+            (z.contiguous(memory_format=torch.channels_last), target.mT.contiguous().mT),
+        ):
+            fused, plain = ConfusionMatrix(classes), ConfusionMatrix(classes)
+            for align_corners in (False, True):
+                prediction = fused.update_from_logits(logits, labels, align_corners)
+                assert torch.equal(prediction, upsample_argmax(logits, wanted, align_corners))
+                plain.update(prediction, labels)
+            assert torch.equal(fused.matrix, plain.matrix)
+            assert fused.matrix.sum() == 2 * (labels != 255).sum()
+
+
+def test_update_from_logits_of_wrong_inputs() -> None:
+    """The same sentence as of update for a wrong label, and nothing counted; shapes and classes that do not fit."""
+    confusion = ConfusionMatrix(3)
+    logits, target = torch.zeros(2, 3, 4, 4), torch.full((2, 8, 8), 7)
+    for wrong in (lambda: confusion.update_from_logits(logits, target), lambda: confusion.update(target, target)):
+        with pytest.raises(ValueError, match=r"target holds 7.*outside the classes 0\.\.2"):
+            wrong()
+    assert confusion.matrix.sum() == 0
+    with pytest.raises(ValueError, match="logits have 4 classes and the matrix has 3"):
+        confusion.update_from_logits(torch.zeros(2, 4, 4, 4), target)
+    with pytest.raises(ValueError, match="target has the shape"):
+        confusion.update_from_logits(logits, target[0])
+    with pytest.raises(TypeError, match="floating point"):
+        confusion.update_from_logits(logits.long(), target)
+    with pytest.raises(TypeError, match="integer class ids"):
+        confusion.update_from_logits(logits, target.float())
+    assert confusion.update_from_logits(logits[:0], target[:0]).shape == (0, 8, 8)
+
+
 @pytest.mark.skipif(dispatch.EXTENSION is None, reason="no extension")
 def test_upsample_argmax_as_an_op() -> None:
-    """Schema and fake kernel of the compiled op."""
+    """Schemas and fake kernels of the compiled ops."""
     for classes in (3, 300):
-        torch.library.opcheck(torch.ops.bcmf.upsample_argmax, (torch.randn(2, classes, 3, 4), 7, 9, False))
+        logits = torch.randn(2, classes, 3, 4)
+        torch.library.opcheck(torch.ops.bcmf.upsample_argmax, (logits, 7, 9, False))
+        target = torch.randint(0, 3, (2, 7, 9))
+        torch.library.opcheck(torch.ops.bcmf.upsample_confusion, (logits, target, 255, False))

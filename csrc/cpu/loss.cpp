@@ -321,10 +321,16 @@ void backward(const LossArgs& args) {
 }
 
 template <typename Acc>
-void find_classes(const LossArgs& args, void* classes) {
+void find_classes(const LossArgs& args, void* classes, int64_t* bins) {
   const Work<Acc> work(args);
+  const int64_t size = bins ? args.C * args.C + 2 : 0;
+  std::fill(bins, bins + size, int64_t{0});
+  std::mutex merging;  // of integers: the order does not matter
   work.for_blocks([&](int64_t begin, int64_t end, Acc* scratch) {
-    kernels<Acc>().argmax(args, work.view, begin, end, scratch, classes);
+    std::vector<int64_t> counts(size);
+    kernels<Acc>().argmax(args, work.view, begin, end, scratch, classes, bins ? counts.data() : nullptr);
+    const std::lock_guard<std::mutex> lock(merging);
+    for (int64_t bin = 0; bin < size; ++bin) bins[bin] += counts[bin];
   });
 }
 
@@ -369,8 +375,9 @@ void loss_backward(const LossArgs& args) {
   args.logits.type == LogitType::f64 ? backward<double>(args) : backward<float>(args);
 }
 
-void upsample_argmax(const LossArgs& args, void* classes) {
-  args.logits.type == LogitType::f64 ? find_classes<double>(args, classes) : find_classes<float>(args, classes);
+void upsample_argmax(const LossArgs& args, void* classes, int64_t* bins) {
+  if (args.logits.type == LogitType::f64) return find_classes<double>(args, classes, bins);
+  find_classes<float>(args, classes, bins);
 }
 
 }  // namespace bcmf::cpu

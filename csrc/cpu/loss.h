@@ -17,7 +17,8 @@ void advise_huge_pages(void* memory, size_t bytes);
 int64_t loss_forward(const LossArgs& args);
 void loss_backward(const LossArgs& args);
 
-// bcmf::upsample_argmax: of `args` the sizes and the logits count. classes: (N, H, W) uint8, or int32 of more than 256.
-void upsample_argmax(const LossArgs& args, void* classes);
+// Of `args` the sizes and the logits count, and with bins the labels. classes: (N, H, W) uint8, or int32 of more than
+// 256. bins: null, or counts of label * C + class; then of bad labels, and of ignored pixels.
+void upsample_argmax(const LossArgs& args, void* classes, int64_t* bins);
 
 }  // namespace bcmf::cpu

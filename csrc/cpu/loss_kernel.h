@@ -78,8 +78,10 @@ struct LossKernels {
   void (*select)(const LossArgs&, const LossWork<Acc>&, int index, int64_t begin, int64_t end, TermPartial*);
   void (*compare)(const LossArgs&, const LossWork<Acc>&, int64_t begin, int64_t end, TermPartial*);
   void (*find_residuals)(const LossArgs&, const LossWork<Acc>&, int64_t begin, int64_t end);
-  // Blocks: the class with the largest logit of each label pixel, uint8 or, of more than 256 classes, int32.
-  void (*argmax)(const LossArgs&, const LossWork<Acc>&, int64_t begin, int64_t end, Acc* scratch, void* classes);
+  // Blocks: the class with the largest logit of each label pixel, uint8 or, of more than 256 classes, int32; and, if
+  // there are bins, their counts by label.
+  void (*argmax)(const LossArgs&, const LossWork<Acc>&, int64_t begin, int64_t end, Acc* scratch, void* classes,
+                 int64_t* bins);
   // Rows begin..end of the N * h logit rows.
   void (*join_halves)(const LossArgs&, const LossWork<Acc>&, int64_t begin, int64_t end);
 };

@@ -279,42 +279,59 @@ static void sum_kept(const LossArgs& args, const LossWork<Acc>& work, Acc cutoff
   }
 }
 
-// The lowest class of those with the largest logit; NaN is larger than all, as in torch.argmax.
+// Of each pixel the lowest class of those with the largest logit; NaN is larger than all, as in torch.argmax.
+template <typename Acc>
+static void find_classes(const LossArgs& args, const Acc* z, int64_t pitch, int64_t count, int32_t* classes) {
+  typedef int32_t Classes __attribute__((vector_size(kWidth<Acc> * sizeof(int32_t))));
+  for (int64_t i = 0; i < count; i += kWidth<Acc>) {
+    Vector<Acc> best = load_vector(z + i);
+    Mask<Acc> found = {}, current = {};
+    for (int64_t c = 1; c < args.C; ++c) {
+      current += 1;
+      const Vector<Acc> value = load_vector(z + c * pitch + i);
+      const Mask<Acc> better = (value > best) | ((value != value) & (best == best));
+      best = better ? value : best;
+      found = better ? current : found;
+    }
+    const Classes narrow = __builtin_convertvector(found, Classes);
+    std::memcpy(classes + i, &narrow, sizeof(narrow));
+  }
+}
+
+// `bins`, if any: counts by label and class, (C, C); then of pixels with a bad label, and of those that are ignored.
 template <typename Acc, typename Source, typename Class>
 static void argmax_from(const LossArgs& args, const LossWork<Acc>& work, int64_t begin, int64_t end, Acc* scratch,
-                        Class* classes) {
+                        Class* classes, int64_t* bins) {
   Acc* z = scratch;
   Source source(args, work, scratch + args.C * work.pitch);
+  int labels[kMaxTilePixels];
+  int32_t found[kMaxTilePixels];
   for_tiles(args, work, begin, end, [&](int64_t n, int64_t, Tile t, bool first, bool) {
     if (first) source.begin(n, t);
     source.load(n, t, z);
-    Acc best[kMaxTilePixels];
-    int32_t found[kMaxTilePixels];
-    for (int64_t i = 0; i < t.count(); ++i) best[i] = z[i], found[i] = 0;
-    for (int64_t c = 1; c < args.C; ++c)
-      for (int64_t i = 0; i < t.count(); ++i) {
-        const Acc value = z[c * work.pitch + i];
-        const bool better = value > best[i] || (value != value && best[i] == best[i]);
-        best[i] = better ? value : best[i];
-        found[i] = better ? static_cast<int32_t>(c) : found[i];
-      }
+    find_classes(args, z, work.pitch, t.count(), found);
     Class* to = classes + (n * args.H + t.y) * args.W + t.xa;
     for (int64_t i = 0; i < t.count(); ++i) to[i] = static_cast<Class>(found[i]);
+    if (!bins) return;
+    load_labels(args, n, t, labels);
+    for (int64_t i = 0; i < t.count(); ++i)
+      ++bins[labels[i] >= 0 ? labels[i] * args.C + found[i] : args.C * args.C + (labels[i] == kIgnored)];
   });
 }
 
 template <typename Acc, typename Source>
 static void argmax_as(const LossArgs& args, const LossWork<Acc>& work, int64_t begin, int64_t end, Acc* scratch,
-                      void* classes) {
-  if (args.C <= 256) return argmax_from<Acc, Source>(args, work, begin, end, scratch, static_cast<uint8_t*>(classes));
-  argmax_from<Acc, Source>(args, work, begin, end, scratch, static_cast<int32_t*>(classes));
+                      void* classes, int64_t* bins) {
+  if (args.C <= 256)
+    return argmax_from<Acc, Source>(args, work, begin, end, scratch, static_cast<uint8_t*>(classes), bins);
+  argmax_from<Acc, Source>(args, work, begin, end, scratch, static_cast<int32_t*>(classes), bins);
 }
 
 template <typename Acc>
 static void argmax(const LossArgs& args, const LossWork<Acc>& work, int64_t begin, int64_t end, Acc* scratch,
-                   void* classes) {
-  if (args.resampled()) return argmax_as<Acc, Resampled<Acc>>(args, work, begin, end, scratch, classes);
-  argmax_as<Acc, Direct<Acc>>(args, work, begin, end, scratch, classes);
+                   void* classes, int64_t* bins) {
+  if (args.resampled()) return argmax_as<Acc, Resampled<Acc>>(args, work, begin, end, scratch, classes, bins);
+  argmax_as<Acc, Direct<Acc>>(args, work, begin, end, scratch, classes, bins);
 }
 
 // The labels as 16-bit classes, which BCL and CPG read again and again. (Bad ones count as ignored here.)
