@@ -1,5 +1,6 @@
 // Binds the kernels to torch.ops.bcmf (schemas and fake kernels stand in bcmf_ext/ops.py) and tells what was built.
 
+#include <ATen/EmptyTensor.h>
 #include <ATen/Functions.h>
 #include <ATen/Version.h>
 #include <pybind11/pybind11.h>
@@ -16,6 +17,7 @@
 #include <tuple>
 
 #include "cpu/loss.h"
+#include "cpu/memory.h"
 #ifdef BCMF_WITH_CUDA
 #include <c10/cuda/CUDAGuard.h>
 #include <c10/cuda/CUDAStream.h>
@@ -160,6 +162,26 @@ LossInputs::LossInputs(const Tensor& logits, const Tensor& target, const std::op
   }
 }
 
+// What a step makes anew each time. Large tensors on the CPU lie in memory that is kept from step to step.
+Tensor make_tensor(at::IntArrayRef sizes, at::IntArrayRef strides, const at::TensorOptions& options) {
+#ifndef BCMF_EMULATED
+  const size_t bytes = at::detail::computeStorageNbytes(sizes, strides, options.dtype().itemsize());
+  if (options.device().is_cpu() && bytes >= cpu::kLarge)
+    return at::from_blob(cpu::allocate_large(bytes), sizes, strides, cpu::free_large, options);
+#endif
+  return at::empty_strided(sizes, strides, options);
+}
+
+Tensor make_maps(int64_t maps, const LossArgs& args, const at::TensorOptions& options) {  // (maps, N, H, W)
+  const int64_t pixels = args.N * args.H * args.W;
+  return make_tensor({maps, args.N, args.H, args.W}, {pixels, args.H * args.W, args.W, 1}, options);
+}
+
+Tensor make_like(const Tensor& t) {  // strides, too, as empty_like chooses them
+  const Tensor like = at::empty_like(t, t.options().device(at::kMeta), at::MemoryFormat::Preserve);
+  return make_tensor(t.sizes(), like.strides(), t.options());
+}
+
 struct LossOutputs {
   Tensor total, terms, stats, selected, summary, nll;
 
@@ -167,7 +189,7 @@ struct LossOutputs {
     const auto options = acc_options(logits);
     total = at::empty({}, options);
     terms = at::empty({kTerms}, options);
-    stats = at::empty({2, args.N, args.H, args.W}, options);
+    stats = make_maps(2, args, options);
     summary = at::empty({kSummarySize}, options);
     selected = at::empty({args.bcl_steps > 0 ? args.N : 0, args.H, args.W}, options.dtype(at::kByte));
     args.total = total.data_ptr();
@@ -176,7 +198,7 @@ struct LossOutputs {
     args.selected = selected.data_ptr();
     args.summary = summary.data_ptr();
     if (args.ohem) {
-      nll = at::empty({args.N, args.H, args.W}, options);
+      nll = make_maps(1, args, options);
       args.nll = nll.data_ptr();
     }
   }
@@ -208,7 +230,7 @@ struct LossGradient {
     stats = stats_.contiguous();
     selected = selected_.contiguous();
     summary = summary_.contiguous();
-    grad = at::empty_like(logits, logits.options(), at::MemoryFormat::Preserve);
+    grad = make_like(logits);
     args.grad_total = grad_total.data_ptr();
     args.stats = stats.data_ptr();
     args.selected = selected.data_ptr();
@@ -249,8 +271,6 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> loss_cpu(const Tensor& logits
                                                             const std::optional<Tensor>& weight, BCMF_LOSS_OPTIONS) {
   LossInputs in(logits, target, weight, BCMF_PASS_LOSS_OPTIONS);
   LossOutputs out(logits, in.args);
-  cpu::advise_huge_pages(out.stats.data_ptr(), out.stats.nbytes());
-  if (out.nll.defined()) cpu::advise_huge_pages(out.nll.data_ptr(), out.nll.nbytes());
   const int64_t bad_labels = cpu::loss_forward(in.args);
   TORCH_CHECK_VALUE(bad_labels == 0, describe_bad_labels(target, logits.size(1), ignore_index));
   return out.as_tuple();
@@ -261,7 +281,6 @@ Tensor loss_backward_cpu(const Tensor& grad_total, const Tensor& logits, const T
                          const Tensor& summary, BCMF_LOSS_OPTIONS) {
   LossInputs in(logits, target, weight, BCMF_PASS_LOSS_OPTIONS);
   const LossGradient out(grad_total, logits, stats, selected, summary, in.args);
-  cpu::advise_huge_pages(out.grad.data_ptr(), out.grad.nbytes());
   cpu::loss_backward(in.args);
   return out.grad;
 }
@@ -379,5 +398,7 @@ PYBIND11_MODULE(_C, m) {
       },
       "What was compiled: torch, compiler, cuda_archs (TORCH_CUDA_ARCH_LIST form, empty without CUDA); and the CPU "
       "instruction set in use.");
+  m.def("release_kept_memory", &bcmf::cpu::release_kept_memory,
+        "Gives the system the memory that the CPU kernels keep from step to step (large gradients and statistics).");
 }
 #endif

@@ -98,3 +98,27 @@ def test_every_half_number_is_read_and_rounded_as_torch_does(dtype: torch.dtype)
     for value in torch.cat([upstream, midpoints])[:: 2**17 // 5000]:
         grad = torch.ops.bcmf.loss_backward(value, z, y, None, *kept, *LossOptions(255))
         assert torch.equal(grad[0, 1, 0, 0], value.to(dtype)) or value.isnan()
+
+
+def test_memory_that_is_kept_belongs_to_one_tensor_at_a_time() -> None:
+    """Protects gradients that are still in use, and the memory of a program that no longer computes losses."""
+    generator = torch.Generator().manual_seed(0)
+    y = torch.randint(0, 19, (1, 700, 700), generator=generator)
+    z = [torch.randn(1, 19, 700, 700, generator=generator).requires_grad_() for _ in range(2)]  # 36 MiB each
+
+    def gradients() -> list[torch.Tensor]:
+        return [torch.autograd.grad(bcmf_ext.cross_entropy(logits, y, impl="cpu"), logits)[0] for logits in z]
+
+    first = gradients()
+    expected = [grad.clone() for grad in first]
+    assert first[0].data_ptr() != first[1].data_ptr()
+    used = {grad.data_ptr() for grad in first}
+    del first
+    again = gradients()
+    assert {grad.data_ptr() for grad in again} == used  # the same memory
+    dispatch.EXTENSION.release_kept_memory()
+    more = gradients()
+    for found in (again, more):
+        assert all(torch.equal(grad, wanted) for grad, wanted in zip(found, expected, strict=True))
+    again[0].zero_()
+    assert torch.equal(more[0], expected[0])

@@ -153,9 +153,10 @@ struct Resampled {
   static constexpr int64_t kFewCells = 32;
   const LossArgs& args;
   const LossWork<Acc>& work;
-  Acc *upper, *lower;                   // (C, pitch): logits of the two rows
-  int64_t lower_row = -1, column = -1;  // of the batch: what `lower` holds
-  Acc *sum, *weighted;  // (C, pitch), backward: gradients, and gradients times the weight of the lower row
+  Acc *upper = nullptr, *lower = nullptr;  // (C, pitch): logits of the two rows
+  int64_t lower_row = -1, column = -1;     // of the batch: what `lower` holds
+  Acc *sum = nullptr,
+      *weighted = nullptr;  // (C, pitch), backward: gradients, and gradients times the weight of the lower row
 
   // scratch: of four tiles; none where only entries are read.
   Resampled(const LossArgs& args, const LossWork<Acc>& work, Acc* scratch = nullptr) : args(args), work(work) {
@@ -193,7 +194,7 @@ struct Resampled {
     }
   }
   Acc entry(int64_t n, int64_t y, int64_t x, int64_t c) const {
-    Acc value;
+    Acc value = 0;
     entries(n, y, x, x + 1, c, &value);
     return value;
   }

@@ -3,10 +3,6 @@
 #include <ATen/Parallel.h>
 #include <ATen/Version.h>
 
-#if defined(__linux__)
-#include <sys/mman.h>
-#endif
-
 #include <algorithm>
 #include <memory>
 #include <mutex>
@@ -15,6 +11,7 @@
 #include "../device/geometry.cuh"
 #include "../device/select.cuh"
 #include "loss_kernel.h"
+#include "memory.h"
 
 namespace bcmf::cpu {
 namespace {
@@ -53,6 +50,11 @@ class Axis {  // memory of an AxisTable
  private:
   std::vector<int32_t> first_, second_;
   std::vector<Acc> weight_;
+};
+
+struct Release {  // what Work::allocate got
+  size_t bytes = 0;
+  void operator()(void* memory) const { bytes >= kLarge ? free_large(memory) : ::operator delete(memory); }
 };
 
 template <typename Acc>
@@ -160,10 +162,10 @@ class Work {
   }
 
   template <typename T>
-  T* allocate(std::unique_ptr<T[]>& memory, int64_t maps = 1) {
-    const int64_t count = maps * args_.N * args_.H * args_.W;
-    memory.reset(new T[count]);
-    advise_huge_pages(memory.get(), count * sizeof(T));
+  T* allocate(std::unique_ptr<T[], Release>& memory, int64_t maps = 1) {
+    const size_t bytes = maps * args_.N * args_.H * args_.W * sizeof(T);
+    void* const data = bytes >= kLarge ? allocate_large(bytes) : ::operator new(bytes);
+    memory = {static_cast<T*>(data), Release{bytes}};
     return memory.get();
   }
 
@@ -171,9 +173,10 @@ class Work {
   std::unique_ptr<Axis<Acc>> vertical_, horizontal_;
   std::vector<int64_t> row_, block_;
   std::vector<int32_t> column_flip_;
-  std::unique_ptr<uint16_t[]> ids_;
-  std::unique_ptr<uint8_t[]> edges_;
-  std::unique_ptr<Acc[]> scores_, halves_;
+  std::unique_ptr<uint16_t[], Release> ids_;
+  std::unique_ptr<uint8_t[], Release> edges_;
+  std::unique_ptr<Acc[], Release> scores_;
+  std::unique_ptr<Acc[]> halves_;
   std::unique_ptr<RunStore<Acc>[]> stores_;
   std::unique_ptr<RowRuns<Acc>[]> runs_;
 };
@@ -347,16 +350,6 @@ Acc* add_run(RowRuns<Acc>& row, int64_t x0, int64_t x1, int64_t c) {
 }
 template float* add_run(RowRuns<float>& row, int64_t x0, int64_t x1, int64_t c);
 template double* add_run(RowRuns<double>& row, int64_t x0, int64_t x1, int64_t c);
-
-void advise_huge_pages(void* memory, size_t bytes) {
-#if defined(__linux__)
-  constexpr uintptr_t kPage = 2 << 20;
-  if (bytes < kLarge) return;  // what is smaller malloc keeps, and its pages with it
-  const uintptr_t begin = (reinterpret_cast<uintptr_t>(memory) + kPage - 1) / kPage * kPage;
-  const uintptr_t end = (reinterpret_cast<uintptr_t>(memory) + bytes) / kPage * kPage;
-  if (begin < end) madvise(reinterpret_cast<void*>(begin), end - begin, MADV_HUGEPAGE);
-#endif
-}
 
 const char* loss_capability() {
   const IsaKernels* k = &isa_kernels();

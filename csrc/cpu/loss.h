@@ -1,17 +1,11 @@
 #pragma once
 
-#include <cstddef>
-
 #include "../device/common.cuh"
 
 namespace bcmf::cpu {
 
 // Instruction set of the kernels in use: "AVX512", "AVX2" or "baseline".
 const char* loss_capability();
-
-// A hint for large memory, which malloc maps anew each time: filled in 2 MiB pages, it costs a fraction of the page
-// faults, which otherwise take longer than the arithmetic. Harmless where the system does not take it.
-void advise_huge_pages(void* memory, size_t bytes);
 
 // Both run on torch's threads. The forward fills stats, total, summary (and nll) and returns the number of bad labels.
 int64_t loss_forward(const LossArgs& args);

@@ -92,9 +92,6 @@ struct IsaKernels {
 };
 extern const IsaKernels loss_kernels_baseline, loss_kernels_avx2, loss_kernels_avx512;
 
-// Memory of so many bytes does not stay in a cache, and comes fresh from the system.
-constexpr size_t kLarge = 32 << 20;
-
 constexpr int64_t kMaxTilePixels = 1024;
 
 // About 64 KiB of fp32 logits, so that a tile stays in a cache of the core while it is read twice.
