@@ -2,9 +2,10 @@
 
 Prints a table and writes bench/results/kernels-<device>.json and .png.
 
-Protocol. All contenders take turns in one process, round after round, in rotated order; a figure is the median over the
-rounds of a contender's time divided by the baseline's in the same round, which a busy machine disturbs far less than
-times, and its spread the middle half of these ratios. The baseline runs twice a round: where this A/A ratio is off by
+Protocol. All contenders take turns in one process, round after round, in an order drawn anew (so that no one always
+follows the same other, in the memory that it left); a figure is the median over the rounds of a contender's time
+divided by the baseline's in the same round, which a busy machine disturbs far less than times, and its spread the
+middle half of these ratios. The baseline runs twice a round: where this A/A ratio is off by
 more than 5 %, or with fewer than 15 rounds, the problem does not count and says so. On a GPU times come from events,
 and the L2 cache is flushed before each forward. Every contender's value and gradient are compared with the fp64
 definition in the same run. Memory is the peak above the state before the call: CUDA's allocator, or the process's
@@ -24,6 +25,7 @@ import hashlib
 import json
 import math
 import platform
+import random
 import re
 import statistics
 import subprocess
@@ -223,8 +225,9 @@ def measure(problem: Problem, clock: Clock, rounds: int) -> dict[str, Any]:
     losses["A/A"] = losses[baseline]
     meter = RateMeter(problem.logits, clock)
     times: dict[str, list[dict[str, float]]] = {name: [] for name in turns}
+    draw_order = random.Random(0)
     for round_ in tqdm(range(-3, rounds), problem.title, leave=False, disable=None):
-        for name in turns[round_ % len(turns) :] + turns[: round_ % len(turns)]:
+        for name in draw_order.sample(turns, len(turns)):
             step = clock.step(losses[name], problem.logits)
             if round_ >= 0:  # the others warm up
                 times[name].append(step)
