@@ -48,26 +48,31 @@ def test_every_instruction_set(capability: str) -> None:
     """Protects the variants that this machine would not choose: each gives the reference's value and gradient."""
     code = (
         "import torch, bcmf_ext\n"
+        "from bcmf_ext.metrics import upsample_argmax\n"
         "g = torch.Generator().manual_seed(0)\n"
         "y = torch.randint(0, 7, (2, 33, 35), generator=g); y[0, 0] = 255\n"
         "for dtype in (torch.float64, torch.float32, torch.bfloat16, torch.float16):\n"
         "    z = torch.randn(2, 7, 33, 35, generator=g).to(dtype).requires_grad_()\n"
         "    for ohem in (None, bcmf_ext.OHEM(0.1, 500)):\n"
-        "        ours, truth = (bcmf_ext.cross_entropy(z, y, ohem=ohem, impl=i) for i in ('cpu', 'torch'))\n"
+        "        given = dict(ohem=ohem, weight=torch.rand(7, generator=g))\n"
+        "        ours, truth = (bcmf_ext.cross_entropy(z, y, impl=i, **given) for i in ('cpu', 'torch'))\n"
         "        torch.testing.assert_close(ours, truth, rtol=1e-6, atol=0)\n"
         "        grads = [torch.autograd.grad(v, z)[0] for v in (ours, truth)]\n"
         "        torch.testing.assert_close(*grads, rtol=2 * torch.finfo(dtype).eps + 2e-6, atol=1e-7)\n"
         "    logits = torch.randn(2, 7, 9, 11, generator=g).to(dtype).requires_grad_()\n"
-        "    for z, k in ((z, 3), (logits, 5), (logits, 7)):\n"
-        "        terms = dict(cpg=bcmf_ext.CPG(0.7, k), align_corners=True)\n"
+        "    for z, k in ((z, 3), (logits, 5), (logits, 7), (1e8 * logits.float(), 3)):\n"
+        "        terms = dict(cpg=bcmf_ext.CPG(0.7, k), align_corners=k != 5)\n"
         "        values = [bcmf_ext.segmentation_loss(z, y, impl=i, **terms).total for i in ('cpu', 'torch')]\n"
         "        torch.testing.assert_close(*values, rtol=4e-6, atol=0)\n"
         "        grads = [torch.autograd.grad(v, z)[0] for v in values]\n"
         "        torch.testing.assert_close(*grads, rtol=2 * torch.finfo(dtype).eps + 2e-5, atol=1e-6)\n"
         "    areas = y[:, ::5, ::5].repeat_interleave(5, 1)[:, :33].repeat_interleave(5, 2)[:, :, :35]\n"
-        "    bcl = lambda i: bcmf_ext.boundary_corrected_loss(z, areas, align_corners=True, impl=i)\n"
+        "    bcl = lambda i: bcmf_ext.boundary_corrected_loss(logits, areas, align_corners=True, impl=i)\n"
         "    values = [bcl(i) for i in ('cpu', 'torch')]\n"
         "    torch.testing.assert_close(*values, rtol=1e-5, atol=0)\n"
+        "    grads = [torch.autograd.grad(v, logits)[0] for v in values]\n"
+        "    torch.testing.assert_close(*grads, rtol=2 * torch.finfo(dtype).eps + 2e-5, atol=1e-6)\n"
+        "    assert torch.equal(upsample_argmax(logits, (7, 9)), upsample_argmax(logits.double(), (7, 9)))\n"
         "print(bcmf_ext.dispatch.EXTENSION.build_info()['cpu_capability'].lower())\n"
     )
     if capability == "avx512" and "AVX512" not in torch.backends.cpu.get_cpu_capability():
@@ -101,16 +106,19 @@ def test_every_half_number_is_read_and_rounded_as_torch_does(dtype: torch.dtype)
 
 
 def test_memory_that_is_kept_belongs_to_one_tensor_at_a_time() -> None:
-    """Protects gradients that are still in use, and the memory of a program that no longer computes losses."""
+    """Protects gradients that are still in use, and the memory of a program that no longer computes losses; and large
+    gradients altogether, which are written past the cache."""
     generator = torch.Generator().manual_seed(0)
-    y = torch.randint(0, 19, (1, 700, 700), generator=generator)
-    z = [torch.randn(1, 19, 700, 700, generator=generator).requires_grad_() for _ in range(2)]  # 36 MiB each
+    size = (701, 659)  # odd: no row begins or ends where a vector does
+    y = torch.randint(0, 19, (1, *size), generator=generator)
+    z = [torch.randn(1, 19, *size, generator=generator).requires_grad_() for _ in range(2)]  # 33 MiB each
 
-    def gradients() -> list[torch.Tensor]:
-        return [torch.autograd.grad(bcmf_ext.cross_entropy(logits, y, impl="cpu"), logits)[0] for logits in z]
+    def gradients(impl: str = "cpu") -> list[torch.Tensor]:
+        return [torch.autograd.grad(bcmf_ext.cross_entropy(logits, y, impl=impl), logits)[0] for logits in z]
 
     first = gradients()
     expected = [grad.clone() for grad in first]
+    torch.testing.assert_close(expected, gradients("torch"), rtol=1e-5, atol=1e-11)
     assert first[0].data_ptr() != first[1].data_ptr()
     used = {grad.data_ptr() for grad in first}
     del first

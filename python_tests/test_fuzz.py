@@ -26,7 +26,7 @@ def problems(draw: st.DrawFn) -> dict[str, Any]:
     size = draw(st.none() | st.tuples(st.integers(1, 20), st.integers(1, 20))) or (h, w)  # of the logits
     ignore_index = draw(st.sampled_from([255, -1, -100, 0, 1]))
     g = torch.Generator().manual_seed(draw(st.integers(0, 2**31)))
-    z = draw(st.sampled_from([0.1, 3, 50])) * torch.randn((n, c, *size), generator=g, dtype=torch.float64)
+    z = draw(st.sampled_from([0.1, 3, 50, 1e4])) * torch.randn((n, c, *size), generator=g, dtype=torch.float64)
     y = torch.randint(0, c, (n, h, w), generator=g)
     grain = draw(st.integers(1, 6))  # labels in areas have few edges
     y = y[:, ::grain, ::grain].repeat_interleave(grain, 1).repeat_interleave(grain, 2)[:, :h, :w]

@@ -16,6 +16,8 @@ from cases import (
     KERNELS,
     SHAPES,
     SIZES,
+    WIDE,
+    WIDE_OHEM,
     Backend,
     Case,
     assert_not_less_exact,
@@ -266,6 +268,24 @@ def test_many_tiles(backend: Backend, ohem: OHEM | None) -> None:
     """Protects the second stage of reductions, and of the selection, which starts only with hundreds of tiles."""
     case = make_case("cross_entropy weighted", ohem=ohem)
     assert_not_less_exact(case, backend, *problem((1, 2, 740, 740), torch.float32, backend.device))
+
+
+@pairs(KERNELS, (WIDE, WIDE_OHEM))
+@pytest.mark.parametrize("size", [(12, 1450), (5, 40), (6, 2900)])
+def test_rows_wider_than_a_tile(backend: Backend, case: Case, size: tuple[int, int]) -> None:
+    """Protects the seams where a row of labels is cut, and all that is kept from one piece to the next."""
+    z, y, w = problem((1, 3, 12, 1450), torch.float32, backend.device, logits=lambda *_: size)
+    y = y[:, ::3, ::5].repeat_interleave(3, 1).repeat_interleave(5, 2).contiguous()
+    assert_not_less_exact(case, backend, z, y, w)
+
+
+@pairs(BACKENDS)
+@pytest.mark.parametrize("scale", [1e4, 1e8, 1e30])
+def test_huge_logits(backend: Backend, case: Case, scale: float) -> None:
+    """Protects differences of resampled logits: rounded in another order, they are far from 0 where logits are huge."""
+    z, y, w = problem((2, 5, 20, 24), torch.float32, backend.device, logits=case.logits)
+    y = y[:, ::4, ::4].repeat_interleave(4, 1).repeat_interleave(4, 2).contiguous()
+    assert_not_less_exact(case, backend, scale * z, y, w)
 
 
 @every_kernel

@@ -198,28 +198,29 @@ struct Resampled {
     entries(n, y, x, x + 1, c, &value);
     return value;
   }
+  // Along x first, as `load` has them: where logits are large, p would be far from the forward's in another order.
   void entries(int64_t n, int64_t y, int64_t xa, int64_t xb, int64_t c, Acc* to) const {
     const LogitView& v = args.logits;
-    const int64_t image = n * v.stride_n + c * v.stride_c;
-    const int64_t above = work.vertical.first[y] * v.stride_h, below = work.vertical.second[y] * v.stride_h;
-    const Acc weight = work.vertical.weight[y];
-    with_logits<Acc>(v, image, [&](const auto* z) {
-      const auto column = [&](int64_t x) {
-        return mix<Acc>(widen(z[above + x * v.stride_w]), widen(z[below + x * v.stride_w]), weight);
+    const int64_t map = n * v.stride_n + c * v.stride_c;
+    const int64_t above = map + work.vertical.first[y] * v.stride_h, below = map + work.vertical.second[y] * v.stride_h;
+    const int32_t *left = work.horizontal.first, *right = work.horizontal.second;
+    const Acc* weight = work.horizontal.weight;
+    const Acc weight_below = work.vertical.weight[y];
+    const int64_t first = left[xa], cells = right[xb - 1] - first + 1;
+    Acc upper_cells[kFewCells], lower_cells[kFewCells];
+    if (cells <= kFewCells) {  // as usual: many labels lie between few logits
+      widen_row(v, above + first * v.stride_w, v.stride_w, cells, upper_cells);
+      widen_row(v, below + first * v.stride_w, v.stride_w, cells, lower_cells);
+      for (int64_t x = xa; x < xb; ++x)
+        to[x - xa] = mix(mix(upper_cells[left[x] - first], upper_cells[right[x] - first], weight[x]),
+                         mix(lower_cells[left[x] - first], lower_cells[right[x] - first], weight[x]), weight_below);
+    } else {
+      const auto row = [&](int64_t offset, int64_t x) {
+        return mix(read_logit<Acc>(v, offset + left[x] * v.stride_w),
+                   read_logit<Acc>(v, offset + right[x] * v.stride_w), weight[x]);
       };
-      const int64_t first = work.horizontal.first[xa], last = work.horizontal.second[xb - 1];
-      if (last - first < kFewCells) {  // as usual: many labels lie between few logits
-        Acc cells[kFewCells];
-        for (int64_t x = first; x <= last; ++x) cells[x - first] = column(x);
-        for (int64_t x = xa; x < xb; ++x)
-          to[x - xa] = mix(cells[work.horizontal.first[x] - first], cells[work.horizontal.second[x] - first],
-                           work.horizontal.weight[x]);
-      } else {
-        for (int64_t x = xa; x < xb; ++x)
-          to[x - xa] =
-              mix(column(work.horizontal.first[x]), column(work.horizontal.second[x]), work.horizontal.weight[x]);
-      }
-    });
+      for (int64_t x = xa; x < xb; ++x) to[x - xa] = mix(row(above, x), row(below, x), weight_below);
+    }
   }
   void add_gradient(int64_t, Tile t, const Acc* z) {
     const Acc weight = work.vertical.weight[t.y];
@@ -234,7 +235,8 @@ struct Resampled {
   }
   // The strip ends: its sums go back to the logits' columns. `block` counts over the batch.
   void end(int64_t block, Tile t) {
-    Acc* halves = work.halves + block * 2 * args.C * args.w;
+    Acc* halves = work.halves + (block - work.first_block) * 2 * args.C * args.w;
+    for (int64_t i = 0; i < 2 * args.C * args.w && t.xa == 0; ++i) halves[i] = 0;
     for (int64_t c = 0; c < args.C; ++c) {
       Acc *above = halves + c * args.w, *below = halves + (args.C + c) * args.w;
       const Acc *s = sum + c * work.pitch, *w = weighted + c * work.pitch;
@@ -289,7 +291,7 @@ static void join_halves(const LossArgs& args, const LossWork<Acc>& work, int64_t
         for (int64_t i = 0; i < length; ++i) row[i] = 0;
         for (int64_t block = from; block < to; ++block) {
           const int64_t label_row = work.row[block];
-          const Acc* halves = work.halves + (n * work.blocks + block) * 2 * args.C * args.w;
+          const Acc* halves = work.halves + (n * work.blocks + block - work.first_block) * 2 * args.C * args.w;
           const Acc *above = halves + c * args.w + x, *below = halves + (args.C + c) * args.w + x;
           if (work.vertical.first[label_row] == y)
             for (int64_t i = 0; i < length; ++i) row[i] += above[i];

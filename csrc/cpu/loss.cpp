@@ -32,6 +32,7 @@ const LossKernels<Acc>& kernels() {
   if constexpr (std::is_same_v<Acc, float>) return isa_kernels().f32;
 }
 
+constexpr int64_t kHalves = 1 << 20;   // values, unless an image has more
 constexpr int64_t kMaxBlockRows = 16;  // enough blocks for all threads, however few logits there are
 
 template <typename Acc>
@@ -70,7 +71,7 @@ class Work {
   LossWork<Acc> view = {};
 
   explicit Work(const LossArgs& args) : args_(args) {
-    view.stream = args.N * args.C * args.h * args.w * sizeof(Acc) >= kLarge;
+    view.stream = args.N * args.C * args.h * args.w * sizeof(Acc) >= kLarge && args.logits.type == LogitType::f32;
     view.nll = args.ohem ? static_cast<Acc*>(args.nll) : nullptr;
     view.pitch = tile_pixels(args.C);
     view.strip = std::min(view.pitch, args.W);
@@ -120,15 +121,25 @@ class Work {
     if (!args_.bcl_flipped) ids_.reset();
   }
 
-  void allocate_halves() {
-    halves_ = std::make_unique<Acc[]>(args_.N * view.blocks * 2 * args_.C * args_.w);  // zeros
-    view.halves = halves_.get();
+  // run(n, end) over the batch, some images at a time, with memory for their halves; more would take more cache.
+  template <typename F>
+  void for_images_with_halves(F run) {
+    const int64_t image = view.blocks * 2 * args_.C * args_.w;
+    const int64_t together =
+        std::clamp<int64_t>(kHalves / std::max<int64_t>(image, 1), 1, std::max<int64_t>(args_.N, 1));
+    const std::unique_ptr<Acc[]> halves(new Acc[together * image]);  // each block begins with zeros
+    if (args_.W == 0) std::fill(halves.get(), halves.get() + together * image, Acc(0));
+    view.halves = halves.get();
+    for (int64_t n = 0; n < args_.N; n += together) {
+      view.first_block = n * view.blocks;
+      run(n, std::min(n + together, args_.N));
+    }
   }
 
-  // run(begin, end, scratch) over the blocks of the batch.
+  // run(begin, end, scratch) over the blocks of images n..to of the batch.
   template <typename F>
-  void for_blocks(F run) const {
-    at::parallel_for(0, args_.N * view.blocks, 1, [&](int64_t begin, int64_t end) {
+  void for_blocks(int64_t n, int64_t to, F run) const {
+    at::parallel_for(n * view.blocks, to * view.blocks, 1, [&](int64_t begin, int64_t end) {
       std::unique_ptr<char[]> scratch(new char[scratch_size(args_, view) * sizeof(Acc) + 63]);
       const auto aligned = (reinterpret_cast<uintptr_t>(scratch.get()) + 63) / 64 * 64;
       run(begin, end, reinterpret_cast<Acc*>(aligned));
@@ -176,7 +187,6 @@ class Work {
   std::unique_ptr<uint16_t[], Release> ids_;
   std::unique_ptr<uint8_t[], Release> edges_;
   std::unique_ptr<Acc[], Release> scores_;
-  std::unique_ptr<Acc[]> halves_;
   std::unique_ptr<RunStore<Acc>[]> stores_;
   std::unique_ptr<RowRuns<Acc>[]> runs_;
 };
@@ -274,7 +284,7 @@ int64_t forward(const LossArgs& args) {
   if (args.bcl_steps > 0 || args.cpg_radius > 0) work.identify();
   if (args.bcl_steps > 0) work.allocate_scores();
   std::vector<LossPartial> partials(args.N * work.view.blocks);
-  work.for_blocks([&](int64_t begin, int64_t end, Acc* scratch) {
+  work.for_blocks(0, args.N, [&](int64_t begin, int64_t end, Acc* scratch) {
     kernels<Acc>().forward(args, work.view, begin, end, scratch, partials.data());
   });
   LossPartial sum = {};
@@ -315,12 +325,17 @@ void backward(const LossArgs& args) {
     work.find_edges();
     work.find_residuals();
   }
-  if (args.resampled()) work.allocate_halves();
-  work.for_blocks(
-      [&](int64_t begin, int64_t end, Acc* scratch) { kernels<Acc>().backward(args, work.view, begin, end, scratch); });
-  if (!args.resampled()) return;
-  at::parallel_for(0, args.N * args.h, 1,
-                   [&](int64_t begin, int64_t end) { kernels<Acc>().join_halves(args, work.view, begin, end); });
+  const auto add_dense = [&](int64_t n, int64_t to) {
+    work.for_blocks(n, to, [&](int64_t begin, int64_t end, Acc* scratch) {
+      kernels<Acc>().backward(args, work.view, begin, end, scratch);
+    });
+  };
+  if (!args.resampled()) return add_dense(0, args.N);
+  work.for_images_with_halves([&](int64_t n, int64_t to) {
+    add_dense(n, to);
+    at::parallel_for(n * args.h, to * args.h, 1,
+                     [&](int64_t begin, int64_t end) { kernels<Acc>().join_halves(args, work.view, begin, end); });
+  });
 }
 
 template <typename Acc>
@@ -329,7 +344,7 @@ void find_classes(const LossArgs& args, void* classes, int64_t* bins) {
   const int64_t size = bins ? args.C * args.C + 2 : 0;
   std::fill(bins, bins + size, int64_t{0});
   std::mutex merging;  // of integers: the order does not matter
-  work.for_blocks([&](int64_t begin, int64_t end, Acc* scratch) {
+  work.for_blocks(0, args.N, [&](int64_t begin, int64_t end, Acc* scratch) {
     std::vector<int64_t> counts(size);
     kernels<Acc>().argmax(args, work.view, begin, end, scratch, classes, bins ? counts.data() : nullptr);
     const std::lock_guard<std::mutex> lock(merging);

@@ -53,7 +53,7 @@ struct LossWork {
   int64_t strip;          // columns that a tile spans
   int64_t rows_per_tile;  // more than one if whole rows are short, and the logits are read directly
   int64_t blocks;         // of an image
-  bool stream;            // the gradient is so large that it does not stay in the cache
+  bool stream;            // the gradient is fp32, and so large that it does not stay in the cache
   const int64_t* row;     // (blocks + 1,): the first label row of each; all rows of a block lie between the same logits
   const int64_t* block;   // (h + 1,): the first block whose upper logit row is this one or a later one
   AxisTable<Acc> vertical, horizontal;
@@ -63,7 +63,8 @@ struct LossWork {
   Acc* scores;                 // (BCL's steps, N, H, W): q, -1 outside V3
   const int32_t* column_flip;  // (BCL's steps, W): pi of each column
   RowRuns<Acc>* runs;          // (N * H,), backward with CPG
-  Acc* halves;  // (N * blocks, 2, C, w): gradients of the logit rows above and below each block, resampled
+  Acc* halves;  // (·, 2, C, w): gradients of the logit rows above and below each block from first_block on, resampled
+  int64_t first_block;
 };
 
 template <typename Acc>

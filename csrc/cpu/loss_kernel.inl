@@ -1,6 +1,6 @@
-// Included by loss_<isa>.cpp, each of which sets the target and defines BCMF_ISA. Plain loops over the pixels of a
-// tile, which the compiler vectorises; nothing from torch or the standard library that the linker could merge across
-// instruction sets.
+// Included by loss_<isa>.cpp, each of which sets the target and defines BCMF_ISA. Loops over the pixels of a tile:
+// plain ones, which the compiler vectorises, and vectors (math.h) where values stay in registers from class to class.
+// Nothing from torch or the standard library that the linker could merge across instruction sets.
 
 #include "../device/geometry.cuh"
 #include "../device/select.cuh"

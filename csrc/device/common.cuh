@@ -63,7 +63,7 @@ struct LossArgs {
   int bcl_step[kMaxSteps];
   bool bcl_flipped;
   double bcl_weight, bcl_alpha, bcl_beta;
-  double bcl_cutoff;  // -ln(tau), rounded to acc: scores above it are selected
+  double bcl_cutoff;  // -ln(tau); scores above it, rounded to acc, are selected
   int bcl_nms_radius;
   int cpg_radius;  // 0: without CPG
   bool cpg_window;
