@@ -43,6 +43,7 @@ from tqdm import tqdm
 
 mpl.use("Agg")
 import matplotlib.pyplot as plt
+from matplotlib.ticker import NullFormatter
 
 sys.path.insert(0, str(Path(__file__).parent))
 import cross_entropy
@@ -306,8 +307,9 @@ def draw(results: list[dict[str, Any]], path: Path) -> None:
         reach.append([max(0, b - r) for r, b in zip(ratios, high, strict=True)])
         axis.bar(list(rows), ratios, color=colours, yerr=reach, ecolor="black", capsize=2)
         axis.set_yscale("log")
-        for x, ratio in enumerate(ratios):
-            axis.text(x, ratio, f"{ratio:.2f}", ha="center", va="bottom", fontsize=8)
+        axis.yaxis.set_minor_formatter(NullFormatter())
+        for x, (ratio, top) in enumerate(zip(ratios, high, strict=True)):
+            axis.text(x, max(ratio, top), f"{ratio:.2g}", ha="center", va="bottom", fontsize=8)
         axis.axhline(1, color="black", linewidth=0.8, linestyle=":")
         axis.set_title(result["problem"].replace(", ", "\n") + ("" if result["counts"] else "\n(busy)"), fontsize=8)
         axis.tick_params(axis="x", labelrotation=45, labelsize=8)

@@ -32,7 +32,7 @@ const LossKernels<Acc>& kernels() {
   if constexpr (std::is_same_v<Acc, float>) return isa_kernels().f32;
 }
 
-constexpr int64_t kHalves = 1 << 20;   // values, unless an image has more
+constexpr int64_t kHalves = 1 << 18;   // values, unless an image has more
 constexpr int64_t kMaxBlockRows = 16;  // enough blocks for all threads, however few logits there are
 
 template <typename Acc>
