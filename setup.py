@@ -150,7 +150,10 @@ def extension(plan: Plan) -> Any:
     return CUDAExtension(
         "bcmf_ext._C",
         SOURCES + CUDA_SOURCES,
-        extra_compile_args={"cxx": [*cxx, "-DBCMF_WITH_CUDA"], "nvcc": ["-O3", "-std=c++17"]},
+        extra_compile_args={
+            "cxx": [*cxx, "-DBCMF_WITH_CUDA"],
+            "nvcc": ["-O3", "-std=c++17", "--threads=0"],  # the GPU generations side by side
+        },
     )
 
 

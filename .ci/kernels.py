@@ -7,11 +7,14 @@ memory, fails whatever the budget; one of fp64 may.
 
 from __future__ import annotations
 
+import itertools
 import json
+import os
 import re
 import subprocess
 import sys
 import tempfile
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -47,14 +50,16 @@ def compile_for(source: Path, arch: int) -> dict[str, dict[str, int]]:
 def main() -> None:
     most: dict[str, dict[str, int]] = {}
     complaints = []
-    for source in sorted((ROOT / "csrc" / "cuda").glob("*.cu")):
-        for arch in ARCHS:
-            for name, used in compile_for(source, arch).items():
-                if used["spilled"] and "double" not in name:
-                    complaints.append(f"{name} spills {used['spilled']} bytes on sm_{arch}")
-                before = most.setdefault(name, {"registers": 0, "shared": 0})
-                for what in before:
-                    before[what] = max(before[what], used[what])
+    jobs = list(itertools.product(sorted((ROOT / "csrc" / "cuda").glob("*.cu")), ARCHS))
+    with ThreadPoolExecutor(os.cpu_count()) as threads:  # nvcc runs in processes of its own
+        reports = list(threads.map(lambda job: compile_for(*job), jobs))
+    for (_, arch), report in zip(jobs, reports, strict=True):
+        for name, used in report.items():
+            if used["spilled"] and "double" not in name:
+                complaints.append(f"{name} spills {used['spilled']} bytes on sm_{arch}")
+            before = most.setdefault(name, {"registers": 0, "shared": 0})
+            for what in before:
+                before[what] = max(before[what], used[what])
     if "--update" in sys.argv[1:]:
         BUDGET.write_text(json.dumps(dict(sorted(most.items())), indent=1) + "\n")
     budget = json.loads(BUDGET.read_text())

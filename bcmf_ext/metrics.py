@@ -16,13 +16,13 @@ _LABEL_DTYPES = (torch.uint8, torch.int16, torch.int32, torch.int64)  # that the
 def upsample_argmax(logits: Tensor, size: Sequence[int], align_corners: bool = False) -> Tensor:
     """The class of each pixel: arg-max of logits (N, C, h, w), resampled bilinearly to ``size`` (H, W) in fp32 (fp64).
 
-    Returns (N, H, W), uint8, or int32 for C > 256: the lowest class where several have the largest logit. On the CPU in
-    one pass, without a tensor of resampled logits; elsewhere, or without the extension, by PyTorch.
+    Returns (N, H, W), uint8, or int32 for C > 256: the lowest class where several have the largest logit. By our
+    kernels in one pass, without a tensor of resampled logits; by PyTorch where there are none.
 
     Raises TypeError for logits that are not floating point, ValueError for another shape.
     """
     _check_logits(logits)
-    if _has_kernel(logits):
+    if _impl(logits) in ("cpu", "cuda"):
         return torch.ops.bcmf.upsample_argmax(logits.detach(), *size, align_corners)
     return reference.resample(logits, size, align_corners).argmax(1).to(ops.argmax_dtype(logits))
 
@@ -34,8 +34,8 @@ def _check_logits(logits: Tensor) -> None:
         raise ValueError(f"logits have the shape (N, C, h, w), not {tuple(logits.shape)}.")
 
 
-def _has_kernel(logits: Tensor) -> bool:
-    return dispatch.choose("upsample_argmax", "auto", logits.device, ops.UPSAMPLE_ARGMAX_LACKS) == "cpu"
+def _impl(logits: Tensor) -> str:
+    return dispatch.choose("upsample_argmax", "auto", logits.device, ops.UPSAMPLE_ARGMAX_LACKS)
 
 
 class ConfusionMatrix:
@@ -94,7 +94,7 @@ class ConfusionMatrix:
         if target.dim() != 3 or target.shape[0] != logits.shape[0]:
             expected = f"(N, H, W) with the logits' N = {logits.shape[0]}"
             raise ValueError(f"target has the shape {expected}, not {tuple(target.shape)}.")
-        if not (_has_kernel(logits) and target.device.type == "cpu" and target.dtype in _LABEL_DTYPES):
+        if not (_impl(logits) == "cpu" and target.device.type == "cpu" and target.dtype in _LABEL_DTYPES):
             prediction = upsample_argmax(logits, target.shape[1:], align_corners)
             self.update(prediction, target)
             return prediction

@@ -94,7 +94,7 @@ def loss_lacks(*, bcl: bool = False, cpg: bool = False) -> dict[str, str]:
     """By impl, what its kernels of bcmf::loss cannot do yet in this mix, as a reason to run another."""
     lacking = [name for name, asked in (("BCL", bcl), ("CPG", cpg)) if asked]
     reason = f"{' and '.join(lacking)} {'have' if len(lacking) > 1 else 'has'} no kernel there yet"
-    return dict.fromkeys(("cuda", "triton"), reason) if lacking else {}
+    return {"triton": reason} if lacking else {}
 
 
 def _loss_fake(logits: Tensor, target: Tensor, weight: Tensor | None, *options: Any) -> tuple[Tensor, ...]:
@@ -168,8 +168,7 @@ for _device in ("CUDA", "CPU"):  # on the CPU it is interpreted, for tests
 #   label and class, by label · C + class; how many a label that is neither a class nor ignored; how many are ignored.
 
 
-UPSAMPLE_ARGMAX_LACKS = dict.fromkeys(("cuda", "triton"), "upsample_argmax has no kernel there yet")
-"""By impl; upsample_confusion lacks the same."""
+UPSAMPLE_ARGMAX_LACKS = {"triton": "upsample_argmax has no kernel there yet"}
 
 
 def argmax_dtype(logits: Tensor) -> torch.dtype:
@@ -187,7 +186,8 @@ def _upsample_confusion_fake(
     return logits.new_empty(target.shape, dtype=argmax_dtype(logits)), bins
 
 
-LIB.define("upsample_argmax(Tensor logits, int height, int width, bool align_corners) -> Tensor")
+UPSAMPLE_ARGMAX = "(Tensor logits, int height, int width, bool align_corners) -> Tensor"
+LIB.define("upsample_argmax" + UPSAMPLE_ARGMAX)
 LIB.define(
     "upsample_confusion(Tensor logits, Tensor target, int ignore_index, bool align_corners)"
     " -> (Tensor classes, Tensor bins)"

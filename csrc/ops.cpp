@@ -160,6 +160,8 @@ LossInputs::LossInputs(const Tensor& logits, const Tensor& target, const std::op
     args.cpg_window = cpg_window;
     args.cpg_weight = cpg_weight;
   }
+  TORCH_CHECK_VALUE(args.C <= kIgnoredId || (args.bcl_steps == 0 && args.cpg_radius == 0), "BCL and CPG take at most ",
+                    kIgnoredId, " classes, not ", args.C, ".");
 }
 
 // What a step makes anew each time. Large tensors on the CPU lie in memory that is kept from step to step.
@@ -239,6 +241,24 @@ struct LossGradient {
   }
 };
 
+// Arguments of an arg-max of logits, resampled to (height, width).
+LossArgs upsample_args(const Tensor& logits, int64_t height, int64_t width, bool align_corners) {
+  TORCH_CHECK_VALUE(logits.dim() == 4 && logits.size(1) >= 1 && height >= 0 && width >= 0,
+                    "logits have the shape (N, C, h, w), not ", logits.sizes(), ".");
+  TORCH_CHECK_VALUE(logits.numel() > 0 || logits.size(0) * height * width == 0, "logits of the size ", logits.sizes(),
+                    " cannot be resampled to ", height, "x", width, ".");
+  LossArgs args = {};
+  args.N = logits.size(0), args.C = logits.size(1), args.h = logits.size(2), args.w = logits.size(3);
+  args.H = height, args.W = width;
+  args.align_corners = align_corners;
+  args.logits = logit_view(logits);
+  return args;
+}
+
+Tensor empty_classes(const Tensor& logits, const LossArgs& args) {
+  return at::empty({args.N, args.H, args.W}, logits.options().dtype(args.C <= 256 ? at::kByte : at::kInt));
+}
+
 #ifndef BCMF_EMULATED
 // Same sentence as bcmf_ext.reference.describe_bad_labels.
 std::string describe_bad_labels(const Tensor& target, int64_t num_classes, int64_t ignore_index) {
@@ -285,24 +305,6 @@ Tensor loss_backward_cpu(const Tensor& grad_total, const Tensor& logits, const T
   return out.grad;
 }
 
-// Arguments of an arg-max of logits, resampled to (height, width).
-LossArgs upsample_args(const Tensor& logits, int64_t height, int64_t width, bool align_corners) {
-  TORCH_CHECK_VALUE(logits.dim() == 4 && logits.size(1) >= 1 && height >= 0 && width >= 0,
-                    "logits have the shape (N, C, h, w), not ", logits.sizes(), ".");
-  TORCH_CHECK_VALUE(logits.numel() > 0 || logits.size(0) * height * width == 0, "logits of the size ", logits.sizes(),
-                    " cannot be resampled to ", height, "x", width, ".");
-  LossArgs args = {};
-  args.N = logits.size(0), args.C = logits.size(1), args.h = logits.size(2), args.w = logits.size(3);
-  args.H = height, args.W = width;
-  args.align_corners = align_corners;
-  args.logits = logit_view(logits);
-  return args;
-}
-
-Tensor empty_classes(const Tensor& logits, const LossArgs& args) {
-  return at::empty({args.N, args.H, args.W}, logits.options().dtype(args.C <= 256 ? at::kByte : at::kInt));
-}
-
 Tensor upsample_argmax_cpu(const Tensor& logits, int64_t height, int64_t width, bool align_corners) {
   const LossArgs args = upsample_args(logits, height, width, align_corners);
   const Tensor classes = empty_classes(logits, args);
@@ -331,19 +333,16 @@ void check_launch(int error) {
               "); python -m bcmf_ext.info says for which GPUs this build was made.");
 }
 
-// bcmf_ext/ops.py says the same before it calls.
-void check_cuda_can(const LossArgs& args) {
-  TORCH_CHECK_VALUE(!args.resampled() && args.ce && args.bcl_steps == 0 && args.cpg_radius == 0,
-                    "the CUDA kernels of bcmf::loss compute the cross-entropy of logits of the target's size only.");
+Tensor make_scratch(const Tensor& logits, int64_t bytes) {
+  return at::empty({bytes}, logits.options().dtype(at::kByte));
 }
 
 std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> loss_cuda(const Tensor& logits, const Tensor& target,
                                                              const std::optional<Tensor>& weight, BCMF_LOSS_OPTIONS) {
   const c10::cuda::CUDAGuard guard(logits.device());
   LossInputs in(logits, target, weight, BCMF_PASS_LOSS_OPTIONS);
-  check_cuda_can(in.args);
   LossOutputs out(logits, in.args);
-  const Tensor scratch = at::empty({cuda::loss_scratch_bytes(in.args)}, logits.options().dtype(at::kByte));
+  const Tensor scratch = make_scratch(logits, cuda::loss_forward_scratch(in.args));
   check_launch(cuda::loss_forward(in.args, scratch.data_ptr(), c10::cuda::getCurrentCUDAStream().stream()));
   return out.as_tuple();
 }
@@ -353,15 +352,24 @@ Tensor loss_backward_cuda(const Tensor& grad_total, const Tensor& logits, const 
                           const Tensor& summary, BCMF_LOSS_OPTIONS) {
   const c10::cuda::CUDAGuard guard(logits.device());
   LossInputs in(logits, target, weight, BCMF_PASS_LOSS_OPTIONS);
-  check_cuda_can(in.args);
   const LossGradient out(grad_total, logits, stats, selected, summary, in.args);
-  check_launch(cuda::loss_backward(in.args, c10::cuda::getCurrentCUDAStream().stream()));
+  const Tensor scratch = make_scratch(logits, cuda::loss_backward_scratch(in.args));
+  check_launch(cuda::loss_backward(in.args, scratch.data_ptr(), c10::cuda::getCurrentCUDAStream().stream()));
   return out.grad;
+}
+
+Tensor upsample_argmax_cuda(const Tensor& logits, int64_t height, int64_t width, bool align_corners) {
+  const c10::cuda::CUDAGuard guard(logits.device());
+  const LossArgs args = upsample_args(logits, height, width, align_corners);
+  const Tensor classes = empty_classes(logits, args);
+  check_launch(cuda::upsample_argmax(args, classes.data_ptr(), c10::cuda::getCurrentCUDAStream().stream()));
+  return classes;
 }
 
 void register_cuda(torch::Library& m) {
   m.impl("loss", &loss_cuda);
   m.impl("loss_backward", &loss_backward_cuda);
+  m.impl("upsample_argmax", &upsample_argmax_cuda);
 }
 #endif
 

@@ -54,7 +54,6 @@ def test_auto_without_a_compiler_is_torch(monkeypatch: pytest.MonkeyPatch) -> No
         ("triton", CUDA, "BCL has no kernel there yet"),
         ("triton", torch.device("mps"), "does not run on mps tensors"),
         ("fast", CPU, 'choose from "auto"'),
-        ("cuda", CUDA, "BCL has no kernel there yet"),
     ],
 )
 def test_an_impl_asked_for_by_name_says_why_it_cannot(built: None, impl: str, device: torch.device, says: str) -> None:

@@ -63,7 +63,7 @@ def fused_loss(
             "cpg_kernel_size": cpg.kernel_size,
             "cpg_window": cpg.ignore_mode == "window",
         }
-    if impl != "cpu" and logits.shape[2:] != target.shape[1:]:  # the other kernels read logits of the target's size
+    if impl == "triton" and logits.shape[2:] != target.shape[1:]:  # its kernels read logits of the target's size
         logits = reference.resample(logits, target.shape[1:], align_corners)
     total, terms, *_ = ops.LOSS[impl](logits, target, weight, *ops.LossOptions(**options))
     return total, terms

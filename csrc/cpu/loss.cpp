@@ -86,8 +86,6 @@ class Work {
   }
 
   void identify() {
-    TORCH_CHECK_VALUE(args_.C <= kMaxClasses, "BCL and CPG take at most ", kMaxClasses, " classes on the CPU, not ",
-                      args_.C, ".");
     view.ids = allocate(ids_);
     for_rows([&](int64_t begin, int64_t end) { kernels<Acc>().identify(args_, view, begin, end); });
     for (int s = 0; s < args_.bcl_steps; ++s)

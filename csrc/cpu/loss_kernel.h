@@ -37,9 +37,6 @@ struct RowRuns {
 template <typename Acc>
 Acc* add_run(RowRuns<Acc>& row, int64_t x0, int64_t x1, int64_t c);  // where its residuals go
 
-constexpr uint16_t kIgnoredId = 0xffff;
-constexpr int64_t kMaxClasses = kIgnoredId;  // ids of BCL and CPG are 16 bit
-
 template <typename Acc>
 struct AxisTable {  // of axis_tap, for each label row or column; null where logits have the size of the labels
   const int32_t *first, *second;

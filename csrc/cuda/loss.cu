@@ -2,107 +2,199 @@
 
 #include <cuda_runtime_api.h>
 
+#include "../device/argmax.cuh"
 #include "../device/launch.cuh"
 #include "../device/loss.cuh"
 
 namespace bcmf::cuda {
 namespace {
 
-using device::Count;
-using device::kThreads;
+using namespace device;
 
-int64_t tiles_of(const LossArgs& args) {
-  return (args.N * args.H * args.W + device::kTilePixels - 1) / device::kTilePixels;
-}
+// Cuts the scratch memory into parts; the first time to see how much it takes.
+class Cutter {
+ public:
+  explicit Cutter(void* memory) : begin_(static_cast<char*>(memory)), at_(begin_) {}
+  template <typename T>
+  T* take(int64_t count) {
+    char* part = at_;
+    at_ += (count * sizeof(T) + 15) / 16 * 16;
+    return reinterpret_cast<T*>(part);
+  }
+  int64_t bytes() const { return at_ - begin_; }
 
-// How the scratch memory is divided: every part starts at a multiple of 8 bytes.
-struct Scratch {
-  double* partials;  // (2, tiles)
-  Count* histogram;  // (kDigits,), with OHEM
-  void* selection;   // Selection<Acc>, with OHEM
+ private:
+  char *begin_, *at_;
+};
+
+template <typename Acc>
+struct ForwardScratch {
+  int sums;
+  double *partials, *totals;  // (sums, tiles), (sums,)
+  Count* histogram;           // (kDigits,), with OHEM
+  Selection<Acc>* selection;
+  Acc* scores;  // (steps, N, H, W), with BCL
   int64_t bytes;
 
-  Scratch(const LossArgs& args, void* memory) {
-    char* at = static_cast<char*>(memory);
-    partials = reinterpret_cast<double*>(at);
-    at += 2 * tiles_of(args) * sizeof(double);
-    histogram = reinterpret_cast<Count*>(at);
-    at += args.ohem ? kDigits * sizeof(Count) : 0;
-    selection = at;
-    at += args.ohem ? sizeof(Selection<double>) : 0;
-    bytes = at - static_cast<char*>(memory);
+  ForwardScratch(const LossArgs& args, void* memory) {
+    Cutter cutter(memory);
+    sums = kForwardSums + 2 * args.bcl_steps + (args.cpg_radius > 0 ? 2 : 0);
+    partials = cutter.take<double>(sums * tiles_of(args));
+    totals = cutter.take<double>(sums);
+    histogram = cutter.take<Count>(args.ohem ? kDigits : 0);
+    selection = cutter.take<Selection<Acc>>(args.ohem ? 1 : 0);
+    scores = cutter.take<Acc>(args.bcl_steps * args.N * args.H * args.W);
+    bytes = cutter.bytes();
   }
 };
+
+// Gradients on their way back to logits of another size.
+template <typename Acc>
+struct BackwardScratch {
+  bool by_tiles;  // no more logits than labels along either axis
+  Cells down, across;
+  Acc* gradients;  // (tiles, C, down, across), or (N, C, H, W)
+  int64_t bytes;
+
+  BackwardScratch(const LossArgs& args, void* memory) : by_tiles(args.h <= args.H && args.w <= args.W) {
+    down = most(args.h, args.H, kRows, args.align_corners);
+    across = most(args.w, args.W, kColumns, args.align_corners);
+    const int64_t pixels = args.N * args.H * args.W, cells = tiles_of(args) * down.count * across.count;
+    Cutter cutter(memory);
+    gradients = cutter.take<Acc>(!args.resampled() ? 0 : args.C * (by_tiles ? cells : pixels));
+    bytes = cutter.bytes();
+  }
+
+ private:
+  static Cells most(int64_t in, int64_t out, int64_t step, bool align_corners) {
+    Cells found = {0, 0};
+    for (int64_t i = 0; i < out; i += step) {
+      const Cells here = cells_between(i, i + step < out ? i + step - 1 : out - 1, in, out, align_corners);
+      if (here.count > found.count) found = here;
+    }
+    return found;
+  }
+};
+
+unsigned blocks_for(int64_t threads) { return static_cast<unsigned>((threads + kThreads - 1) / kThreads); }
 
 // Finds the smallest loss that is kept, and sums up the kept ones. Every level is always launched: whether it is needed
 // only the device knows.
 template <typename Acc>
-void ohem(const LossArgs& args, const Scratch& scratch, unsigned tiles, Stream stream) {
-  auto* selection = static_cast<Selection<Acc>*>(scratch.selection);
-  BCMF_LAUNCH(device::ohem_begin<Acc>, 1, kThreads, stream, args, scratch.partials, tiles, selection,
+void ohem(const LossArgs& args, const ForwardScratch<Acc>& scratch, unsigned tiles, Stream stream) {
+  BCMF_LAUNCH(ohem_begin<Acc>, 1, kThreads, stream, args, scratch.partials, tiles, scratch.selection,
               scratch.histogram);
   for (int level = 0; level < kLevels<Acc>; ++level) {
-    BCMF_LAUNCH(device::ohem_count<Acc>, tiles, kThreads, stream, args, selection, level, scratch.histogram);
-    BCMF_LAUNCH(device::ohem_choose<Acc>, 1, kThreads, stream, selection, level, scratch.histogram);
+    BCMF_LAUNCH(ohem_count<Acc>, tiles, kThreads, stream, args, scratch.selection, level, scratch.histogram);
+    BCMF_LAUNCH(ohem_choose<Acc>, 1, kThreads, stream, scratch.selection, level, scratch.histogram);
   }
-  BCMF_LAUNCH(device::ohem_sum_tiles<Acc>, tiles, kThreads, stream, args, selection, scratch.partials);
+  BCMF_LAUNCH(ohem_sum_tiles<Acc>, tiles, kThreads, stream, args, scratch.selection, scratch.partials);
 }
 
-template <typename Scalar>
+template <typename Source>
 void forward(const LossArgs& args, void* memory, Stream stream) {
-  using Acc = typename device::AccOf<Scalar>::type;
-  const Scratch scratch(args, memory);
+  using Acc = typename Source::Acc;
+  const ForwardScratch<Acc> scratch(args, memory);
   const unsigned tiles = static_cast<unsigned>(tiles_of(args));
   if (tiles > 0) {
-    BCMF_LAUNCH(device::loss_forward_tiles<Scalar>, tiles, kThreads, stream, args, scratch.partials);
+    double* partials = scratch.partials + static_cast<int64_t>(kForwardSums) * tiles;
+    BCMF_LAUNCH(loss_tiles<Source>, tiles, kThreads, stream, args, scratch.scores, scratch.partials);
     if (args.ohem) ohem<Acc>(args, scratch, tiles, stream);
+    if (args.bcl_steps > 0) BCMF_LAUNCH(bcl_tiles<Source>, tiles, kThreads, stream, args, scratch.scores, partials);
+    partials += static_cast<int64_t>(2 * args.bcl_steps) * tiles;
+    if (args.cpg_radius > 0) BCMF_LAUNCH(cpg_tiles<Source>, tiles, kThreads, stream, args, partials);
   }
-  BCMF_LAUNCH(device::loss_finish<Acc>, 1, kThreads, stream, args, scratch.partials, tiles);
+  BCMF_LAUNCH(add_tiles, scratch.sums, kThreads, stream, scratch.partials, tiles, scratch.totals);
+  BCMF_LAUNCH(loss_finish<Acc>, 1, 1, stream, args, scratch.totals);
+}
+
+template <typename Source, typename Sink>
+void launch_gradient(const LossArgs& args, const Sink& sink, Stream stream) {
+  const unsigned tiles = static_cast<unsigned>(tiles_of(args));
+  if (tiles == 0) return;
+  if (args.cpg_radius > 0 || args.bcl_flipped)
+    BCMF_LAUNCH((gradient_tiles<Source, Sink, true>), tiles, kThreads, stream, args, sink);
+  else
+    BCMF_LAUNCH((gradient_tiles<Source, Sink, false>), tiles, kThreads, stream, args, sink);
 }
 
 template <typename Scalar>
-void backward(const LossArgs& args, Stream stream) {
+void backward(const LossArgs& args, void* memory, Stream stream) {
+  using Acc = typename AccOf<Scalar>::type;
+  if (!args.resampled()) return launch_gradient<Direct<Scalar>>(args, Store<Scalar, Acc>{args.grad}, stream);
+  const BackwardScratch<Acc> scratch(args, memory);
+  const unsigned blocks = blocks_for(args.N * args.C * args.h * args.w);
+  if (blocks == 0) return;
+  if (scratch.by_tiles) {
+    const TileCells<Acc> sink = {scratch.gradients, scratch.down.count, scratch.across.count};
+    launch_gradient<Resampled<Scalar>>(args, sink, stream);
+    BCMF_LAUNCH(join_tiles<Scalar>, blocks, kThreads, stream, args, scratch.gradients, scratch.down.count,
+                scratch.across.count);
+  } else {
+    const int64_t map = args.H * args.W;
+    const LogitView view = {scratch.gradients, LogitType::f32, args.C * map, map, args.W, 1};  // the type is not read
+    launch_gradient<Resampled<Scalar>>(args, Store<Acc, Acc>{view}, stream);
+    BCMF_LAUNCH(gather_cells<Scalar>, blocks, kThreads, stream, args, scratch.gradients);
+  }
+}
+
+template <typename Source>
+void launch_argmax(const LossArgs& args, void* classes, Stream stream) {
   const unsigned tiles = static_cast<unsigned>(tiles_of(args));
-  if (tiles > 0) BCMF_LAUNCH(device::loss_backward_tiles<Scalar>, tiles, kThreads, stream, args);
+  if (tiles == 0) return;
+  if (args.C <= 256)
+    BCMF_LAUNCH((argmax_tiles<Source, uint8_t>), tiles, kThreads, stream, args, static_cast<uint8_t*>(classes));
+  else
+    BCMF_LAUNCH((argmax_tiles<Source, int32_t>), tiles, kThreads, stream, args, static_cast<int32_t*>(classes));
+}
+
+// f(scalar) with a value of the logits' type.
+template <typename F>
+void with_scalar(LogitType type, F f) {
+  switch (type) {
+    case LogitType::f16:
+      return f(__half());
+    case LogitType::bf16:
+      return f(__nv_bfloat16());
+    case LogitType::f32:
+      return f(float());
+    case LogitType::f64:
+      return f(double());
+  }
 }
 
 }  // namespace
 
-int64_t loss_scratch_bytes(const LossArgs& args) { return Scratch(args, nullptr).bytes; }
+int64_t loss_forward_scratch(const LossArgs& args) {
+  const bool wide = args.logits.type == LogitType::f64;
+  return wide ? ForwardScratch<double>(args, nullptr).bytes : ForwardScratch<float>(args, nullptr).bytes;
+}
+
+int64_t loss_backward_scratch(const LossArgs& args) {
+  const bool wide = args.logits.type == LogitType::f64;
+  return wide ? BackwardScratch<double>(args, nullptr).bytes : BackwardScratch<float>(args, nullptr).bytes;
+}
 
 int loss_forward(const LossArgs& args, void* scratch, Stream stream) {
-  switch (args.logits.type) {
-    case LogitType::f16:
-      forward<__half>(args, scratch, stream);
-      break;
-    case LogitType::bf16:
-      forward<__nv_bfloat16>(args, scratch, stream);
-      break;
-    case LogitType::f32:
-      forward<float>(args, scratch, stream);
-      break;
-    case LogitType::f64:
-      forward<double>(args, scratch, stream);
-      break;
-  }
+  with_scalar(args.logits.type, [&](auto scalar) {
+    using Scalar = decltype(scalar);
+    args.resampled() ? forward<Resampled<Scalar>>(args, scratch, stream)
+                     : forward<Direct<Scalar>>(args, scratch, stream);
+  });
   return cudaGetLastError();
 }
 
-int loss_backward(const LossArgs& args, Stream stream) {
-  switch (args.logits.type) {
-    case LogitType::f16:
-      backward<__half>(args, stream);
-      break;
-    case LogitType::bf16:
-      backward<__nv_bfloat16>(args, stream);
-      break;
-    case LogitType::f32:
-      backward<float>(args, stream);
-      break;
-    case LogitType::f64:
-      backward<double>(args, stream);
-      break;
-  }
+int loss_backward(const LossArgs& args, void* scratch, Stream stream) {
+  with_scalar(args.logits.type, [&](auto scalar) { backward<decltype(scalar)>(args, scratch, stream); });
+  return cudaGetLastError();
+}
+
+int upsample_argmax(const LossArgs& args, void* classes, Stream stream) {
+  with_scalar(args.logits.type, [&](auto scalar) {
+    using Scalar = decltype(scalar);
+    args.resampled() ? launch_argmax<Resampled<Scalar>>(args, classes, stream)
+                     : launch_argmax<Direct<Scalar>>(args, classes, stream);
+  });
   return cudaGetLastError();
 }
 

@@ -85,6 +85,9 @@ struct LossArgs {
 constexpr int kIgnored = -1;
 constexpr int kBad = -2;  // neither a class nor ignore_index: NaN on CUDA, ValueError on CPU
 
+// BCL and CPG keep labels as 16-bit ids: a class, or this where there is none.
+constexpr uint16_t kIgnoredId = 0xffff;
+
 // Widened to 64 bit before any comparison, so that uint8 255 and ignore_index = -1 stay apart.
 BCMF_HOST_DEVICE int64_t raw_label(const LabelView& labels, int64_t offset) {
   switch (labels.type) {

@@ -1,155 +1,80 @@
-// The CUDA kernels of bcmf::loss. A tile is kTilePixels consecutive pixels of the batch, one block each; a thread owns
-// a pixel at a time and walks its classes, so that a warp reads 32 neighbouring pixels of one class plane.
-//
-// Per pixel, S bytes a logit: the forward reads C logits twice (the second time from L1 or L2) and takes C exps, the
-// backward reads C logits, takes C exps and writes C gradients. Bytes from DRAM: 3 C S + 16 (stats written and read) +
-// labels; OHEM adds 4 written and 4 read (levels + 1) times.
+// The CUDA kernels of bcmf::loss. What they do per label pixel, of S bytes a logit:
+// - loss_tiles: reads C logits twice (the second time from L1 or L2), takes C exps, writes stats (8 bytes; of fp64 16),
+//   with OHEM the loss and with BCL a score per step (4 each);
+// - ohem_*: read the loss (levels + 1) times;
+// - bcl_tiles: reads the scores once (their neighbours from L1), writes a byte;
+// - cpg_tiles: reads the label; in a tile whose labels differ, for each class that occurs there, an exp and about
+//   4 (2r + 1)^2 products;
+// - gradient_tiles: reads C logits and stats, takes C exps, writes C gradients; with CPG, in such a tile, twice more
+// for
+//   each class that occurs what cpg_tiles does, and as many products again.
+// Logits of another size come from L1, two pairs per class and stack. Their gradients are summed up by tiles in shared
+// memory: (1 + H / 8h) (1 + W / 32w) times the logits are written and read once more, in fp32.
 #pragma once
 
-#include <cuda_bf16.h>
-#include <cuda_fp16.h>
-
-#include <cmath>
-
-#include "common.cuh"
-#include "launch.cuh"
+#include "bcl.cuh"
+#include "cpg.cuh"
+#include "logits.cuh"
 #include "select.cuh"
 
 namespace bcmf::device {
 
-constexpr int kThreads = 256;
-constexpr int kTilePixels = 1024;
+// Rows of the table of partial sums, (kSums, tiles): of the forward; then two for each of BCL's steps, and CPG's two.
+enum Sum : int { kNumerator, kCount, kHard, kValidPixels, kBadLabels, kForwardSums };
 
-template <typename Scalar>
-struct AccOf {
-  using type = float;
-};
-template <>
-struct AccOf<double> {
-  using type = double;
-};
-
-// Explicit conversions: torch's build switches the implicit ones off.
-__device__ __forceinline__ float widen(__half x) { return __half2float(x); }
-__device__ __forceinline__ float widen(__nv_bfloat16 x) { return __bfloat162float(x); }
-__device__ __forceinline__ float widen(float x) { return x; }
-__device__ __forceinline__ double widen(double x) { return x; }
-__device__ __forceinline__ void narrow(float x, __half* to) { *to = __float2half_rn(x); }
-__device__ __forceinline__ void narrow(float x, __nv_bfloat16* to) { *to = __float2bfloat16_rn(x); }
-__device__ __forceinline__ void narrow(float x, float* to) { *to = x; }
-__device__ __forceinline__ void narrow(double x, double* to) { *to = x; }
-
-struct Pixel {
-  int64_t n, y, x;
-};
-__device__ __forceinline__ Pixel pixel_at(const LossArgs& args, int64_t index) {
-  const int64_t row = index / args.W;
-  return {row / args.H, row % args.H, index % args.W};
-}
-__device__ __forceinline__ int64_t offset_of(const LogitView& v, const Pixel& at) {
-  return at.n * v.stride_n + at.y * v.stride_h + at.x * v.stride_w;
-}
-
-// Sum over the block in a fixed order, for every thread. `shared` holds kThreads entries.
-template <typename T>
-__device__ __forceinline__ T block_sum(T value, T* shared) {
-  shared[threadIdx.x] = value;
-  __syncthreads();
-  for (unsigned half = kThreads / 2; half > 0; half /= 2) {
-    if (threadIdx.x < half) shared[threadIdx.x] += shared[threadIdx.x + half];
-    __syncthreads();
-  }
-  const T sum = shared[0];
-  __syncthreads();  // `shared` may be written again
-  return sum;
-}
-
-// Adds two values of the tile's threads up and stores the sums: partials[tile], partials[tiles + tile].
-__device__ __forceinline__ void store_partials(double first, double second, double* partials) {
-  BCMF_SHARED(double, shared, kThreads);
-  first = block_sum(first, shared);
-  second = block_sum(second, shared);
-  if (threadIdx.x == 0) {
-    partials[blockIdx.x] = first;
-    partials[gridDim.x + blockIdx.x] = second;
-  }
-}
-
-// Adds the partial sums of all tiles up, each thread a fixed subset in index order. By one block.
-__device__ __forceinline__ void load_partials(const double* partials, int64_t tiles, double* first, double* second) {
-  BCMF_SHARED(double, shared, kThreads);
-  double a = 0, b = 0;
-  for (int64_t tile = threadIdx.x; tile < tiles; tile += kThreads) {
-    a += partials[tile];
-    b += partials[tiles + tile];
-  }
-  *first = block_sum(a, shared);
-  *second = block_sum(b, shared);
-}
-
-// f(index) for the pixels of the block's tile.
-template <typename F>
-__device__ __forceinline__ void for_pixels_of_tile(const LossArgs& args, F f) {
+// Writes stats, nll with OHEM, scores with BCL, and the tile's sums.
+template <typename Source>
+__global__ void __launch_bounds__(kThreads, 1)
+    loss_tiles(const __grid_constant__ LossArgs args, typename Source::Acc* scores, double* partials) {
+  using Acc = typename Source::Acc;
+  const Tile tile(args);
+  const Source source(args, tile);
   const int64_t pixels = args.N * args.H * args.W;
-  for (int k = threadIdx.x; k < kTilePixels; k += kThreads) {
-    const int64_t index = blockIdx.x * static_cast<int64_t>(kTilePixels) + k;
-    if (index < pixels) f(index);
+  Acc m[kStack], sum[kStack] = {}, z[kStack];
+  source.stack(0, m);
+  for (int64_t c = 1; c < args.C; ++c) {
+    source.stack(c, z);
+#pragma unroll
+    for (int k = 0; k < kStack; ++k) m[k] = z[k] > m[k] ? z[k] : m[k];
   }
-}
-
-template <typename Acc>
-__device__ __forceinline__ Acc weight_of(const LossArgs& args, int label) {
-  return args.weight ? static_cast<const Acc*>(args.weight)[label] : Acc(1);
-}
-
-// Writes stats, and partial sums of w * nll and of w; with OHEM nll, and partial counts of hard and of valid pixels.
-template <typename Scalar>
-__global__ void __launch_bounds__(kThreads) loss_forward_tiles(LossArgs args, double* partials) {
-  using Acc = typename AccOf<Scalar>::type;
-  Acc* max_logit = static_cast<Acc*>(args.stats);
-  Acc* log_sum = max_logit + args.N * args.H * args.W;
-
-  double first = 0, second = 0;
-  for_pixels_of_tile(args, [&](int64_t index) {
-    const Pixel at = pixel_at(args, index);
-    const Scalar* z = static_cast<const Scalar*>(args.logits.data) + offset_of(args.logits, at);
-
-    Acc m = widen(z[0]);
-    for (int64_t c = 1; c < args.C; ++c) {
-      const Acc value = widen(z[c * args.logits.stride_c]);
-      m = value > m ? value : m;
-    }
-    Acc sum = 0;
-    for (int64_t c = 0; c < args.C; ++c) sum += exp(widen(z[c * args.logits.stride_c]) - m);
-    const Acc log_of_sum = log(sum);
-    max_logit[index] = m;
-    log_sum[index] = log_of_sum;
-
-    const int label = read_label(args, at.n, at.y, at.x);
+  for (int64_t c = 0; c < args.C; ++c) {
+    source.stack(c, z);
+#pragma unroll
+    for (int k = 0; k < kStack; ++k) sum[k] += exp(z[k] - m[k]);
+  }
+  double sums[kForwardSums] = {};
+  for_stack(tile, [&](int k) {
+    const int64_t pixel = tile.pixel(args, k);
+    const Acc log_sum = log(sum[k]);
+    static_cast<Acc*>(args.stats)[pixel] = m[k];
+    static_cast<Acc*>(args.stats)[pixels + pixel] = log_sum;
+    const auto loss_of_class = [&](int c) { return (m[k] - source.at(tile.n, tile.y(k), tile.x(), c)) + log_sum; };
+    const int label = read_label(args, tile.n, tile.y(k), tile.x());
     // A bad label: no assert, no look from the host; the loss says it.
-    const Acc nll = label >= 0 ? (m - widen(z[label * args.logits.stride_c])) + log_of_sum
-                               : static_cast<Acc>(label == kBad ? nan("") : -1);
-    if (args.ohem) {
-      static_cast<Acc*>(args.nll)[index] = nll;
-      first += label != kIgnored && key_of(nll) >= key_of(static_cast<Acc>(args.ohem_cutoff));
-      second += label != kIgnored;
-    } else if (label != kIgnored) {
-      const Acc w = label >= 0 ? weight_of<Acc>(args, label) : Acc(1);
-      first += w * nll;
-      second += w;
-    }
+    const Acc nll = label >= 0 ? loss_of_class(label) : static_cast<Acc>(label == kBad ? nan("") : -1);
+    if (args.ohem) static_cast<Acc*>(args.nll)[pixel] = nll;
+    for (int s = 0; s < args.bcl_steps; ++s)
+      scores[s * pixels + pixel] =
+          label < 0 ? Acc(-1) : score_of(args, s, tile.n, tile.y(k), tile.x(), label, nll, loss_of_class);
+    if (label == kIgnored) return;
+    const Acc w = label >= 0 ? weight_of<Acc>(args, label) : Acc(1);
+    sums[kNumerator] += w * nll;
+    sums[kCount] += w;
+    sums[kHard] += key_of(nll) >= key_of(static_cast<Acc>(args.ohem_cutoff));
+    sums[kValidPixels] += 1;
+    sums[kBadLabels] += label == kBad;
   });
-  store_partials(first, second, partials);
+  store_partials(sums, partials);
 }
 
 using Count = unsigned long long;  // of pixels of the batch
 
 // OHEM, first step: how many of the largest losses to look for. None if enough pixels are above the threshold.
 template <typename Acc>
-__global__ void __launch_bounds__(kThreads)
-    ohem_begin(LossArgs args, const double* partials, int64_t tiles, Selection<Acc>* selection, Count* histogram) {
-  double hard, valid;
-  load_partials(partials, tiles, &hard, &valid);
+__global__ void __launch_bounds__(kThreads) ohem_begin(const __grid_constant__ LossArgs args, const double* partials,
+                                                       int64_t tiles, Selection<Acc>* selection, Count* histogram) {
+  const double hard = load_partials(partials + kHard * tiles, tiles);
+  const double valid = load_partials(partials + kValidPixels * tiles, tiles);
   for (int digit = threadIdx.x; digit < kDigits; digit += kThreads) histogram[digit] = 0;
   if (threadIdx.x == 0) {
     const double kept = args.ohem_min_kept < valid ? static_cast<double>(args.ohem_min_kept) : valid;
@@ -160,14 +85,15 @@ __global__ void __launch_bounds__(kThreads)
 // Counts the digits of the tile's losses that have the prefix.
 template <typename Acc>
 __global__ void __launch_bounds__(kThreads)
-    ohem_count(LossArgs args, const Selection<Acc>* selection, int level, Count* histogram) {
+    ohem_count(const __grid_constant__ LossArgs args, const Selection<Acc>* selection, int level, Count* histogram) {
   if (selection->rank == 0) return;
   BCMF_SHARED(unsigned, counts, kDigits);
   for (int digit = threadIdx.x; digit < kDigits; digit += kThreads) counts[digit] = 0;
   __syncthreads();
   const auto prefix = selection->prefix;
-  for_pixels_of_tile(args, [&](int64_t index) {
-    const Acc nll = static_cast<const Acc*>(args.nll)[index];
+  const Tile tile(args);
+  for_stack(tile, [&](int k) {
+    const Acc nll = static_cast<const Acc*>(args.nll)[tile.pixel(args, k)];
     const int digit = nll == -1 ? -1 : digit_of<Acc>(key_of(nll), prefix, level);
     if (digit >= 0) atomicAdd(&counts[digit], 1u);
   });
@@ -202,70 +128,137 @@ __global__ void __launch_bounds__(kThreads) ohem_choose(Selection<Acc>* selectio
   }
 }
 
-// With the cutoff known: partial sums of w * nll over the kept pixels, and their number.
+// With the cutoff known: partial sums of w * nll over the kept pixels, and their number, in place of the sums over all.
 template <typename Acc>
 __global__ void __launch_bounds__(kThreads)
-    ohem_sum_tiles(LossArgs args, const Selection<Acc>* selection, double* partials) {
+    ohem_sum_tiles(const __grid_constant__ LossArgs args, const Selection<Acc>* selection, double* partials) {
   const Acc exceeds = static_cast<Acc>(args.ohem_cutoff);
   const bool found = selection->rank > 0 && selection->prefix < key_of(exceeds);
   const Acc cutoff = found ? loss_of<Acc>(selection->prefix) : exceeds;
-  double sum = 0, count = 0;
-  for_pixels_of_tile(args, [&](int64_t index) {
-    const Acc nll = static_cast<const Acc*>(args.nll)[index];
+  double sums[2] = {};
+  const Tile tile(args);
+  for_stack(tile, [&](int k) {
+    const Acc nll = static_cast<const Acc*>(args.nll)[tile.pixel(args, k)];
     if (nll == -1 || key_of(nll) < key_of(cutoff)) return;
-    const Pixel at = pixel_at(args, index);
-    const int label = read_label(args, at.n, at.y, at.x);
-    sum += (label >= 0 ? weight_of<Acc>(args, label) : Acc(1)) * nll;
-    count += 1;
+    const int label = read_label(args, tile.n, tile.y(k), tile.x());
+    sums[0] += (label >= 0 ? weight_of<Acc>(args, label) : Acc(1)) * nll;
+    sums[1] += 1;
   });
-  store_partials(sum, count, partials);
+  store_partials(sums, partials);
   if (blockIdx.x == 0 && threadIdx.x == 0) static_cast<Acc*>(args.summary)[kCutoff] = cutoff;
 }
 
+// The means, from the totals of all partial sums. A bad label makes all of them NaN. By one thread.
 template <typename Acc>
-__global__ void __launch_bounds__(kThreads) loss_finish(LossArgs args, const double* partials, int64_t tiles) {
-  double numerator, denominator;
-  load_partials(partials, tiles, &numerator, &denominator);
-  if (threadIdx.x == 0) {
-    Acc *summary = static_cast<Acc*>(args.summary), *terms = static_cast<Acc*>(args.terms);
-    const Acc cutoff = args.ohem && tiles > 0 ? summary[kCutoff] : Acc(0);
-    for (int entry = 0; entry < kSummarySize; ++entry) summary[entry] = 0;
-    summary[kDenominator] = static_cast<Acc>(denominator);
+__global__ void loss_finish(const __grid_constant__ LossArgs args, const double* totals) {
+  const auto ratio = [](double numerator, double count) { return count != 0 ? numerator / count : 0; };
+  const double valid = totals[kValidPixels], bad = totals[kBadLabels] > 0 ? nan("") : 0;
+  Acc* summary = static_cast<Acc*>(args.summary);
+  const Acc cutoff = args.ohem && valid > 0 ? summary[kCutoff] : Acc(0);  // by ohem_sum_tiles
+  for (int entry = 0; entry < kSummarySize; ++entry) summary[entry] = 0;
+  summary[kValid] = static_cast<Acc>(valid);
+  double terms[kTerms] = {};
+  if (args.ce) {
+    summary[kDenominator] = static_cast<Acc>(totals[kCount]);
     summary[kCutoff] = cutoff;
-    for (int term = 0; term < kTerms; ++term) terms[term] = 0;
-    terms[kCe] = static_cast<Acc>(denominator != 0 ? numerator / denominator : 0);
-    *static_cast<Acc*>(args.total) = terms[kCe];
+    terms[kCe] = ratio(totals[kNumerator], totals[kCount]) + bad;
   }
+  const double* sums = totals + kForwardSums;
+  for (int s = 0; s < args.bcl_steps; ++s, sums += 2) {
+    summary[kSelected + s] = static_cast<Acc>(sums[1]);
+    terms[kBcl] += ratio(sums[0], args.bcl_flipped ? valid : sums[1]) / args.bcl_steps + bad;
+  }
+  if (args.cpg_radius > 0) {
+    summary[kEdges] = static_cast<Acc>(sums[1]);
+    terms[kCpg] = ratio(sums[0], sums[1]) + bad;
+  }
+  for (int term = 0; term < kTerms; ++term) static_cast<Acc*>(args.terms)[term] = static_cast<Acc>(terms[term]);
+  double total = terms[kCe];
+  if (args.bcl_steps > 0) total += args.bcl_weight * terms[kBcl];
+  if (args.cpg_radius > 0) total += args.cpg_weight * terms[kCpg];
+  *static_cast<Acc*>(args.total) = static_cast<Acc>(total);
 }
 
-template <typename Scalar>
-__global__ void __launch_bounds__(kThreads) loss_backward_tiles(LossArgs args) {
-  using Acc = typename AccOf<Scalar>::type;
-  const Acc* max_logit = static_cast<const Acc*>(args.stats);
-  const Acc* log_sum = max_logit + args.N * args.H * args.W;
+// What the cross-entropy and BCL ask of a pixel: `pull` of p towards the one-hot label, exactly 0 where nothing.
+template <typename Acc, typename F>
+__device__ __forceinline__ Acc pull_of(const LossArgs& args, int64_t pixel, int label, F loss_of_class) {
   const Acc* summary = static_cast<const Acc*>(args.summary);
-  const Acc denominator = summary[kDenominator], cutoff = summary[kCutoff];
-  const Acc scale = denominator != 0 ? *static_cast<const Acc*>(args.grad_total) / denominator : Acc(0);
+  const Acc upstream = *static_cast<const Acc*>(args.grad_total), denominator = summary[kDenominator];
+  if (label < 0) return label == kBad ? static_cast<Acc>(nan("")) : Acc(0);
+  Acc pull = args.ce && denominator != 0 ? upstream / denominator * weight_of<Acc>(args, label) : Acc(0);
+  // The forward's own arithmetic, so that the same pixels are kept.
+  if (args.ohem && key_of(loss_of_class(label)) < key_of(summary[kCutoff])) pull = 0;
+  if (args.bcl_steps > 0 && !args.bcl_flipped) {
+    const uint8_t selected = static_cast<const uint8_t*>(args.selected)[pixel];
+    for (int s = 0; s < args.bcl_steps; ++s)
+      if (selected >> s & 1) pull += bcl_scale<Acc>(args, summary[kSelected + s]);
+  }
+  return pull;
+}
 
-  for_pixels_of_tile(args, [&](int64_t index) {
-    const Pixel at = pixel_at(args, index);
-    const Scalar* z = static_cast<const Scalar*>(args.logits.data) + offset_of(args.logits, at);
-    Scalar* grad = static_cast<Scalar*>(args.grad.data) + offset_of(args.grad, at);
-    const Acc m = max_logit[index], log_of_sum = log_sum[index];
+// The gradient of the logits of label size, class by class: p (pull + flipped pulls + g - sum of p g) - pulls, where g
+// is CPG's derivative by p. kSparse: with CPG or BCL's flipped labels.
+template <typename Source, typename Sink, bool kSparse>
+__global__ void __launch_bounds__(kThreads, 1) gradient_tiles(const __grid_constant__ LossArgs args, Sink sink) {
+  using Acc = typename Source::Acc;
+  using TileWindow = Window<Acc, kSparse ? kMaxRadius : 0>;
+  constexpr int kLabels = kSparse ? TileWindow::kLabels : 1;
+  BCMF_SHARED(Acc, scratch, kLabels > Sink::kScratch ? kLabels : Sink::kScratch);
+  const Tile tile(args);
+  const Source source(args, tile);
+  const int64_t pixels = args.N * args.H * args.W;
+  sink.begin(args, tile, scratch);
 
-    const int label = read_label(args, at.n, at.y, at.x);
-    Acc coefficient = label == kBad ? static_cast<Acc>(nan("")) : Acc(0);
-    if (label >= 0) {
-      // The forward's own arithmetic, so that the same pixels are kept.
-      const Acc nll = (m - widen(z[label * args.logits.stride_c])) + log_of_sum;
-      if (!args.ohem || key_of(nll) >= key_of(cutoff)) coefficient = scale * weight_of<Acc>(args, label);
+  Acc m[kStack] = {}, log_sum[kStack] = {}, pull[kStack] = {}, factor[kStack] = {};
+  int label[kStack];
+  for_stack(tile, [&](int k) {
+    const int64_t pixel = tile.pixel(args, k);
+    m[k] = static_cast<const Acc*>(args.stats)[pixel];
+    log_sum[k] = static_cast<const Acc*>(args.stats)[pixels + pixel];
+    label[k] = read_label(args, tile.n, tile.y(k), tile.x());
+    pull[k] = pull_of<Acc>(args, pixel, label[k],
+                           [&](int c) { return (m[k] - source.at(tile.n, tile.y(k), tile.x(), c)) + log_sum[k]; });
+    factor[k] = pull[k];
+    if constexpr (kSparse) factor[k] += flipped_pull<Acc>(args, pixel);
+  });
+  Acc z[kStack], value[kStack] = {};
+  const auto probability = [&](int k) { return exp((z[k] - m[k]) - log_sum[k]); };
+  const auto dense = [&](int k, int64_t c) {
+    const Acc product = factor[k] != 0 ? factor[k] * probability(k) : Acc(0);  // 0 * NaN of an ignored pixel is 0 here
+    return c == label[k] ? product - pull[k] : product;
+  };
+
+  if constexpr (kSparse) {
+    TileWindow window(args, scratch);
+    const bool mixed = args.cpg_radius > 0 && window.load(args, tile);
+    for (int64_t c = 0; c < args.C && mixed; ++c) {
+      if (!window.holds(c)) continue;
+      window.find_residuals(args, tile, source, c);
+      source.stack(c, z);
+      for_stack(tile, [&](int k) {
+        const Acc g = window.gradient(args, tile, k);
+        if (g != 0) factor[k] -= probability(k) * g;  // p may be NaN where nothing is compared
+      });
     }
     for (int64_t c = 0; c < args.C; ++c) {
-      const Acc p = exp((widen(z[c * args.logits.stride_c]) - m) - log_of_sum);
-      const Acc value = coefficient != 0 ? coefficient * (p - (c == label ? Acc(1) : Acc(0))) : Acc(0);
-      narrow(value, grad + c * args.grad.stride_c);
+      const bool holds = mixed && window.holds(c);
+      if (holds) window.find_residuals(args, tile, source, c);
+      source.stack(c, z);
+      for_stack(tile, [&](int k) {
+        value[k] = dense(k, c);
+        if (args.bcl_flipped) value[k] -= flipped_pull_of<Acc>(args, tile.n, tile.y(k), tile.x(), c);
+        const Acc g = holds ? window.gradient(args, tile, k) : Acc(0);
+        if (g != 0) value[k] += probability(k) * g;
+      });
+      sink.put(args, tile, c, value, scratch);
     }
-  });
+  } else {
+    for (int64_t c = 0; c < args.C; ++c) {
+      source.stack(c, z);
+      for_stack(tile, [&](int k) { value[k] = dense(k, c); });
+      sink.put(args, tile, c, value, scratch);
+    }
+  }
 }
 
 }  // namespace bcmf::device

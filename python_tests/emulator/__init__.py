@@ -61,3 +61,4 @@ def set_order(order: str) -> None:
 
 
 LOSS = ops.define_loss(LIB, "loss")
+LIB.define("upsample_argmax" + ops.UPSAMPLE_ARGMAX)

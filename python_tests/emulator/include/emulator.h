@@ -239,6 +239,7 @@ T fetch_add(T* address, T value) {
 #define __device__
 #define __host__
 #define __forceinline__ inline
+#define __grid_constant__
 #define __launch_bounds__(...)
 
 #define threadIdx emulator::thread_index
@@ -266,3 +267,4 @@ inline unsigned atomicAdd(unsigned* address, unsigned value) { return emulator::
 inline unsigned long long atomicAdd(unsigned long long* address, unsigned long long value) {
   return emulator::fetch_add(address, value);
 }
+inline unsigned atomicOr(unsigned* address, unsigned bits) { return *address |= bits; }
