@@ -5,11 +5,10 @@ Prints a table and writes bench/results/kernels-<device>.json and .png.
 Protocol. All contenders take turns in one process, round after round, in an order drawn anew (so that no one always
 follows the same other, in the memory that it left); a figure is the median over the rounds of a contender's time
 divided by the baseline's in the same round, which a busy machine disturbs far less than times, and its spread the
-middle half of these ratios. The baseline runs twice a round: where this A/A ratio is off by
-more than 5 %, or with fewer than 15 rounds, the problem does not count and says so. On a GPU times come from events,
-and the L2 cache is flushed before each forward. Every contender's value and gradient are compared with the fp64
-definition in the same run. Memory is the peak above the state before the call: CUDA's allocator, or the process's
-resident set.
+middle half of these ratios. The baseline runs twice a round: where this A/A ratio is off by more than 5 %, or with
+fewer than 15 rounds, the problem does not count and says so. On a GPU times come from events, and the L2 cache is
+flushed before each forward. Every contender's value and gradient are compared with the fp64 definition in the same run.
+Memory is the peak above the state before the call: CUDA's allocator, or the process's resident set.
 
 Roofline. What an op has to do at least: bytes from memory and exponentials. Both rates are measured in the same run,
 the best of all rounds: copying 128 MiB, and torch.exp of a tensor that fits into the cache (on a GPU, the exponentials

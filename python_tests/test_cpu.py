@@ -130,3 +130,11 @@ def test_memory_that_is_kept_belongs_to_one_tensor_at_a_time() -> None:
         assert all(torch.equal(grad, wanted) for grad, wanted in zip(found, expected, strict=True))
     again[0].zero_()
     assert torch.equal(more[0], expected[0])
+
+
+def test_memory_that_is_not_there() -> None:
+    """Protects users from a bare MemoryError: a sentence says how much was asked for. (No pixel is ever touched.)"""
+    z = torch.zeros(1, 2, 1, 1).expand(1, 2, 2**23, 2**23)
+    y = torch.zeros(1, 1, 1, dtype=torch.uint8).expand(1, 2**23, 2**23)
+    with pytest.raises(RuntimeError, match=r"no 536870912 MiB of memory for this loss: take fewer or smaller images"):
+        bcmf_ext.cross_entropy(z, y, impl="cpu")

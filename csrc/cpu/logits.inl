@@ -155,8 +155,8 @@ struct Resampled {
   const LossWork<Acc>& work;
   Acc *upper = nullptr, *lower = nullptr;  // (C, pitch): logits of the two rows
   int64_t lower_row = -1, column = -1;     // of the batch: what `lower` holds
-  Acc *sum = nullptr,
-      *weighted = nullptr;  // (C, pitch), backward: gradients, and gradients times the weight of the lower row
+  // (C, pitch), backward: gradients, and gradients times the weight of the lower row
+  Acc *sum = nullptr, *weighted = nullptr;
 
   // scratch: of four tiles; none where only entries are read.
   Resampled(const LossArgs& args, const LossWork<Acc>& work, Acc* scratch = nullptr) : args(args), work(work) {

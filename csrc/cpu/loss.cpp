@@ -126,7 +126,6 @@ class Work {
     const int64_t together =
         std::clamp<int64_t>(kHalves / std::max<int64_t>(image, 1), 1, std::max<int64_t>(args_.N, 1));
     const std::unique_ptr<Acc[]> halves(new Acc[together * image]);  // each block begins with zeros
-    if (args_.W == 0) std::fill(halves.get(), halves.get() + together * image, Acc(0));
     view.halves = halves.get();
     for (int64_t n = 0; n < args_.N; n += together) {
       view.first_block = n * view.blocks;
@@ -155,7 +154,7 @@ class Work {
  private:
   void cut_into_blocks() {
     const int64_t most = args_.resampled() ? kMaxBlockRows : view.rows_per_tile;
-    for (int64_t y = 0; y < args_.H; ++y) {
+    for (int64_t y = 0; y < args_.H && args_.W > 0; ++y) {  // rows without pixels make no block
       const bool parts = args_.resampled() && y > 0 && view.vertical.first[y] != view.vertical.first[y - 1];
       if (row_.empty() || parts || y - row_.back() == most) row_.push_back(y);
     }

@@ -7,7 +7,8 @@
 #include <algorithm>
 #include <cstdlib>
 #include <mutex>
-#include <new>
+#include <stdexcept>
+#include <string>
 #include <vector>
 
 namespace bcmf::cpu {
@@ -28,10 +29,21 @@ Blocks& blocks = *new Blocks;
 constexpr size_t kPage = 2 << 20;
 constexpr size_t kKept = 4;  // statistics and scores of a step, gradients of two heads
 
+void free_kept() {
+  for (const Block& block : blocks.kept) std::free(block.data);
+  blocks.kept.clear();
+}
+
 Block make_block(size_t bytes) {
   const size_t whole = (bytes + kPage - 1) / kPage * kPage;
-  const Block block = {std::aligned_alloc(kPage, whole), whole};
-  if (!block.data) throw std::bad_alloc();
+  Block block = {std::aligned_alloc(kPage, whole), whole};
+  if (!block.data) {  // what is kept may be in the way
+    free_kept();
+    block.data = std::aligned_alloc(kPage, whole);
+  }
+  if (!block.data)
+    throw std::runtime_error("bcmf_ext: the system has no " + std::to_string(bytes >> 20) +
+                             " MiB of memory for this loss: take fewer or smaller images at a time.");
 #if defined(__linux__)
   madvise(block.data, whole, MADV_HUGEPAGE);
 #endif
@@ -72,8 +84,7 @@ void free_large(void* memory) {
 
 void release_kept_memory() {
   const std::lock_guard<std::mutex> lock(blocks.mutex);
-  for (const Block& block : blocks.kept) std::free(block.data);
-  blocks.kept.clear();
+  free_kept();
 }
 
 }  // namespace bcmf::cpu

@@ -46,8 +46,7 @@ __device__ __forceinline__ Acc pooled_score(const LossArgs& args, const Acc* ima
   return pooled;
 }
 
-// Selects: a bit per step in `selected`, and by step the sum of what is supervised and the number of pixels, (2,
-// tiles).
+// Selects: a bit per step in `selected`; and by step partial sums, (2, tiles), of what is supervised and of pixels.
 template <typename Source>
 __global__ void __launch_bounds__(kThreads, 2)
     bcl_tiles(const __grid_constant__ LossArgs args, const typename Source::Acc* scores, double* partials) {

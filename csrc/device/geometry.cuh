@@ -37,6 +37,18 @@ BCMF_HOST_DEVICE AxisTap<Acc> axis_tap(int64_t i, int64_t in, int64_t out, bool 
   return {first, first + 1, static_cast<Acc>(weight)};
 }
 
+// Where the pixels of `out` begin whose first cell is `cell` or a later one: the inverse of axis_tap.
+BCMF_HOST_DEVICE int64_t axis_start(int64_t cell, int64_t in, int64_t out, bool align_corners) {
+  if (cell <= 0) return 0;
+  if (cell >= in) return out;
+  // The least i with a fraction of at least `cell`; in >= 2 here.
+  const int64_t numerator = align_corners ? cell * (out - 1) : 2 * cell * out + out - in;
+  const int64_t denominator = align_corners ? in - 1 : 2 * in;
+  if (out == 1 && align_corners) return out;
+  const int64_t start = numerator > 0 ? (numerator + denominator - 1) / denominator : 0;
+  return start < out ? start : out;
+}
+
 // Both products, as F.interpolate, so that infinities come out alike; but nothing of b where its weight is 0.
 template <typename Acc>
 BCMF_HOST_DEVICE Acc mix(Acc a, Acc b, Acc weight) {

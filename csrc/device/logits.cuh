@@ -189,63 +189,53 @@ struct TileCells {
   }
 };
 
-// The label pixels whose first cell is `cell` or a later one begin here.
-BCMF_HOST_DEVICE int64_t axis_start(int64_t cell, int64_t in, int64_t out, bool align_corners) {
-  int64_t low = 0, high = out;
-  while (low < high) {
-    const int64_t middle = (low + high) / 2;
-    if (axis_tap<double>(middle, in, out, align_corners).first < cell)
-      low = middle + 1;
-    else
-      high = middle;
-  }
-  return low;
-}
-
 // The weight of a cell in a label pixel.
 template <typename Acc>
 BCMF_HOST_DEVICE Acc share_of(const AxisTap<Acc>& tap, int64_t cell) {
   return cell == tap.first ? 1 - tap.weight : tap.weight;
 }
 
-// The logits a thread of the last step writes: one.
+// The logit that a thread of the last step writes, and the label pixels that lie beside it: top..bottom, left..right.
 struct Cell {
-  int64_t n, c, y, x;
-  __device__ __forceinline__ Cell(const LossArgs& args, int64_t index)
-      : n(index / (args.w * args.h * args.C)),
+  int64_t index, n, c, y, x, top, bottom, left, right;
+
+  __device__ __forceinline__ explicit Cell(const LossArgs& args)
+      : index(blockIdx.x * static_cast<int64_t>(kThreads) + threadIdx.x),
+        n(index / (args.w * args.h * args.C)),
         c(index / (args.w * args.h) % args.C),
         y(index / args.w % args.h),
-        x(index % args.w) {}
+        x(index % args.w),
+        top(axis_start(y - 1, args.h, args.H, args.align_corners)),
+        bottom(axis_start(y + 1, args.h, args.H, args.align_corners)),
+        left(axis_start(x - 1, args.w, args.W, args.align_corners)),
+        right(axis_start(x + 1, args.w, args.W, args.align_corners)) {}
+  __device__ __forceinline__ bool exists(const LossArgs& args) const {
+    return index < args.N * args.C * args.h * args.w;
+  }
+  template <typename Scalar, typename Acc>
+  __device__ __forceinline__ void store(const LossArgs& args, Acc value) const {
+    const LogitView& v = args.grad;
+    narrow(value, static_cast<Scalar*>(v.data) + n * v.stride_n + c * v.stride_c + y * v.stride_h + x * v.stride_w);
+  }
 };
-template <typename Scalar, typename Acc>
-__device__ __forceinline__ void store_cell(const LossArgs& args, const Cell& at, Acc value) {
-  const LogitView& v = args.grad;
-  narrow(value,
-         static_cast<Scalar*>(v.data) + at.n * v.stride_n + at.c * v.stride_c + at.y * v.stride_h + at.x * v.stride_w);
-}
 
 // Adds up, for each logit, what the tiles that touch it found: (tiles, C, cells_down, cells_across), in their order.
 template <typename Scalar>
 __global__ void __launch_bounds__(kThreads, 1)
     join_tiles(const __grid_constant__ LossArgs args, const typename AccOf<Scalar>::type* partials, int64_t cells_down,
                int64_t cells_across) {
-  using Acc = typename AccOf<Scalar>::type;
-  const int64_t index = blockIdx.x * static_cast<int64_t>(kThreads) + threadIdx.x;
-  if (index >= args.N * args.C * args.h * args.w) return;
-  const Cell at(args, index);
-  const bool align = args.align_corners;
-  const int64_t top = axis_start(at.y - 1, args.h, args.H, align), bottom = axis_start(at.y + 1, args.h, args.H, align);
-  const int64_t left = axis_start(at.x - 1, args.w, args.W, align), right = axis_start(at.x + 1, args.w, args.W, align);
-  Acc sum = 0;
-  for (int64_t y = top / kRows; y * kRows < bottom; ++y) {
-    const int64_t row = at.y - axis_tap<double>(y * kRows, args.h, args.H, align).first;
-    for (int64_t x = left / kColumns; x * kColumns < right; ++x) {
-      const int64_t column = at.x - axis_tap<double>(x * kColumns, args.w, args.W, align).first;
-      const int64_t tile = (at.n * tiles_down(args) + y) * tiles_across(args) + x;
-      sum += partials[((tile * args.C + at.c) * cells_down + row) * cells_across + column];
+  const Cell cell(args);
+  if (!cell.exists(args)) return;
+  typename AccOf<Scalar>::type sum = 0;
+  for (int64_t y = cell.top / kRows; y * kRows < cell.bottom; ++y) {
+    const int64_t row = cell.y - axis_tap<double>(y * kRows, args.h, args.H, args.align_corners).first;
+    for (int64_t x = cell.left / kColumns; x * kColumns < cell.right; ++x) {
+      const int64_t column = cell.x - axis_tap<double>(x * kColumns, args.w, args.W, args.align_corners).first;
+      const int64_t tile = (cell.n * tiles_down(args) + y) * tiles_across(args) + x;
+      sum += partials[((tile * args.C + cell.c) * cells_down + row) * cells_across + column];
     }
   }
-  store_cell<Scalar>(args, at, sum);
+  cell.store<Scalar>(args, sum);
 }
 
 // The same of gradients of the labels' size, (N, C, H, W): where logits are more than labels.
@@ -253,20 +243,16 @@ template <typename Scalar>
 __global__ void __launch_bounds__(kThreads, 1)
     gather_cells(const __grid_constant__ LossArgs args, const typename AccOf<Scalar>::type* gradients) {
   using Acc = typename AccOf<Scalar>::type;
-  const int64_t index = blockIdx.x * static_cast<int64_t>(kThreads) + threadIdx.x;
-  if (index >= args.N * args.C * args.h * args.w) return;
-  const Cell at(args, index);
-  const bool align = args.align_corners;
-  const int64_t top = axis_start(at.y - 1, args.h, args.H, align), bottom = axis_start(at.y + 1, args.h, args.H, align);
-  const int64_t left = axis_start(at.x - 1, args.w, args.W, align), right = axis_start(at.x + 1, args.w, args.W, align);
+  const Cell cell(args);
+  if (!cell.exists(args)) return;
   Acc sum = 0;
-  for (int64_t y = top; y < bottom; ++y) {
-    const AxisTap<Acc> down = axis_tap<Acc>(y, args.h, args.H, align);
-    const Acc* row = gradients + ((at.n * args.C + at.c) * args.H + y) * args.W;
-    for (int64_t x = left; x < right; ++x)
-      sum += share_of(down, at.y) * share_of(axis_tap<Acc>(x, args.w, args.W, align), at.x) * row[x];
+  for (int64_t y = cell.top; y < cell.bottom; ++y) {
+    const Acc down = share_of(axis_tap<Acc>(y, args.h, args.H, args.align_corners), cell.y);
+    const Acc* row = gradients + ((cell.n * args.C + cell.c) * args.H + y) * args.W;
+    for (int64_t x = cell.left; x < cell.right; ++x)
+      sum += down * share_of(axis_tap<Acc>(x, args.w, args.W, args.align_corners), cell.x) * row[x];
   }
-  store_cell<Scalar>(args, at, sum);
+  cell.store<Scalar>(args, sum);
 }
 
 }  // namespace bcmf::device

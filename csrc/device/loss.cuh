@@ -5,9 +5,9 @@
 // - bcl_tiles: reads the scores once (their neighbours from L1), writes a byte;
 // - cpg_tiles: reads the label; in a tile whose labels differ, for each class that occurs there, an exp and about
 //   4 (2r + 1)^2 products;
-// - gradient_tiles: reads C logits and stats, takes C exps, writes C gradients; with CPG, in such a tile, twice more
-// for
-//   each class that occurs what cpg_tiles does, and as many products again.
+// - gradient_tiles: reads C logits and stats, takes C exps, writes C gradients; with CPG, in such a tile, for each
+// class
+//   that occurs, twice what cpg_tiles does, and as many products again.
 // Logits of another size come from L1, two pairs per class and stack. Their gradients are summed up by tiles in shared
 // memory: (1 + H / 8h) (1 + W / 32w) times the logits are written and read once more, in fp32.
 #pragma once

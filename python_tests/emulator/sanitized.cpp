@@ -137,6 +137,18 @@ void check_loss(bcmf::LogitType type) {
   }
 }
 
+// axis_start is the inverse of axis_tap, for all small sizes.
+void check_geometry() {
+  for (const bool align_corners : {false, true})
+    for (int64_t in = 1; in <= 24; ++in)
+      for (int64_t out = 1; out <= 24; ++out)
+        for (int64_t cell = -1; cell <= in + 1; ++cell) {
+          int64_t start = 0;
+          while (start < out && bcmf::axis_tap<double>(start, in, out, align_corners).first < cell) ++start;
+          require(bcmf::axis_start(cell, in, out, align_corners) == start, "axis_start is not where the cell begins");
+        }
+}
+
 template <typename Scalar>
 void check_argmax(bcmf::LogitType type) {
   for (const Size size : {Size{2, 5, 3, 4, 17, 70}, {1, 300, 5, 6, 5, 6}}) {
@@ -157,6 +169,7 @@ void check(bcmf::LogitType type) {
 }  // namespace
 
 int main() {
+  check_geometry();
   check<float>(bcmf::LogitType::f32);
   check<double>(bcmf::LogitType::f64);
   check<__half>(bcmf::LogitType::f16);
