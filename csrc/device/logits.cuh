@@ -195,23 +195,14 @@ BCMF_HOST_DEVICE Acc share_of(const AxisTap<Acc>& tap, int64_t cell) {
   return cell == tap.first ? 1 - tap.weight : tap.weight;
 }
 
-// The logit that a thread of the last step writes, and the label pixels that lie beside it: top..bottom, left..right.
+// The logit that a thread of the last step writes.
 struct Cell {
-  int64_t index, n, c, y, x, top, bottom, left, right;
-
-  __device__ __forceinline__ explicit Cell(const LossArgs& args)
-      : index(blockIdx.x * static_cast<int64_t>(kThreads) + threadIdx.x),
-        n(index / (args.w * args.h * args.C)),
+  int64_t n, c, y, x;
+  __device__ __forceinline__ Cell(const LossArgs& args, int64_t index)
+      : n(index / (args.w * args.h * args.C)),
         c(index / (args.w * args.h) % args.C),
         y(index / args.w % args.h),
-        x(index % args.w),
-        top(axis_start(y - 1, args.h, args.H, args.align_corners)),
-        bottom(axis_start(y + 1, args.h, args.H, args.align_corners)),
-        left(axis_start(x - 1, args.w, args.W, args.align_corners)),
-        right(axis_start(x + 1, args.w, args.W, args.align_corners)) {}
-  __device__ __forceinline__ bool exists(const LossArgs& args) const {
-    return index < args.N * args.C * args.h * args.w;
-  }
+        x(index % args.w) {}
   template <typename Scalar, typename Acc>
   __device__ __forceinline__ void store(const LossArgs& args, Acc value) const {
     const LogitView& v = args.grad;
@@ -219,17 +210,26 @@ struct Cell {
   }
 };
 
+// The label pixels beside a cell, along an axis.
+struct Span {
+  int64_t begin, end;
+  __device__ __forceinline__ Span(int64_t cell, int64_t in, int64_t out, bool align_corners)
+      : begin(axis_start(cell - 1, in, out, align_corners)), end(axis_start(cell + 1, in, out, align_corners)) {}
+};
+
 // Adds up, for each logit, what the tiles that touch it found: (tiles, C, cells_down, cells_across), in their order.
 template <typename Scalar>
 __global__ void __launch_bounds__(kThreads, 1)
     join_tiles(const __grid_constant__ LossArgs args, const typename AccOf<Scalar>::type* partials, int64_t cells_down,
                int64_t cells_across) {
-  const Cell cell(args);
-  if (!cell.exists(args)) return;
+  const int64_t index = blockIdx.x * static_cast<int64_t>(kThreads) + threadIdx.x;
+  if (index >= args.N * args.C * args.h * args.w) return;
+  const Cell cell(args, index);
+  const Span rows(cell.y, args.h, args.H, args.align_corners), columns(cell.x, args.w, args.W, args.align_corners);
   typename AccOf<Scalar>::type sum = 0;
-  for (int64_t y = cell.top / kRows; y * kRows < cell.bottom; ++y) {
+  for (int64_t y = rows.begin / kRows; y * kRows < rows.end; ++y) {
     const int64_t row = cell.y - axis_tap<double>(y * kRows, args.h, args.H, args.align_corners).first;
-    for (int64_t x = cell.left / kColumns; x * kColumns < cell.right; ++x) {
+    for (int64_t x = columns.begin / kColumns; x * kColumns < columns.end; ++x) {
       const int64_t column = cell.x - axis_tap<double>(x * kColumns, args.w, args.W, args.align_corners).first;
       const int64_t tile = (cell.n * tiles_down(args) + y) * tiles_across(args) + x;
       sum += partials[((tile * args.C + cell.c) * cells_down + row) * cells_across + column];
@@ -243,13 +243,15 @@ template <typename Scalar>
 __global__ void __launch_bounds__(kThreads, 1)
     gather_cells(const __grid_constant__ LossArgs args, const typename AccOf<Scalar>::type* gradients) {
   using Acc = typename AccOf<Scalar>::type;
-  const Cell cell(args);
-  if (!cell.exists(args)) return;
+  const int64_t index = blockIdx.x * static_cast<int64_t>(kThreads) + threadIdx.x;
+  if (index >= args.N * args.C * args.h * args.w) return;
+  const Cell cell(args, index);
+  const Span rows(cell.y, args.h, args.H, args.align_corners), columns(cell.x, args.w, args.W, args.align_corners);
   Acc sum = 0;
-  for (int64_t y = cell.top; y < cell.bottom; ++y) {
+  for (int64_t y = rows.begin; y < rows.end; ++y) {
     const Acc down = share_of(axis_tap<Acc>(y, args.h, args.H, args.align_corners), cell.y);
     const Acc* row = gradients + ((cell.n * args.C + cell.c) * args.H + y) * args.W;
-    for (int64_t x = cell.left; x < cell.right; ++x)
+    for (int64_t x = columns.begin; x < columns.end; ++x)
       sum += down * share_of(axis_tap<Acc>(x, args.w, args.W, args.align_corners), cell.x) * row[x];
   }
   cell.store<Scalar>(args, sum);
