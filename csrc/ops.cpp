@@ -87,6 +87,12 @@ void check_same_device(const Tensor& logits, const Tensor& other, const char* na
   ignore_index, align_corners, ce, ohem_threshold, ohem_min_kept, bcl_weight, bcl_steps, bcl_flipped, bcl_threshold, \
       bcl_nms_size, cpg_weight, cpg_kernel_size, cpg_window
 
+// Tensors may have more than 2^31 entries, but the kernels count rows, columns and classes in 32 bits.
+void check_sides(const LossArgs& args) {
+  for (const int64_t side : {args.C, args.h, args.w, args.H, args.W})
+    TORCH_CHECK_VALUE(side < int64_t{1} << 30, "a side of ", side, " is too long: below 2^30 it has to be.");
+}
+
 // Both ops' arguments beside tensors of their own.
 struct LossInputs {
   LossArgs args;
@@ -113,6 +119,7 @@ LossInputs::LossInputs(const Tensor& logits, const Tensor& target, const std::op
   args.W = target.size(2);
   TORCH_CHECK_VALUE(target.numel() == 0 || logits.numel() > 0, "logits of the size ", logits.sizes(),
                     " cannot be resampled to ", target.sizes(), ".");
+  check_sides(args);
   args.align_corners = align_corners;
   args.logits = logit_view(logits);
   args.labels = label_view(target);
@@ -250,6 +257,7 @@ LossArgs upsample_args(const Tensor& logits, int64_t height, int64_t width, bool
   LossArgs args = {};
   args.N = logits.size(0), args.C = logits.size(1), args.h = logits.size(2), args.w = logits.size(3);
   args.H = height, args.W = width;
+  check_sides(args);
   args.align_corners = align_corners;
   args.logits = logit_view(logits);
   return args;

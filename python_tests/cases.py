@@ -21,7 +21,7 @@ import bcmf_ext
 from bcmf_ext import BCL, CPG, OHEM, dispatch, ops, reference
 
 DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
-SHAPES = ((1, 2, 1, 1), (1, 3, 1, 37), (2, 19, 13, 17), (1, 171, 8, 9), (3, 5, 64, 33))
+SHAPES = ((1, 2, 1, 1), (1, 3, 1, 37), (2, 19, 13, 17), (1, 171, 8, 9), (3, 5, 64, 33), (2, 4, 18, 72))
 
 
 @dataclass(frozen=True)

@@ -9,7 +9,8 @@ struct FlippedRow {
   template <typename Acc>
   FlippedRow(const LossArgs& args, const LossWork<Acc>& work, int64_t row, int index)
       : own(work.ids + row * args.W),
-        by_rows(work.ids + (row - row % args.H + flip_index(row % args.H, args.bcl_step[index], args.H)) * args.W),
+        by_rows(work.ids +
+                (row - row % args.H + flip_index<int64_t>(row % args.H, args.bcl_step[index], args.H)) * args.W),
         column_flip(work.column_flip + index * args.W) {}
   uint16_t by_columns(int64_t x) const { return own[column_flip[x]]; }
   // Whether any of the columns xa..xb has another class after a flip.

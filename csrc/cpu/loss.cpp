@@ -90,7 +90,7 @@ class Work {
     for_rows([&](int64_t begin, int64_t end) { kernels<Acc>().identify(args_, view, begin, end); });
     for (int s = 0; s < args_.bcl_steps; ++s)
       for (int64_t x = 0; x < args_.W; ++x)
-        column_flip_.push_back(static_cast<int32_t>(flip_index(x, args_.bcl_step[s], args_.W)));
+        column_flip_.push_back(static_cast<int32_t>(flip_index<int64_t>(x, args_.bcl_step[s], args_.W)));
     view.column_flip = column_flip_.data();
   }
 

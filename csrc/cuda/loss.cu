@@ -2,6 +2,8 @@
 
 #include <cuda_runtime_api.h>
 
+#include <type_traits>
+
 #include "../device/argmax.cuh"
 #include "../device/launch.cuh"
 #include "../device/loss.cuh"
@@ -76,76 +78,120 @@ struct BackwardScratch {
   }
 };
 
+// Whether a block of the current device can have that much shared memory, beside the little that all kernels use.
+bool fits_shared(int64_t bytes) {
+  int device = 0, most = 0;
+  cudaGetDevice(&device);
+  cudaDeviceGetAttribute(&most, cudaDevAttrMaxSharedMemoryPerBlockOptin, device);
+  return bytes + 1024 <= most;
+}
+
 unsigned blocks_for(int64_t threads) { return static_cast<unsigned>((threads + kThreads - 1) / kThreads); }
 
 // Finds the smallest loss that is kept, and sums up the kept ones. Every level is always launched: whether it is needed
 // only the device knows.
 template <typename Acc>
 void ohem(const LossArgs& args, const ForwardScratch<Acc>& scratch, unsigned tiles, Stream stream) {
-  BCMF_LAUNCH(ohem_begin<Acc>, 1, kThreads, stream, args, scratch.partials, tiles, scratch.selection,
-              scratch.histogram);
+  launch(ohem_begin<Acc>, 1, kThreads, 0, stream, args, scratch.partials, tiles, scratch.selection, scratch.histogram);
   for (int level = 0; level < kLevels<Acc>; ++level) {
-    BCMF_LAUNCH(ohem_count<Acc>, tiles, kThreads, stream, args, scratch.selection, level, scratch.histogram);
-    BCMF_LAUNCH(ohem_choose<Acc>, 1, kThreads, stream, scratch.selection, level, scratch.histogram);
+    launch(ohem_count<Acc>, tiles, kThreads, 0, stream, args, scratch.selection, level, scratch.histogram);
+    launch(ohem_choose<Acc>, 1, kThreads, 0, stream, scratch.selection, level, scratch.histogram);
   }
-  BCMF_LAUNCH(ohem_sum_tiles<Acc>, tiles, kThreads, stream, args, scratch.selection, scratch.partials);
+  launch(ohem_sum_tiles<Acc>, tiles, kThreads, 0, stream, args, scratch.selection, scratch.partials);
+}
+
+template <typename Source>
+int64_t staged_bytes(const LossArgs& args) {
+  SharedCutter shared;
+  Source::take(args, shared);
+  return shared.bytes();
 }
 
 template <typename Source>
 void forward(const LossArgs& args, void* memory, Stream stream) {
   using Acc = typename Source::Acc;
+  using Entries = typename Source::Entries;
   const ForwardScratch<Acc> scratch(args, memory);
   const unsigned tiles = static_cast<unsigned>(tiles_of(args));
   if (tiles > 0) {
     double* partials = scratch.partials + static_cast<int64_t>(kForwardSums) * tiles;
-    BCMF_LAUNCH(loss_tiles<Source>, tiles, kThreads, stream, args, scratch.scores, scratch.partials);
+    launch(loss_tiles<Source>, tiles, kThreads, staged_bytes<Source>(args), stream, args, scratch.scores,
+           scratch.partials);
     if (args.ohem) ohem<Acc>(args, scratch, tiles, stream);
-    if (args.bcl_steps > 0) BCMF_LAUNCH(bcl_tiles<Source>, tiles, kThreads, stream, args, scratch.scores, partials);
+    if (args.bcl_steps > 0) launch(bcl_tiles<Entries>, tiles, kThreads, 0, stream, args, scratch.scores, partials);
     partials += static_cast<int64_t>(2 * args.bcl_steps) * tiles;
-    if (args.cpg_radius > 0) BCMF_LAUNCH(cpg_tiles<Source>, tiles, kThreads, stream, args, partials);
+    if (args.cpg_radius > 0) {
+      SharedCutter shared;
+      Window<Acc>(args, 0, shared);
+      launch(cpg_tiles<Entries>, tiles, kThreads, shared.bytes(), stream, args, partials);
+    }
   }
-  BCMF_LAUNCH(add_tiles, scratch.sums, kThreads, stream, scratch.partials, tiles, scratch.totals);
-  BCMF_LAUNCH(loss_finish<Acc>, 1, 1, stream, args, scratch.totals);
+  launch(add_tiles, static_cast<unsigned>(scratch.sums), kThreads, 0, stream, scratch.partials, tiles, scratch.totals);
+  launch(loss_finish<Acc>, 1, 1, 0, stream, args, scratch.totals);
 }
 
-template <typename Source, typename Sink>
-void launch_gradient(const LossArgs& args, const Sink& sink, Stream stream) {
+// The dense part to `sink`; then the few pixels of the sparse part, one by one.
+template <typename Source, typename Sink, typename SparseSink>
+void launch_gradient(const LossArgs& args, const Sink& sink, const SparseSink& sparse_sink, Stream stream) {
+  using Acc = typename Source::Acc;
   const unsigned tiles = static_cast<unsigned>(tiles_of(args));
   if (tiles == 0) return;
-  if (args.cpg_radius > 0 || args.bcl_flipped)
-    BCMF_LAUNCH((gradient_tiles<Source, Sink, true>), tiles, kThreads, stream, args, sink);
-  else
-    BCMF_LAUNCH((gradient_tiles<Source, Sink, false>), tiles, kThreads, stream, args, sink);
+  SharedCutter shared;
+  Source::take(args, shared);
+  shared.take<Acc>(Sink::scratch());
+  launch(gradient_tiles<Source, Sink>, tiles, kThreads, shared.bytes(), stream, args, sink);
+  if (args.bcl_flipped || args.cpg_radius > 0)
+    launch(sparse_gradient_tiles<typename Source::Entries, SparseSink>, tiles, kThreads,
+           SparseMemory<Acc, SparseSink>(args).shared.bytes(), stream, args, sparse_sink);
 }
 
 template <typename Scalar>
-void backward(const LossArgs& args, void* memory, Stream stream) {
+void resampled_backward(const LossArgs& args, const BackwardScratch<typename AccOf<Scalar>::type>& scratch,
+                        Stream stream) {
   using Acc = typename AccOf<Scalar>::type;
-  if (!args.resampled()) return launch_gradient<Direct<Scalar>>(args, Store<Scalar, Acc>{args.grad}, stream);
-  const BackwardScratch<Acc> scratch(args, memory);
   const unsigned blocks = blocks_for(args.N * args.C * args.h * args.w);
   if (blocks == 0) return;
   if (scratch.by_tiles) {
     const TileCells<Acc> sink = {scratch.gradients, scratch.down.count, scratch.across.count};
-    launch_gradient<Resampled<Scalar>>(args, sink, stream);
-    BCMF_LAUNCH(join_tiles<Scalar>, blocks, kThreads, stream, args, scratch.gradients, scratch.down.count,
-                scratch.across.count);
+    launch_gradient<Resampled<Scalar>>(args, sink, sink, stream);
+    launch(join_tiles<Scalar>, blocks, kThreads, 0, stream, args, scratch.gradients, scratch.down.count,
+           scratch.across.count);
   } else {
     const int64_t map = args.H * args.W;
     const LogitView view = {scratch.gradients, LogitType::f32, args.C * map, map, args.W, 1};  // the type is not read
-    launch_gradient<Resampled<Scalar>>(args, Store<Acc, Acc>{view}, stream);
-    BCMF_LAUNCH(gather_cells<Scalar>, blocks, kThreads, stream, args, scratch.gradients);
+    const StoreAny<Acc, Acc> sink = {view};
+    launch_gradient<Resampled<Scalar>>(args, sink, sink, stream);
+    launch(gather_cells<Scalar>, blocks, kThreads, 0, stream, args, scratch.gradients);
   }
 }
 
 template <typename Source>
 void launch_argmax(const LossArgs& args, void* classes, Stream stream) {
   const unsigned tiles = static_cast<unsigned>(tiles_of(args));
-  if (tiles == 0) return;
-  if (args.C <= 256)
-    BCMF_LAUNCH((argmax_tiles<Source, uint8_t>), tiles, kThreads, stream, args, static_cast<uint8_t*>(classes));
-  else
-    BCMF_LAUNCH((argmax_tiles<Source, int32_t>), tiles, kThreads, stream, args, static_cast<int32_t*>(classes));
+  if (tiles > 0) launch(argmax_tiles<Source>, tiles, kThreads, staged_bytes<Source>(args), stream, args, classes);
+}
+
+template <typename T>
+struct Type {
+  using type = T;
+};
+
+// f(source, sink) with the Types that are fastest for logits, and gradients, of this layout and the labels' size; of
+// fp64 the plain ones.
+template <typename Scalar, typename F>
+void with_layout(const LossArgs& args, const LogitView& grad, F f) {
+  using Acc = typename AccOf<Scalar>::type;
+  if constexpr (std::is_same_v<Scalar, Acc> && sizeof(Acc) == 8) {
+    f(Type<DirectAny<Scalar>>(), Type<StoreAny<Scalar, Acc>>());
+  } else {
+    const auto both = [&](auto can_read) { return can_read(args.logits, args) && can_read(grad, args); };
+    if (both(DirectRows<Scalar>::can_read))
+      f(Type<DirectRows<Scalar>>(), Type<StoreRows<Scalar>>());
+    else if (both(DirectPixels<Scalar>::can_read) && fits_shared(staged_bytes<DirectPixels<Scalar>>(args)))
+      f(Type<DirectPixels<Scalar>>(), Type<StorePixels<Scalar>>());
+    else
+      f(Type<DirectAny<Scalar>>(), Type<StoreAny<Scalar, Acc>>());
+  }
 }
 
 // f(scalar) with a value of the logits' type.
@@ -178,22 +224,35 @@ int64_t loss_backward_scratch(const LossArgs& args) {
 int loss_forward(const LossArgs& args, void* scratch, Stream stream) {
   with_scalar(args.logits.type, [&](auto scalar) {
     using Scalar = decltype(scalar);
-    args.resampled() ? forward<Resampled<Scalar>>(args, scratch, stream)
-                     : forward<Direct<Scalar>>(args, scratch, stream);
+    if (args.resampled()) return forward<Resampled<Scalar>>(args, scratch, stream);
+    with_layout<Scalar>(args, args.logits, [&](auto source, auto /*sink*/) {
+      forward<typename decltype(source)::type>(args, scratch, stream);
+    });
   });
   return cudaGetLastError();
 }
 
-int loss_backward(const LossArgs& args, void* scratch, Stream stream) {
-  with_scalar(args.logits.type, [&](auto scalar) { backward<decltype(scalar)>(args, scratch, stream); });
+int loss_backward(const LossArgs& args, void* memory, Stream stream) {
+  with_scalar(args.logits.type, [&](auto scalar) {
+    using Scalar = decltype(scalar);
+    const BackwardScratch<typename AccOf<Scalar>::type> scratch(args, memory);
+    if (args.resampled()) return resampled_backward<Scalar>(args, scratch, stream);
+    with_layout<Scalar>(args, args.grad, [&](auto source, auto sink) {
+      using Sink = typename decltype(sink)::type;
+      const StoreAny<Scalar, typename Sink::Acc> sparse_sink = {args.grad};
+      launch_gradient<typename decltype(source)::type>(args, Sink{args.grad}, sparse_sink, stream);
+    });
+  });
   return cudaGetLastError();
 }
 
 int upsample_argmax(const LossArgs& args, void* classes, Stream stream) {
   with_scalar(args.logits.type, [&](auto scalar) {
     using Scalar = decltype(scalar);
-    args.resampled() ? launch_argmax<Resampled<Scalar>>(args, classes, stream)
-                     : launch_argmax<Direct<Scalar>>(args, classes, stream);
+    if (args.resampled()) return launch_argmax<Resampled<Scalar>>(args, classes, stream);
+    with_layout<Scalar>(args, args.logits, [&](auto source, auto /*sink*/) {
+      launch_argmax<typename decltype(source)::type>(args, classes, stream);
+    });
   });
   return cudaGetLastError();
 }

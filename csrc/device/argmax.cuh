@@ -6,24 +6,35 @@
 
 namespace bcmf::device {
 
-template <typename Source, typename Class>
-__global__ void __launch_bounds__(kThreads) argmax_tiles(const __grid_constant__ LossArgs args, Class* classes) {
+// classes: (N, H, W) uint8, or int32 of more than 256.
+template <typename Source>
+__global__ void __launch_bounds__(kThreads) argmax_tiles(const __grid_constant__ LossArgs args, void* classes) {
   using Acc = typename Source::Acc;
-  const Tile tile(args);
-  const Source source(args, tile);
-  Acc best[kStack], z[kStack];
+  SharedCutter shared;
+  const typename Source::Tile tile(args);
+  const Source source(args, tile, Source::take(args, shared));
+  const int C = static_cast<int>(args.C);
+  Acc best[kStack];
   int found[kStack] = {};
   source.stack(0, best);
-  for (int64_t c = 1; c < args.C; ++c) {
-    source.stack(c, z);
+  constexpr int kAtOnce = Source::kAtOnce;
+#pragma unroll 1
+  for (int first = 0; first < C; first += kAtOnce) {
+    Acc z[kAtOnce][kStack];
+    load_classes(source, first, C, z);
 #pragma unroll
-    for (int k = 0; k < kStack; ++k) {
-      const bool better = z[k] > best[k] || (z[k] != z[k] && best[k] == best[k]);
-      best[k] = better ? z[k] : best[k];
-      found[k] = better ? static_cast<int>(c) : found[k];
-    }
+    for (int j = 0; j < kAtOnce; ++j)
+#pragma unroll
+      for (int k = 0; k < kStack; ++k) {
+        const bool better = z[j][k] > best[k] || (z[j][k] != z[j][k] && best[k] == best[k]);
+        best[k] = better ? z[j][k] : best[k];
+        found[k] = better ? first + j : found[k];
+      }
   }
-  for_stack(tile, [&](int k) { classes[tile.pixel(args, k)] = static_cast<Class>(found[k]); });
+  if (C > 256) return tile.store(found, static_cast<int32_t*>(classes));
+  uint8_t narrowed[kStack];
+  for (int k = 0; k < kStack; ++k) narrowed[k] = static_cast<uint8_t>(found[k]);
+  tile.store(narrowed, static_cast<uint8_t*>(classes));
 }
 
 }  // namespace bcmf::device

@@ -8,16 +8,21 @@ namespace bcmf::device {
 // The classes that the two flips of a step bring to a pixel.
 struct Flipped {
   int by_rows, by_columns;
-  __device__ __forceinline__ Flipped(const LossArgs& args, int step, int64_t n, int64_t y, int64_t x)
-      : by_rows(class_at(args, n, flip_index(y, step, args.H), x)),
-        by_columns(class_at(args, n, y, flip_index(x, step, args.W))) {}
+  __device__ __forceinline__ Flipped(const LossArgs& args, int step, const Tile& tile, int y, int x)
+      : by_rows(class_at(args, tile.n, flip(y, step, tile.H), x)),
+        by_columns(class_at(args, tile.n, y, flip(x, step, tile.W))) {}
+
+ private:
+  static __device__ __forceinline__ int flip(int i, int step, int length) {  // unsigned: i + step may pass 2^31
+    return static_cast<int>(flip_index<unsigned>(i, step, length));
+  }
 };
 
 // q of a pixel with a label: the largest of its three losses; -1 where a flipped label is ignored.
 template <typename Acc, typename F>
-__device__ __forceinline__ Acc score_of(const LossArgs& args, int s, int64_t n, int64_t y, int64_t x, int label,
-                                        Acc nll, F loss_of_class) {
-  const Flipped flipped(args, args.bcl_step[s], n, y, x);
+__device__ __forceinline__ Acc score_of(const LossArgs& args, int s, const Tile& tile, int y, int x, int label, Acc nll,
+                                        F loss_of_class) {
+  const Flipped flipped(args, args.bcl_step[s], tile, y, x);
   if (flipped.by_rows == kIgnored || flipped.by_columns == kIgnored) return Acc(-1);
   Acc score = nll;
   const int others[] = {flipped.by_rows, flipped.by_columns};
@@ -37,80 +42,79 @@ __device__ __forceinline__ Acc larger(Acc a, Acc b) {
 
 // The largest score of a pixel's neighbourhood, clipped at the border.
 template <typename Acc>
-__device__ __forceinline__ Acc pooled_score(const LossArgs& args, const Acc* image, int64_t y, int64_t x) {
+__device__ __forceinline__ Acc pooled_score(const LossArgs& args, const Tile& tile, const Acc* image, int y, int x) {
   const int radius = args.bcl_nms_radius;
-  Acc pooled = image[y * args.W + x];
-  for (int64_t v = y < radius ? 0 : y - radius; v <= y + radius && v < args.H; ++v)
-    for (int64_t u = x < radius ? 0 : x - radius; u <= x + radius && u < args.W; ++u)
-      pooled = larger(pooled, image[v * args.W + u]);
+  const int top = y < radius ? 0 : y - radius, bottom = tile.H - 1 - y < radius ? tile.H - 1 : y + radius;
+  const int left = x < radius ? 0 : x - radius, right = tile.W - 1 - x < radius ? tile.W - 1 : x + radius;
+  Acc pooled = image[static_cast<int64_t>(y) * tile.W + x];
+  for (int v = top; v <= bottom; ++v)
+    for (int u = left; u <= right; ++u) pooled = larger(pooled, image[static_cast<int64_t>(v) * tile.W + u]);
   return pooled;
 }
 
 // Selects: a bit per step in `selected`; and by step partial sums, (2, tiles), of what is supervised and of pixels.
-template <typename Source>
+template <typename Entries>
 __global__ void __launch_bounds__(kThreads, 2)
-    bcl_tiles(const __grid_constant__ LossArgs args, const typename Source::Acc* scores, double* partials) {
-  using Acc = typename Source::Acc;
-  const Tile tile(args);
-  const Source source(args, tile);
+    bcl_tiles(const __grid_constant__ LossArgs args, const typename Entries::Acc* scores, double* partials) {
+  using Acc = typename Entries::Acc;
+  const Stacks<false> tile(args);
+  const Entries entries(args);
   const int64_t pixels = args.N * args.H * args.W;
   const Acc cutoff = static_cast<Acc>(args.bcl_cutoff);
   uint8_t selected[kStack] = {};
   for (int s = 0; s < args.bcl_steps; ++s) {
     const Acc* image = scores + s * pixels + tile.n * args.H * args.W;
     double sums[2] = {};
-    for_stack(tile, [&](int k) {
-      const int64_t y = tile.y(k), x = tile.x(), pixel = tile.pixel(args, k);
-      const Acc q = image[y * args.W + x];
-      if (!(q > cutoff && q == pooled_score(args, image, y, x)) && q == q) return;
-      selected[k] = static_cast<uint8_t>(selected[k] | 1 << s);
+    const auto supervise = [&](int k) {
       const auto loss = [&](int c) {
-        const Acc* m = static_cast<const Acc*>(args.stats) + pixel;
-        return (m[0] - source.at(tile.n, y, x, c)) + m[pixels];
+        const Acc* m = static_cast<const Acc*>(args.stats) + tile.pixel(k);
+        return (m[0] - entries.at(tile.n, tile.y(k), tile.x(k), c)) + m[pixels];
       };
-      if (args.bcl_flipped) {
-        const Flipped flipped(args, args.bcl_step[s], tile.n, y, x);
-        sums[0] += static_cast<Acc>(args.bcl_alpha) * loss(flipped.by_rows) +
-                   static_cast<Acc>(args.bcl_beta) * loss(flipped.by_columns);
-      } else {
-        sums[0] += loss(class_at(args, tile.n, y, x));
-      }
-      sums[1] += 1;
+      if (!args.bcl_flipped) return loss(class_at(args, tile.n, tile.y(k), tile.x(k)));
+      const Flipped flipped(args, args.bcl_step[s], tile, tile.y(k), tile.x(k));
+      return static_cast<Acc>(args.bcl_alpha) * loss(flipped.by_rows) +
+             static_cast<Acc>(args.bcl_beta) * loss(flipped.by_columns);
+    };
+    unsigned found = 0;
+    tile.for_each([&](int k) {
+      const Acc q = scores[s * pixels + tile.pixel(k)];
+      if ((q > cutoff && q == pooled_score(args, tile, image, tile.y(k), tile.x(k))) || q != q) found |= 1u << k;
     });
+    for (int k = 0; k < kStack; ++k) {  // few are: one piece of code for all of the stack
+      if (!(found >> k & 1)) continue;
+      sums[0] += supervise(k);
+      sums[1] += 1;
+    }
+#pragma unroll
+    for (int k = 0; k < kStack; ++k) selected[k] = static_cast<uint8_t>(selected[k] | (found >> k & 1) << s);
     store_partials(sums, partials + 2 * s * static_cast<int64_t>(gridDim.x));
   }
-  for_stack(tile, [&](int k) { static_cast<uint8_t*>(args.selected)[tile.pixel(args, k)] = selected[k]; });
+  tile.store(selected, static_cast<uint8_t*>(args.selected));
 }
 
 // Derivative of the total by a selected pixel's loss; `count` is what its step is averaged over.
 template <typename Acc>
 __device__ __forceinline__ Acc bcl_scale(const LossArgs& args, Acc count) {
   const Acc upstream = *static_cast<const Acc*>(args.grad_total);
-  return count != 0 ? upstream * static_cast<Acc>(args.bcl_weight / args.bcl_steps) / count : Acc(0);
+  return count != 0 ? upstream * static_cast<Acc>(args.bcl_weight) / static_cast<Acc>(args.bcl_steps) / count : Acc(0);
 }
 
 // What the flipped labels of a pixel ask of p altogether.
 template <typename Acc>
-__device__ __forceinline__ Acc flipped_pull(const LossArgs& args, int64_t pixel) {
-  if (!args.bcl_flipped) return 0;
+__device__ __forceinline__ Acc flipped_pull(const LossArgs& args, unsigned selected) {
+  if (selected == 0) return 0;
   const Acc share = bcl_scale<Acc>(args, static_cast<const Acc*>(args.summary)[kValid]);
-  const uint8_t selected = static_cast<const uint8_t*>(args.selected)[pixel];
-  Acc pull = 0;
-  for (int s = 0; s < args.bcl_steps; ++s)
-    if (selected >> s & 1) pull += share * static_cast<Acc>(args.bcl_alpha + args.bcl_beta);
-  return pull;
+  return static_cast<Acc>(__popc(selected)) * share * static_cast<Acc>(args.bcl_alpha + args.bcl_beta);
 }
 
 // The part of it that is for class c.
 template <typename Acc>
-__device__ __forceinline__ Acc flipped_pull_of(const LossArgs& args, int64_t n, int64_t y, int64_t x, int64_t c) {
-  const uint8_t selected = static_cast<const uint8_t*>(args.selected)[(n * args.H + y) * args.W + x];
-  if (selected == 0) return 0;
+__device__ __forceinline__ Acc flipped_pull_of(const LossArgs& args, unsigned selected, const Tile& tile, int y, int x,
+                                               int c) {
   const Acc share = bcl_scale<Acc>(args, static_cast<const Acc*>(args.summary)[kValid]);
   Acc pull = 0;
-  for (int s = 0; s < args.bcl_steps; ++s) {
-    if (!(selected >> s & 1)) continue;
-    const Flipped flipped(args, args.bcl_step[s], n, y, x);
+  for (unsigned steps = selected; steps != 0; steps &= steps - 1) {
+    const Flipped flipped(args, args.bcl_step[__ffs(static_cast<int>(steps)) - 1], tile, y, x);
     if (flipped.by_rows == c) pull += share * static_cast<Acc>(args.bcl_alpha);
     if (flipped.by_columns == c) pull += share * static_cast<Acc>(args.bcl_beta);
   }

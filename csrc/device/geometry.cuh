@@ -7,8 +7,9 @@
 namespace bcmf {
 
 // pi_s of BCL: swaps neighbouring groups of `step`; an index whose partner would lie outside stays.
-BCMF_HOST_DEVICE int64_t flip_index(int64_t i, int64_t step, int64_t length) {
-  const int64_t partner = i / step % 2 == 0 ? i + step : i - step;
+template <typename Index>
+BCMF_HOST_DEVICE Index flip_index(Index i, Index step, Index length) {
+  const Index partner = i / step % 2 == 0 ? i + step : i - step;
   return partner < length ? partner : i;
 }
 
@@ -33,8 +34,8 @@ BCMF_HOST_DEVICE AxisTap<Acc> axis_tap(int64_t i, int64_t in, int64_t out, bool 
   }
   const int64_t first = numerator / denominator;
   if (first + 1 >= in) return {first, first, Acc(0)};  // beyond the last centre: exact copies, so that ties stay ties
-  const double weight = static_cast<double>(numerator % denominator) / static_cast<double>(denominator);
-  return {first, first + 1, static_cast<Acc>(weight)};
+  // Not by way of double, of which small GPUs have few units: a weight is exact to its last bit but one either way.
+  return {first, first + 1, static_cast<Acc>(numerator % denominator) / static_cast<Acc>(denominator)};
 }
 
 // Where the pixels of `out` begin whose first cell is `cell` or a later one: the inverse of axis_tap.

@@ -2,10 +2,58 @@
 // the emulator of python_tests/emulator, and so runs the same kernels on the CPU.
 #pragma once
 
-// A kernel with several template parameters stands in parentheses: its commas would split the macro's arguments.
+#include "common.cuh"
+
 #if defined(__CUDACC__)
-#define BCMF_LAUNCH(kernel, grid, block, stream, ...) kernel<<<(grid), (block), 0, (stream)>>>(__VA_ARGS__)
 #define BCMF_SHARED(type, name, count) __shared__ type name[count]
+
+namespace bcmf {
+
+// More shared memory than a block is given without asking.
+constexpr int64_t kUsualShared = 48 << 10;
+
+// blocks of `threads`, each with `shared` bytes of dynamic shared memory.
+template <typename... Parameters, typename... Arguments>
+void launch(void (*kernel)(Parameters...), unsigned blocks, unsigned threads, int64_t shared, cudaStream_t stream,
+            const Arguments&... arguments) {
+  if (shared > kUsualShared)
+    cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, static_cast<int>(shared));
+  kernel<<<blocks, threads, shared, stream>>>(arguments...);
+}
+
+namespace device {
+// The block's dynamic shared memory from `offset` on, of which `count` entries are used.
+template <typename T>
+BCMF_HOST_DEVICE T* dynamic_shared(int64_t offset, int64_t /*count*/) {
+#if defined(__CUDA_ARCH__)
+  extern __shared__ __align__(16) char memory[];
+  return reinterpret_cast<T*>(memory + offset);
+#else
+  (void)offset;
+  return nullptr;  // the host only wants to know how much it takes
+#endif
+}
+}  // namespace device
+}  // namespace bcmf
 #else
 #include <emulator.h>
 #endif
+
+namespace bcmf::device {
+
+// Cuts the block's dynamic shared memory into arrays, for all its threads alike; on the host, to see what they take.
+class SharedCutter {
+ public:
+  template <typename T>
+  BCMF_HOST_DEVICE T* take(int64_t count) {
+    const int64_t offset = bytes_;
+    bytes_ += (count * static_cast<int64_t>(sizeof(T)) + 15) / 16 * 16;
+    return dynamic_shared<T>(offset, count);
+  }
+  BCMF_HOST_DEVICE int64_t bytes() const { return bytes_; }
+
+ private:
+  int64_t bytes_ = 0;
+};
+
+}  // namespace bcmf::device

@@ -1,4 +1,5 @@
-// Where logits come from and gradients go to: a tensor of any strides, of the labels' size or resampled bilinearly.
+// Where logits come from and gradients go to: a tensor of the labels' size, in one of three layouts, or one of another
+// size, resampled bilinearly.
 #pragma once
 
 #include "geometry.cuh"
@@ -6,106 +7,281 @@
 
 namespace bcmf::device {
 
-// Logits of the labels' size.
+// ---------------------------------------------------------------------------------------------------------------------
+// Sources: logits of a stack of label pixels
+
+// Single logits of the labels' size.
 template <typename Scalar_>
-struct Direct {
+struct DirectEntries {
   using Scalar = Scalar_;
   using Acc = typename AccOf<Scalar>::type;
+  static constexpr int kAtOnce = 4;  // classes that are read together
+  static constexpr int kBlocks = 2;  // of gradient_tiles, on a multiprocessor at least
   const LogitView& view;
-  const Scalar* stack_[kStack];
 
-  __device__ __forceinline__ Direct(const LossArgs& args, const Tile& tile) : view(args.logits) {
-    const Scalar* column = data() + tile.n * view.stride_n + clamp(tile.x(), args.W) * view.stride_w;
-#pragma unroll
-    for (int k = 0; k < kStack; ++k) stack_[k] = column + clamp(tile.y(k), args.H) * view.stride_h;
-  }
-  // Class c of the thread's stack; anything beyond the border.
-  __device__ __forceinline__ void stack(int64_t c, Acc (&z)[kStack]) const {
-#pragma unroll
-    for (int k = 0; k < kStack; ++k) z[k] = widen(stack_[k][c * view.stride_c]);
-  }
-  __device__ __forceinline__ Acc at(int64_t n, int64_t y, int64_t x, int64_t c) const {
+  __device__ __forceinline__ explicit DirectEntries(const LossArgs& args) : view(args.logits) {}
+  __device__ __forceinline__ Acc at(int64_t n, int y, int x, int c) const {
     return widen(data()[n * view.stride_n + c * view.stride_c + y * view.stride_h + x * view.stride_w]);
   }
-
- private:
   __device__ __forceinline__ const Scalar* data() const { return static_cast<const Scalar*>(view.data); }
 };
 
-// AxisTap in half the registers.
+// Any strides; fast where neighbours along x are neighbours in memory.
+template <typename Scalar>
+struct DirectAny : DirectEntries<Scalar> {
+  using Entries = DirectEntries<Scalar>;
+  using typename Entries::Acc;
+  using Tile = Stacks<false>;
+  const Scalar* stack_[kStack];
+
+  static BCMF_HOST_DEVICE Scalar* take(const LossArgs&, SharedCutter&) { return nullptr; }
+  __device__ __forceinline__ DirectAny(const LossArgs& args, const Tile& tile, Scalar*) : Entries(args) {
+    const Scalar* column = this->data() + tile.n * this->view.stride_n + clamp(tile.x(0), tile.W) * this->view.stride_w;
+#pragma unroll
+    for (int k = 0; k < kStack; ++k) stack_[k] = column + clamp(tile.y(k), tile.H) * this->view.stride_h;
+  }
+  // Class c of the thread's stack; anything beyond the border.
+  __device__ __forceinline__ void stack(int c, Acc (&z)[kStack]) const {
+#pragma unroll
+    for (int k = 0; k < kStack; ++k) z[k] = own(k, c);
+  }
+  // Of one pixel of the stack.
+  __device__ __forceinline__ Acc own(int k, int c) const { return widen(stack_[k][c * this->view.stride_c]); }
+};
+
+// Contiguous along x, with rows that begin at multiples of a stack: a stack is read at once.
+template <typename Scalar>
+struct DirectRows : DirectEntries<Scalar> {
+  using Entries = DirectEntries<Scalar>;
+  using typename Entries::Acc;
+  using Tile = Stacks<true>;
+  static constexpr int kBlocks = 4;
+  const Scalar* first_;
+
+  static bool can_read(const LogitView& view, const LossArgs& args) {
+    return view.stride_w == 1 && args.W % kStack == 0 && begins_at<Scalar>(view, args, view.stride_c, kStack);
+  }
+  static BCMF_HOST_DEVICE Scalar* take(const LossArgs&, SharedCutter&) { return nullptr; }
+  __device__ __forceinline__ DirectRows(const LossArgs& args, const Tile& tile, Scalar*) : Entries(args) {
+    const int y = tile.has(0) ? tile.y(0) : tile.top, x = tile.has(0) ? tile.x(0) : tile.left;
+    first_ = this->data() + tile.n * this->view.stride_n + y * this->view.stride_h + x;
+  }
+  __device__ __forceinline__ void stack(int c, Acc (&z)[kStack]) const {
+    Scalar entries[kStack];
+    load_pack(first_ + c * this->view.stride_c, entries);
+#pragma unroll
+    for (int k = 0; k < kStack; ++k) z[k] = widen(entries[k]);
+  }
+  __device__ __forceinline__ Acc own(int k, int c) const { return widen(first_[c * this->view.stride_c + k]); }
+};
+
+// Contiguous along classes, then x (channels_last): the block copies its tile to shared memory, whole rows at a time.
+template <typename Scalar>
+struct DirectPixels : DirectEntries<Scalar> {
+  using Entries = DirectEntries<Scalar>;
+  using typename Entries::Acc;
+  using Tile = Stacks<false>;
+  static constexpr int kVector = 16 / sizeof(Scalar);
+  Scalar* staged;  // (kRows, kColumns, C)
+  const Tile& tile;
+  int C;
+
+  static bool can_read(const LogitView& view, const LossArgs& args) {
+    return view.stride_c == 1 && view.stride_w == args.C && args.W * args.C % kVector == 0 &&
+           begins_at<Scalar>(view, args, 0, kVector);
+  }
+  static BCMF_HOST_DEVICE Scalar* take(const LossArgs& args, SharedCutter& shared) {
+    return shared.take<Scalar>(kRows * kColumns * args.C);
+  }
+  __device__ __forceinline__ DirectPixels(const LossArgs& args, const Tile& tile, Scalar* staged)
+      : Entries(args), staged(staged), tile(tile), C(static_cast<int>(args.C)) {
+    copy(this->view, [](auto* shared, const auto* memory) { *shared = *memory; });
+    __syncthreads();
+  }
+  __device__ __forceinline__ void stack(int c, Acc (&z)[kStack]) const {
+#pragma unroll
+    for (int k = 0; k < kStack; ++k) z[k] = own(k, c);
+  }
+  __device__ __forceinline__ Acc own(int k, int c) const { return widen(*staged_at(k, c)); }
+  __device__ __forceinline__ Scalar* staged_at(int k, int c) const {
+    return staged + (tile.row(k) * kColumns + tile.column(k)) * C + c;
+  }
+  // f(shared, memory) for all of the tile, 16 bytes at a time: a row of it has a multiple of that if one of the image
+  // does.
+  template <typename F>
+  __device__ __forceinline__ void copy(const LogitView& to, F f) const {
+    Scalar* corner =
+        static_cast<Scalar*>(to.data) + tile.n * to.stride_n + tile.top * to.stride_h + tile.left * to.stride_w;
+    const int vectors = tile.columns * C / kVector;
+    for (int i = threadIdx.x; i < tile.rows * vectors; i += kThreads) {
+      const int row = i / vectors, entry = i % vectors * kVector;
+      f(reinterpret_cast<Words<Scalar, kVector>*>(staged + row * kColumns * C + entry),
+        reinterpret_cast<Words<Scalar, kVector>*>(corner + row * to.stride_h + entry));
+    }
+  }
+};
+
+// AxisTap in few registers: its second index is the first's neighbour, if there is one.
 template <typename Acc>
 struct Tap {
-  int first, second;
+  int first;
   Acc weight;
   __device__ __forceinline__ Tap() {}
   __device__ __forceinline__ Tap(int64_t i, int64_t in, int64_t out, bool align_corners) {
     const AxisTap<Acc> tap = axis_tap<Acc>(i, in, out, align_corners);
-    first = static_cast<int>(tap.first), second = static_cast<int>(tap.second), weight = tap.weight;
+    first = static_cast<int>(tap.first), weight = tap.weight;
   }
 };
 
-// Logits of another size. The two rows of logits that a stack lies between are mostly the same for all its pixels: they
-// are resampled along x once then.
+// Single logits of another size.
 template <typename Scalar_>
-struct Resampled {
+struct ResampledEntries {
   using Scalar = Scalar_;
   using Acc = typename AccOf<Scalar>::type;
   const LossArgs& args;
-  const Scalar* image;
+
+  __device__ __forceinline__ explicit ResampledEntries(const LossArgs& args) : args(args) {}
+  __device__ __forceinline__ Acc at(int64_t n, int y, int x, int c) const {
+    return between(image(n) + c * args.logits.stride_c, tap_x(x), tap_y(y));
+  }
+  __device__ __forceinline__ const Scalar* image(int64_t n) const {
+    return static_cast<const Scalar*>(args.logits.data) + n * args.logits.stride_n;
+  }
+  __device__ __forceinline__ Tap<Acc> tap_x(int x) const { return {x, args.w, args.W, args.align_corners}; }
+  __device__ __forceinline__ Tap<Acc> tap_y(int y) const { return {y, args.h, args.H, args.align_corners}; }
+  __device__ __forceinline__ int after(const Tap<Acc>& across) const {
+    return across.first + 1 < args.w ? across.first + 1 : across.first;
+  }
+  __device__ __forceinline__ int below(const Tap<Acc>& down) const {
+    return down.first + 1 < args.h ? down.first + 1 : down.first;
+  }
+  __device__ __forceinline__ Acc between(const Scalar* map, const Tap<Acc>& across, const Tap<Acc>& down) const {
+    const Scalar *upper = map + down.first * args.logits.stride_h, *lower = map + below(down) * args.logits.stride_h;
+    const int64_t left = across.first * args.logits.stride_w, right = after(across) * args.logits.stride_w;
+    return mix(mix(widen(upper[left]), widen(upper[right]), across.weight),
+               mix(widen(lower[left]), widen(lower[right]), across.weight), down.weight);
+  }
+};
+
+// The two rows of logits that a stack lies between are mostly the same for all its pixels: they are resampled along x
+// once then.
+template <typename Scalar>
+struct Resampled : ResampledEntries<Scalar> {
+  using Entries = ResampledEntries<Scalar>;
+  using typename Entries::Acc;
+  using Tile = Stacks<false>;
+  static constexpr int kAtOnce = 1, kBlocks = 2;  // the reads come from L1, registers are scarce
+  const Scalar* first_;
   Tap<Acc> across, down[kStack];
+  int64_t corners[2][2];  // offsets of the four logits around the stack's first pixel
   bool same_rows;
 
-  __device__ __forceinline__ Resampled(const LossArgs& args, const Tile& tile)
-      : args(args), image(data() + tile.n * args.logits.stride_n) {
-    across = tap(clamp(tile.x(), args.W), args.w, args.W);
-    same_rows = true;
+  static BCMF_HOST_DEVICE Scalar* take(const LossArgs&, SharedCutter&) { return nullptr; }
+  __device__ __forceinline__ Resampled(const LossArgs& args, const Tile& tile, Scalar*)
+      : Entries(args), first_(this->image(tile.n)), across(this->tap_x(clamp(tile.x(0), tile.W))), same_rows(true) {
 #pragma unroll
     for (int k = 0; k < kStack; ++k) {
-      down[k] = tap(clamp(tile.y(k), args.H), args.h, args.H);
-      same_rows = same_rows && down[k].first == down[0].first && down[k].second == down[0].second;
+      down[k] = this->tap_y(clamp(tile.y(k), tile.H));
+      same_rows = same_rows && down[k].first == down[0].first;
     }
+#pragma unroll
+    for (int i = 0; i < 4; ++i)
+      corners[i / 2][i % 2] = (i / 2 ? this->below(down[0]) : down[0].first) * args.logits.stride_h +
+                              (i % 2 ? this->after(across) : across.first) * args.logits.stride_w;
   }
-  __device__ __forceinline__ void stack(int64_t c, Acc (&z)[kStack]) const {
-    const Scalar* map = image + c * args.logits.stride_c;
+  __device__ __forceinline__ void stack(int c, Acc (&z)[kStack]) const {
     if (same_rows) {
-      const Acc above = row(map, down[0].first, across), below = row(map, down[0].second, across);
+      const Scalar* map = first_ + c * this->args.logits.stride_c;
+      const Acc above = mix(widen(map[corners[0][0]]), widen(map[corners[0][1]]), across.weight);
+      const Acc below = mix(widen(map[corners[1][0]]), widen(map[corners[1][1]]), across.weight);
 #pragma unroll
       for (int k = 0; k < kStack; ++k) z[k] = mix(above, below, down[k].weight);
     } else {
 #pragma unroll
-      for (int k = 0; k < kStack; ++k)
-        z[k] = mix(row(map, down[k].first, across), row(map, down[k].second, across), down[k].weight);
+      for (int k = 0; k < kStack; ++k) z[k] = own(k, c);
     }
   }
-  __device__ __forceinline__ Acc at(int64_t n, int64_t y, int64_t x, int64_t c) const {
-    const Scalar* map = data() + n * args.logits.stride_n + c * args.logits.stride_c;
-    const Tap<Acc> a = tap(x, args.w, args.W), d = tap(y, args.h, args.H);
-    return mix(row(map, d.first, a), row(map, d.second, a), d.weight);
-  }
-
- private:
-  __device__ __forceinline__ const Scalar* data() const { return static_cast<const Scalar*>(args.logits.data); }
-  __device__ __forceinline__ Tap<Acc> tap(int64_t i, int64_t in, int64_t out) const {
-    return {i, in, out, args.align_corners};
-  }
-  __device__ __forceinline__ Acc row(const Scalar* map, int64_t y, const Tap<Acc>& a) const {
-    const Scalar* from = map + y * args.logits.stride_h;
-    return mix(widen(from[a.first * args.logits.stride_w]), widen(from[a.second * args.logits.stride_w]), a.weight);
+  __device__ __forceinline__ Acc own(int k, int c) const {
+    return this->between(first_ + c * this->args.logits.stride_c, across, down[k]);
   }
 };
 
-// Gradients of the labels' size, to a tensor.
-template <typename Scalar, typename Acc_>
+// Classes c, c + 1, … of a stack: their reads are under way together. Beyond the last class: -inf.
+template <typename Source, typename Acc, int kAtOnce>
+__device__ __forceinline__ void load_classes(const Source& source, int c, int C, Acc (&z)[kAtOnce][kStack]) {
+#pragma unroll
+  for (int j = 0; j < kAtOnce; ++j) source.stack(c + j < C ? c + j : C - 1, z[j]);
+#pragma unroll
+  for (int j = 1; j < kAtOnce; ++j)
+#pragma unroll
+    for (int k = 0; k < kStack; ++k) z[j][k] = c + j < C ? z[j][k] : static_cast<Acc>(-INFINITY);
+}
+
+// ---------------------------------------------------------------------------------------------------------------------
+// Sinks: where gradients of a class go: those of a stack, by `put`, with `finish` after the last class; or those of
+// single pixels, by `set`, with `add` after each class.
+
+// What those to a tensor have in common.
 struct Store {
-  using Acc = Acc_;
-  static constexpr int kScratch = 1;
+  static constexpr bool kAdds = false;
   LogitView view;
 
-  __device__ __forceinline__ void begin(const LossArgs&, const Tile&, Acc*) {}
-  __device__ __forceinline__ void put(const LossArgs&, const Tile& tile, int64_t c, const Acc (&value)[kStack],
-                                      Acc*) const {
+  static BCMF_HOST_DEVICE int64_t scratch() { return 0; }
+  template <typename Acc>
+  __device__ __forceinline__ void begin(const LossArgs&, const Tile&, Acc*) const {}
+  template <typename Source>
+  __device__ __forceinline__ void finish(const Source&) const {}
+};
+
+// To a tensor of any strides.
+template <typename Scalar, typename Acc_>
+struct StoreAny : Store {
+  using Acc = Acc_;
+
+  template <typename Source>
+  __device__ __forceinline__ void put(const LossArgs&, const Source&, const typename Source::Tile& tile, int c,
+                                      const Acc (&value)[kStack]) const {
     Scalar* to = static_cast<Scalar*>(view.data) + tile.n * view.stride_n + c * view.stride_c;
-    for_stack(tile, [&](int k) { narrow(value[k], to + tile.y(k) * view.stride_h + tile.x() * view.stride_w); });
+    tile.for_each([&](int k) { narrow(value[k], to + tile.y(k) * view.stride_h + tile.x(k) * view.stride_w); });
+  }
+  __device__ __forceinline__ void clear() const {}
+  __device__ __forceinline__ void set(const Tile& tile, int row, int column, int c, Acc value) const {
+    Scalar* to = static_cast<Scalar*>(view.data) + tile.n * view.stride_n + c * view.stride_c;
+    narrow(value, to + (tile.top + row) * view.stride_h + (tile.left + column) * view.stride_w);
+  }
+  __device__ __forceinline__ void add(const LossArgs&, const Tile&, int) const {}
+};
+
+// To a tensor that DirectRows could read.
+template <typename Scalar>
+struct StoreRows : Store {
+  using Acc = typename AccOf<Scalar>::type;
+
+  template <typename Source>
+  __device__ __forceinline__ void put(const LossArgs&, const Source&, const typename Source::Tile& tile, int c,
+                                      const Acc (&value)[kStack]) const {
+    if (!tile.has(0)) return;
+    Scalar* to = static_cast<Scalar*>(view.data) + tile.n * view.stride_n + c * view.stride_c;
+    Scalar entries[kStack];
+#pragma unroll
+    for (int k = 0; k < kStack; ++k) narrow(value[k], &entries[k]);
+    store_pack(entries, to + tile.y(0) * view.stride_h + tile.x(0));
+  }
+};
+
+// To a tensor that DirectPixels could read: in place of the staged logits, which are not needed any more, and from
+// there to memory.
+template <typename Scalar>
+struct StorePixels : Store {
+  using Acc = typename AccOf<Scalar>::type;
+
+  __device__ __forceinline__ void put(const LossArgs&, const DirectPixels<Scalar>& source, const Stacks<false>& tile,
+                                      int c, const Acc (&value)[kStack]) const {
+    tile.for_each([&](int k) { narrow(value[k], source.staged_at(k, c)); });
+  }
+  __device__ __forceinline__ void finish(const DirectPixels<Scalar>& source) const {
+    __syncthreads();
+    source.copy(view, [](const auto* shared, auto* memory) { *memory = *shared; });
   }
 };
 
@@ -155,15 +331,18 @@ struct CellAxis {
 template <typename Acc_>
 struct TileCells {
   using Acc = Acc_;
+  static constexpr bool kAdds = true;
   static constexpr int kDown = kRows + 2, kAcross = kColumns + 2;  // the most cells that a tile touches
-  static constexpr int kScratch = (kRows + kDown) * kColumns;      // values of a class, and their sums along y
   Acc* partials;                                                   // (tiles, C, cells_down, cells_across)
   int64_t cells_down, cells_across;                                // of the tile that touches most
   int rows, columns;
+  Acc *values, *sums;  // of a class, (kRows, kColumns); and their sums along y, (kDown, kColumns)
   CellAxis<Acc> down, across;
 
+  static BCMF_HOST_DEVICE int64_t scratch() { return (kRows + kDown) * kColumns; }
   __device__ __forceinline__ void begin(const LossArgs& args, const Tile& tile, Acc* scratch) {
     BCMF_SHARED(Acc, weights, kRows + kColumns);
+    values = scratch, sums = scratch + kRows * kColumns;
     int* firsts = reinterpret_cast<int*>(scratch);  // read no more after this
     BCMF_SHARED(int, starts, kDown + 2 + kAcross + 2);
     down = {weights, starts};
@@ -174,18 +353,39 @@ struct TileCells {
     down.fill(tile.top, tile.rows, y, args.h, args.H, args.align_corners, firsts);
     across.fill(tile.left, tile.columns, x, args.w, args.W, args.align_corners, firsts);
   }
-  // scratch: kScratch entries of the block, which nothing else reads or writes meanwhile.
-  __device__ __forceinline__ void put(const LossArgs& args, const Tile& tile, int64_t c, const Acc (&value)[kStack],
-                                      Acc* scratch) const {
-    Acc* sums = scratch + kRows * kColumns;
-    for_stack(tile, [&](int k) { scratch[(tile.row + k) * kColumns + tile.column] = value[k]; });
+  template <typename Source>
+  __device__ __forceinline__ void put(const LossArgs& args, const Source&, const Stacks<false>& tile, int c,
+                                      const Acc (&value)[kStack]) const {
+    tile.for_each([&](int k) { values[tile.row(k) * kColumns + tile.column(k)] = value[k]; });
+    gather(args, tile, c, [](Acc& cell, Acc sum) { cell = sum; });
+  }
+  template <typename Source>
+  __device__ __forceinline__ void finish(const Source&) const {}
+
+  // Of the pixels that are not set. By all threads of the block.
+  __device__ __forceinline__ void clear() const {
+    for (int i = threadIdx.x; i < kRows * kColumns; i += kThreads) values[i] = 0;
+    __syncthreads();
+  }
+  __device__ __forceinline__ void set(const Tile&, int row, int column, int, Acc value) const {
+    values[row * kColumns + column] = value;
+  }
+  // What is set, to what `put` has stored in another launch.
+  __device__ __forceinline__ void add(const LossArgs& args, const Tile& tile, int c) const {
+    gather(args, tile, c, [](Acc& cell, Acc sum) { cell += sum; });
+  }
+
+ private:
+  template <typename F>
+  __device__ __forceinline__ void gather(const LossArgs& args, const Tile& tile, int c, F store) const {
     __syncthreads();
     for (int i = threadIdx.x; i < rows * kColumns; i += kThreads)
-      if (i % kColumns < tile.columns) sums[i] = down.gather(i / kColumns, scratch + i % kColumns, kColumns);
+      if (i % kColumns < tile.columns) sums[i] = down.gather(i / kColumns, values + i % kColumns, kColumns);
     __syncthreads();
     Acc* map = partials + (blockIdx.x * args.C + c) * cells_down * cells_across;
     for (int i = threadIdx.x; i < rows * columns; i += kThreads)
-      map[i / columns * cells_across + i % columns] = across.gather(i % columns, sums + i / columns * kColumns, 1);
+      store(map[i / columns * cells_across + i % columns],
+            across.gather(i % columns, sums + i / columns * kColumns, 1));
   }
 };
 

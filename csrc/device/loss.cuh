@@ -1,14 +1,14 @@
 // The CUDA kernels of bcmf::loss. What they do per label pixel, of S bytes a logit:
-// - loss_tiles: reads C logits twice (the second time from L1 or L2), takes C exps, writes stats (8 bytes; of fp64 16),
+// - loss_tiles: reads C logits, takes 5 exps for 4 classes (resampled, 2 for each), writes stats (8 bytes; of fp64 16),
 //   with OHEM the loss and with BCL a score per step (4 each);
 // - ohem_*: read the loss (levels + 1) times;
 // - bcl_tiles: reads the scores once (their neighbours from L1), writes a byte;
-// - cpg_tiles: reads the label; in a tile whose labels differ, for each class that occurs there, an exp and about
-//   4 (2r + 1)^2 products;
-// - gradient_tiles: reads C logits and stats, takes C exps, writes C gradients; with CPG, in such a tile, for each
-// class
-//   that occurs, twice what cpg_tiles does, and as many products again.
-// Logits of another size come from L1, two pairs per class and stack. Their gradients are summed up by tiles in shared
+// - cpg_tiles: reads the label; in a tile whose labels differ, for each class that occurs there, an exp for each pixel
+//   near an edge, and 4 (2r + 1)^2 products for each edge;
+// - gradient_tiles: reads C logits and stats, takes C exps, writes C gradients;
+// - sparse_gradient_tiles: reads the label; in such a tile, what cpg_tiles does there, as many products again for each
+//   pixel near an edge, and all of gradient_tiles' work for those, entry by entry.
+// Logits of another size come from L1, four per class and stack. Their gradients are summed up by tiles in shared
 // memory: (1 + H / 8h) (1 + W / 32w) times the logits are written and read once more, in fp32.
 #pragma once
 
@@ -22,48 +22,70 @@ namespace bcmf::device {
 // Rows of the table of partial sums, (kSums, tiles): of the forward; then two for each of BCL's steps, and CPG's two.
 enum Sum : int { kNumerator, kCount, kHard, kValidPixels, kBadLabels, kForwardSums };
 
+// m and sum of exp(z - m) over the classes of a stack, in one reading: what is summed up is scaled down when m grows.
+template <typename Source, typename Acc>
+__device__ __forceinline__ void sum_exps(const Source& source, int C, Acc (&m)[kStack], Acc (&sum)[kStack]) {
+#pragma unroll
+  for (int k = 0; k < kStack; ++k) m[k] = static_cast<Acc>(-INFINITY), sum[k] = 0;
+  constexpr int kAtOnce = Source::kAtOnce;
+#pragma unroll 1
+  for (int c = 0; c < C; c += kAtOnce) {
+    Acc z[kAtOnce][kStack];
+    load_classes(source, c, C, z);
+#pragma unroll
+    for (int k = 0; k < kStack; ++k) {
+      Acc largest = m[k], exps = 0;
+#pragma unroll
+      for (int j = 0; j < kAtOnce; ++j) largest = fmax(largest, z[j][k]);          // leaves NaN out
+      const Acc base = largest == static_cast<Acc>(-INFINITY) ? Acc(0) : largest;  // -inf - -inf would be NaN
+#pragma unroll
+      for (int j = 0; j < kAtOnce; ++j) exps += exp_of(z[j][k] - base);
+      sum[k] = sum[k] * exp_of(m[k] - base) + exps;
+      m[k] = largest;
+    }
+  }
+}
+
 // Writes stats, nll with OHEM, scores with BCL, and the tile's sums.
 template <typename Source>
-__global__ void __launch_bounds__(kThreads, 1)
+__global__ void __launch_bounds__(kThreads, 2)
     loss_tiles(const __grid_constant__ LossArgs args, typename Source::Acc* scores, double* partials) {
   using Acc = typename Source::Acc;
-  const Tile tile(args);
-  const Source source(args, tile);
+  SharedCutter shared;
+  const typename Source::Tile tile(args);
+  const Source source(args, tile, Source::take(args, shared));
   const int64_t pixels = args.N * args.H * args.W;
-  Acc m[kStack], sum[kStack] = {}, z[kStack];
-  source.stack(0, m);
-  for (int64_t c = 1; c < args.C; ++c) {
-    source.stack(c, z);
-#pragma unroll
-    for (int k = 0; k < kStack; ++k) m[k] = z[k] > m[k] ? z[k] : m[k];
-  }
-  for (int64_t c = 0; c < args.C; ++c) {
-    source.stack(c, z);
-#pragma unroll
-    for (int k = 0; k < kStack; ++k) sum[k] += exp(z[k] - m[k]);
-  }
+  Acc m[kStack], log_sum[kStack], nll[kStack];
+  int label[kStack];
+  sum_exps(source, static_cast<int>(args.C), m, log_sum);
   double sums[kForwardSums] = {};
-  for_stack(tile, [&](int k) {
-    const int64_t pixel = tile.pixel(args, k);
-    const Acc log_sum = log(sum[k]);
-    static_cast<Acc*>(args.stats)[pixel] = m[k];
-    static_cast<Acc*>(args.stats)[pixels + pixel] = log_sum;
-    const auto loss_of_class = [&](int c) { return (m[k] - source.at(tile.n, tile.y(k), tile.x(), c)) + log_sum; };
-    const int label = read_label(args, tile.n, tile.y(k), tile.x());
+  const auto loss_of_class = [&](int k, int c) { return (m[k] - source.own(k, c)) + log_sum[k]; };
+  tile.for_each([&](int k) {
+    log_sum[k] = log(log_sum[k]);
+    label[k] = read_label(args, tile.n, tile.y(k), tile.x(k));
     // A bad label: no assert, no look from the host; the loss says it.
-    const Acc nll = label >= 0 ? loss_of_class(label) : static_cast<Acc>(label == kBad ? nan("") : -1);
-    if (args.ohem) static_cast<Acc*>(args.nll)[pixel] = nll;
-    for (int s = 0; s < args.bcl_steps; ++s)
-      scores[s * pixels + pixel] =
-          label < 0 ? Acc(-1) : score_of(args, s, tile.n, tile.y(k), tile.x(), label, nll, loss_of_class);
-    if (label == kIgnored) return;
-    const Acc w = label >= 0 ? weight_of<Acc>(args, label) : Acc(1);
-    sums[kNumerator] += w * nll;
+    nll[k] = label[k] >= 0 ? loss_of_class(k, label[k]) : static_cast<Acc>(label[k] == kBad ? nan("") : -1);
+    if (label[k] == kIgnored) return;
+    const Acc w = label[k] >= 0 ? weight_of<Acc>(args, label[k]) : Acc(1);
+    sums[kNumerator] += w * nll[k];
     sums[kCount] += w;
-    sums[kHard] += key_of(nll) >= key_of(static_cast<Acc>(args.ohem_cutoff));
+    sums[kHard] += key_of(nll[k]) >= key_of(static_cast<Acc>(args.ohem_cutoff));
     sums[kValidPixels] += 1;
-    sums[kBadLabels] += label == kBad;
+    sums[kBadLabels] += label[k] == kBad;
   });
+  tile.store(m, static_cast<Acc*>(args.stats));
+  tile.store(log_sum, static_cast<Acc*>(args.stats) + pixels);
+  if (args.ohem) tile.store(nll, static_cast<Acc*>(args.nll));
+  for (int s = 0; s < args.bcl_steps; ++s) {
+    Acc q[kStack];
+    tile.for_each([&](int k) {
+      q[k] = label[k] < 0 ? Acc(-1)
+                          : score_of(
+                                args, s, tile, tile.y(k), tile.x(k), label[k], nll[k],
+                                [&](int c) { return loss_of_class(k, c); });
+    });
+    tile.store(q, scores + s * pixels);
+  }
   store_partials(sums, partials);
 }
 
@@ -91,9 +113,9 @@ __global__ void __launch_bounds__(kThreads)
   for (int digit = threadIdx.x; digit < kDigits; digit += kThreads) counts[digit] = 0;
   __syncthreads();
   const auto prefix = selection->prefix;
-  const Tile tile(args);
-  for_stack(tile, [&](int k) {
-    const Acc nll = static_cast<const Acc*>(args.nll)[tile.pixel(args, k)];
+  const Stacks<false> tile(args);
+  tile.for_each([&](int k) {
+    const Acc nll = static_cast<const Acc*>(args.nll)[tile.pixel(k)];
     const int digit = nll == -1 ? -1 : digit_of<Acc>(key_of(nll), prefix, level);
     if (digit >= 0) atomicAdd(&counts[digit], 1u);
   });
@@ -136,11 +158,11 @@ __global__ void __launch_bounds__(kThreads)
   const bool found = selection->rank > 0 && selection->prefix < key_of(exceeds);
   const Acc cutoff = found ? loss_of<Acc>(selection->prefix) : exceeds;
   double sums[2] = {};
-  const Tile tile(args);
-  for_stack(tile, [&](int k) {
-    const Acc nll = static_cast<const Acc*>(args.nll)[tile.pixel(args, k)];
+  const Stacks<false> tile(args);
+  tile.for_each([&](int k) {
+    const Acc nll = static_cast<const Acc*>(args.nll)[tile.pixel(k)];
     if (nll == -1 || key_of(nll) < key_of(cutoff)) return;
-    const int label = read_label(args, tile.n, tile.y(k), tile.x());
+    const int label = read_label(args, tile.n, tile.y(k), tile.x(k));
     sums[0] += (label >= 0 ? weight_of<Acc>(args, label) : Acc(1)) * nll;
     sums[1] += 1;
   });
@@ -196,68 +218,165 @@ __device__ __forceinline__ Acc pull_of(const LossArgs& args, int64_t pixel, int 
   return pull;
 }
 
-// The gradient of the logits of label size, class by class: p (pull + flipped pulls + g - sum of p g) - pulls, where g
-// is CPG's derivative by p. kSparse: with CPG or BCL's flipped labels.
-template <typename Source, typename Sink, bool kSparse>
-__global__ void __launch_bounds__(kThreads, 1) gradient_tiles(const __grid_constant__ LossArgs args, Sink sink) {
+// What the gradient of a stack is made of: p (factor) - pull at the label. Both are 0 where nothing is asked of a
+// pixel.
+template <typename Source>
+struct Pulls {
   using Acc = typename Source::Acc;
-  using TileWindow = Window<Acc, kSparse ? kMaxRadius : 0>;
-  constexpr int kLabels = kSparse ? TileWindow::kLabels : 1;
-  BCMF_SHARED(Acc, scratch, kLabels > Sink::kScratch ? kLabels : Sink::kScratch);
-  const Tile tile(args);
-  const Source source(args, tile);
-  const int64_t pixels = args.N * args.H * args.W;
-  sink.begin(args, tile, scratch);
+  Acc m[kStack] = {}, log_sum[kStack] = {}, pull[kStack] = {};
+  int label[kStack] = {};
 
-  Acc m[kStack] = {}, log_sum[kStack] = {}, pull[kStack] = {}, factor[kStack] = {};
-  int label[kStack];
-  for_stack(tile, [&](int k) {
-    const int64_t pixel = tile.pixel(args, k);
-    m[k] = static_cast<const Acc*>(args.stats)[pixel];
-    log_sum[k] = static_cast<const Acc*>(args.stats)[pixels + pixel];
-    label[k] = read_label(args, tile.n, tile.y(k), tile.x());
-    pull[k] = pull_of<Acc>(args, pixel, label[k],
-                           [&](int c) { return (m[k] - source.at(tile.n, tile.y(k), tile.x(), c)) + log_sum[k]; });
-    factor[k] = pull[k];
-    if constexpr (kSparse) factor[k] += flipped_pull<Acc>(args, pixel);
-  });
-  Acc z[kStack], value[kStack] = {};
-  const auto probability = [&](int k) { return exp((z[k] - m[k]) - log_sum[k]); };
-  const auto dense = [&](int k, int64_t c) {
-    const Acc product = factor[k] != 0 ? factor[k] * probability(k) : Acc(0);  // 0 * NaN of an ignored pixel is 0 here
+  __device__ __forceinline__ Pulls(const LossArgs& args, const typename Source::Tile& tile, const Source& source) {
+    tile.load(static_cast<const Acc*>(args.stats), m);
+    tile.load(static_cast<const Acc*>(args.stats) + args.N * args.H * args.W, log_sum);
+    tile.for_each([&](int k) {
+      label[k] = read_label(args, tile.n, tile.y(k), tile.x(k));
+      pull[k] =
+          pull_of<Acc>(args, tile.pixel(k), label[k], [&](int c) { return (m[k] - source.own(k, c)) + log_sum[k]; });
+    });
+  }
+  __device__ __forceinline__ Acc probability(int k, Acc z) const { return exp_of((z - m[k]) - log_sum[k]); }
+  __device__ __forceinline__ Acc of(int k, int c, Acc p) const {
+    const Acc product = pull[k] != 0 ? pull[k] * p : Acc(0);  // 0 * NaN of an ignored pixel is 0 here
     return c == label[k] ? product - pull[k] : product;
-  };
+  }
+};
 
-  if constexpr (kSparse) {
-    TileWindow window(args, scratch);
-    const bool mixed = args.cpg_radius > 0 && window.load(args, tile);
-    for (int64_t c = 0; c < args.C && mixed; ++c) {
-      if (!window.holds(c)) continue;
-      window.find_residuals(args, tile, source, c);
-      source.stack(c, z);
-      for_stack(tile, [&](int k) {
-        const Acc g = window.gradient(args, tile, k);
-        if (g != 0) factor[k] -= probability(k) * g;  // p may be NaN where nothing is compared
-      });
+// The cross-entropy's and BCL's gradient of the logits of label size, class by class.
+template <typename Source, typename Sink>
+__global__ void __launch_bounds__(kThreads, Source::kBlocks)
+    gradient_tiles(const __grid_constant__ LossArgs args, Sink sink) {
+  using Acc = typename Source::Acc;
+  SharedCutter shared;
+  const typename Source::Tile tile(args);
+  const Source source(args, tile, Source::take(args, shared));
+  sink.begin(args, tile, shared.take<Acc>(Sink::scratch()));
+  const Pulls<Source> pulls(args, tile, source);
+  const int C = static_cast<int>(args.C);
+  constexpr int kAtOnce = Source::kAtOnce;
+#pragma unroll 1
+  for (int first = 0; first < C; first += kAtOnce) {
+    Acc z[kAtOnce][kStack];
+    load_classes(source, first, C, z);
+#pragma unroll
+    for (int j = 0; j < kAtOnce; ++j) {
+      if (first + j >= C) break;
+#pragma unroll
+      for (int k = 0; k < kStack; ++k) z[j][k] = pulls.of(k, first + j, pulls.probability(k, z[j][k]));
+      sink.put(args, source, tile, first + j, z[j]);
     }
-    for (int64_t c = 0; c < args.C; ++c) {
-      const bool holds = mixed && window.holds(c);
-      if (holds) window.find_residuals(args, tile, source, c);
-      source.stack(c, z);
-      for_stack(tile, [&](int k) {
-        value[k] = dense(k, c);
-        if (args.bcl_flipped) value[k] -= flipped_pull_of<Acc>(args, tile.n, tile.y(k), tile.x(), c);
-        const Acc g = holds ? window.gradient(args, tile, k) : Acc(0);
-        if (g != 0) value[k] += probability(k) * g;
-      });
-      sink.put(args, tile, c, value, scratch);
+  }
+  sink.finish(source);
+}
+
+// The shared memory of sparse_gradient_tiles, on the host without any; and the pixels that it works on.
+template <typename Acc, typename Sink>
+struct SparseMemory {
+  static constexpr int kPixels = kRows * kColumns;
+  SharedCutter shared;
+  Window<Acc> window;
+  Acc* scratch;           // of the sink
+  uint16_t* places;       // of the pixels: row * kColumns + column
+  Acc *factors, *pulls;   // by pixel: the gradient is p (factor + CPG's g) - pull at the label - flipped pulls
+  Acc* kept;              // g of the first classes that the tile holds, by class and pixel
+  int count, kept_count;  // of the pixels, and of classes that find room
+
+  BCMF_HOST_DEVICE explicit SparseMemory(const LossArgs& args)
+      : window(args, args.cpg_radius, shared),
+        scratch(shared.take<Acc>(Sink::scratch())),
+        places(shared.take<uint16_t>(kPixels)),
+        factors(shared.take<Acc>(kPixels)),
+        pulls(shared.take<Acc>(kPixels)),
+        kept(shared.take<Acc>(kPixels)),
+        count(0),
+        kept_count(0) {}
+
+  // Lists the pixels of which `wanted(row, column)` is true, in order. By all threads of the block.
+  template <typename F>
+  __device__ __forceinline__ void list(const Tile& tile, F wanted) {
+    constexpr int kRun = kPixels / kThreads;
+    const int first = static_cast<int>(threadIdx.x) * kRun;
+    unsigned bits = 0;
+    for (int i = 0; i < kRun; ++i) {
+      const int row = (first + i) / kColumns, column = (first + i) % kColumns;
+      if (row < tile.rows && column < tile.columns && wanted(row, column)) bits |= 1u << i;
     }
-  } else {
-    for (int64_t c = 0; c < args.C; ++c) {
-      source.stack(c, z);
-      for_stack(tile, [&](int k) { value[k] = dense(k, c); });
-      sink.put(args, tile, c, value, scratch);
-    }
+    int before = scan_block(__popc(bits), &count);
+    for (int i = 0; i < kRun; ++i)
+      if (bits >> i & 1) places[before++] = static_cast<uint16_t>(first + i);
+    kept_count = count > 0 ? kPixels / count : 0;
+    __syncthreads();
+  }
+  // f(i, row, column) of the pixels, each by the same thread every time.
+  template <typename F>
+  __device__ __forceinline__ void for_each(F f) const {
+    for (int i = threadIdx.x; i < count; i += kThreads) f(i, places[i] / kColumns, places[i] % kColumns);
+  }
+};
+
+// The gradient of the few pixels that CPG or BCL's flipped labels say something of: a sink that takes single entries
+// is given all of it, in place of gradient_tiles', and one that adds, what gradient_tiles leaves out.
+template <typename Entries, typename Sink>
+__global__ void __launch_bounds__(kThreads, 3) sparse_gradient_tiles(const __grid_constant__ LossArgs args, Sink sink) {
+  using Acc = typename Entries::Acc;
+  const Tile tile(args);
+  const Entries entries(args);
+  SparseMemory<Acc, Sink> memory(args);
+  Window<Acc>& window = memory.window;
+  const auto selected_at = [&](int row, int column) -> unsigned {
+    const int64_t pixel = (tile.n * tile.H + tile.top + row) * tile.W + tile.left + column;
+    return args.bcl_flipped ? static_cast<const uint8_t*>(args.selected)[pixel] : 0;
+  };
+  const auto p_of = [&](int row, int column, int c) {
+    const int y = tile.top + row, x = tile.left + column;
+    const Acc* m = static_cast<const Acc*>(args.stats) + (tile.n * tile.H + y) * tile.W + x;
+    return exp_of((entries.at(tile.n, y, x, c) - m[0]) - m[args.N * args.H * args.W]);
+  };
+  const bool edges = args.cpg_radius > 0 && window.load(args, tile);
+  if (!edges && !args.bcl_flipped) return;
+  memory.list(tile, [&](int row, int column) {
+    return (edges && window.is_near(row, column)) || selected_at(row, column) != 0;
+  });
+  if (memory.count == 0) return;
+  sink.begin(args, tile, memory.scratch);
+  sink.clear();
+  memory.for_each([&](int i, int row, int column) {
+    const int y = tile.top + row, x = tile.left + column;
+    const int64_t pixel = (tile.n * tile.H + y) * tile.W + x;
+    const Acc* m = static_cast<const Acc*>(args.stats) + pixel;
+    const auto loss = [&](int c) { return (m[0] - entries.at(tile.n, y, x, c)) + m[args.N * args.H * args.W]; };
+    memory.pulls[i] = Sink::kAdds ? Acc(0) : pull_of<Acc>(args, pixel, read_label(args, tile.n, y, x), loss);
+    memory.factors[i] = memory.pulls[i] + flipped_pull<Acc>(args, selected_at(row, column));
+  });
+  const int C = static_cast<int>(args.C);
+  int held = 0;  // classes before this one that the tile holds
+  for (int c = 0; c < C && edges; ++c) {
+    if (!window.holds(c)) continue;
+    window.find_residuals(args, tile, entries, c);
+    memory.for_each([&](int i, int row, int column) {
+      const Acc g = window.gradient(tile, row, column);
+      if (held < memory.kept_count) memory.kept[held * memory.count + i] = g;
+      if (g != 0) memory.factors[i] -= p_of(row, column, c) * g;  // p may be NaN where nothing is compared
+    });
+    ++held;
+  }
+  held = 0;
+  for (int c = 0; c < C; ++c) {
+    const bool holds = edges && window.holds(c), kept = held < memory.kept_count;
+    if (holds && !kept) window.find_residuals(args, tile, entries, c);
+    memory.for_each([&](int i, int row, int column) {
+      const int y = tile.top + row, x = tile.left + column;
+      const Acc p = p_of(row, column, c), factor = memory.factors[i];
+      Acc value = factor != 0 ? factor * p : Acc(0);
+      if (memory.pulls[i] != 0 && read_label(args, tile.n, y, x) == c) value -= memory.pulls[i];
+      if (args.bcl_flipped) value -= flipped_pull_of<Acc>(args, selected_at(row, column), tile, y, x, c);
+      Acc g = 0;
+      if (holds) g = kept ? memory.kept[held * memory.count + i] : window.gradient(tile, row, column);
+      if (g != 0) value += p * g;
+      sink.set(tile, row, column, c, value);
+    });
+    sink.add(args, tile, c);
+    held += holds;
   }
 }
 

@@ -1,12 +1,13 @@
-// How the kernels of bcmf::loss divide the label pixels: a block has a tile of 64 x 16 of them, a thread a stack of 4
-// that lie below each other, so that a warp reads 32 neighbours of a row. Sums go over the block in a fixed order, and
-// over the tiles by one block later: the same bits every time.
+// How the kernels of bcmf::loss divide the label pixels: a block has a tile of 64 x 16 of them, a thread a stack of 4:
+// below each other, so that a warp reads 32 neighbours of a row, or beside each other, to be read at once. Sums go over
+// the block in a fixed order, and over the tiles by one block later: the same bits every time.
 #pragma once
 
 #include <cuda_bf16.h>
 #include <cuda_fp16.h>
 
 #include <cmath>
+#include <cstring>
 
 #include "common.cuh"
 #include "launch.cuh"
@@ -37,41 +38,119 @@ __device__ __forceinline__ void narrow(float x, __nv_bfloat16* to) { *to = __flo
 __device__ __forceinline__ void narrow(float x, float* to) { *to = x; }
 __device__ __forceinline__ void narrow(double x, double* to) { *to = x; }
 
-BCMF_HOST_DEVICE int64_t tiles_down(const LossArgs& args) { return (args.H + kRows - 1) / kRows; }
-BCMF_HOST_DEVICE int64_t tiles_across(const LossArgs& args) { return (args.W + kColumns - 1) / kColumns; }
+// exp(x) for x <= 0 by the GPU's own power of two: two instructions instead of eight. x is rounded when it is scaled:
+// the error is |x| exp(x) 2^-24 <= 2^-25 of the largest class's 1, beside 2^-22 of the result. Below 2^-126 it is 0.
+__device__ __forceinline__ float exp_of(float x) {
+#if defined(__CUDA_ARCH__)
+  float result;
+  asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(result) : "f"(x * 1.4426950408889634f));
+  return result;
+#else
+  return exp(x);
+#endif
+}
+__device__ __forceinline__ double exp_of(double x) { return exp(x); }
+
+BCMF_HOST_DEVICE unsigned tiles_down(const LossArgs& args) {
+  return static_cast<unsigned>((args.H + kRows - 1) / kRows);
+}
+BCMF_HOST_DEVICE unsigned tiles_across(const LossArgs& args) {
+  return static_cast<unsigned>((args.W + kColumns - 1) / kColumns);
+}
 BCMF_HOST_DEVICE int64_t tiles_of(const LossArgs& args) { return args.N * tiles_down(args) * tiles_across(args); }
 
-// The tile of this block, and where the thread's stack begins.
-struct Tile {
-  int64_t n, top, left;
-  int rows, columns;  // fewer at the border
-  int row, column;    // of the stack, in the tile
+// Reads and writes kCount entries at once, from a multiple of their size on. By words: of 16-bit entries the compiler
+// would make an access each.
+template <typename T, int kCount>
+struct alignas(kCount * sizeof(T)) Words {
+  static_assert(kCount * sizeof(T) % 4 == 0);
+  unsigned words[kCount * sizeof(T) / 4];
+};
+template <typename T, int kCount>
+__device__ __forceinline__ void load_pack(const T* from, T (&to)[kCount]) {
+  const Words<T, kCount> words = *reinterpret_cast<const Words<T, kCount>*>(from);
+  memcpy(&to, &words, sizeof(words));
+}
+template <typename T, int kCount>
+__device__ __forceinline__ void store_pack(const T (&from)[kCount], T* to) {
+  Words<T, kCount> words;
+  memcpy(&words, &from, sizeof(words));
+  *reinterpret_cast<Words<T, kCount>*>(to) = words;
+}
 
-  __device__ __forceinline__ explicit Tile(const LossArgs& args) {
-    const int64_t across = tiles_across(args), down = tiles_down(args), index = blockIdx.x;
-    n = index / (across * down);
-    top = index / across % down * kRows;
-    left = index % across * kColumns;
-    rows = static_cast<int>(args.H - top < kRows ? args.H - top : kRows);
-    columns = static_cast<int>(args.W - left < kColumns ? args.W - left : kColumns);
-    row = static_cast<int>(threadIdx.x) / kColumns * kStack;
-    column = static_cast<int>(threadIdx.x) % kColumns;
-  }
-  __device__ __forceinline__ bool has(int k) const { return column < columns && row + k < rows; }
-  __device__ __forceinline__ int64_t x() const { return left + column; }
-  __device__ __forceinline__ int64_t y(int k) const { return top + row + k; }
-  __device__ __forceinline__ int64_t pixel(const LossArgs& args, int k) const {
-    return (n * args.H + y(k)) * args.W + x();
+// Whether all rows of an image begin at a multiple of `entries`, and those of other classes, if stride_c is given.
+template <typename Scalar>
+bool begins_at(const LogitView& view, const LossArgs& args, int64_t stride_c, int entries) {
+  const auto divides = [=](int64_t size, int64_t stride) { return size <= 1 || stride % entries == 0; };
+  return reinterpret_cast<uintptr_t>(view.data) % (entries * sizeof(Scalar)) == 0 && divides(args.N, view.stride_n) &&
+         divides(args.C, stride_c) && divides(args.H, view.stride_h);
+}
+
+// The tile of this block, and the stack of this thread. Sides are below 2^31 (ops.cpp says so).
+struct Tile {
+  int64_t n;
+  int H, W, top, left;
+  int rows, columns;  // fewer at the border
+
+  __device__ __forceinline__ explicit Tile(const LossArgs& args)
+      : H(static_cast<int>(args.H)), W(static_cast<int>(args.W)) {
+    const unsigned across = tiles_across(args), down = tiles_down(args);
+    n = blockIdx.x / across / down;
+    top = static_cast<int>(blockIdx.x / across % down) * kRows;
+    left = static_cast<int>(blockIdx.x % across) * kColumns;
+    rows = H - top < kRows ? H - top : kRows;
+    columns = W - left < kColumns ? W - left : kColumns;
   }
 };
 
-// f(k) for the pixels of the thread's stack.
-template <typename F>
-__device__ __forceinline__ void for_stack(const Tile& tile, F f) {
+// kAcross: the stack's pixels lie beside each other, and a stack is either within the image or not.
+template <bool kAcross_>
+struct Stacks : Tile {
+  static constexpr bool kAcross = kAcross_;
+  static constexpr int kPerRow = kAcross ? kColumns / kStack : kColumns;
+  int first_row, first_column;  // of the thread's stack, in the tile
+
+  __device__ __forceinline__ explicit Stacks(const LossArgs& args) : Tile(args) {
+    const int thread = static_cast<int>(threadIdx.x);
+    first_row = thread / kPerRow * (kAcross ? 1 : kStack);
+    first_column = thread % kPerRow * (kAcross ? kStack : 1);
+  }
+  __device__ __forceinline__ int row(int k) const { return kAcross ? first_row : first_row + k; }
+  __device__ __forceinline__ int column(int k) const { return kAcross ? first_column + k : first_column; }
+  __device__ __forceinline__ int y(int k) const { return top + row(k); }
+  __device__ __forceinline__ int x(int k) const { return left + column(k); }
+  __device__ __forceinline__ bool has(int k) const {
+    return kAcross ? first_column < columns && first_row < rows : first_column < columns && row(k) < rows;
+  }
+  __device__ __forceinline__ int64_t pixel(int k) const { return (n * H + y(k)) * W + x(k); }
+
+  // The stack's entries of a map (N, H, W).
+  template <typename T>
+  __device__ __forceinline__ void load(const T* map, T (&values)[kStack]) const {
+    if constexpr (kAcross) {
+      if (!has(0)) return;
+      load_pack(map + pixel(0), values);
+    } else {
+      for_each([&](int k) { values[k] = map[pixel(k)]; });
+    }
+  }
+  template <typename T>
+  __device__ __forceinline__ void store(const T (&values)[kStack], T* map) const {
+    if constexpr (kAcross) {
+      if (!has(0)) return;
+      store_pack(values, map + pixel(0));
+    } else {
+      for_each([&](int k) { map[pixel(k)] = values[k]; });
+    }
+  }
+  // f(k) for the pixels of the stack that lie in the image.
+  template <typename F>
+  __device__ __forceinline__ void for_each(F f) const {
 #pragma unroll
-  for (int k = 0; k < kStack; ++k)
-    if (tile.has(k)) f(k);
-}
+    for (int k = 0; k < kStack; ++k)
+      if (has(k)) f(k);
+  }
+};
 
 // Sum over the block in a fixed order, for every thread. `shared` holds kThreads entries.
 template <typename T>
@@ -87,10 +166,44 @@ __device__ __forceinline__ T block_sum(T value, T* shared) {
   return sum;
 }
 
+constexpr int kWarp = 32, kWarps = kThreads / kWarp;
+
+// Whether any thread of the block says so.
+__device__ __forceinline__ bool any_of_block(bool value) {
+  BCMF_SHARED(unsigned, any, 1);
+  if (threadIdx.x == 0) any[0] = 0;
+  __syncthreads();
+  if (value) atomicOr(any, 1u);
+  __syncthreads();
+  const bool found = any[0] != 0;
+  __syncthreads();  // `any` may be written again
+  return found;
+}
+
+// The sum of `value` over the threads before this one; in `total`, over all.
+__device__ __forceinline__ int scan_block(int value, int* total) {
+  BCMF_SHARED(int, shared, kWarps);
+  const int lane = static_cast<int>(threadIdx.x) % kWarp, warp = static_cast<int>(threadIdx.x) / kWarp;
+  int sum = value;
+  for (int lanes = 1; lanes < kWarp; lanes *= 2) {
+    const int other = __shfl_up_sync(0xffffffffu, sum, lanes);
+    sum += lane >= lanes ? other : 0;
+  }
+  if (lane == kWarp - 1) shared[warp] = sum;
+  __syncthreads();
+  int before = sum - value;
+  *total = 0;
+  for (int i = 0; i < kWarps; ++i) {
+    before += i < warp ? shared[i] : 0;
+    *total += shared[i];
+  }
+  __syncthreads();  // `shared` may be written again
+  return before;
+}
+
 // Adds K values of all threads of the block up and stores the sums: partials (K, tiles).
 template <int K>
 __device__ __forceinline__ void store_partials(const double (&values)[K], double* partials) {
-  constexpr int kWarp = 32, kWarps = kThreads / kWarp;
   BCMF_SHARED(double, shared, K* kWarps);
 #pragma unroll
   for (int entry = 0; entry < K; ++entry) {
@@ -111,6 +224,7 @@ __device__ __forceinline__ void store_partials(const double (&values)[K], double
 __device__ __forceinline__ double load_partials(const double* partials, int64_t tiles) {
   BCMF_SHARED(double, shared, kThreads);
   double sum = 0;
+#pragma unroll 8
   for (int64_t tile = threadIdx.x; tile < tiles; tile += kThreads) sum += partials[tile];
   return block_sum(sum, shared);
 }
@@ -127,11 +241,11 @@ __device__ __forceinline__ Acc weight_of(const LossArgs& args, int label) {
 }
 
 // A class, or kIgnored (of bad labels, too): what BCL and CPG see.
-__device__ __forceinline__ int class_at(const LossArgs& args, int64_t n, int64_t y, int64_t x) {
+__device__ __forceinline__ int class_at(const LossArgs& args, int64_t n, int y, int x) {
   const int label = read_label(args, n, y, x);
   return label < 0 ? kIgnored : label;
 }
 
-__device__ __forceinline__ int64_t clamp(int64_t i, int64_t length) { return i < 0 ? 0 : i < length ? i : length - 1; }
+__device__ __forceinline__ int clamp(int i, int length) { return i < 0 ? 0 : i < length ? i : length - 1; }
 
 }  // namespace bcmf::device

@@ -33,7 +33,7 @@ std::vector<float> run_reverse(emulator::Order order, bool with_barrier) {
   std::vector<float> in(kThreads), out(kThreads);
   for (int i = 0; i < kThreads; ++i) in[i] = static_cast<float>(i);
   emulator::order = order;
-  BCMF_LAUNCH(reverse, 1, kThreads, nullptr, in.data(), out.data(), with_barrier);
+  bcmf::launch(reverse, 1, kThreads, 0, nullptr, in.data(), out.data(), with_barrier);
   return out;
 }
 
@@ -54,10 +54,10 @@ int main(int, char** argv) {
     }
   } else if (fault == "bounds") {
     std::vector<float> out(kThreads);
-    BCMF_LAUNCH(read_one_too_far, 1, kThreads, nullptr, out.data());
+    bcmf::launch(read_one_too_far, 1, kThreads, 0, nullptr, out.data());
   } else if (fault == "divergence") {
     try {
-      BCMF_LAUNCH(half_of_the_threads_wait, 1, kThreads, nullptr);
+      bcmf::launch(half_of_the_threads_wait, 1, kThreads, 0, nullptr);
     } catch (const std::exception& error) {
       std::printf("%s\n", error.what());
     }

@@ -51,7 +51,7 @@ struct Options {
   bool weighted = false, bad_labels = false;
   double threshold = 0;  // of OHEM; 0: without it
   int bcl_steps = 0, cpg_radius = 0;
-  bool flipped = false, align_corners = false;
+  bool flipped = false, align_corners = false, channels_last = false;
 };
 
 struct Size {  // of logits and labels
@@ -65,7 +65,9 @@ bcmf::LossArgs arguments(bcmf::LogitType type, Memory& logits, Memory& grad, Mem
   args.align_corners = options.align_corners;
   args.ce = true;
   args.logits = {logits.data(), type, size.c * size.h * size.w, size.h * size.w, size.w, 1};
-  args.grad = {grad.data(), type, size.c * size.h * size.w, size.h * size.w, size.w, 1};
+  if (options.channels_last) args.logits = {logits.data(), type, size.c * size.h * size.w, 1, size.w * size.c, size.c};
+  args.grad = args.logits;
+  args.grad.data = grad.data();
   args.labels = {labels.data(), bcmf::LabelType::u8, size.H * size.W, size.W, 1};
   args.ignore_index = 255;
   args.ohem = options.threshold > 0;
@@ -129,6 +131,9 @@ void check_loss(bcmf::LogitType type) {
         check_loss<Scalar>(type, {1, 19, 3, 257, 3, 257}, options);
         check_loss<Scalar>(type, {0, 3, 4, 4, 4, 4}, options);
       }
+  for (const Size size : {Size{2, 3, 18, 72, 18, 72}, {1, 50, 2, 68, 2, 68}})  // several pixels at once
+    for (const bool channels_last : {false, true})
+      check_loss<Scalar>(type, size, {true, true, 0.5, 1, 1, false, false, channels_last});
   int radius = 0;
   for (const Size size : {Size{1, 3, 19, 70, 19, 70}, {2, 3, 3, 4, 18, 67}, {1, 2, 1, 1, 5, 4}, {1, 3, 9, 20, 4, 30}}) {
     const Options every = {true, true, 0.5, 2, 1 + radius++ % 3, radius % 2 == 0, radius % 2 == 1};
@@ -151,7 +156,7 @@ void check_geometry() {
 
 template <typename Scalar>
 void check_argmax(bcmf::LogitType type) {
-  for (const Size size : {Size{2, 5, 3, 4, 17, 70}, {1, 300, 5, 6, 5, 6}}) {
+  for (const Size size : {Size{2, 5, 3, 4, 17, 70}, {1, 300, 5, 6, 5, 6}, {1, 5, 17, 72, 17, 72}}) {
     Memory logits = random_logits<Scalar>(size.n * size.c * size.h * size.w), none(0);
     const bcmf::LossArgs args = arguments(type, logits, none, none, size, {});
     Memory classes(size.n * size.H * size.W * (size.c <= 256 ? 1 : 4));

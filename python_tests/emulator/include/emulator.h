@@ -63,6 +63,9 @@ struct Block {
   unsigned current = 0;
   std::function<void()> kernel;
   std::map<const void*, std::unique_ptr<char[]>> shared;
+  std::map<int64_t, std::unique_ptr<char[]>> dynamic;  // parts of the dynamic shared memory, by their offset
+  int64_t dynamic_bytes = 0;                           // of all of it, as the launch said
+  bool launched = false;
 };
 inline Block block;
 
@@ -160,6 +163,7 @@ inline void run_block() {
   const unsigned threads = block_size.count();
   if (block.fibers.size() < threads) block.fibers.resize(threads);
   block.shared.clear();
+  block.dynamic.clear();
   for (unsigned i = 0; i < threads; ++i) {
     Fiber& fiber = block.fibers[i];
     fiber.state = State::running;
@@ -183,30 +187,37 @@ inline void run_block() {
   }
 }
 
-inline void launch(Dim3 grid, Dim3 threads, std::function<void()> kernel) {
+inline void launch(Dim3 grid, Dim3 threads, int64_t shared, std::function<void()> kernel) {
   if (grid.count() == 0 || threads.count() == 0 || threads.count() > 1024)
     throw std::runtime_error("a launch of no block, no thread, or more than 1024 threads fails on CUDA");
   grid_size = grid;
   block_size = threads;
   block.kernel = std::move(kernel);
+  block.dynamic_bytes = shared;
+  block.launched = true;
   for (unsigned index : permutation(grid.count())) {
     block_index = grid.at(index);
     run_block();
   }
+  block.launched = false;
 }
 
 // ---------------------------------------------------------------------------------------------------------------------
 // What kernels call
 
-// One array for the block, the first time NaN (and a large negative integer).
+// `count` entries for the block, the first time NaN (and a large negative integer).
 template <typename T>
-T* shared_array(const void* key, size_t count) {
-  std::unique_ptr<char[]>& bytes = block.shared[key];
+T* poisoned(std::unique_ptr<char[]>& bytes, size_t count) {
   if (!bytes) {
     bytes.reset(new char[count * sizeof(T)]);
     memset(bytes.get(), 0xff, count * sizeof(T));
   }
   return reinterpret_cast<T*>(bytes.get());
+}
+
+template <typename T>
+T* shared_array(const void* key, size_t count) {
+  return poisoned<T>(block.shared[key], count);
 }
 
 // `value` of another lane of the warp; all lanes of the warp must call it, at the same place.
@@ -247,8 +258,6 @@ T fetch_add(T* address, T value) {
 #define blockDim emulator::block_size
 #define gridDim emulator::grid_size
 
-#define BCMF_LAUNCH(kernel, grid, block, stream, ...) \
-  emulator::launch((grid), (block), [&] { (void)(stream), kernel(__VA_ARGS__); })
 #define BCMF_SHARED(type, name, count) \
   static char name##_key;              \
   type* const name = emulator::shared_array<type>(&name##_key, (count))
@@ -258,8 +267,13 @@ T fetch_add(T* address, T value) {
 #define __shfl_sync(mask, value, lane) emulator::from_lane((value), (lane), __FILE__, __LINE__)
 #define __shfl_xor_sync(mask, value, bits) \
   emulator::from_lane((value), emulator::own_lane() ^ (bits), __FILE__, __LINE__)
+#define __shfl_up_sync(mask, value, delta) \
+  emulator::from_lane((value), emulator::own_lane() - (delta), __FILE__, __LINE__)
 #define __shfl_down_sync(mask, value, delta) \
   emulator::from_lane((value), emulator::own_lane() + (delta), __FILE__, __LINE__)
+
+inline int __popc(unsigned bits) { return __builtin_popcount(bits); }
+inline int __ffs(int bits) { return __builtin_ffs(bits); }
 
 // Integers only: a sum of floats would depend on the order.
 inline int atomicAdd(int* address, int value) { return emulator::fetch_add(address, value); }
@@ -268,3 +282,22 @@ inline unsigned long long atomicAdd(unsigned long long* address, unsigned long l
   return emulator::fetch_add(address, value);
 }
 inline unsigned atomicOr(unsigned* address, unsigned bits) { return *address |= bits; }
+
+// What csrc/device/launch.cuh defines for nvcc.
+namespace bcmf {
+template <typename... Parameters, typename Stream, typename... Arguments>
+void launch(void (*kernel)(Parameters...), unsigned blocks, unsigned threads, int64_t shared, Stream,
+            const Arguments&... arguments) {
+  emulator::launch(blocks, threads, shared, [&] { kernel(arguments...); });
+}
+namespace device {
+// An array of its own, so that AddressSanitizer knows its bounds; nothing outside a launch, where it is only measured.
+template <typename T>
+T* dynamic_shared(int64_t offset, int64_t count) {
+  if (!emulator::block.launched || count == 0) return nullptr;
+  if (offset + count * static_cast<int64_t>(sizeof(T)) > emulator::block.dynamic_bytes)
+    throw std::runtime_error("a block uses more dynamic shared memory than its launch asked for");
+  return emulator::poisoned<T>(emulator::block.dynamic[offset], static_cast<size_t>(count));
+}
+}  // namespace device
+}  // namespace bcmf
