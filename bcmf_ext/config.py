@@ -102,6 +102,9 @@ class Config:
         resumable=True,
     )
     channels_last: bool = knob("NHWC memory layout", True, action=argparse.BooleanOptionalAction, resumable=True)
+    compile: bool = knob(
+        "torch.compile the network: minutes at the start, then faster steps", False, action="store_true", resumable=True
+    )
     impl: str = knob(
         "which implementation of the losses", "auto", choices=("auto", "cuda", "triton", "cpu", "torch"), resumable=True
     )

@@ -136,6 +136,8 @@ class Trainer:
             check_same_data(saved, about, self.run.last)
             self.state.load_state_dict(saved)
             self.weights = f"{self.run.last}, after {self.state.epoch} epochs and {self.state.step} steps"
+        if config.compile:
+            model.compile()  # in place: the names of the weights stay
 
     def _fresh_state(self, model: nn.Module) -> TrainState:
         # Local names for the lambda: with `self` in it, only the garbage collector would end the loading processes.
@@ -261,7 +263,9 @@ class Trainer:
             "loss": f"{describe_loss(self.criterion)}; impl {self.impl}",
             "schedule": f"SGD, {self.iterations} iterations, the first {self.warmup} of them to warm up",
             "device": f"{compute.device}{threads}, {self.workers} loading process{'es' * (self.workers != 1)}",
-            "compute": f"{dtype} ({self.why_dtype})" + (", channels_last" if compute.channels_last else ""),
+            "compute": f"{dtype} ({self.why_dtype})"
+            + (", channels_last" if compute.channels_last else "")
+            + (", compiled" if config.compile else ""),
             "run": str(self.run.folder),
             "flags": command_line(config),
         }

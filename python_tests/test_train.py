@@ -252,6 +252,27 @@ def test_every_knob_reaches_its_place(flags: list[str]) -> None:
 
 
 @pytest.mark.usefixtures("tiny")
+def test_compiled_network(flags: list[str], run: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """`--compile` compiles the network and changes neither what is learnt nor the names in a checkpoint."""
+    backends = []
+
+    def compile_traced(model: TinyNet) -> None:  # without the minutes that code generation takes
+        backends.append("aot_eager")
+        original(model, backend=backends[-1])
+
+    original = TinyNet.compile
+    train.main([*flags, "--epochs", "1"])
+    plain = load(run / "last.pt")
+    monkeypatch.setattr(TinyNet, "compile", compile_traced)
+    train.main([*flags, "--epochs", "1", "--name", "y", "--compile"])
+    compiled = load(run.with_name("y") / "last.pt")
+    assert len(backends) == 1
+    assert plain["model"].keys() == compiled["model"].keys()
+    for name, expected in plain["model"].items():
+        torch.testing.assert_close(compiled["model"][name], expected, rtol=1e-3, atol=1e-4)
+
+
+@pytest.mark.usefixtures("tiny")
 def test_weights_that_are_not_finite(flags: list[str], run: Path) -> None:
     """A finite loss with infinite gradients in the last step of an epoch: the weights are named, not the loss."""
     with pytest.raises(UserError, match=r"weights are not finite after epoch 1, step \d+, though the loss was"):

@@ -317,11 +317,11 @@ struct CellAxis {
     }
     __syncthreads();
   }
-  // What cell j gets of values[i * stride].
-  __device__ __forceinline__ Acc gather(int j, const Acc* values, int stride) const {
+  // What cell j gets of values[i * stride], for every `step`-th i from the `part`-th on.
+  __device__ __forceinline__ Acc gather(int j, const Acc* values, int stride, int part = 0, int step = 1) const {
     Acc sum = 0;
-    for (int i = start[j]; i < start[j + 1]; ++i) sum += weight[i] * values[i * stride];
-    for (int i = start[j + 1]; i < start[j + 2]; ++i) sum += (1 - weight[i]) * values[i * stride];
+    for (int i = start[j] + part; i < start[j + 1]; i += step) sum += weight[i] * values[i * stride];
+    for (int i = start[j + 1] + part; i < start[j + 2]; i += step) sum += (1 - weight[i]) * values[i * stride];
     return sum;
   }
 };
@@ -333,11 +333,15 @@ struct TileCells {
   using Acc = Acc_;
   static constexpr bool kAdds = true;
   static constexpr int kDown = kRows + 2, kAcross = kColumns + 2;  // the most cells that a tile touches
+  static constexpr int kStacks = kRows / kStack;                   // below each other
   Acc* partials;                                                   // (tiles, C, cells_down, cells_across)
   int64_t cells_down, cells_across;                                // of the tile that touches most
   int rows, columns;
   Acc *values, *sums;  // of a class, (kRows, kColumns); and their sums along y, (kDown, kColumns)
   CellAxis<Acc> down, across;
+
+  int stack_first[kStacks];  // the row of cells above each stack, if
+  bool whole_stacks;         // all stacks have one row of cells above and one below them, whichever
 
   static BCMF_HOST_DEVICE int64_t scratch() { return (kRows + kDown) * kColumns; }
   __device__ __forceinline__ void begin(const LossArgs& args, const Tile& tile, Acc* scratch) {
@@ -350,14 +354,39 @@ struct TileCells {
     const Cells y = cells_between(tile.top, tile.top + tile.rows - 1, args.h, args.H, args.align_corners);
     const Cells x = cells_between(tile.left, tile.left + tile.columns - 1, args.w, args.W, args.align_corners);
     rows = static_cast<int>(y.count), columns = static_cast<int>(x.count);
-    down.fill(tile.top, tile.rows, y, args.h, args.H, args.align_corners, firsts);
     across.fill(tile.left, tile.columns, x, args.w, args.W, args.align_corners, firsts);
+    down.fill(tile.top, tile.rows, y, args.h, args.H, args.align_corners, firsts);
+    whole_stacks = true;
+#pragma unroll
+    for (int i = 0; i < kStacks; ++i) {
+      const int last = i * kStack + kStack < tile.rows ? i * kStack + kStack - 1 : tile.rows - 1;
+      stack_first[i] = i * kStack < tile.rows ? firsts[i * kStack] : -2;  // no cell's
+      whole_stacks = whole_stacks && (i * kStack >= tile.rows || firsts[last] == stack_first[i]);
+    }
+    __syncthreads();  // `firsts` may be written again
   }
   template <typename Source>
-  __device__ __forceinline__ void put(const LossArgs& args, const Source&, const Stacks<false>& tile, int c,
+  __device__ __forceinline__ void put(const LossArgs& args, const Source& source, const Stacks<false>& tile, int c,
                                       const Acc (&value)[kStack]) const {
-    tile.for_each([&](int k) { values[tile.row(k) * kColumns + tile.column(k)] = value[k]; });
-    gather(args, tile, c, [](Acc& cell, Acc sum) { cell = sum; });
+    if (whole_stacks) {
+      Acc above = 0, below = 0;  // what the stack adds to the cells above and below
+      tile.for_each([&](int k) {
+        above += (1 - source.down[k].weight) * value[k];
+        below += source.down[k].weight * value[k];
+      });
+      const int stack = tile.first_row / kStack;
+      values[stack * kColumns + tile.first_column] = above;
+      values[(kStacks + stack) * kColumns + tile.first_column] = below;
+    } else {
+      tile.for_each([&](int k) { values[tile.row(k) * kColumns + tile.column(k)] = value[k]; });
+    }
+    __syncthreads();
+    for (int i = threadIdx.x; i < rows * kColumns; i += kThreads) {
+      if (i % kColumns >= tile.columns) continue;
+      sums[i] = whole_stacks ? sum_of_stacks(i / kColumns, values + i % kColumns)
+                             : down.gather(i / kColumns, values + i % kColumns, kColumns);
+    }
+    sum_across(args, c, [](Acc& cell, Acc sum) { cell = sum; });
   }
   template <typename Source>
   __device__ __forceinline__ void finish(const Source&) const {}
@@ -372,20 +401,35 @@ struct TileCells {
   }
   // What is set, to what `put` has stored in another launch.
   __device__ __forceinline__ void add(const LossArgs& args, const Tile& tile, int c) const {
-    gather(args, tile, c, [](Acc& cell, Acc sum) { cell += sum; });
-  }
-
- private:
-  template <typename F>
-  __device__ __forceinline__ void gather(const LossArgs& args, const Tile& tile, int c, F store) const {
     __syncthreads();
     for (int i = threadIdx.x; i < rows * kColumns; i += kThreads)
       if (i % kColumns < tile.columns) sums[i] = down.gather(i / kColumns, values + i % kColumns, kColumns);
+    sum_across(args, c, [](Acc& cell, Acc sum) { cell += sum; });
+  }
+
+ private:
+  __device__ __forceinline__ Acc sum_of_stacks(int row, const Acc* column) const {
+    Acc sum = 0;
+#pragma unroll
+    for (int i = 0; i < kStacks; ++i) {
+      if (stack_first[i] == row) sum += column[i * kColumns];
+      if (stack_first[i] == row - 1) sum += column[(kStacks + i) * kColumns];
+    }
+    return sum;
+  }
+  // Waits for `sums`, and gives each cell its sum of them. Four neighbouring threads to a cell: there are few of those.
+  template <typename F>
+  __device__ __forceinline__ void sum_across(const LossArgs& args, int c, F store) const {
+    constexpr int kParts = 4;
     __syncthreads();
     Acc* map = partials + (blockIdx.x * args.C + c) * cells_down * cells_across;
-    for (int i = threadIdx.x; i < rows * columns; i += kThreads)
-      store(map[i / columns * cells_across + i % columns],
-            across.gather(i % columns, sums + i / columns * kColumns, 1));
+    for (int first = 0; first < kParts * rows * columns; first += kThreads) {
+      const int i = first + static_cast<int>(threadIdx.x), cell = i / kParts;
+      const int row = cell / columns, column = cell % columns;
+      Acc sum = row < rows ? across.gather(column, sums + row * kColumns, 1, i % kParts, kParts) : Acc(0);
+      for (int lanes = 1; lanes < kParts; lanes *= 2) sum += __shfl_xor_sync(0xffffffffu, sum, lanes);
+      if (row < rows && i % kParts == 0) store(map[row * cells_across + column], sum);
+    }
   }
 };
 

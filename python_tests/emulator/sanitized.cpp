@@ -135,7 +135,11 @@ void check_loss(bcmf::LogitType type) {
     for (const bool channels_last : {false, true})
       check_loss<Scalar>(type, size, {true, true, 0.5, 1, 1, false, false, channels_last});
   int radius = 0;
-  for (const Size size : {Size{1, 3, 19, 70, 19, 70}, {2, 3, 3, 4, 18, 67}, {1, 2, 1, 1, 5, 4}, {1, 3, 9, 20, 4, 30}}) {
+  for (const Size size : {Size{1, 3, 19, 70, 19, 70},
+                          {2, 3, 3, 4, 18, 67},
+                          {1, 3, 3, 9, 24, 72},
+                          {1, 2, 1, 1, 5, 4},
+                          {1, 3, 9, 20, 4, 30}}) {
     const Options every = {true, true, 0.5, 2, 1 + radius++ % 3, radius % 2 == 0, radius % 2 == 1};
     check_loss<Scalar>(type, size, every);
     check_loss<Scalar>(type, size, {});
