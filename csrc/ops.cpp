@@ -153,12 +153,13 @@ LossInputs::LossInputs(const Tensor& logits, const Tensor& target, const std::op
     TORCH_CHECK_VALUE(bcl_nms_size >= 1 && bcl_nms_size % 2 == 1, "BCL's nms_size is an odd number of pixels, not ",
                       bcl_nms_size, ".");
     args.bcl_steps = static_cast<int>(bcl_steps.size());
-    std::copy(bcl_steps.begin(), bcl_steps.end(), args.bcl_step);
+    const auto bounded = [](int64_t pixels) { return static_cast<int>(std::min(pixels, int64_t{1} << 30)); };
+    std::transform(bcl_steps.begin(), bcl_steps.end(), args.bcl_step, bounded);  // no image is as large
     args.bcl_flipped = !bcl_flipped.empty();
     if (args.bcl_flipped) args.bcl_alpha = bcl_flipped[0], args.bcl_beta = bcl_flipped[1];
     args.bcl_weight = bcl_weight;
     args.bcl_cutoff = nll_of(bcl_threshold, "BCL");
-    args.bcl_nms_radius = bcl_nms_size / 2;
+    args.bcl_nms_radius = bounded(bcl_nms_size / 2);
   }
   if (cpg_kernel_size != 0) {
     TORCH_CHECK_VALUE(cpg_kernel_size == 3 || cpg_kernel_size == 5 || cpg_kernel_size == 7,
@@ -237,6 +238,7 @@ struct LossGradient {
     check_same_device(logits, summary_, "summary");
     grad_total = grad_total_.to(acc).contiguous();
     stats = stats_.contiguous();
+    if (reinterpret_cast<uintptr_t>(stats.const_data_ptr()) % 16 != 0) stats = stats.clone();  // read 16 bytes at once
     selected = selected_.contiguous();
     summary = summary_.contiguous();
     grad = make_like(logits);
@@ -337,7 +339,7 @@ std::tuple<Tensor, Tensor> upsample_confusion_cpu(const Tensor& logits, const Te
 
 #ifdef BCMF_WITH_CUDA
 void check_launch(int error) {
-  TORCH_CHECK(error == 0, "bcmf_ext: a CUDA kernel did not start (CUDA error ", error,
+  TORCH_CHECK(error == 0, "bcmf_ext: a CUDA kernel did not start (", cuda::error_text(error),
               "); python -m bcmf_ext.info says for which GPUs this build was made.");
 }
 

@@ -42,6 +42,13 @@ def test_a_divergent_barrier_is_caught(planted: Path) -> None:
     assert "32 threads at the end of the kernel" in stdout
 
 
+def test_too_little_shared_memory_is_caught(planted: Path) -> None:
+    """Protects from a launch that asks for less dynamic shared memory than the kernel cuts into arrays."""
+    done = run(planted, "shared")
+    assert done.returncode != 0
+    assert "a block uses more dynamic shared memory than its launch asked for" in done.stderr
+
+
 def test_kernels_are_clean_under_sanitizers(tmp_path: Path) -> None:
     """Protects every kernel, in every dtype and option, from accesses out of bounds, reads of memory that nothing has
     written, undefined behaviour, and results that depend on the order of threads."""

@@ -70,10 +70,11 @@ def test_not_less_exact_than_eager(backend: Backend, case: Case, dtype: torch.dt
 
 @pairs(KERNELS)
 @every_dtype
-@pytest.mark.parametrize("shape", [(2, 5, 9, 11), (2, 8, 5, 68)], ids=str)  # the second: several pixels at once
+@pytest.mark.parametrize("shape", [(2, 5, 9, 11), (2, 12, 5, 68)], ids=str)
 def test_any_layout(backend: Backend, case: Case, dtype: torch.dtype, shape: tuple[int, ...]) -> None:
     """Protects strides: channels_last, slices, offsets and transposed storage are read where they are, what lies
-    between them (NaN here) is not, and the gradient comes in the logits' layout."""
+    between them (NaN here) is not, and the gradient comes in the logits' layout. Of the second shape the CUDA kernels
+    read several pixels at once; 12 classes in fp32 are just what a block may have of shared memory unasked."""
     z, y, w = problem(shape, dtype, backend.device, logits=case.logits)
     for view in layouts(z).values():
         assert_not_less_exact(case, backend, z, y.transpose(1, 2).contiguous().transpose(1, 2), w, view)

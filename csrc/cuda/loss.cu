@@ -83,7 +83,7 @@ bool fits_shared(int64_t bytes) {
   int device = 0, most = 0;
   cudaGetDevice(&device);
   cudaDeviceGetAttribute(&most, cudaDevAttrMaxSharedMemoryPerBlockOptin, device);
-  return bytes + 1024 <= most;
+  return bytes + kMostStatic <= most;
 }
 
 unsigned blocks_for(int64_t threads) { return static_cast<unsigned>((threads + kThreads - 1) / kThreads); }
@@ -94,7 +94,8 @@ template <typename Acc>
 void ohem(const LossArgs& args, const ForwardScratch<Acc>& scratch, unsigned tiles, Stream stream) {
   launch(ohem_begin<Acc>, 1, kThreads, 0, stream, args, scratch.partials, tiles, scratch.selection, scratch.histogram);
   for (int level = 0; level < kLevels<Acc>; ++level) {
-    launch(ohem_count<Acc>, tiles, kThreads, 0, stream, args, scratch.selection, level, scratch.histogram);
+    launch(ohem_count<Acc>, tiles < 512 ? tiles : 512, kThreads, 0, stream, args, scratch.selection, level,
+           scratch.histogram);
     launch(ohem_choose<Acc>, 1, kThreads, 0, stream, scratch.selection, level, scratch.histogram);
   }
   launch(ohem_sum_tiles<Acc>, tiles, kThreads, 0, stream, args, scratch.selection, scratch.partials);
@@ -256,5 +257,7 @@ int upsample_argmax(const LossArgs& args, void* classes, Stream stream) {
   });
   return cudaGetLastError();
 }
+
+const char* error_text(int error) { return cudaGetErrorString(static_cast<cudaError_t>(error)); }
 
 }  // namespace bcmf::cuda

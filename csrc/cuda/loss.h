@@ -12,6 +12,9 @@ using Stream = CUstream_st*;  // cudaStream_t
 int64_t loss_forward_scratch(const LossArgs& args);
 int64_t loss_backward_scratch(const LossArgs& args);
 
+// What CUDA says of an error.
+const char* error_text(int error);
+
 // All launches go to `stream`, nothing synchronises. They return cudaGetLastError().
 int loss_forward(const LossArgs& args, void* scratch, Stream stream);
 int loss_backward(const LossArgs& args, void* scratch, Stream stream);

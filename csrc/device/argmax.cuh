@@ -1,5 +1,6 @@
 // The class of each label pixel: the lowest of those with the largest logit; NaN is larger than all, as in
-// torch.argmax.
+// torch.argmax. Reads C logits per label pixel (resampled ones from L1) and writes 1 byte, or 4 for more than 256
+// classes.
 #pragma once
 
 #include "logits.cuh"

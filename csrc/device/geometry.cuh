@@ -6,6 +6,11 @@
 
 namespace bcmf {
 
+#if defined(__CUDACC__)
+__device__ __forceinline__ float rounded_product(float a, float b) { return __fmul_rn(a, b); }
+__device__ __forceinline__ double rounded_product(double a, double b) { return __dmul_rn(a, b); }
+#endif
+
 // pi_s of BCL: swaps neighbouring groups of `step`; an index whose partner would lie outside stays.
 template <typename Index>
 BCMF_HOST_DEVICE Index flip_index(Index i, Index step, Index length) {
@@ -50,10 +55,16 @@ BCMF_HOST_DEVICE int64_t axis_start(int64_t cell, int64_t in, int64_t out, bool 
   return start < out ? start : out;
 }
 
-// Both products, as F.interpolate, so that infinities come out alike; but nothing of b where its weight is 0.
+// Both products, as F.interpolate, so that infinities come out alike; but nothing of b where its weight is 0. On a GPU
+// the compiler may round only one of the products, another one in another place: which one is said here, so that a
+// logit has the same bits wherever it is looked at.
 template <typename Acc>
 BCMF_HOST_DEVICE Acc mix(Acc a, Acc b, Acc weight) {
+#if defined(__CUDA_ARCH__)
+  return weight == 0 ? a : fma(weight, b, rounded_product(1 - weight, a));
+#else
   return weight == 0 ? a : (1 - weight) * a + weight * b;
+#endif
 }
 
 // Taps of CPG's Sobel kernels times this denominator are integers, so that G != 0 is decided exactly.

@@ -4,20 +4,29 @@
 
 #include "common.cuh"
 
+namespace bcmf {
+// Shared memory, static and dynamic, that a block is given without asking; and more than any kernel has of the static.
+constexpr int64_t kUsualShared = 48 << 10, kMostStatic = 2 << 10;
+}  // namespace bcmf
+
 #if defined(__CUDACC__)
 #define BCMF_SHARED(type, name, count) __shared__ type name[count]
 
 namespace bcmf {
 
-// More shared memory than a block is given without asking.
-constexpr int64_t kUsualShared = 48 << 10;
-
 // blocks of `threads`, each with `shared` bytes of dynamic shared memory.
 template <typename... Parameters, typename... Arguments>
 void launch(void (*kernel)(Parameters...), unsigned blocks, unsigned threads, int64_t shared, cudaStream_t stream,
             const Arguments&... arguments) {
-  if (shared > kUsualShared)
-    cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, static_cast<int>(shared));
+  if (shared > kUsualShared - kMostStatic) {  // asks for all there is: another thread may launch the same kernel
+    int device = 0, most = 0;
+    cudaFuncAttributes attributes = {};
+    cudaGetDevice(&device);
+    cudaDeviceGetAttribute(&most, cudaDevAttrMaxSharedMemoryPerBlockOptin, device);
+    cudaFuncGetAttributes(&attributes, kernel);
+    cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize,
+                         most - static_cast<int>(attributes.sharedSizeBytes));
+  }
   kernel<<<blocks, threads, shared, stream>>>(arguments...);
 }
 
@@ -36,7 +45,7 @@ BCMF_HOST_DEVICE T* dynamic_shared(int64_t offset, int64_t /*count*/) {
 }  // namespace device
 }  // namespace bcmf
 #else
-#include <emulator.h>
+#include <emulator_launch.h>
 #endif
 
 namespace bcmf::device {

@@ -104,7 +104,7 @@ __global__ void __launch_bounds__(kThreads) ohem_begin(const __grid_constant__ L
   }
 }
 
-// Counts the digits of the tile's losses that have the prefix.
+// Counts the digits of losses that have the prefix: few blocks, since each adds all its counters to those of others.
 template <typename Acc>
 __global__ void __launch_bounds__(kThreads)
     ohem_count(const __grid_constant__ LossArgs args, const Selection<Acc>* selection, int level, Count* histogram) {
@@ -113,12 +113,12 @@ __global__ void __launch_bounds__(kThreads)
   for (int digit = threadIdx.x; digit < kDigits; digit += kThreads) counts[digit] = 0;
   __syncthreads();
   const auto prefix = selection->prefix;
-  const Stacks<false> tile(args);
-  tile.for_each([&](int k) {
-    const Acc nll = static_cast<const Acc*>(args.nll)[tile.pixel(k)];
+  const int64_t pixels = args.N * args.H * args.W, step = static_cast<int64_t>(gridDim.x) * kThreads;
+  for (int64_t pixel = blockIdx.x * static_cast<int64_t>(kThreads) + threadIdx.x; pixel < pixels; pixel += step) {
+    const Acc nll = static_cast<const Acc*>(args.nll)[pixel];
     const int digit = nll == -1 ? -1 : digit_of<Acc>(key_of(nll), prefix, level);
     if (digit >= 0) atomicAdd(&counts[digit], 1u);
-  });
+  }
   __syncthreads();
   for (int digit = threadIdx.x; digit < kDigits; digit += kThreads)
     if (counts[digit] > 0) atomicAdd(&histogram[digit], Count{counts[digit]});
@@ -201,19 +201,26 @@ __global__ void loss_finish(const __grid_constant__ LossArgs args, const double*
   *static_cast<Acc*>(args.total) = static_cast<Acc>(total);
 }
 
+// Derivative of the total by a pixel's cross-entropy of weight 1.
+template <typename Acc>
+__device__ __forceinline__ Acc ce_scale(const LossArgs& args) {
+  const Acc denominator = static_cast<const Acc*>(args.summary)[kDenominator];
+  return denominator != 0 ? *static_cast<const Acc*>(args.grad_total) / denominator : Acc(0);
+}
+
 // What the cross-entropy and BCL ask of a pixel: `pull` of p towards the one-hot label, exactly 0 where nothing.
 template <typename Acc, typename F>
-__device__ __forceinline__ Acc pull_of(const LossArgs& args, int64_t pixel, int label, F loss_of_class) {
+__device__ __forceinline__ Acc pull_of(const LossArgs& args, int64_t pixel, int label, Acc scale, F loss_of_class) {
   const Acc* summary = static_cast<const Acc*>(args.summary);
-  const Acc upstream = *static_cast<const Acc*>(args.grad_total), denominator = summary[kDenominator];
   if (label < 0) return label == kBad ? static_cast<Acc>(nan("")) : Acc(0);
-  Acc pull = args.ce && denominator != 0 ? upstream / denominator * weight_of<Acc>(args, label) : Acc(0);
+  Acc pull = args.ce ? scale * weight_of<Acc>(args, label) : Acc(0);
   // The forward's own arithmetic, so that the same pixels are kept.
   if (args.ohem && key_of(loss_of_class(label)) < key_of(summary[kCutoff])) pull = 0;
   if (args.bcl_steps > 0 && !args.bcl_flipped) {
     const uint8_t selected = static_cast<const uint8_t*>(args.selected)[pixel];
-    for (int s = 0; s < args.bcl_steps; ++s)
-      if (selected >> s & 1) pull += bcl_scale<Acc>(args, summary[kSelected + s]);
+#pragma unroll 1
+    for (unsigned steps = selected; steps != 0; steps &= steps - 1)
+      pull += bcl_scale<Acc>(args, summary[kSelected + __ffs(static_cast<int>(steps)) - 1]);
   }
   return pull;
 }
@@ -229,10 +236,11 @@ struct Pulls {
   __device__ __forceinline__ Pulls(const LossArgs& args, const typename Source::Tile& tile, const Source& source) {
     tile.load(static_cast<const Acc*>(args.stats), m);
     tile.load(static_cast<const Acc*>(args.stats) + args.N * args.H * args.W, log_sum);
+    const Acc scale = ce_scale<Acc>(args);
     tile.for_each([&](int k) {
       label[k] = read_label(args, tile.n, tile.y(k), tile.x(k));
-      pull[k] =
-          pull_of<Acc>(args, tile.pixel(k), label[k], [&](int c) { return (m[k] - source.own(k, c)) + log_sum[k]; });
+      pull[k] = pull_of<Acc>(args, tile.pixel(k), label[k], scale,
+                             [&](int c) { return (m[k] - source.own(k, c)) + log_sum[k]; });
     });
   }
   __device__ __forceinline__ Acc probability(int k, Acc z) const { return exp_of((z - m[k]) - log_sum[k]); }
@@ -345,7 +353,8 @@ __global__ void __launch_bounds__(kThreads, 3) sparse_gradient_tiles(const __gri
     const int64_t pixel = (tile.n * tile.H + y) * tile.W + x;
     const Acc* m = static_cast<const Acc*>(args.stats) + pixel;
     const auto loss = [&](int c) { return (m[0] - entries.at(tile.n, y, x, c)) + m[args.N * args.H * args.W]; };
-    memory.pulls[i] = Sink::kAdds ? Acc(0) : pull_of<Acc>(args, pixel, read_label(args, tile.n, y, x), loss);
+    memory.pulls[i] =
+        Sink::kAdds ? Acc(0) : pull_of<Acc>(args, pixel, read_label(args, tile.n, y, x), ce_scale<Acc>(args), loss);
     memory.factors[i] = memory.pulls[i] + flipped_pull<Acc>(args, selected_at(row, column));
   });
   const int C = static_cast<int>(args.C);
@@ -360,20 +369,49 @@ __global__ void __launch_bounds__(kThreads, 3) sparse_gradient_tiles(const __gri
     });
     ++held;
   }
+  const auto value_of = [&](int i, int y, int x, int label, unsigned selected, int c, Acc p, Acc g) {
+    const Acc factor = memory.factors[i];
+    Acc value = factor != 0 ? factor * p : Acc(0);
+    if (c == label) value -= memory.pulls[i];
+    if (selected != 0) value -= flipped_pull_of<Acc>(args, selected, tile, y, x, c);
+    return g != 0 ? value + p * g : value;
+  };
+  if (!Sink::kAdds && held <= memory.kept_count) {  // nothing to find again: pixel by pixel, without a barrier
+    constexpr int kAtOnce = 4;
+    memory.for_each([&](int i, int row, int column) {
+      const int y = tile.top + row, x = tile.left + column, label = read_label(args, tile.n, y, x);
+      const unsigned selected = selected_at(row, column);
+      const Acc* m = static_cast<const Acc*>(args.stats) + (tile.n * tile.H + y) * tile.W + x;
+      const Acc max_logit = m[0], log_sum = m[args.N * args.H * args.W];
+      int before = 0;  // as `held`
+      for (int first = 0; first < C; first += kAtOnce) {
+        Acc z[kAtOnce];
+#pragma unroll
+        for (int j = 0; j < kAtOnce; ++j) z[j] = entries.at(tile.n, y, x, first + j < C ? first + j : C - 1);
+#pragma unroll
+        for (int j = 0; j < kAtOnce; ++j) {
+          const int c = first + j;
+          if (c >= C) break;
+          const bool holds = edges && window.holds(c);
+          const Acc g = holds ? memory.kept[before * memory.count + i] : Acc(0);
+          const Acc p = exp_of((z[j] - max_logit) - log_sum);
+          sink.set(tile, row, column, c, value_of(i, y, x, label, selected, c, p, g));
+          before += holds;
+        }
+      }
+    });
+    return;
+  }
   held = 0;
   for (int c = 0; c < C; ++c) {
     const bool holds = edges && window.holds(c), kept = held < memory.kept_count;
     if (holds && !kept) window.find_residuals(args, tile, entries, c);
     memory.for_each([&](int i, int row, int column) {
       const int y = tile.top + row, x = tile.left + column;
-      const Acc p = p_of(row, column, c), factor = memory.factors[i];
-      Acc value = factor != 0 ? factor * p : Acc(0);
-      if (memory.pulls[i] != 0 && read_label(args, tile.n, y, x) == c) value -= memory.pulls[i];
-      if (args.bcl_flipped) value -= flipped_pull_of<Acc>(args, selected_at(row, column), tile, y, x, c);
       Acc g = 0;
       if (holds) g = kept ? memory.kept[held * memory.count + i] : window.gradient(tile, row, column);
-      if (g != 0) value += p * g;
-      sink.set(tile, row, column, c, value);
+      const int label = Sink::kAdds ? kIgnored : read_label(args, tile.n, y, x);  // what adds has no pulls
+      sink.set(tile, row, column, c, value_of(i, y, x, label, selected_at(row, column), c, p_of(row, column, c), g));
     });
     sink.add(args, tile, c);
     held += holds;

@@ -1,11 +1,11 @@
-// Faults that the emulator must find, one per argument: `planted barrier|bounds|divergence`. test_emulator.py runs
-// them.
+// Faults that the emulator must find, one per argument: `planted barrier|bounds|divergence|shared`. test_emulator.py
+// runs them.
 
 #include <cstdio>
 #include <string>
 #include <vector>
 
-#include "emulator.h"
+#include "emulator_launch.h"
 
 namespace {
 
@@ -28,6 +28,8 @@ __global__ void read_one_too_far(float* out) {
 __global__ void half_of_the_threads_wait() {
   if (threadIdx.x < kThreads / 2) __syncthreads();
 }
+
+__global__ void take_more_than_is_there() { bcmf::device::dynamic_shared<float>(0, kThreads); }
 
 std::vector<float> run_reverse(emulator::Order order, bool with_barrier) {
   std::vector<float> in(kThreads), out(kThreads);
@@ -55,6 +57,8 @@ int main(int, char** argv) {
   } else if (fault == "bounds") {
     std::vector<float> out(kThreads);
     bcmf::launch(read_one_too_far, 1, kThreads, 0, nullptr, out.data());
+  } else if (fault == "shared") {
+    bcmf::launch(take_more_than_is_there, 1, 1, kThreads * sizeof(float) - 1, nullptr);
   } else if (fault == "divergence") {
     try {
       bcmf::launch(half_of_the_threads_wait, 1, kThreads, 0, nullptr);

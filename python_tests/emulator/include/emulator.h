@@ -12,6 +12,8 @@
 
 #include <algorithm>
 #include <cstdint>
+#include <cstdio>
+#include <cstdlib>
 #include <cstring>
 #include <functional>
 #include <map>
@@ -205,6 +207,12 @@ inline void launch(Dim3 grid, Dim3 threads, int64_t shared, std::function<void()
 // ---------------------------------------------------------------------------------------------------------------------
 // What kernels call
 
+// For threads: an exception does not leave a fiber.
+[[noreturn]] inline void stop(const char* fault) {
+  std::fprintf(stderr, "%s\n", fault);
+  std::abort();
+}
+
 // `count` entries for the block, the first time NaN (and a large negative integer).
 template <typename T>
 T* poisoned(std::unique_ptr<char[]>& bytes, size_t count) {
@@ -282,22 +290,3 @@ inline unsigned long long atomicAdd(unsigned long long* address, unsigned long l
   return emulator::fetch_add(address, value);
 }
 inline unsigned atomicOr(unsigned* address, unsigned bits) { return *address |= bits; }
-
-// What csrc/device/launch.cuh defines for nvcc.
-namespace bcmf {
-template <typename... Parameters, typename Stream, typename... Arguments>
-void launch(void (*kernel)(Parameters...), unsigned blocks, unsigned threads, int64_t shared, Stream,
-            const Arguments&... arguments) {
-  emulator::launch(blocks, threads, shared, [&] { kernel(arguments...); });
-}
-namespace device {
-// An array of its own, so that AddressSanitizer knows its bounds; nothing outside a launch, where it is only measured.
-template <typename T>
-T* dynamic_shared(int64_t offset, int64_t count) {
-  if (!emulator::block.launched || count == 0) return nullptr;
-  if (offset + count * static_cast<int64_t>(sizeof(T)) > emulator::block.dynamic_bytes)
-    throw std::runtime_error("a block uses more dynamic shared memory than its launch asked for");
-  return emulator::poisoned<T>(emulator::block.dynamic[offset], static_cast<size_t>(count));
-}
-}  // namespace device
-}  // namespace bcmf

@@ -1,0 +1,22 @@
+// What csrc/device/launch.cuh defines for nvcc, over the emulator.
+#pragma once
+
+#include "emulator.h"
+
+namespace bcmf {
+template <typename... Parameters, typename Stream, typename... Arguments>
+void launch(void (*kernel)(Parameters...), unsigned blocks, unsigned threads, int64_t shared, Stream,
+            const Arguments&... arguments) {
+  emulator::launch(blocks, threads, shared, [&] { kernel(arguments...); });
+}
+namespace device {
+// An array of its own, so that AddressSanitizer knows its bounds; nothing outside a launch, where it is only measured.
+template <typename T>
+T* dynamic_shared(int64_t offset, int64_t count) {
+  if (!emulator::block.launched || count == 0) return nullptr;
+  if (offset + count * static_cast<int64_t>(sizeof(T)) > emulator::block.dynamic_bytes)
+    emulator::stop("a block uses more dynamic shared memory than its launch asked for");
+  return emulator::poisoned<T>(emulator::block.dynamic[offset], static_cast<size_t>(count));
+}
+}  // namespace device
+}  // namespace bcmf
