@@ -225,8 +225,7 @@ __device__ __forceinline__ Acc pull_of(const LossArgs& args, int64_t pixel, int 
   return pull;
 }
 
-// What the gradient of a stack is made of: p (factor) - pull at the label. Both are 0 where nothing is asked of a
-// pixel.
+// What the gradient of a stack is made of: pull times p, minus pull at the label; exactly 0 where nothing is asked.
 template <typename Source>
 struct Pulls {
   using Acc = typename Source::Acc;

@@ -86,7 +86,7 @@ bool begins_at(const LogitView& view, const LossArgs& args, int64_t stride_c, in
          divides(args.C, stride_c) && divides(args.H, view.stride_h);
 }
 
-// The tile of this block, and the stack of this thread. Sides are below 2^31 (ops.cpp says so).
+// The tile of this block, and the stack of this thread. Sides are below 2^30: ops.cpp says so.
 struct Tile {
   int64_t n;
   int H, W, top, left;
