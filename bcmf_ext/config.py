@@ -103,7 +103,10 @@ class Config:
     )
     channels_last: bool = knob("NHWC memory layout", True, action=argparse.BooleanOptionalAction, resumable=True)
     compile: bool = knob(
-        "torch.compile the network: minutes at the start, then faster steps", False, action="store_true", resumable=True
+        "torch.compile the network: minutes at the start, then faster steps",
+        False,
+        action=argparse.BooleanOptionalAction,
+        resumable=True,
     )
     impl: str = knob(
         "which implementation of the losses", "auto", choices=("auto", "cuda", "triton", "cpu", "torch"), resumable=True
@@ -233,8 +236,8 @@ def command_line(config: Config) -> str:
     words = ["python -m bcmf_ext.train"]
     for name, value in asdict(config).items():
         flag = f"--{name.replace('_', '-')}"
-        if name == "channels_last":
-            words.append(flag if value else "--no-channels-last")
+        if name in ("channels_last", "compile"):  # these can be switched off
+            words.append(flag if value else flag.replace("--", "--no-", 1))
         elif value is True:
             words.append(flag)
         elif value is not None and value is not False:
