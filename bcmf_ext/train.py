@@ -168,6 +168,11 @@ class Trainer:
                         f"The GPU has too little memory for --batch-size {config.batch_size} with "
                         f"--crop-size {height} {width}: lower one of them."
                     ) from error
+                except RuntimeError as error:
+                    if not config.compile or not isinstance(error, torch._dynamo.exc.TorchDynamoException):
+                        raise
+                    reason = " ".join(str(error).strip().split("\n\n")[0].split())  # advice to developers follows
+                    raise UserError(f"torch.compile failed ({reason}): --no-compile trains without it.") from error
                 confusion = None
                 due = (state.epoch + 1) % config.eval_interval == 0 or state.epoch + 1 == config.epochs
                 if due and not interrupted():

@@ -90,7 +90,7 @@ void check_same_device(const Tensor& logits, const Tensor& other, const char* na
 // Tensors may have more than 2^31 entries, but the kernels count rows, columns and classes in 32 bits.
 void check_sides(const LossArgs& args) {
   for (const int64_t side : {args.C, args.h, args.w, args.H, args.W})
-    TORCH_CHECK_VALUE(side < int64_t{1} << 30, "a side of ", side, " is too long: below 2^30 it has to be.");
+    TORCH_CHECK_VALUE(side < int64_t{1} << 30, "a side of ", side, " is too long: it has to be below 2^30.");
 }
 
 // Both ops' arguments beside tensors of their own.

@@ -179,11 +179,14 @@ def layouts(z: Tensor) -> dict[str, Tensor]:
     n, c, h, w = z.shape
     big = z.new_full((n, c + 3, h + 2, 2 * w + 1), math.nan)
     big[:, 2:-1, 1:-1, 1::2] = z
+    aligned = z.new_full((n, c, h, w // 8 * 8 + 8), math.nan)
+    aligned[..., :w] = z
     return {
         "nchw": z,
         "channels_last": z.contiguous(memory_format=torch.channels_last),
         "slice": big[:, 2:-1, 1:-1, 1::2],
         "rows cut": big[:, 2:-1, 1:-1, 1::2].contiguous()[..., :w],
+        "cut from aligned rows": aligned[..., :w],
         "transposed": z.transpose(2, 3).contiguous().transpose(2, 3),
     }
 

@@ -474,6 +474,9 @@ def test_direct_calls_are_memory_safe(backend: Backend) -> None:
         if backend.resamples or kept[1] is selected:
             with pytest.raises(ValueError, match=r"as bcmf::loss returned them"):
                 backward_of(op)(one, z, y, w, *kept, *options)
+    if backend.resamples:  # sides are counted in 32 bits
+        with pytest.raises(ValueError, match=f"a side of {2**30} is too long"):
+            op(z[:1], y[:1, :1, :1].expand(1, 1, 2**30), None, *options)
     with pytest.raises(TypeError, match="class ids"):
         op(z, y.float(), w, *options)
     for bad in ({"ohem_threshold": 0.0}, {"bcl_steps": [0]}, {"bcl_steps": [1] * 9}, {"cpg_kernel_size": 4}):

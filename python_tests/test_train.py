@@ -273,6 +273,19 @@ def test_compiled_network(flags: list[str], run: Path, monkeypatch: pytest.Monke
 
 
 @pytest.mark.usefixtures("tiny")
+def test_a_network_that_does_not_compile(flags: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    """Without a compiler that works, `--compile` ends in a sentence."""
+
+    def broken(*_: Any) -> None:
+        raise OSError("no C++ compiler")
+
+    original = TinyNet.compile
+    monkeypatch.setattr(TinyNet, "compile", lambda model: original(model, backend=broken))
+    with pytest.raises(UserError, match=r"^torch\.compile failed \(.*no C\+\+ compiler.*\): --no-compile trains"):
+        train.main([*flags, "--compile"])
+
+
+@pytest.mark.usefixtures("tiny")
 def test_weights_that_are_not_finite(flags: list[str], run: Path) -> None:
     """A finite loss with infinite gradients in the last step of an epoch: the weights are named, not the loss."""
     with pytest.raises(UserError, match=r"weights are not finite after epoch 1, step \d+, though the loss was"):

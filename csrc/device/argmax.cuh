@@ -19,10 +19,7 @@ __global__ void __launch_bounds__(kThreads) argmax_tiles(const __grid_constant__
   int found[kStack] = {};
   source.stack(0, best);
   constexpr int kAtOnce = Source::kAtOnce;
-#pragma unroll 1
-  for (int first = 0; first < C; first += kAtOnce) {
-    Acc z[kAtOnce][kStack];
-    load_classes(source, first, C, z);
+  for_classes(source, C, [&](int first, const Acc(&z)[kAtOnce][kStack]) {
 #pragma unroll
     for (int j = 0; j < kAtOnce; ++j)
 #pragma unroll
@@ -31,7 +28,7 @@ __global__ void __launch_bounds__(kThreads) argmax_tiles(const __grid_constant__
         best[k] = better ? z[j][k] : best[k];
         found[k] = better ? first + j : found[k];
       }
-  }
+  });
   if (C > 256) return tile.store(found, static_cast<int32_t*>(classes));
   uint8_t narrowed[kStack];
   for (int k = 0; k < kStack; ++k) narrowed[k] = static_cast<uint8_t>(found[k]);

@@ -81,7 +81,7 @@ struct DirectPixels : DirectEntries<Scalar> {
   using Entries = DirectEntries<Scalar>;
   using typename Entries::Acc;
   using Tile = Stacks<false>;
-  static constexpr int kVector = 16 / sizeof(Scalar);
+  static constexpr int kBlocks = 4, kVector = 16 / sizeof(Scalar);
   Scalar* staged;  // (kRows, kColumns, C)
   const Tile& tile;
   int C;
@@ -112,12 +112,14 @@ struct DirectPixels : DirectEntries<Scalar> {
   __device__ __forceinline__ void copy(const LogitView& to, F f) const {
     Scalar* corner =
         static_cast<Scalar*>(to.data) + tile.n * to.stride_n + tile.top * to.stride_h + tile.left * to.stride_w;
-    const int vectors = tile.columns * C / kVector;
-    for (int i = threadIdx.x; i < tile.rows * vectors; i += kThreads) {
-      const int row = i / vectors, entry = i % vectors * kVector;
-      f(reinterpret_cast<Words<Scalar, kVector>*>(staged + row * kColumns * C + entry),
-        reinterpret_cast<Words<Scalar, kVector>*>(corner + row * to.stride_h + entry));
-    }
+    constexpr int kPerRow = kThreads / kRows;  // threads to a row: no division by its length
+    const int row = static_cast<int>(threadIdx.x) / kPerRow, own = static_cast<int>(threadIdx.x) % kPerRow * kVector;
+    if (row >= tile.rows) return;
+    Scalar *shared = staged + row * kColumns * C, *memory = corner + row * to.stride_h;
+#pragma unroll 4
+    for (int entry = own; entry < tile.columns * C; entry += kPerRow * kVector)
+      f(reinterpret_cast<Words<Scalar, kVector>*>(shared + entry),
+        reinterpret_cast<Words<Scalar, kVector>*>(memory + entry));
   }
 };
 
@@ -206,15 +208,23 @@ struct Resampled : ResampledEntries<Scalar> {
   }
 };
 
-// Classes c, c + 1, … of a stack: their reads are under way together. Beyond the last class: -inf.
-template <typename Source, typename Acc, int kAtOnce>
-__device__ __forceinline__ void load_classes(const Source& source, int c, int C, Acc (&z)[kAtOnce][kStack]) {
+// f(first, z) for groups of classes of a stack, z[j] being class first + j: their reads are under way together. Beyond
+// the last class z is -inf.
+template <typename Source, typename F>
+__device__ __forceinline__ void for_classes(const Source& source, int C, F f) {
+  constexpr int kAtOnce = Source::kAtOnce;
+  using Acc = typename Source::Acc;
+#pragma unroll 1
+  for (int first = 0; first < C; first += kAtOnce) {
+    Acc z[kAtOnce][kStack];
 #pragma unroll
-  for (int j = 0; j < kAtOnce; ++j) source.stack(c + j < C ? c + j : C - 1, z[j]);
+    for (int j = 0; j < kAtOnce; ++j) source.stack(first + j < C ? first + j : C - 1, z[j]);
 #pragma unroll
-  for (int j = 1; j < kAtOnce; ++j)
+    for (int j = 1; j < kAtOnce; ++j)
 #pragma unroll
-    for (int k = 0; k < kStack; ++k) z[j][k] = c + j < C ? z[j][k] : static_cast<Acc>(-INFINITY);
+      for (int k = 0; k < kStack; ++k) z[j][k] = first + j < C ? z[j][k] : static_cast<Acc>(-INFINITY);
+    f(first, z);
+  }
 }
 
 // ---------------------------------------------------------------------------------------------------------------------
@@ -339,9 +349,8 @@ struct TileCells {
   int rows, columns;
   Acc *values, *sums;  // of a class, (kRows, kColumns); and their sums along y, (kDown, kColumns)
   CellAxis<Acc> down, across;
-
-  int stack_first[kStacks];  // the row of cells above each stack, if
-  bool whole_stacks;         // all stacks have one row of cells above and one below them, whichever
+  bool whole_stacks;         // no stack's pixels lie between different rows of cells
+  int stack_first[kStacks];  // if so, the row above each
 
   static BCMF_HOST_DEVICE int64_t scratch() { return (kRows + kDown) * kColumns; }
   __device__ __forceinline__ void begin(const LossArgs& args, const Tile& tile, Acc* scratch) {

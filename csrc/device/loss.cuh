@@ -28,10 +28,7 @@ __device__ __forceinline__ void sum_exps(const Source& source, int C, Acc (&m)[k
 #pragma unroll
   for (int k = 0; k < kStack; ++k) m[k] = static_cast<Acc>(-INFINITY), sum[k] = 0;
   constexpr int kAtOnce = Source::kAtOnce;
-#pragma unroll 1
-  for (int c = 0; c < C; c += kAtOnce) {
-    Acc z[kAtOnce][kStack];
-    load_classes(source, c, C, z);
+  for_classes(source, C, [&](int, const Acc(&z)[kAtOnce][kStack]) {
 #pragma unroll
     for (int k = 0; k < kStack; ++k) {
       Acc largest = m[k], exps = 0;
@@ -43,7 +40,7 @@ __device__ __forceinline__ void sum_exps(const Source& source, int C, Acc (&m)[k
       sum[k] = sum[k] * exp_of(m[k] - base) + exps;
       m[k] = largest;
     }
-  }
+  });
 }
 
 // Writes stats, nll with OHEM, scores with BCL, and the tile's sums.
@@ -261,10 +258,7 @@ __global__ void __launch_bounds__(kThreads, Source::kBlocks)
   const Pulls<Source> pulls(args, tile, source);
   const int C = static_cast<int>(args.C);
   constexpr int kAtOnce = Source::kAtOnce;
-#pragma unroll 1
-  for (int first = 0; first < C; first += kAtOnce) {
-    Acc z[kAtOnce][kStack];
-    load_classes(source, first, C, z);
+  for_classes(source, C, [&](int first, Acc(&z)[kAtOnce][kStack]) {
 #pragma unroll
     for (int j = 0; j < kAtOnce; ++j) {
       if (first + j >= C) break;
@@ -272,7 +266,7 @@ __global__ void __launch_bounds__(kThreads, Source::kBlocks)
       for (int k = 0; k < kStack; ++k) z[j][k] = pulls.of(k, first + j, pulls.probability(k, z[j][k]));
       sink.put(args, source, tile, first + j, z[j]);
     }
-  }
+  });
   sink.finish(source);
 }
 

@@ -196,12 +196,14 @@ inline void launch(Dim3 grid, Dim3 threads, int64_t shared, std::function<void()
   block_size = threads;
   block.kernel = std::move(kernel);
   block.dynamic_bytes = shared;
-  block.launched = true;
+  const struct Launched {  // until the launch has ended, or failed
+    Launched() { block.launched = true; }
+    ~Launched() { block.launched = false; }
+  } launched;
   for (unsigned index : permutation(grid.count())) {
     block_index = grid.at(index);
     run_block();
   }
-  block.launched = false;
 }
 
 // ---------------------------------------------------------------------------------------------------------------------
