@@ -6,22 +6,23 @@ step.
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import importlib.util
 import json
 import os
+import shutil
 import sys
 import warnings
-from collections.abc import Mapping
 from importlib.machinery import PathFinder
 from pathlib import Path
-from types import MappingProxyType, ModuleType
+from types import ModuleType
 
 import torch
 
 DEBUG = os.environ.get("BCMF_DEBUG") == "1"  # look at labels on CUDA too: a sync, for a sentence
 IMPLS = ("cuda", "triton", "cpu", "torch")
-_ORDER = {"cuda": ("cuda", "triton", "torch"), "cpu": ("cpu", "torch")}  # of "auto", by device
+ORDER = {"cuda": ("cuda", "triton", "torch"), "cpu": ("cpu", "torch")}  # of "auto", by device
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"  # Triton kernels run on the CPU, slowly: for tests
 _REINSTALL = "pip install --force-reinstall --no-deps --no-cache-dir, from the same source"
 
@@ -70,7 +71,7 @@ def _load_extension() -> tuple[ModuleType | None, str | None, str | None]:
         except ImportError as error:
             reason = f"the extension does not load ({error}): reinstall it ({_REINSTALL})"
     # Not warn: its second line would quote this one.
-    warnings.warn_explicit(f"{reason}. Until then its ops run in PyTorch.", RuntimeWarning, "bcmf_ext", 1)
+    warnings.warn_explicit(f"{reason}. Until then its ops run in PyTorch, on GPUs in Triton.", RuntimeWarning, "bcmf_ext", 1)
     return None, reason, reason
 
 
@@ -85,31 +86,47 @@ def _import_from(folder: Path) -> ModuleType:
 
 EXTENSION, _NO_EXTENSION, _NO_CUDA = _load_extension()
 _NO_TRITON = None if importlib.util.find_spec("triton") else "triton is not installed"
+_COMPILERS = [os.environ["CC"]] if "CC" in os.environ else ["gcc", "clang"]
+_NO_LAUNCHER = (  # which triton compiles when a kernel first runs
+    None
+    if any(map(shutil.which, _COMPILERS))
+    else f"triton needs a C compiler ({' or '.join(_COMPILERS)}), and none was found"
+)
+_NAMES = {"triton": "Triton", "torch": "PyTorch"}
 
 
-def why_not(impl: str, device: str, lacks: Mapping[str, str] = MappingProxyType({})) -> str | None:
-    """Why ``impl`` cannot run an op on tensors of this device type; None if it can.
-
-    lacks: what impls lack for the call at hand, from the op's own file.
-    """
+def why_not(impl: str, device: str) -> str | None:
+    """Why ``impl`` cannot run ops on tensors of this device type; None if it can."""
     if impl not in IMPLS:
         return f'there is no such impl; choose from "auto", {", ".join(map(repr, IMPLS))}'
     if impl == "torch":
         return None
-    if impl not in _ORDER.get(device, ()) and not (impl == "triton" and device == "cpu" and INTERPRETED):
+    if impl not in ORDER.get(device, ()) and not (impl == "triton" and device == "cpu" and INTERPRETED):
         return f"it does not run on {device} tensors"
-    missing = {"cpu": _NO_EXTENSION, "cuda": _NO_CUDA, "triton": _NO_TRITON}[impl]
-    return missing or lacks.get(impl)
+    if impl == "triton" and device == "cuda" and _NO_TRITON is None:
+        return _NO_LAUNCHER
+    return {"cpu": _NO_EXTENSION, "cuda": _NO_CUDA, "triton": _NO_TRITON}[impl]
 
 
-def choose(op: str, impl: str, device: torch.device, lacks: Mapping[str, str] = MappingProxyType({})) -> str:
+def choose(op: str, impl: str, device: torch.device) -> str:
     """The impl that runs ``op``: for "auto" the first that can, otherwise the one asked for.
 
+    Where that is not "cuda" on a GPU, the first call says why.
     Raises ValueError if the impl asked for by name cannot run, and says why.
     """
     if impl == "auto":
-        return next(i for i in _ORDER.get(device.type, ("torch",)) if why_not(i, device.type, lacks) is None)
-    reason = why_not(impl, device.type, lacks)
+        chosen = next(i for i in ORDER.get(device.type, ("torch",)) if why_not(i, device.type) is None)
+        if device.type == "cuda" and chosen != "cuda" and not torch.compiler.is_compiling():
+            reasons = (why_not(i, device.type) for i in ORDER["cuda"])
+            _say_once(f"On GPUs bcmf_ext runs in {_NAMES[chosen]}: {'; '.join(r for r in reasons if r)}.")
+        return chosen
+    reason = why_not(impl, device.type)
     if reason is not None:
         raise ValueError(f"impl={impl!r} cannot run {op}: {reason}.")
     return impl
+
+
+@functools.cache
+def _say_once(sentence: str) -> None:
+    # Not warn: its second line would quote this one.
+    warnings.warn_explicit(sentence, RuntimeWarning, "bcmf_ext", 1)

@@ -1,5 +1,4 @@
-"""``python -m bcmf_ext.info``: versions, what was built, and for each op which impl runs where, and why not the
-others."""
+"""``python -m bcmf_ext.info``: versions, what was built, and which impl runs where, and why not the others."""
 
 from __future__ import annotations
 
@@ -9,15 +8,6 @@ import platform
 import torch
 
 from . import dispatch
-from .ops import UPSAMPLE_ARGMAX_LACKS, loss_lacks
-
-_OPS = {
-    "cross_entropy (and OHEM)": loss_lacks(),
-    "boundary_corrected_loss": loss_lacks(bcl=True),
-    "cpg_loss": loss_lacks(cpg=True),
-    "segmentation_loss, as in training": loss_lacks(bcl=True, cpg=True),
-    "upsample_argmax, as in evaluation": UPSAMPLE_ARGMAX_LACKS,
-}
 
 
 def _version(package: str) -> str:
@@ -57,18 +47,15 @@ def build() -> str:
 
 
 def impls() -> str:
-    """For each op and device, the impl that "auto" takes and why not the others."""
+    """For each device, the impl that "auto" takes for losses and metrics, and why not the others."""
     said = {dispatch.why_not("cpu", "cpu"), dispatch.why_not("cuda", "cuda")} - {None}  # by `build`
     lines = []
-    for op, lacks in _OPS.items():
-        lines.append(op)
-        for device in ("cpu", "cuda"):
-            chosen = dispatch.choose(op, "auto", torch.device(device), lacks)
-            lines.append(f"  on {device} tensors: {chosen}")
-            for impl in dispatch.IMPLS:
-                reason = dispatch.why_not(impl, device, lacks)
-                if reason is not None and not reason.startswith("it does not run on"):
-                    lines.append(f"    not {impl}: {'not built, see above' if reason in said else reason}")
+    for device in ("cpu", "cuda"):
+        reasons = {impl: dispatch.why_not(impl, device) for impl in dispatch.ORDER[device]}
+        lines.append(f"on {device} tensors: {next(impl for impl, reason in reasons.items() if reason is None)}")
+        for impl, reason in reasons.items():
+            if reason is not None:
+                lines.append(f"  not {impl}: {'not built, see above' if reason in said else reason}")
     return "\n".join(lines)
 
 

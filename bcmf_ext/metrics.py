@@ -22,8 +22,9 @@ def upsample_argmax(logits: Tensor, size: Sequence[int], align_corners: bool = F
     Raises TypeError for logits that are not floating point, ValueError for another shape.
     """
     _check_logits(logits)
-    if _impl(logits) in ("cpu", "cuda"):
-        return torch.ops.bcmf.upsample_argmax(logits.detach(), *size, align_corners)
+    impl = _impl(logits)
+    if impl != "torch":
+        return ops.UPSAMPLE_ARGMAX[impl](logits.detach(), *size, align_corners)
     return reference.resample(logits, size, align_corners).argmax(1).to(ops.argmax_dtype(logits))
 
 
@@ -35,7 +36,7 @@ def _check_logits(logits: Tensor) -> None:
 
 
 def _impl(logits: Tensor) -> str:
-    return dispatch.choose("upsample_argmax", "auto", logits.device, ops.UPSAMPLE_ARGMAX_LACKS)
+    return dispatch.choose("upsample_argmax", "auto", logits.device)
 
 
 class ConfusionMatrix:

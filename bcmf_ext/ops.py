@@ -6,6 +6,7 @@ key is a ``torch.autograd.Function`` (not a Function around the op: that would l
 
 from __future__ import annotations
 
+import importlib
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
@@ -90,13 +91,6 @@ _LOSS_BACKWARD = (
 )
 
 
-def loss_lacks(*, bcl: bool = False, cpg: bool = False) -> dict[str, str]:
-    """By impl, what its kernels of bcmf::loss cannot do yet in this mix, as a reason to run another."""
-    lacking = [name for name, asked in (("BCL", bcl), ("CPG", cpg)) if asked]
-    reason = f"{' and '.join(lacking)} {'have' if len(lacking) > 1 else 'has'} no kernel there yet"
-    return {"triton": reason} if lacking else {}
-
-
 def _loss_fake(logits: Tensor, target: Tensor, weight: Tensor | None, *options: Any) -> tuple[Tensor, ...]:
     acc = acc_dtype(logits)
     images = target.shape[0] if LossOptions(*options).bcl_steps else 0
@@ -145,30 +139,11 @@ LOSS = {"cpu": define_loss(LIB, "loss"), "triton": define_loss(LIB, "loss_triton
 LOSS["cuda"] = LOSS["cpu"]  # one op, whose kernel the tensors' device chooses
 
 
-def _loss_triton(*arguments: Any) -> tuple[Tensor, ...]:
-    from .triton import loss  # not before it is needed: importing triton takes a while
-
-    return loss.loss(*arguments)
-
-
-def _loss_triton_backward(*arguments: Any) -> Tensor:
-    from .triton import loss
-
-    return loss.loss_backward(*arguments)
-
-
-for _device in ("CUDA", "CPU"):  # on the CPU it is interpreted, for tests
-    LIB.impl("loss_triton", _loss_triton, _device)
-    LIB.impl("loss_triton_backward", _loss_triton_backward, _device)
-
-
 # --------------------------------------------------------------------------------------------------------------------
 # upsample_argmax: logits (N, C, h, w) → the class of each pixel, (N, height, width), uint8 or, of C > 256, int32.
 # upsample_confusion: the same at the size of target (N, H, W), and bins (C² + 2,) int64: how many pixels have which
 #   label and class, by label · C + class; how many a label that is neither a class nor ignored; how many are ignored.
 
-
-UPSAMPLE_ARGMAX_LACKS = {"triton": "upsample_argmax has no kernel there yet"}
 
 
 def argmax_dtype(logits: Tensor) -> torch.dtype:
@@ -186,11 +161,38 @@ def _upsample_confusion_fake(
     return logits.new_empty(target.shape, dtype=argmax_dtype(logits)), bins
 
 
-UPSAMPLE_ARGMAX = "(Tensor logits, int height, int width, bool align_corners) -> Tensor"
-LIB.define("upsample_argmax" + UPSAMPLE_ARGMAX)
+def define_upsample_argmax(lib: Library, name: str) -> Any:
+    """Adds bcmf::upsample_argmax to a library under this name, and returns it."""
+    lib.define(f"{name}(Tensor logits, int height, int width, bool align_corners) -> Tensor")
+    torch.library.register_fake(f"{lib.ns}::{name}", _upsample_argmax_fake, lib=lib)
+    return getattr(getattr(torch.ops, lib.ns), name)
+
+
+UPSAMPLE_ARGMAX = {
+    "cpu": define_upsample_argmax(LIB, "upsample_argmax"),
+    "triton": define_upsample_argmax(LIB, "upsample_argmax_triton"),
+}
+"""bcmf::upsample_argmax by impl."""
+UPSAMPLE_ARGMAX["cuda"] = UPSAMPLE_ARGMAX["cpu"]
 LIB.define(
     "upsample_confusion(Tensor logits, Tensor target, int ignore_index, bool align_corners)"
     " -> (Tensor classes, Tensor bins)"
 )
-torch.library.register_fake("bcmf::upsample_argmax", _upsample_argmax_fake, lib=LIB)
 torch.library.register_fake("bcmf::upsample_confusion", _upsample_confusion_fake, lib=LIB)
+
+
+# --------------------------------------------------------------------------------------------------------------------
+# Triton's kernels. Importing triton takes a while: not before they are needed.
+
+
+def _triton_kernel(module: str, name: str) -> Any:
+    def kernel(*arguments: Any) -> Any:
+        return getattr(importlib.import_module(f"bcmf_ext.triton.{module}"), name)(*arguments)
+
+    return kernel
+
+
+for _device in ("CUDA", "CPU"):  # on the CPU they are interpreted, for tests
+    LIB.impl("loss_triton", _triton_kernel("loss", "loss"), _device)
+    LIB.impl("loss_triton_backward", _triton_kernel("loss", "loss_backward"), _device)
+    LIB.impl("upsample_argmax_triton", _triton_kernel("argmax", "upsample_argmax"), _device)

@@ -324,13 +324,12 @@ def describe_loss(criterion: SegmentationCriterion) -> str:
 
 def choose_impl(criterion: SegmentationCriterion, device: torch.device) -> str:
     """Which implementation of the loss runs, and why not the device's own; `UserError` if the one asked for cannot."""
-    lacks = ops.loss_lacks(bcl=criterion.bcl is not None, cpg=criterion.cpg is not None)
     if criterion.impl != "auto":
-        reason = dispatch.why_not(criterion.impl, device.type, lacks)
+        reason = dispatch.why_not(criterion.impl, device.type)
         if reason is not None:
             raise UserError(f"--impl {criterion.impl} cannot run this loss on {device}: {reason}.")
-    impl = dispatch.choose("segmentation_loss", criterion.impl, device, lacks)
-    reason = dispatch.why_not(device.type, device.type, lacks) if criterion.impl == "auto" else None
+    impl = dispatch.choose("segmentation_loss", criterion.impl, device)
+    reason = dispatch.why_not(device.type, device.type) if criterion.impl == "auto" else None
     return f"{impl} ({device.type}: {reason})" if reason else impl
 
 

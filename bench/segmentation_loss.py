@@ -83,7 +83,7 @@ def problem(
     contenders: dict[str, Callable[[Tensor], Tensor]] = {"authors": definition} if authors else {"best eager": best}
     if compiled:
         contenders["compile"] = torch.compile(definition)
-    for impl in our_impls(labels.device, ops.loss_lacks(bcl=mix.bcl is not None, cpg=mix.cpg is not None)):
+    for impl in our_impls(labels.device):
         contenders[impl] = partial(mix.ours, target=labels, impl=impl)
     title = f"{mix}{', the authors’ form' if authors else ''}, {size_of(logits, labels)}, float32"
     title += ", align_corners" if mix.align_corners else ""

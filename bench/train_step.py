@@ -110,7 +110,7 @@ def main() -> None:
     parser.add_argument("--output", type=Path, default=RESULTS, metavar="DIR")
     arguments = parser.parse_args()
     if not arguments.impl:
-        arguments.impl = [*our_impls(torch.device(arguments.device), ops.loss_lacks(bcl=True, cpg=True)), "torch"]
+        arguments.impl = [*our_impls(torch.device(arguments.device)), "torch"]
     result = measure(Step(arguments), arguments.rounds)
     print(render(result))
     path = arguments.output / f"train_step-{device_name(arguments.device)}.json"

@@ -28,7 +28,7 @@ SHAPES = ((1, 2, 1, 1), (1, 3, 1, 37), (2, 19, 13, 17), (1, 171, 8, 9), (3, 5, 6
 class Case:
     """A loss: the public function, its definition in the reference, and options.
 
-    weighted: with class weights. logits: their size for labels (H, W). terms: what an impl must be able to do.
+    weighted: with class weights. logits: their size for labels (H, W).
     """
 
     name: str
@@ -53,12 +53,6 @@ class Case:
         if self.function is bcmf_ext.boundary_corrected_loss:
             return BCL(0.0, **{k: v for k, v in self.options.items() if k != "align_corners"})
         return self.options.get("bcl")
-
-    @property
-    def lacks(self) -> Mapping[str, str]:
-        """By impl, why it cannot run this."""
-        cpg = self.function is bcmf_ext.cpg_loss or self.options.get("cpg") is not None
-        return ops.loss_lacks(bcl=self.bcl is not None, cpg=cpg)
 
 
 def total_of(loss: Any) -> Tensor:
@@ -117,14 +111,6 @@ class Backend:
     device: str
     raises: bool = False
 
-    def can(self, case: Case) -> bool:
-        return self.impl not in case.lacks
-
-    @property
-    def resamples(self) -> bool:
-        """Whether its kernels read logits of any size; for others PyTorch resamples."""
-        return self.impl in ("cpu", "cuda")
-
     def why_not(self) -> str | None:
         """Why it cannot run here; None if it can."""
         if self.device == "cuda" and not torch.cuda.is_available():
@@ -137,7 +123,8 @@ class Backend:
         if self.name == "emulated":
             emulator.load()
             monkeypatch.setitem(ops.LOSS, "cuda", emulator.LOSS)
-            monkeypatch.setitem(dispatch._ORDER, "cpu", ("cuda", "torch"))
+            monkeypatch.setitem(ops.UPSAMPLE_ARGMAX, "cuda", emulator.UPSAMPLE_ARGMAX)
+            monkeypatch.setitem(dispatch.ORDER, "cpu", ("cuda", "torch"))
             monkeypatch.setattr(dispatch, "_NO_CUDA", None)
 
 
@@ -205,8 +192,7 @@ def assert_not_less_exact(
     acc = torch.float64 if z.dtype == torch.float64 else torch.float32
     assert (ours.dtype, ours.shape, ours.device) == (acc, (), z.device)
     assert grad.dtype == z.dtype
-    read_directly = backend.resamples or (backend.impl != "torch" and z.shape[2:] == y.shape[1:])
-    assert grad.stride() == torch.empty_like(view).stride() or not read_directly  # else PyTorch resamples
+    assert grad.stride() == torch.empty_like(view).stride() or backend.impl == "torch"
     # In fp64 eager is the truth itself, and the order of summation is all that differs.
     double = z.dtype == torch.float64
     value_eps = 1e-12 if double else 4 * torch.finfo(torch.float32).eps

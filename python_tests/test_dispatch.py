@@ -7,13 +7,14 @@ import os
 import shutil
 import subprocess
 import sys
+import warnings
 from pathlib import Path
 
 import pytest
 import torch
 
 import bcmf_ext
-from bcmf_ext import dispatch, info, ops
+from bcmf_ext import dispatch, info
 
 CPU, CUDA = torch.device("cpu"), torch.device("cuda")
 
@@ -26,10 +27,9 @@ def built(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_auto_takes_the_first_that_can(built: None) -> None:
-    """Protects the order cuda → triton → torch and cpu → torch, and PyTorch where a kernel lacks something."""
+    """Protects the order cuda → triton → torch and cpu → torch."""
     assert dispatch.choose("op", "auto", CPU) == "cpu"
     assert dispatch.choose("op", "auto", CUDA) == "cuda"
-    assert dispatch.choose("op", "auto", CUDA, {"cuda": "no kernel yet", "triton": "no kernel yet"}) == "torch"
     assert dispatch.choose("op", "auto", torch.device("meta")) == "torch"
 
 
@@ -38,8 +38,10 @@ def test_auto_without_a_compiler_is_torch(monkeypatch: pytest.MonkeyPatch) -> No
     monkeypatch.setattr(dispatch, "_NO_EXTENSION", "no compiler")
     monkeypatch.setattr(dispatch, "_NO_CUDA", "no compiler")
     monkeypatch.setattr(dispatch, "_NO_TRITON", "triton is not installed")
+    dispatch._say_once.cache_clear()
     assert dispatch.choose("op", "auto", CPU) == "torch"
-    assert dispatch.choose("op", "auto", CUDA) == "torch"
+    with pytest.warns(RuntimeWarning, match="On GPUs bcmf_ext runs in PyTorch: no compiler; triton is not installed."):
+        assert dispatch.choose("op", "auto", CUDA) == "torch"
     z, y = torch.zeros(1, 2, 3, 3), torch.zeros(1, 3, 3, dtype=torch.long)
     assert bcmf_ext.cross_entropy(z, y).item() == pytest.approx(0.6931472)
     with pytest.raises(ValueError, match="cannot run cross_entropy: no compiler"):
@@ -51,7 +53,6 @@ def test_auto_without_a_compiler_is_torch(monkeypatch: pytest.MonkeyPatch) -> No
     [
         ("cuda", CPU, "does not run on cpu tensors"),
         ("cpu", CUDA, "does not run on cuda tensors"),
-        ("triton", CUDA, "BCL has no kernel there yet"),
         ("triton", torch.device("mps"), "does not run on mps tensors"),
         ("fast", CPU, 'choose from "auto"'),
     ],
@@ -59,7 +60,7 @@ def test_auto_without_a_compiler_is_torch(monkeypatch: pytest.MonkeyPatch) -> No
 def test_an_impl_asked_for_by_name_says_why_it_cannot(built: None, impl: str, device: torch.device, says: str) -> None:
     """Protects from silent fallbacks: a named impl runs or raises."""
     with pytest.raises(ValueError, match=says):
-        dispatch.choose("op", impl, device, ops.loss_lacks(bcl=True))
+        dispatch.choose("op", impl, device)
 
 
 @pytest.mark.parametrize("call", ["bcl", "cpg"])
@@ -76,17 +77,26 @@ def test_named_impl_of_what_cannot_run(monkeypatch: pytest.MonkeyPatch, call: st
 
 
 def test_triton_serves_where_cuda_was_not_built(built: None, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Protects GPU users without nvcc: "auto" takes Triton, and PyTorch only where triton is missing too; on the CPU
-    Triton runs for tests, never by itself."""
+    """Protects GPU users without nvcc: "auto" takes Triton and says so once; PyTorch only where triton, or the C
+    compiler that it needs, is missing too. On the CPU Triton runs for tests, never by itself."""
     monkeypatch.setattr(dispatch, "_NO_CUDA", "nvcc was not found")
     monkeypatch.setattr(dispatch, "_NO_TRITON", None)
-    assert dispatch.choose("op", "auto", CUDA) == "triton"
-    assert dispatch.choose("op", "auto", CPU) == "cpu"
+    monkeypatch.setattr(dispatch, "_NO_LAUNCHER", None)
+    dispatch._say_once.cache_clear()
+    with pytest.warns(RuntimeWarning, match=r"^On GPUs bcmf_ext runs in Triton: nvcc was not found\.$"):
+        assert dispatch.choose("op", "auto", CUDA) == "triton"
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert dispatch.choose("op", "auto", CUDA) == "triton"
+        assert dispatch.choose("op", "auto", CPU) == "cpu"
     monkeypatch.setattr(dispatch, "INTERPRETED", False)
     with pytest.raises(ValueError, match="does not run on cpu tensors"):
         dispatch.choose("op", "triton", CPU)
-    monkeypatch.setattr(dispatch, "_NO_TRITON", "triton is not installed")
-    assert dispatch.choose("op", "auto", CUDA) == "torch"
+    monkeypatch.setattr(dispatch, "_NO_LAUNCHER", "triton needs a C compiler")
+    with pytest.raises(ValueError, match="cannot run op: triton needs a C compiler"):
+        dispatch.choose("op", "triton", CUDA)
+    with pytest.warns(RuntimeWarning, match="in PyTorch: nvcc was not found; triton needs a C compiler"):
+        assert dispatch.choose("op", "auto", CUDA) == "torch"
 
 
 def package_with(tmp_path: Path, build: dict) -> dict[str, str]:
@@ -173,14 +183,22 @@ def test_debug_checks_labels_where_nobody_else_looks() -> None:
 
 
 def test_info_says_which_impl_and_why_not_the_others(capsys: pytest.CaptureFixture[str]) -> None:
-    """Protects ``python -m bcmf_ext.info``: versions, build, and for each op and device the choice with reasons."""
+    """Protects ``python -m bcmf_ext.info``: versions, build, and for each device the choice with reasons."""
     info.main()
     printed = capsys.readouterr().out
     assert f"torch      {torch.__version__}" in printed
-    for op in info._OPS:
-        assert f"\n{op}\n  on cpu tensors: " in printed
-    assert "on cuda tensors" in printed
-    assert (
-        "not triton: BCL and CPG have no kernel there yet" in printed
-        or "not triton: triton is not installed" in printed
-    )
+    chosen = {device: dispatch.choose("op", "auto", torch.device(device)) for device in ("cpu", "cuda")}
+    assert f"\non cpu tensors: {chosen['cpu']}\n" in printed
+    assert f"\non cuda tensors: {chosen['cuda']}\n" in printed
+    assert ("  not triton: triton is not installed" in printed) == (dispatch._NO_TRITON is not None)
+
+
+def test_a_machine_without_a_c_compiler() -> None:
+    """Protects "auto never fails for lack of a compiler": triton compiles C when a kernel first runs, so that without a
+    compiler it must not be chosen; info says why."""
+    code = "from bcmf_ext import info; print(info.impls())"
+    env = {**os.environ, "CC": "no-such-compiler"}
+    done = subprocess.run([sys.executable, "-c", code], env=env, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    missing = "triton is not installed" if dispatch._NO_TRITON else "triton needs a C compiler (no-such-compiler)"
+    assert f"not triton: {missing}" in done.stdout

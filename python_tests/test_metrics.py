@@ -11,10 +11,12 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from cases import Backend
 from PIL import Image
+from test_ops import every_kernel
 from torch import Tensor
 
-from bcmf_ext import dispatch, reference
+from bcmf_ext import dispatch, ops, reference
 from bcmf_ext.metrics import ConfusionMatrix, upsample_argmax
 
 
@@ -249,7 +251,7 @@ def test_counts_are_exact_beyond_float32() -> None:
 
 _RANK = """
 import sys, torch
-from bcmf_ext import dispatch, reference
+from bcmf_ext import dispatch, ops, reference
 from bcmf_ext.metrics import ConfusionMatrix, upsample_argmax
 rank = int(sys.argv[1])
 torch.distributed.init_process_group("gloo", f"file://{sys.argv[2]}", rank=rank, world_size=2)
@@ -283,32 +285,51 @@ def test_all_reduce(tmp_path: Path) -> None:
 # upsample_argmax
 
 
+@every_kernel
 @pytest.mark.parametrize("align_corners", [False, True])
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16], ids=str)
 @pytest.mark.parametrize(
     ("size", "wanted"), [((7, 9), (56, 72)), ((7, 9), (7, 9)), ((5, 6), (13, 31)), ((1, 1), (4, 3)), ((40, 31), (9, 8))]
 )
-def test_upsample_argmax(size: tuple, wanted: tuple, dtype: torch.dtype, align_corners: bool) -> None:
+def test_upsample_argmax(
+    backend: Backend, size: tuple, wanted: tuple, dtype: torch.dtype, align_corners: bool
+) -> None:
     """The class of the largest resampled logit, in any dtype and layout; another only where two are almost equal."""
-    z = torch.randn(2, 5, *size, generator=torch.Generator().manual_seed(0), dtype=torch.float64).to(dtype)
+    z = torch.randn(2, 5, *size, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    z = z.to(backend.device, dtype)
     exact = reference.resample(z.double(), wanted, align_corners)
     for logits in (z, z.contiguous(memory_format=torch.channels_last)):
-        found = upsample_argmax(logits, wanted, align_corners)
+        found = ops.UPSAMPLE_ARGMAX[backend.impl](logits, *wanted, align_corners)
         assert (found.shape, found.dtype) == ((2, *wanted), torch.uint8)
         chosen = exact.gather(1, found[:, None].long())[:, 0]
         assert (exact.amax(1) - chosen <= (1e-12 if dtype == torch.float64 else 1e-5)).all()
 
 
-def test_upsample_argmax_at_ties_and_limits() -> None:
-    """The lowest class of equals; NaN as torch.argmax has it; int32 for many classes; empty batches; wrong inputs."""
+@every_kernel
+def test_upsample_argmax_at_ties_and_limits(backend: Backend) -> None:
+    """The lowest class of equals; NaN as torch.argmax has it; int32 for many classes; empty batches; a direct call with
+    wrong inputs reads nothing out of bounds; schema and fake kernel."""
+    argmax = ops.UPSAMPLE_ARGMAX[backend.impl]
     z = torch.tensor([[1.0, 2, 2], [3, 3, 3], [0, math.nan, 5], [math.nan, math.nan, 9], [-math.inf, -math.inf, 0]])
-    z = z.T.reshape(1, 3, 1, 5).contiguous()
-    assert torch.equal(upsample_argmax(z, (1, 5)).long(), z.argmax(1))
-    many = torch.zeros(1, 300, 2, 2)
+    z = z.T.reshape(1, 3, 1, 5).contiguous().to(backend.device)
+    for logits in (z, z.contiguous(memory_format=torch.channels_last)):
+        assert torch.equal(argmax(logits, 1, 5, False).long(), z.argmax(1))
+    many = torch.zeros(1, 300, 2, 2, device=backend.device)
     many[0, 299] = 1
-    assert upsample_argmax(many, (4, 4)).dtype == torch.int32
-    assert (upsample_argmax(many, (4, 4)) == 299).all()
-    assert upsample_argmax(torch.zeros(0, 3, 2, 2), (4, 4)).shape == (0, 4, 4)
+    assert argmax(many, 4, 4, False).dtype == torch.int32
+    assert (argmax(many, 4, 4, False) == 299).all()
+    assert argmax(many[:0], 4, 4, False).shape == (0, 4, 4)
+    for wrong in ((z[0], 1, 5), (z[:, :, :0], 1, 5), (z, 1, 2**30)):
+        with pytest.raises(ValueError, match=r"shape|size|side"):
+            argmax(*wrong, False)
+    for logits in (z, many, z.double().contiguous(memory_format=torch.channels_last)):
+        torch.library.opcheck(argmax, (logits, 7, 9, False))
+
+
+def test_upsample_argmax_as_users_call_it() -> None:
+    """The same by PyTorch and by our kernels; wrong inputs are a sentence."""
+    z = torch.randn(2, 5, 7, 9, generator=torch.Generator().manual_seed(0))
+    assert torch.equal(upsample_argmax(z, (20, 30)).long(), reference.resample(z, (20, 30)).argmax(1))
     with pytest.raises(TypeError, match="floating point"):
         upsample_argmax(torch.zeros(1, 3, 2, 2, dtype=torch.long), (4, 4))
     with pytest.raises(ValueError, match="shape"):
@@ -361,10 +382,9 @@ def test_update_from_logits_of_wrong_inputs() -> None:
 
 
 @pytest.mark.skipif(dispatch.EXTENSION is None, reason="no extension")
-def test_upsample_argmax_as_an_op() -> None:
-    """Schemas and fake kernels of the compiled ops."""
+def test_upsample_confusion_as_an_op() -> None:
+    """Schema and fake kernel of the compiled op."""
     for classes in (3, 300):
         logits = torch.randn(2, classes, 3, 4)
-        torch.library.opcheck(torch.ops.bcmf.upsample_argmax, (logits, 7, 9, False))
         target = torch.randint(0, 3, (2, 7, 9))
         torch.library.opcheck(torch.ops.bcmf.upsample_confusion, (logits, target, 255, False))

@@ -12,21 +12,13 @@ from ..reference import BCL, CPG, OHEM
 
 
 def resolve_impl(
-    op: str,
-    impl: str,
-    logits: Tensor,
-    target: Tensor,
-    weight: Tensor | None,
-    ignore_index: int,
-    *,
-    bcl: bool = False,
-    cpg: bool = False,
+    op: str, impl: str, logits: Tensor, target: Tensor, weight: Tensor | None, ignore_index: int
 ) -> str:
-    """The impl that computes this mix of terms. Raises as ``reference.check_inputs`` and ``dispatch.choose`` do."""
+    """The impl that computes a loss. Raises as ``reference.check_inputs`` and ``dispatch.choose`` do."""
     reference.check_inputs(logits, target, weight)
     if dispatch.DEBUG and not torch.compiler.is_compiling():
         reference.check_labels(target, logits.shape[1], ignore_index)
-    return dispatch.choose(op, impl, logits.device, ops.loss_lacks(bcl=bcl, cpg=cpg))
+    return dispatch.choose(op, impl, logits.device)
 
 
 def fused_loss(
@@ -63,7 +55,5 @@ def fused_loss(
             "cpg_kernel_size": cpg.kernel_size,
             "cpg_window": cpg.ignore_mode == "window",
         }
-    if impl == "triton" and logits.shape[2:] != target.shape[1:]:  # its kernels read logits of the target's size
-        logits = reference.resample(logits, target.shape[1:], align_corners)
     total, terms, *_ = ops.LOSS[impl](logits, target, weight, *ops.LossOptions(**options))
     return total, terms

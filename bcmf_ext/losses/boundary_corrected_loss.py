@@ -40,7 +40,7 @@ def boundary_corrected_loss(
     on the CPU for a label out of range (on CUDA the loss becomes NaN: BCMF_DEBUG=1 turns that into the ValueError).
     """
     bcl = reference.BCL(0.0, step, supervise, alpha, beta, threshold, nms_size)
-    impl = resolve_impl("boundary_corrected_loss", impl, logits, target, None, ignore_index, bcl=True)
+    impl = resolve_impl("boundary_corrected_loss", impl, logits, target, None, ignore_index)
     if impl != "torch":
         return fused_loss(
             impl, logits, target, ce=False, bcl=bcl, ignore_index=ignore_index, align_corners=align_corners

@@ -35,7 +35,7 @@ def cpg_loss(
     on the CPU for a label out of range (on CUDA the loss becomes NaN: BCMF_DEBUG=1 turns that into the ValueError).
     """
     cpg = reference.CPG(0.0, kernel_size, ignore_mode)
-    impl = resolve_impl("cpg_loss", impl, logits, target, None, ignore_index, cpg=True)
+    impl = resolve_impl("cpg_loss", impl, logits, target, None, ignore_index)
     if impl != "torch":
         return fused_loss(
             impl, logits, target, ce=False, cpg=cpg, ignore_index=ignore_index, align_corners=align_corners

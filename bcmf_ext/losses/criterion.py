@@ -38,8 +38,7 @@ def segmentation_loss(
     BCL(supervise="flipped").
     """
     ohem, bcl, cpg = resolve_options(ohem, bcl, cpg)
-    mix = {"bcl": bcl is not None, "cpg": cpg is not None}
-    impl = resolve_impl("segmentation_loss", impl, logits, target, weight, ignore_index, **mix)
+    impl = resolve_impl("segmentation_loss", impl, logits, target, weight, ignore_index)
     common: dict[str, Any] = {
         "weight": weight,
         "ohem": ohem,

@@ -1,13 +1,14 @@
-"""bcmf::loss in Triton: the algorithm of csrc/device/loss.cuh, a program for a tile of pixels.
+"""bcmf::loss in Triton: the algorithm of csrc/device/loss.cuh. Each step is a kernel: what one writes, the next reads.
+Nothing synchronises, and no float is added atomically.
 
-Each step is a kernel: what one writes, the next reads. Nothing synchronises, no float is added atomically.
+Forward: dense (statistics, losses for OHEM, scores for BCL), select (OHEM), bcl, cpg; sums by tile, then in the order
+of the tiles. Backward: cpg (what p is pushed by), dense, cpg again (the classes near an edge); then back to logits of
+another size (quads).
 """
 
 from __future__ import annotations
 
-import contextlib
 import math
-from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -15,269 +16,273 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ..ops import SUMMARY, LossOptions, acc_dtype
+from ..ops import SUMMARY, LossOptions
 from ..reference import OHEM, check_inputs
-
-BLOCK = 512  # pixels of a tile
-FINISH_BLOCK = 1024
-DIGIT_BITS = 11  # of the radix select, see csrc/device/select.cuh
-
-# Arguments whose values 1 and multiples of 16 are nothing special: each would double the number of kernels to compile.
-UNSPECIAL = (
-    "pixels", "classes", "height", "tiles", "min_kept", "ignore_index",
-    "stride_n", "target_stride_n", "target_stride_h", "target_stride_w", "grad_stride_n",
+from . import bcl, cpg, ohem, quads
+from .bcl import score
+from .cpg import COMPARE, GRADIENT, SHARES, cpg_tiles
+from .common import (
+    ANY, BAD, DENOMINATOR, DIRECT, EDGES, IGNORED, QUADS, SELECTED, VALID, Labels, Logits, class_at, double, pixel_at,
 )  # fmt: skip
+from .geometry import tile_of
+from .gradient import flipped_pull, flipped_pull_of, gradient_of, pull_of
+from .launch import (
+    FLAT, FLAT_BLOCK, PROGRAMS, SPARSE, Geometry, Tile, bits_of, check_sides, multiprocessors,
+    on_device, power_of_two, run,
+)  # fmt: skip
+from .logits import entry, group, places_of
+from .ohem import key_of, weight_of
+
+GATHER_BLOCK = 256  # logits
+
+# Rows of the table of partial sums: of the dense kernel; then two for each of BCL's steps, and CPG's two.
+NUMERATOR, COUNT, HARD, VALID_PIXELS, BAD_LABELS = (tl.constexpr(row) for row in range(5))
+DENSE_SUMS = tl.constexpr(5)
 
 
-@triton.jit
-def _offsets(index, height, width, stride_n, stride_h, stride_w):
-    """Where pixel `index` of the batch lies in a tensor with these strides."""
-    row = index // width
-    return (row // height) * stride_n + (row % height) * stride_h + (index % width) * stride_w
-
-
-@triton.jit
-def _labels(target, index, inside, classes, height, width, stride_n, stride_h, stride_w, ignore_index):
-    """Labels in int64, 0 where there is none to use; where they are usable; where they are bad."""
-    offsets = _offsets(index, height, width, stride_n, stride_h, stride_w)
-    label = tl.load(target + offsets, mask=inside, other=0).to(tl.int64)
-    counted = inside & (label != ignore_index)
-    usable = counted & (label >= 0) & (label < classes)
-    return tl.where(usable, label, 0), usable, counted & (~usable)
-
-
-@triton.jit
-def _key(nll):
-    """The bits of a loss, in whose order losses are, NaN the largest."""
-    if nll.dtype == tl.float64:
-        key = nll.to(tl.int64, bitcast=True) & 0x7FFFFFFFFFFFFFFF
-    else:
-        key = nll.to(tl.int32, bitcast=True) & 0x7FFFFFFF
-    return key
-
-
-@triton.jit(do_not_specialize=UNSPECIAL)
-def _forward(
-    logits, target, weight, stats, nlls, exceeds, partials,
-    pixels, classes, height, width,
-    stride_n, stride_c, stride_h, stride_w,
-    target_stride_n, target_stride_h, target_stride_w,
-    ignore_index,
-    ACC: tl.constexpr, WEIGHTED: tl.constexpr, OHEM: tl.constexpr, BLOCK: tl.constexpr,
+@triton.jit(do_not_specialize=["ignore_index", "exceeds"])
+def forward(
+    logits, labels, size, down, across, weight, stats, nlls, scores, partials, length, pixels, ignore_index, exceeds,
+    ACC: tl.constexpr, WEIGHTED: tl.constexpr, OHEM: tl.constexpr, STEPS: tl.constexpr,
+    MODE: tl.constexpr, ROWS: tl.constexpr, SPANS: tl.constexpr, SPAN: tl.constexpr, GROUP: tl.constexpr,
 ):  # fmt: skip
-    """stats, and partial sums of w · ℓ and w; with OHEM ℓ, and partial counts of hard and of valid pixels."""
-    index = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
-    inside = index < pixels
-    z = logits + _offsets(index, height, width, stride_n, stride_h, stride_w)
-    label, usable, bad = _labels(
-        target, index, inside, classes, height, width,
-        target_stride_n, target_stride_h, target_stride_w, ignore_index,
-    )  # fmt: skip
-
-    m = tl.load(z, mask=inside, other=0).to(ACC)
-    stride = tl.full((), stride_c, tl.int64)  # small ones arrive as int32, and C·stride can pass 2³¹
-    for c in range(1, classes):
-        value = tl.load(z + c * stride, mask=inside, other=0).to(ACC)
-        m = tl.where(value > m, value, m)
-    total = tl.zeros([BLOCK], ACC)
-    for c in range(classes):
-        total += tl.exp(tl.load(z + c * stride, mask=inside, other=0).to(ACC) - m)
+    """stats, with OHEM ℓ (−1 where ignored), by BCL's steps q, and partial sums."""
+    tile = tl.program_id(0)
+    n, y, x, inside = tile_of(tile, size, down, across, MODE, ROWS, SPANS, SPAN)
+    places = places_of(tile, logits, size, down, across, y, x, MODE, SPANS)
+    m = tl.full([ROWS, SPANS, SPAN], float("-inf"), ACC)
+    total = tl.zeros([ROWS, SPANS, SPAN], ACC)
+    for first in range(0, size.classes, GROUP):
+        z = group(logits, n, places, first, size.classes, inside, ACC, MODE, GROUP)
+        largest = tl.maximum(m, tl.max(z, 0))  # leaves NaN out
+        base = tl.where(largest == float("-inf"), 0.0, largest)  # −inf − −inf would be NaN
+        total = total * tl.exp(m - base) + tl.sum(tl.exp(z - base[None]), 0)
+        m = largest
     log_sum = tl.log(total)
-    tl.store(stats + index, m, mask=inside)
-    tl.store(stats + pixels + index, log_sum, mask=inside)
+    pixel = pixel_at(size, n, y, x)
+    tl.store(stats + pixel, m, mask=inside)
+    tl.store(stats + pixels + pixel, log_sum, mask=inside)
 
-    nll = (m - tl.load(z + label * stride_c, mask=usable, other=0).to(ACC)) + log_sum
-    nll = tl.where(bad, float("nan"), nll)  # no look from the host: the loss says it
-    counted = usable | bad
+    label = class_at(labels, n, y, x, inside, size.classes, ignore_index)
+    own = entry(logits, size, down, across, n, y, x, tl.maximum(label, 0), label >= 0, ACC, MODE)
+    nll = tl.where(label == BAD, float("nan"), (m - own) + log_sum)
+    valid = label != IGNORED
+    w = weight_of(weight, label, ACC, WEIGHTED)
+    to = partials + tile
+    tl.store(to + NUMERATOR * length, tl.sum(tl.where(valid, w * nll, 0.0)).to(tl.float64))
+    tl.store(to + COUNT * length, tl.sum(tl.where(valid, w, 0.0)).to(tl.float64))
+    tl.store(to + VALID_PIXELS * length, tl.sum(valid.to(ACC)).to(tl.float64))
+    tl.store(to + BAD_LABELS * length, tl.sum((label == BAD).to(ACC)).to(tl.float64))
     if OHEM:
-        tl.store(nlls + index, tl.where(counted, nll, -1.0), mask=inside)
-        first = tl.where(counted & (_key(nll) >= _key(tl.load(exceeds))), 1.0, 0.0).to(tl.float64)
-        second = tl.where(counted, 1.0, 0.0).to(tl.float64)
-    else:
-        w = tl.full([BLOCK], 1.0, ACC)
-        if WEIGHTED:
-            w = tl.load(weight + label, mask=usable, other=1)
-        first = tl.where(counted, w * nll, 0.0).to(tl.float64)
-        second = tl.where(counted, w, 0.0).to(tl.float64)
-    tl.store(partials + tl.program_id(0), tl.sum(first, 0))
-    tl.store(partials + tl.num_programs(0) + tl.program_id(0), tl.sum(second, 0))
+        tl.store(nlls + pixel, tl.where(valid, nll, -1.0), mask=inside)
+        hard = valid & (key_of(nll) >= key_of(double(exceeds).to(ACC)))
+        tl.store(to + HARD * length, tl.sum(hard.to(ACC)).to(tl.float64))
+    for i in tl.static_range(len(STEPS)):
+        q = score(
+            logits, labels, size, down, across, n, y, x, label, nll, m, log_sum, ignore_index, STEPS[i], ACC, MODE
+        )
+        tl.store(scores + i * tl.cast(pixels, tl.int64) + pixel, q, mask=inside)
 
 
 @triton.jit
-def _sum_partials(partials, tiles, BLOCK: tl.constexpr):
-    """Both sums over all tiles, in an order that depends on their number alone."""
-    first = tl.zeros([BLOCK], tl.float64)
-    second = tl.zeros([BLOCK], tl.float64)
-    for start in range(0, tiles, BLOCK):
+def add_tiles(partials, totals, length, BLOCK: tl.constexpr):
+    """Each sum over its tiles, in an order that depends on their number alone."""
+    row = tl.program_id(0)
+    total = tl.zeros([BLOCK], tl.float64)
+    for start in range(0, length, BLOCK):
         tile = start + tl.arange(0, BLOCK)
-        first += tl.load(partials + tile, mask=tile < tiles, other=0)
-        second += tl.load(partials + tiles + tile, mask=tile < tiles, other=0)
-    return tl.sum(first, 0), tl.sum(second, 0)
-
-
-@triton.jit(do_not_specialize=UNSPECIAL)
-def _finish(partials, tiles, total, terms, summary, BLOCK: tl.constexpr):
-    numerator, denominator = _sum_partials(partials, tiles, BLOCK)
-    empty = denominator == 0
-    mean = tl.where(empty, 0.0, numerator / tl.where(empty, 1.0, denominator))
-    tl.store(summary, denominator)
-    tl.store(terms, mean)
-    tl.store(total, mean)
-
-
-@triton.jit(do_not_specialize=UNSPECIAL)
-def _ohem_begin(partials, tiles, min_kept, selection, BLOCK: tl.constexpr):
-    """How many of the largest losses to look for (selection: prefix, rank): none if enough are above the threshold."""
-    hard, valid = _sum_partials(partials, tiles, BLOCK)
-    kept = tl.minimum(tl.cast(min_kept, tl.float64), valid)
-    tl.store(selection, 0)
-    tl.store(selection + 1, tl.where(hard >= kept, 0, kept.to(tl.int64)))
-
-
-@triton.jit(do_not_specialize=UNSPECIAL)
-def _ohem_count(nlls, selection, histogram, pixels, SHIFT: tl.constexpr, BITS: tl.constexpr, BLOCK: tl.constexpr):
-    """Counts the digits of the tile's losses that have the prefix: `BITS` bits from bit `SHIFT` on."""
-    prefix = tl.load(selection)
-    rank = tl.load(selection + 1)
-    index = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
-    nll = tl.load(nlls + index, mask=index < tl.where(rank > 0, pixels, 0), other=-1)
-    key = _key(nll).to(tl.int64)
-    counted = (nll != -1) & ((key >> SHIFT >> BITS) == (prefix >> SHIFT >> BITS))
-    digit = tl.where(counted, (key >> SHIFT) & ((1 << BITS) - 1), 0).to(tl.int32)
-    bins = tl.arange(0, 1 << BITS)
-    others = tl.sum(tl.where(counted, 0, 1), 0)  # they were counted as digit 0
-    counts = tl.histogram(digit, 1 << BITS) - tl.where(bins == 0, others, 0)
-    tl.atomic_add(histogram + bins, counts.to(tl.int64), mask=counts > 0)
+        total += tl.load(partials + tl.cast(row, tl.int64) * length + tile, mask=tile < length, other=0)
+    tl.store(totals + row, tl.sum(total, 0))
 
 
 @triton.jit
-def _ohem_choose(selection, histogram, SHIFT: tl.constexpr, BITS: tl.constexpr):
-    """Adds the digit in which the loss looked for lies to the prefix."""
-    prefix = tl.load(selection)
-    rank = tl.load(selection + 1)
-    bins = tl.arange(0, 1 << BITS)
-    counts = tl.load(histogram + bins)
-    at_least = tl.cumsum(counts, 0, reverse=True)
-    digit = tl.sum((at_least >= rank).to(tl.int64), 0) - 1
-    larger = tl.sum(tl.where(bins == digit, at_least - counts, 0), 0)
-    if rank > 0:
-        tl.store(selection, prefix | (digit << SHIFT))
-        tl.store(selection + 1, rank - larger)
+def mean_of(totals, row, count, bad):
+    """NaN with a bad label."""
+    mean = tl.where(count == 0, 0.0, tl.load(totals + row) / tl.where(count == 0, 1.0, count))
+    return tl.where(bad > 0, float("nan"), mean)
 
 
-@triton.jit(do_not_specialize=UNSPECIAL)
-def _ohem_sum(
-    nlls, target, weight, exceeds, selection, summary, partials,
-    pixels, classes, height, width,
-    target_stride_n, target_stride_h, target_stride_w,
-    ignore_index,
-    WEIGHTED: tl.constexpr, BLOCK: tl.constexpr,
+@triton.jit(do_not_specialize=["bcl_weight", "cpg_weight"])
+def finish(
+    totals, total, terms, summary, bcl_weight, cpg_weight,
+    CE: tl.constexpr, OHEM: tl.constexpr, BCL_STEPS: tl.constexpr, FLIPPED: tl.constexpr, CPG: tl.constexpr,
 ):  # fmt: skip
-    """With the cutoff known: partial sums of w · ℓ over the kept pixels, and their number."""
-    least = tl.load(exceeds)
-    found = tl.load(selection)
-    key = tl.where((tl.load(selection + 1) > 0) & (found < _key(least)), found, _key(least))
-    index = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
-    nll = tl.load(nlls + index, mask=index < pixels, other=-1)
-    kept = (nll != -1) & (_key(nll) >= key)
-    w = tl.full([BLOCK], 1.0, nll.dtype)
-    if WEIGHTED:
-        label, usable, _ = _labels(
-            target, index, index < pixels, classes, height, width,
-            target_stride_n, target_stride_h, target_stride_w, ignore_index,
-        )  # fmt: skip
-        w = tl.load(weight + label, mask=usable, other=1)
-    tl.store(partials + tl.program_id(0), tl.sum(tl.where(kept, w * nll, 0.0).to(tl.float64), 0))
-    tl.store(partials + tl.num_programs(0) + tl.program_id(0), tl.sum(tl.where(kept, 1.0, 0.0).to(tl.float64), 0))
-    if tl.program_id(0) == 0:
-        if nll.dtype == tl.float64:
-            tl.store(summary + 1, key.to(tl.float64, bitcast=True))
+    """The means, from the totals of all partial sums; what the backward needs of them (summary is 0 but for OHEM's
+    cutoff)."""
+    acc = total.dtype.element_ty
+    bad = tl.load(totals + BAD_LABELS)
+    valid = tl.load(totals + VALID_PIXELS)
+    tl.store(summary + VALID, valid.to(acc))
+    ce = valid * 0
+    if CE:
+        count = tl.load(totals + COUNT)
+        tl.store(summary + DENOMINATOR, count.to(acc))
+        ce = mean_of(totals, NUMERATOR, count, bad)
+    bcl = valid * 0
+    for i in tl.static_range(BCL_STEPS):
+        count = tl.load(totals + DENSE_SUMS + 2 * i + 1)
+        tl.store(summary + SELECTED + i, count.to(acc))
+        bcl += mean_of(totals, DENSE_SUMS + 2 * i, valid if FLIPPED else count, bad) / BCL_STEPS
+    cpg = valid * 0
+    if CPG:
+        count = tl.load(totals + DENSE_SUMS + 2 * BCL_STEPS + 1)
+        tl.store(summary + EDGES, count.to(acc))
+        cpg = mean_of(totals, DENSE_SUMS + 2 * BCL_STEPS, count, bad)
+    tl.store(terms, ce.to(acc))
+    tl.store(terms + 1, bcl.to(acc))
+    tl.store(terms + 2, cpg.to(acc))
+    if BCL_STEPS > 0:
+        ce += double(bcl_weight) * bcl
+    if CPG:
+        ce += double(cpg_weight) * cpg
+    tl.store(total, ce.to(acc))
+
+
+@triton.jit(do_not_specialize=["ignore_index", "bcl_weight", "alpha", "beta"])
+def backward(
+    logits, labels, size, down, across, weight, stats, selected, summary, grad_total, shares, grad, pixels,
+    ignore_index, bcl_weight, alpha, beta,
+    ACC: tl.constexpr, CE: tl.constexpr, WEIGHTED: tl.constexpr, OHEM: tl.constexpr, STEPS: tl.constexpr,
+    FLIPPED: tl.constexpr, CPG: tl.constexpr,
+    MODE: tl.constexpr, ROWS: tl.constexpr, SPANS: tl.constexpr, SPAN: tl.constexpr, GROUP: tl.constexpr,
+):  # fmt: skip
+    """The gradient by logits of the labels' size, but for p_c g_c of CPG; of quads, summed up for their corners."""
+    tile = tl.program_id(0)
+    n, y, x, inside = tile_of(tile, size, down, across, MODE, ROWS, SPANS, SPAN)
+    places = places_of(tile, logits, size, down, across, y, x, MODE, SPANS)
+    pixel = pixel_at(size, n, y, x)
+    m = tl.load(stats + pixel, mask=inside, other=0)
+    log_sum = tl.load(stats + pixels + pixel, mask=inside, other=0)
+    label = class_at(labels, n, y, x, inside, size.classes, ignore_index)
+    nll = m
+    if OHEM:
+        own = entry(logits, size, down, across, n, y, x, tl.maximum(label, 0), label >= 0, ACC, MODE)
+        nll = (m - own) + log_sum
+    chosen = tl.zeros([ROWS, SPANS, SPAN], tl.int32)
+    if len(STEPS) > 0:
+        chosen = tl.load(selected + pixel, mask=inside, other=0).to(tl.int32)
+    pull = pull_of(
+        label, nll, chosen, grad_total, summary, weight, bcl_weight, ACC, CE, WEIGHTED, OHEM, STEPS, FLIPPED
+    )
+    factor = pull
+    if CPG:
+        factor -= tl.load(shares + pixel, mask=inside, other=0)
+    if FLIPPED:
+        both = double(alpha).to(ACC) + double(beta).to(ACC)
+        factor += flipped_pull(chosen, grad_total, summary, bcl_weight, both, ACC, STEPS)
+    if MODE == QUADS:
+        lower_weight, right_weight = quads.corner_weights(tile, size, down, across, y, x, SPANS)
+    for first in range(0, size.classes, GROUP):
+        z = group(logits, n, places, first, size.classes, inside, ACC, MODE, GROUP)
+        c = first + tl.arange(0, GROUP)[:, None, None, None]
+        p = tl.exp((z - m[None]) - log_sum[None])
+        value = gradient_of(p, factor[None], label[None] == c, pull[None])
+        if FLIPPED:
+            value -= flipped_pull_of(
+                c, chosen[None], labels, size, n, y[None], x[None], grad_total, summary, bcl_weight,
+                double(alpha).to(ACC), double(beta).to(ACC), ignore_index, ACC, STEPS,
+            )  # fmt: skip
+        if MODE == QUADS:
+            quads.add_to_quads(
+                grad, tile, size, down, across, first + tl.arange(0, GROUP)[:, None],
+                tl.where(inside[None], value, 0.0), lower_weight, right_weight, SPANS, False,
+            )  # fmt: skip
         else:
-            tl.store(summary + 1, key.to(tl.int32).to(tl.float32, bitcast=True))
-
-
-@triton.jit(do_not_specialize=UNSPECIAL)
-def _backward(
-    grad_total, logits, target, weight, stats, summary, grad,
-    pixels, classes, height, width,
-    stride_n, stride_c, stride_h, stride_w,
-    target_stride_n, target_stride_h, target_stride_w,
-    grad_stride_n, grad_stride_c, grad_stride_h, grad_stride_w,
-    ignore_index,
-    ACC: tl.constexpr, WEIGHTED: tl.constexpr, OHEM: tl.constexpr, BLOCK: tl.constexpr,
-):  # fmt: skip
-    index = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
-    inside = index < pixels
-    z = logits + _offsets(index, height, width, stride_n, stride_h, stride_w)
-    to = grad + _offsets(index, height, width, grad_stride_n, grad_stride_h, grad_stride_w)
-    label, usable, bad = _labels(
-        target, index, inside, classes, height, width,
-        target_stride_n, target_stride_h, target_stride_w, ignore_index,
-    )  # fmt: skip
-    m = tl.load(stats + index, mask=inside, other=0)
-    log_sum = tl.load(stats + pixels + index, mask=inside, other=0)
-
-    denominator = tl.load(summary)
-    scale = tl.where(denominator == 0, 0.0, tl.load(grad_total) / tl.where(denominator == 0, 1.0, denominator))
-    coefficient = tl.where(usable, scale, 0.0)
-    if WEIGHTED:
-        coefficient *= tl.load(weight + label, mask=usable, other=0)
-    if OHEM:  # the forward's own arithmetic, so that the same pixels are kept
-        nll = (m - tl.load(z + label * stride_c, mask=usable, other=0).to(ACC)) + log_sum
-        coefficient = tl.where(_key(nll) >= _key(tl.load(summary + 1)), coefficient, 0.0)
-    coefficient = tl.where(bad, float("nan"), coefficient)
-    stride = tl.full((), stride_c, tl.int64)
-    grad_stride = tl.full((), grad_stride_c, tl.int64)
-    for c in range(classes):
-        p = tl.exp((tl.load(z + c * stride, mask=inside, other=0).to(ACC) - m) - log_sum)
-        value = coefficient * (p - tl.where(usable & (label == c), 1.0, 0.0))
-        value = tl.where(coefficient == 0, 0.0, value)  # an ignored pixel's NaN stays where it is
-        tl.store(to + c * grad_stride, value.to(grad.dtype.element_ty), mask=inside)
+            to = grad.data + tl.cast(n, tl.int64) * grad.stride_n + c.to(tl.int64) * grad.stride_c
+            to += (y.to(tl.int64) * grad.stride_h + x.to(tl.int64) * grad.stride_w)[None]
+            tl.store(to, value.to(grad.data.dtype.element_ty), mask=inside[None] & (c < size.classes))
 
 
 # --------------------------------------------------------------------------------------------------------------------
 # The op
 
 
-def _on(tensor: Tensor) -> contextlib.AbstractContextManager[None]:
-    return torch.cuda.device(tensor.device) if tensor.is_cuda else contextlib.nullcontext()
-
-
-def _check(logits: Tensor, target: Tensor, weight: Tensor | None, options: LossOptions) -> None:
+def check(logits: Tensor, target: Tensor, weight: Tensor | None, options: LossOptions) -> None:
     """The public functions have checked all this; it keeps a direct call of the op memory-safe."""
     check_inputs(logits, target, weight)
-    if options.bcl_steps or options.cpg_kernel_size or not options.ce:
-        raise ValueError("bcmf::loss_triton computes the cross-entropy only.")
-    if logits.shape[2:] != target.shape[1:]:
-        raise ValueError(
-            f"bcmf::loss_triton reads logits of the target's size, not {tuple(logits.shape)} for {tuple(target.shape)}."
-        )
+    check_sides(*logits.shape[1:], *target.shape[1:])
     if options.ohem_threshold is not None:
         OHEM(options.ohem_threshold)
+    steps = list(options.bcl_steps)
+    if steps:
+        if len(steps) > 8 or min(steps) < 1:
+            raise ValueError(f"BCL takes 1 to 8 steps of at least one pixel, not {steps}.")
+        if len(options.bcl_flipped) not in (0, 2):
+            raise ValueError("BCL's flipped labels have two weights.")
+        if options.bcl_nms_size < 1 or options.bcl_nms_size % 2 == 0:
+            raise ValueError(f"BCL's nms_size is an odd number of pixels, not {options.bcl_nms_size}.")
+        if not 0 < options.bcl_threshold <= 1:
+            raise ValueError(f"BCL's threshold is a probability in (0, 1], not {options.bcl_threshold}.")
+    if options.cpg_kernel_size not in (0, 3, 5, 7):
+        raise ValueError(f"CPG's kernel_size is 3, 5 or 7, not {options.cpg_kernel_size}.")
 
 
-def _common(logits: Tensor, target: Tensor, weight: Tensor | None, ohem_threshold: float | None) -> dict[str, Any]:
-    """The arguments that forward and backward share, by name."""
-    n, classes, height, width = logits.shape
-    return {
-        "logits": logits,
-        "target": target,
-        "weight": logits if weight is None else weight.to(acc_dtype(logits)).contiguous(),
-        "pixels": n * height * width,
-        "classes": classes,
-        "height": height,
-        "width": width,
-        **dict(zip(("stride_n", "stride_c", "stride_h", "stride_w"), logits.stride(), strict=True)),
-        **_target_strides(target),
-        "ACC": tl.float64 if logits.dtype == torch.float64 else tl.float32,
-        "WEIGHTED": weight is not None,
-        "OHEM": ohem_threshold is not None,
-        "BLOCK": BLOCK,
-    }
+class Call:
+    """A call of the op: its geometry, and the arguments that its kernels share, by name."""
 
+    def __init__(self, logits: Tensor, target: Tensor, weight: Tensor | None, options: LossOptions) -> None:
+        check(logits, target, weight, options)
+        self.options, self.target = options, target
+        self.geometry = geometry = Geometry(logits, *target.shape[1:], options.align_corners)
+        self.new, self.acc = logits.new_empty, geometry.acc
+        self.steps = tuple(min(step, 2**30) for step in options.bcl_steps)  # no image is as large
+        self.ohem = options.ohem_threshold is not None
+        self.cpg = options.cpg_kernel_size > 0
+        alpha, beta = options.bcl_flipped or (0.0, 0.0)
+        self.arguments = {
+            **geometry.arguments,
+            "labels": Labels(target, *target.stride()),
+            "ignore_index": options.ignore_index,
+            "weight": logits if weight is None else weight.to(self.acc).contiguous(),
+            "bcl_weight": bits_of(options.bcl_weight),
+            "alpha": bits_of(alpha),
+            "beta": bits_of(beta),
+            "cpg_weight": bits_of(options.cpg_weight),
+            "CE": options.ce,
+            "WEIGHTED": weight is not None,
+            "OHEM": self.ohem,
+            "STEPS": self.steps,
+            "FLIPPED": len(options.bcl_flipped) > 0,
+            "CPG": self.cpg,
+        }
 
-def _target_strides(target: Tensor) -> dict[str, int]:
-    return dict(zip(("target_stride_n", "target_stride_h", "target_stride_w"), target.stride(), strict=True))
+    def run(self, kernel: Any, programs: int, **more: Any) -> None:
+        run(kernel, programs, self.arguments, **more)
+
+    def run_dense(self, kernel: Any, **more: Any) -> None:
+        """A kernel for all label pixels that reads their logits."""
+        self.run(kernel, self.dense_tiles, **self.geometry.tile._asdict(), **more)
+
+    @property
+    def dense_tiles(self) -> int:
+        return self.geometry.tiles(self.geometry.tile, self.geometry.mode)
+
+    def run_cpg(self, phase: tl.constexpr, **more: Any) -> None:
+        mode, tile, tiles = self.sparse_tiles(phase)
+        radius = self.options.cpg_kernel_size // 2
+        margin = radius if phase is COMPARE else 2 * radius
+        count = (tile.ROWS + 2 * margin) * (tile.SPANS * tile.SPAN + 2 * margin)
+        programs = min(tiles, PROGRAMS * multiprocessors(self.target.device))
+        names = ("selected", "summary", "grad_total", "shares", "grad", "partials")
+        unused = {**dict.fromkeys(names, self.target), "grad": self.arguments["logits"], "length": 1}  # by this phase
+        run(
+            cpg_tiles, programs, {**unused, **self.arguments}, **more, **tile._asdict(),
+            integers=self.new(programs * cpg.ARRAYS.value * count, dtype=torch.int32),
+            numbers=self.new(programs * cpg.ARRAYS.value * count, dtype=self.acc),
+            tiles=tiles, MODE=mode, PHASE=phase.value, WINDOW=self.options.cpg_window, RADIUS=radius, MARGIN=margin,
+            LANES=power_of_two(count), BLOCK=SPARSE.block,
+            PART_ROWS=min(SPARSE.window_rows, power_of_two(2 * radius + 1)),
+        )  # fmt: skip
+
+    def sparse_tiles(self, phase: tl.constexpr) -> tuple[int, Tile, int]:
+        """Mode and tile of CPG's kernel, and how many of these there are."""
+        mode, tile = self.geometry.mode, SPARSE.tile
+        if mode == QUADS.value and phase is GRADIENT:  # those of the dense kernel, but fewer columns
+            dense = self.geometry.tile
+            tile = dense._replace(SPANS=max(1, tile.SPANS * tile.SPAN // dense.SPAN))
+        elif mode == QUADS.value:
+            mode = ANY.value
+        return mode, tile, self.geometry.tiles(tile, mode)
 
 
 def loss(
@@ -285,63 +290,64 @@ def loss(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """The kernel of bcmf::loss_triton; arguments: LossOptions."""
     options = LossOptions(*arguments)
-    ignore_index, ohem_threshold = options.ignore_index, options.ohem_threshold
-    _check(logits, target, weight, options)
-    acc = acc_dtype(logits)
-    total, summary = logits.new_empty((), dtype=acc), logits.new_zeros(SUMMARY, dtype=acc)
-    terms = logits.new_zeros(3, dtype=acc)
-    selected = logits.new_empty((0, *target.shape[1:]), dtype=torch.uint8)  # of BCL
-    stats = logits.new_empty((2, *target.shape), dtype=acc)
-    common = _common(logits, target, weight, ohem_threshold)
-    tiles = triton.cdiv(common["pixels"], BLOCK)
-    partials = logits.new_empty(2 * tiles, dtype=torch.float64)
-    nlls = exceeds = stats  # not read without OHEM
-    if ohem_threshold is not None:
-        nlls = logits.new_empty(target.shape, dtype=acc)
-        least = torch.tensor(-math.log(ohem_threshold), dtype=acc).nextafter(torch.tensor(math.inf, dtype=acc))
-        exceeds = logits.new_full((1,), least.item(), dtype=acc)  # on the CPU until here: no copy waits for the GPU
-    with _on(logits):
-        if tiles > 0:
-            _forward[(tiles,)](
-                **common, stats=stats, nlls=nlls, exceeds=exceeds, partials=partials, ignore_index=ignore_index
-            )
-            if ohem_threshold is not None:
-                _ohem(common, nlls, exceeds, summary, partials, ignore_index, options.ohem_min_kept)
-        _finish[(1,)](partials, tiles, total, terms, summary, FINISH_BLOCK)
-    return total, terms, stats, selected, summary
+    with on_device(logits):
+        call = Call(logits, target, weight, options)
+        shape, steps, new, acc = target.shape, len(call.steps), call.new, call.acc
+        total, terms, summary = new((), dtype=acc), new(3, dtype=acc), new(SUMMARY, dtype=acc).zero_()
+        stats = new((2, *shape), dtype=acc)
+        selected = new((shape[0] if steps else 0, *shape[1:]), dtype=torch.uint8)
+        nlls = new(shape, dtype=acc) if call.ohem else stats
+        scores = new((steps, *shape), dtype=acc)
+
+        flat_tiles = call.geometry.tiles(FLAT, DIRECT.value)
+        length = max(1, call.dense_tiles, flat_tiles, call.sparse_tiles(COMPARE)[-1])
+        sums = DENSE_SUMS.value + 2 * steps + 2 * call.cpg
+        partials, totals = new((sums, length), dtype=torch.float64).zero_(), new(sums, dtype=torch.float64)
+        call.arguments |= {
+            "stats": stats, "nlls": nlls, "scores": scores, "totals": totals, "length": length, "total": total,
+            "terms": terms, "exceeds": bits_of(least_hard_loss(options, acc)), "BLOCK": FLAT_BLOCK,
+        }  # fmt: skip
+        if call.geometry.pixels > 0:
+            call.run_dense(forward, partials=partials)
+            if call.ohem:
+                run_ohem(call, nlls, summary, partials)
+            if steps:
+                call.run(
+                    bcl.select_maxima, flat_tiles, **FLAT._asdict(), selected=selected,
+                    partials=partials[DENSE_SUMS.value :], nms_radius=min(options.bcl_nms_size // 2, 2**30),
+                    least_score=bits_of(-math.log(options.bcl_threshold)),
+                )  # fmt: skip
+            if call.cpg:
+                call.run_cpg(COMPARE, partials=partials[sums - 2 :])
+        call.run(add_tiles, sums, partials=partials)
+        call.run(finish, 1, summary=summary, BCL_STEPS=steps)
+        return total, terms, stats, selected, summary
 
 
-def digits(key_bits: int) -> Iterator[tuple[int, int]]:
-    """(lowest bit, number of bits) of each level's digit, from the highest bits down."""
-    for top in range(key_bits, 0, -DIGIT_BITS):
-        yield max(0, top - DIGIT_BITS), min(top, DIGIT_BITS)
+def least_hard_loss(options: LossOptions, acc: torch.dtype) -> float:
+    """The smallest number of this dtype that exceeds OHEM's threshold. On the CPU: no copy waits for the GPU."""
+    if options.ohem_threshold is None:
+        return 0.0
+    return torch.tensor(-math.log(options.ohem_threshold), dtype=acc).nextafter(torch.tensor(math.inf, dtype=acc)).item()
 
 
-def _ohem(
-    common: dict[str, Any],
-    nlls: Tensor,
-    exceeds: Tensor,
-    summary: Tensor,
-    partials: Tensor,
-    ignore_index: int,
-    min_kept: int,
-) -> None:
-    """Finds the smallest loss that is kept, and sums up the kept ones."""
-    pixels, tiles = common["pixels"], len(partials) // 2
+def run_ohem(call: Call, nlls: Tensor, summary: Tensor, partials: Tensor) -> None:
+    """Finds the smallest loss that is kept, and sums up the kept ones. Every level is always launched: whether it is
+    needed only the device knows."""
     selection = nlls.new_empty(2, dtype=torch.int64)
-    levels = list(digits(8 * nlls.element_size()))
-    histograms = nlls.new_zeros((len(levels), 1 << DIGIT_BITS), dtype=torch.int64)
-    _ohem_begin[(1,)](partials, tiles, min_kept, selection, FINISH_BLOCK)
-    for (shift, bits), histogram in zip(levels, histograms, strict=True):
-        _ohem_count[(tiles,)](nlls, selection, histogram, pixels, shift, bits, BLOCK)
-        _ohem_choose[(1,)](selection, histogram, shift, bits)
-    shared = {
-        name: common[name] for name in ("target", "weight", "pixels", "classes", "height", "width", "WEIGHTED", "BLOCK")
-    }
-    _ohem_sum[(tiles,)](
-        **shared, **_target_strides(common["target"]), nlls=nlls, exceeds=exceeds, selection=selection,
-        summary=summary, partials=partials, ignore_index=ignore_index,
+    levels = list(ohem.digits(8 * nlls.element_size()))
+    histograms = nlls.new_zeros((len(levels), 1 << ohem.DIGIT_BITS), dtype=torch.int64)
+    call.run(add_tiles, DENSE_SUMS.value, partials=partials)
+    call.run(
+        ohem.begin, 1, min_kept=call.options.ohem_min_kept, selection=selection, HARD=HARD.value,
+        VALID=VALID_PIXELS.value,
     )  # fmt: skip
+    programs = min(256, triton.cdiv(call.geometry.pixels, FLAT_BLOCK))
+    for (shift, bits), histogram in zip(levels, histograms, strict=True):
+        level = {"selection": selection, "histogram": histogram, "SHIFT": shift, "BITS": bits}
+        call.run(ohem.count, programs, **level)
+        call.run(ohem.choose, 1, **level)
+    call.run_dense(ohem.sum_kept, selection=selection, summary=summary, partials=partials)
 
 
 def loss_backward(
@@ -356,24 +362,53 @@ def loss_backward(
 ) -> Tensor:
     """The kernel of bcmf::loss_triton_backward; arguments: LossOptions."""
     options = LossOptions(*arguments)
-    ignore_index, ohem_threshold = options.ignore_index, options.ohem_threshold
-    _check(logits, target, weight, options)
-    acc = acc_dtype(logits)
-    if (stats.shape, stats.dtype, summary.shape, summary.dtype) != ((2, *target.shape), acc, (SUMMARY,), acc):
-        raise ValueError("bcmf::loss_triton_backward takes stats, selected and summary as bcmf::loss returned them.")
-    if grad_total.numel() != 1 or not grad_total.device == stats.device == summary.device == logits.device:
-        raise ValueError("bcmf::loss_triton_backward takes one upstream gradient, and all tensors on one device.")
-    stats, summary = stats.contiguous(), summary.contiguous()
-    grad = torch.empty_like(logits, memory_format=torch.preserve_format)
-    common = _common(logits, target, weight, ohem_threshold)
-    if common["pixels"] == 0:
+    with on_device(logits):
+        call = Call(logits, target, weight, options)
+        geometry, new, acc = call.geometry, call.new, call.acc
+        check_kept(call, grad_total, stats, selected, summary)
+        grad = torch.empty_like(logits, memory_format=torch.preserve_format)
+        if geometry.pixels == 0:
+            return grad.zero_()
+        sink = make_sink(call, grad)
+        call.arguments |= {
+            "grad_total": grad_total.to(acc).contiguous(),
+            "stats": stats.contiguous(),
+            "selected": selected.contiguous(),
+            "summary": summary.contiguous(),
+            "shares": new(target.shape, dtype=acc).zero_() if call.cpg else stats,
+            "grad": Logits(sink, *sink.stride()[:4]),
+        }
+        if call.cpg:
+            call.run_cpg(SHARES)
+        call.run_dense(backward)
+        if call.cpg:
+            call.run_cpg(GRADIENT)
+        if sink is not grad:
+            to = {"sums": call.arguments["grad"], "grad": Logits(grad, *grad.stride()), "count": grad.numel()}
+            rows, columns = (2 * most for most in geometry.most)
+            gather = quads.join_quads if geometry.mode == QUADS.value else quads.gather_pixels
+            programs = triton.cdiv(grad.numel(), GATHER_BLOCK)
+            call.run(gather, programs, **to, most_rows=rows, most_columns=columns, BLOCK=GATHER_BLOCK)
         return grad
-    strides = dict(
-        zip(("grad_stride_n", "grad_stride_c", "grad_stride_h", "grad_stride_w"), grad.stride(), strict=True)
-    )
-    with _on(logits):
-        _backward[(triton.cdiv(common["pixels"], BLOCK),)](
-            **common, **strides, grad_total=grad_total.to(stats.dtype), stats=stats, summary=summary, grad=grad,
-            ignore_index=ignore_index,
-        )  # fmt: skip
-    return grad
+
+
+def make_sink(call: Call, grad: Tensor) -> Tensor:
+    """Where gradients go first: to their tensor, or on the way back to logits of another size."""
+    geometry, planes = call.geometry, grad.shape[:2]
+    if geometry.mode == DIRECT.value:
+        return grad
+    if geometry.mode == ANY.value:
+        return call.new((*planes, *call.target.shape[1:]), dtype=call.acc)
+    down = (geometry.size.rows + 1) * geometry.down.parts
+    return call.new((*planes, 4, down, (geometry.size.columns + 1) * geometry.across.parts), dtype=call.acc)
+
+
+def check_kept(call: Call, grad_total: Tensor, stats: Tensor, selected: Tensor, summary: Tensor) -> None:
+    """What the backward gets of the forward."""
+    shape, device = call.target.shape, call.target.device
+    kept = (stats.shape, stats.dtype), (summary.shape, summary.dtype), (selected.shape, selected.dtype)
+    images = shape[0] if call.steps else 0
+    if kept != (((2, *shape), call.acc), ((SUMMARY,), call.acc), ((images, *shape[1:]), torch.uint8)):
+        raise ValueError("bcmf::loss_triton_backward takes stats, selected and summary as bcmf::loss returned them.")
+    if grad_total.numel() != 1 or any(t.device != device for t in (grad_total, stats, selected, summary)):
+        raise ValueError("bcmf::loss_triton_backward takes one upstream gradient, and all tensors on one device.")

@@ -61,4 +61,4 @@ def set_order(order: str) -> None:
 
 
 LOSS = ops.define_loss(LIB, "loss")
-LIB.define("upsample_argmax" + ops.UPSAMPLE_ARGMAX)
+UPSAMPLE_ARGMAX = ops.define_upsample_argmax(LIB, "upsample_argmax")

@@ -1,0 +1,183 @@
+"""How kernels are launched: which tiles for which logits, and Triton's options."""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import os
+import struct
+from collections.abc import Mapping
+from typing import Any, NamedTuple
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from ..dispatch import INTERPRETED
+from ..ops import acc_dtype
+from .common import ANY, DIRECT, QUADS, Axis, Labels, Logits, Size
+from .geometry import fill_axes
+
+# Both products of a mix and a sum would be rounded or not as each kernel's compilation falls: see logits.mix.
+OPTIONS = {"enable_fp_fusion": False}
+# Instead of the table of configurations: for those who have the time.
+AUTOTUNE = os.environ.get("BCMF_TRITON_AUTOTUNE") == "1"
+
+
+class Tile(NamedTuple):
+    """A tile of ROWS × SPANS × SPAN label pixels, and the classes whose logits are read together."""
+
+    ROWS: int
+    SPANS: int
+    SPAN: int
+    GROUP: int
+    num_warps: int = 4
+
+
+
+def tile_for(classes: int, dtype: torch.dtype, mode: int, pixels_first: bool, most: tuple[int, int]) -> Tile:
+    """The table of configurations. pixels_first: classes are neighbours in memory (channels_last). most: pixels of a
+    quad at most, down and across. Chosen by counting instructions of sm_90, not measured on a GPU yet: a thread has 8
+    pixels, so that half precision is read in 16 bytes and no sum over classes is shared, and 32 logits, of fp64 16."""
+    half = 2 if dtype == torch.float64 else 1
+    if mode == QUADS.value:
+        rows, span = min(MOST_ROWS, power_of_two(most[0])), min(MOST_SPAN, power_of_two(most[1]))
+        return Tile(rows, 128 // span, span, 4 // half)
+    if mode == DIRECT.value and pixels_first:
+        group = min(256, power_of_two(classes))
+        return Tile(1, max(1, 256 // group // half), 8, group)
+    return Tile(8, 16 // half, 8, min(4, power_of_two(classes)) // half)
+
+
+MOST_ROWS, MOST_SPAN = 8, 32  # of a piece of a quad
+FLAT = Tile(4, 16, 8, 1)  # of maps at label size
+FLAT_BLOCK = 1024  # entries of what is read as one row
+
+
+class Sparse(NamedTuple):
+    """CPG's tiles, of few pixels, so that many have no edge; the pixels that are looked at together; and the rows of
+    their windows that are."""
+
+    tile: Tile
+    block: int
+    window_rows: int
+
+
+SPARSE_ON_GPUS = Sparse(Tile(8, 4, 8, 1), 128, 1)
+SPARSE = Sparse(Tile(32, 8, 8, 1), 512, 8) if INTERPRETED else SPARSE_ON_GPUS  # a long line takes it as long as a short
+PROGRAMS = 8  # of CPG, on a multiprocessor
+
+
+def power_of_two(n: int) -> int:
+    return triton.next_power_of_2(max(1, n))
+
+
+def bits_of(value: float) -> int:
+    """The integer that common.double makes into this number again."""
+    (bits,) = struct.unpack("<q", struct.pack("<d", value))
+    return int(bits)
+
+
+def run(kernel: Any, programs: int, arguments: Mapping[str, Any], **more: Any) -> None:
+    """Launches a kernel with those of the arguments that it takes."""
+    if programs <= 0:
+        return
+    arguments = {**arguments, **more}
+    taken = {name: arguments[name] for name in kernel.arg_names if name in arguments}
+    if AUTOTUNE and "GROUP" in taken:
+        tuned(kernel, taken.pop("GROUP"))[(programs,)](**taken, **OPTIONS)
+    else:
+        kernel[(programs,)](**taken, **OPTIONS, num_warps=arguments.get("num_warps", 4))
+
+
+@functools.cache
+def tuned(kernel: Any, group: int) -> Any:
+    """The kernel, which takes the fastest of a few groups of classes and numbers of warps: tried with each new kind of
+    arguments, which takes a while and synchronises. (CPG's kernels add to what is there: they cannot be tried.)"""
+    groups = sorted({max(1, group // 2), group, 2 * group})
+    configs = [triton.Config({"GROUP": g}, num_warps=warps) for g in groups for warps in (2, 4, 8)]
+    key = ["size", *(name for name in kernel.arg_names if name.isupper() and name != "GROUP")]
+    return triton.autotune(configs, key)(kernel)
+
+
+def check_sides(*sides: int) -> None:
+    """Tensors may have more than 2³¹ entries, but kernels count rows, columns and classes in 32 bits."""
+    for side in sides:
+        if side >= 2**30:
+            raise ValueError(f"a side of {side} is too long: it has to be below 2^30.")
+
+
+def on_device(tensor: Tensor) -> contextlib.AbstractContextManager[None]:
+    return torch.cuda.device(tensor.device) if tensor.is_cuda else contextlib.nullcontext()
+
+
+@functools.cache
+def multiprocessors(device: torch.device) -> int:
+    if device.type != "cuda":
+        return 1  # interpreted
+    return int(torch.cuda.get_device_properties(device).multi_processor_count)
+
+
+class Geometry:
+    """Logits and the label pixels that they are read for: what the arguments of all kernels have in common."""
+
+    def __init__(self, logits: Tensor, height: int, width: int, align_corners: bool) -> None:
+        images, classes, rows, columns = logits.shape
+        self.size = Size(classes, height, width, rows, columns)
+        self.images, self.pixels = images, images * height * width
+        self.acc = acc_dtype(logits)
+        self.mode, self.most = self._choose_mode(align_corners)
+        self.tile = tile_for(classes, logits.dtype, self.mode, logits.stride(1) < logits.stride(3), self.most)
+        self.down = self.across = Axis(logits, logits, logits, 1)  # not read in mode DIRECT
+        if self.mode != DIRECT.value and self.pixels > 0:
+            self._fill_axes(logits, align_corners)
+        self.arguments = {
+            "logits": Logits(logits, *logits.stride()),
+            "size": self.size,
+            "down": self.down,
+            "across": self.across,
+            "pixels": self.pixels,
+            "ACC": tl.float64 if self.acc == torch.float64 else tl.float32,
+            "MODE": self.mode,
+        }
+
+    def _choose_mode(self, align_corners: bool) -> tuple[int, tuple[int, int]]:
+        """The mode, and the pixels of a quad at most, down and across."""
+        _, height, width, rows, columns = self.size
+        most = most_pixels(rows, height, align_corners), most_pixels(columns, width, align_corners)
+        if (rows, columns) == (height, width):
+            return DIRECT.value, most
+        pieces = (rows + 1) * triton.cdiv(most[0], MOST_ROWS) * (columns + 1) * triton.cdiv(most[1], MOST_SPAN)
+        # Sums for four corners of each piece take less memory than the pixels' own gradients from a ratio of 2 on.
+        return (QUADS.value if 3.5 * pieces <= height * width else ANY.value), most
+
+    def _fill_axes(self, logits: Tensor, align_corners: bool) -> None:
+        def make(inside: int, outside: int, pixels: int, limit: int) -> Axis:
+            table = logits.new_empty(outside + inside + 2, dtype=torch.int32)
+            weight = logits.new_empty(outside, dtype=self.acc)
+            return Axis(table[:outside], weight, table[outside:], triton.cdiv(pixels, limit))
+
+        _, height, width, rows, columns = self.size
+        self.down = make(rows, height, self.most[0], self.tile.ROWS)
+        self.across = make(columns, width, self.most[1], self.tile.SPAN)
+        entries = max(height, width, rows + 2, columns + 2)
+        axes = {"size": self.size, "down": self.down, "across": self.across}
+        run(fill_axes, triton.cdiv(entries, FLAT_BLOCK), axes, ALIGN=align_corners, BLOCK=FLAT_BLOCK)
+
+    def tiles(self, tile: Tile, mode: int) -> int:
+        """How many tiles there are in all."""
+        if mode == QUADS.value:
+            down = (self.size.rows + 1) * self.down.parts
+            across = triton.cdiv((self.size.columns + 1) * self.across.parts, tile.SPANS)
+        else:
+            down = triton.cdiv(self.size.height, tile.ROWS)
+            across = triton.cdiv(self.size.width, tile.SPANS * tile.SPAN)
+        return self.images * down * across
+
+
+def most_pixels(inside: int, outside: int, align_corners: bool) -> int:
+    """Label pixels between two neighbouring logits, at most."""
+    if align_corners:
+        return triton.cdiv(outside - 1, inside - 1) if inside > 1 else outside
+    return triton.cdiv(outside, max(1, inside))
