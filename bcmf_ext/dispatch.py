@@ -71,7 +71,9 @@ def _load_extension() -> tuple[ModuleType | None, str | None, str | None]:
         except ImportError as error:
             reason = f"the extension does not load ({error}): reinstall it ({_REINSTALL})"
     # Not warn: its second line would quote this one.
-    warnings.warn_explicit(f"{reason}. Until then its ops run in PyTorch, on GPUs in Triton.", RuntimeWarning, "bcmf_ext", 1)
+    warnings.warn_explicit(
+        f"{reason}. Until then its ops run in PyTorch, on GPUs in Triton.", RuntimeWarning, "bcmf_ext", 1
+    )
     return None, reason, reason
 
 

@@ -145,7 +145,6 @@ LOSS["cuda"] = LOSS["cpu"]  # one op, whose kernel the tensors' device chooses
 #   label and class, by label · C + class; how many a label that is neither a class nor ignored; how many are ignored.
 
 
-
 def argmax_dtype(logits: Tensor) -> torch.dtype:
     return torch.uint8 if logits.shape[1] <= 256 else torch.int32
 

@@ -24,7 +24,7 @@ from torch import Tensor, nn
 from torch.optim.lr_scheduler import LambdaLR
 from tqdm import tqdm
 
-from . import dispatch, ops
+from . import dispatch
 from .checkpoint import Run, find_checkpoint, load_checkpoint, new_folder, save_checkpoint
 from .config import NETWORKS, Config, command_line, make_config, parse_flags, resumed_config
 from .data import MEAN, STD, Augmentation, EpochSampler, EvalSamples, SegmentationDataset, TrainSamples, open_dataset

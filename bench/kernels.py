@@ -47,7 +47,7 @@ from matplotlib.ticker import NullFormatter
 sys.path.insert(0, str(Path(__file__).parent))
 import cross_entropy
 import segmentation_loss
-from problem import OURS, Problem
+from problem import OURS, Problem, missing_impls
 
 from bcmf_ext import dispatch, info
 from bcmf_ext.data import open_dataset
@@ -364,7 +364,10 @@ def main() -> None:
     path = arguments.output / f"kernels-{device_name(arguments.device)}.json"
     path.parent.mkdir(parents=True, exist_ok=True)
     source = "CamVid" if arguments.labels else "drawn scenes"
-    record = {**about(), "labels": source, "rounds": arguments.rounds, "results": []}
+    missing = missing_impls(arguments.device)
+    record = {**about(), "labels": source, "rounds": arguments.rounds, "not_measured": missing, "results": []}
+    for impl, reason in missing.items():
+        print(f"{impl}: not measured ({reason})")
     clock = Clock(arguments.device)
     for op in arguments.op:
         for problem in OPS[op](labels, c):

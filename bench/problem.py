@@ -29,13 +29,18 @@ class Problem:
     other: Mapping[str, Callable[[Tensor], Tensor]] = field(default_factory=dict)
 
 
-OURS = ("cuda", "triton", "cpu")
+OURS = ("cuda", "triton", "cpu")  # with kernels
 
 
 def our_impls(device: torch.device) -> list[str]:
-    """Every impl of ours with kernels that run on this device, except interpreted ones."""
-    candidates = ("cpu",) if device.type == "cpu" else ("cuda", "triton")
-    return [impl for impl in candidates if dispatch.why_not(impl, device.type) is None]
+    """The impls that "auto" chooses from on this device and that can run: kernels, and last "torch"."""
+    return [impl for impl in dispatch.ORDER[device.type] if dispatch.why_not(impl, device.type) is None]
+
+
+def missing_impls(device: str) -> dict[str, str]:
+    """The other impls, and why they cannot run (the interpreter is no measure)."""
+    reasons = {impl: dispatch.why_not(impl, device) or "interpreted" for impl in dispatch.IMPLS}
+    return {impl: reason for impl, reason in reasons.items() if impl not in our_impls(torch.device(device))}
 
 
 def make_logits(labels: Tensor, classes: int, dtype: torch.dtype, size: Sequence[int] | None = None) -> Tensor:

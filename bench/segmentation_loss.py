@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from problem import Problem, make_logits, our_impls, size_of, work
 from torch import Tensor
 
-from bcmf_ext import BCL, CPG, boundary_corrected_loss, cpg_loss, ops, reference, segmentation_loss
+from bcmf_ext import BCL, CPG, boundary_corrected_loss, cpg_loss, reference, segmentation_loss
 
 # The dense form is the authors', with its three mistakes repaired (spec section 4).
 AUTHORS, SPARSE = reference.cpg_loss, reference.cpg_loss_sparse

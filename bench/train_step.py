@@ -21,7 +21,7 @@ from problem import our_impls
 from torch.optim import SGD
 from tqdm import tqdm
 
-from bcmf_ext import SegmentationCriterion, ops
+from bcmf_ext import SegmentationCriterion
 from bcmf_ext.config import NETWORKS, RECIPES
 from bcmf_ext.data import Augmentation, EpochSampler, TrainSamples, open_dataset
 from bcmf_ext.engine import Compute, choose_dtype
@@ -110,7 +110,7 @@ def main() -> None:
     parser.add_argument("--output", type=Path, default=RESULTS, metavar="DIR")
     arguments = parser.parse_args()
     if not arguments.impl:
-        arguments.impl = [*our_impls(torch.device(arguments.device)), "torch"]
+        arguments.impl = our_impls(torch.device(arguments.device))
     result = measure(Step(arguments), arguments.rounds)
     print(render(result))
     path = arguments.output / f"train_step-{device_name(arguments.device)}.json"

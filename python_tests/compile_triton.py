@@ -12,7 +12,9 @@ import sys
 import time
 from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import ProcessPoolExecutor
-from typing import Any
+from contextlib import ExitStack
+from functools import partial
+from typing import Any, NamedTuple
 from unittest import mock
 
 import torch
@@ -26,16 +28,31 @@ from bcmf_ext.triton import argmax, launch, loss
 
 ARCHS = (80, 90, 100, 120)
 DTYPES = (torch.bfloat16, torch.float16, torch.float32, torch.float64)
-# Of logits, for labels of 512x1024: as many, an eighth, a quarter, more than labels.
-SIZES = {"direct": (512, 1024), "eighth": (64, 128), "quarter": (128, 256), "more": (600, 1100)}
-MIXES: Mapping[str, Mapping[str, Any]] = {
-    "CE": {},
-    "CE + BCL + CPG": {"bcl_steps": (2,), "bcl_nms_size": 3, "cpg_kernel_size": 3},
-    "weighted OHEM + BCL + CPG5": {"ohem_threshold": 0.7, "bcl_steps": (1, 2), "bcl_nms_size": 3, "cpg_kernel_size": 5},
-    "CE + flipped BCL + CPG7 by centres": {
-        "bcl_steps": (2,), "bcl_flipped": (0.5, 0.5), "cpg_kernel_size": 7, "cpg_window": False
-    },
-}  # fmt: skip
+LABELS = (512, 1024)
+EIGHTH, MORE = (64, 128), (600, 1100)  # of logits
+BCL, FLIPPED = {"bcl_steps": (2,)}, {"bcl_steps": (1, 2), "bcl_flipped": (0.5, 0.5)}
+CPG3, CPG5, CPG7 = ({"cpg_kernel_size": size, "cpg_window": size != 7} for size in (3, 5, 7))
+OHEM = {"ohem_threshold": 0.7}
+
+
+class Loss(NamedTuple):
+    """A call of bcmf::loss and its backward."""
+
+    logits: tuple[int, int]
+    options: Mapping[str, Any] = {}
+    weighted: bool = False
+    channels_last: bool = False
+    label_dtype: torch.dtype = torch.int64
+
+
+LOSSES = (  # every option, source of logits and layout, in few calls: CPG's kernels take seconds each
+    Loss(LABELS),
+    Loss(EIGHTH, weighted=True, channels_last=True),
+    Loss(LABELS, {**BCL, **CPG3}),
+    Loss(EIGHTH, {**BCL, **CPG3}, label_dtype=torch.uint8),
+    Loss(LABELS, {**OHEM, **BCL, **CPG5}, weighted=True, channels_last=True),
+    Loss(MORE, {**OHEM, **FLIPPED, **CPG7}, label_dtype=torch.int32),
+)
 
 
 class Driver:
@@ -55,35 +72,33 @@ class Driver:
 
 
 def empty(*shape: int, dtype: torch.dtype, channels_last: bool = False) -> Tensor:
+    """A tensor without data."""
     layout = torch.channels_last if channels_last else torch.contiguous_format
     return torch.empty(shape, dtype=dtype, device="meta", memory_format=layout)
 
 
 def calls() -> Iterator[tuple[str, Callable[[], Any]]]:
-    """Calls of the ops, by a name that tells dtype and options."""
-    for dtype, (place, size), (mix, options) in itertools.product(DTYPES, SIZES.items(), MIXES.items()):
-        for channels_last in (False, True) if mix.startswith("CE + BCL") or mix == "CE" else (False,):
+    """Calls of the ops, and what to call them."""
+    for dtype in DTYPES:
+        for call in LOSSES:
+            yield f"{call}, {dtype}", partial(loss_and_gradient, call, dtype)
+        for size, channels_last in itertools.product((LABELS, EIGHTH, MORE), (False, True)):
             logits = empty(2, 19, *size, dtype=dtype, channels_last=channels_last)
-            name = f"{mix}, {place}{', channels_last' * channels_last}, {dtype}"
-            label_dtype = torch.uint8 if place == "eighth" else torch.int64
-            yield name, lambda z=logits, o=options, w="weighted" in mix, t=label_dtype: step(z, o, w, t)
-    for dtype, (place, size), channels_last in itertools.product(DTYPES, SIZES.items(), (False, True)):
-        logits = empty(2, 19, *size, dtype=dtype, channels_last=channels_last)
-        yield f"arg-max, {place}, {dtype}", lambda z=logits: argmax.upsample_argmax(z, 512, 1024, False)
+            yield f"arg-max of {size}, {dtype}", partial(argmax.upsample_argmax, logits, *LABELS, False)
 
 
-def step(logits: Tensor, options: Mapping[str, Any], weighted: bool, label_dtype: torch.dtype) -> None:
-    """Forward and backward of a loss."""
-    target = empty(logits.shape[0], 512, 1024, dtype=label_dtype)
-    weight = empty(logits.shape[1], dtype=torch.float32) if weighted else None
-    given = LossOptions(255, **options)
-    total, _, *kept = loss.loss(logits, target, weight, *given)
-    loss.loss_backward(total, logits, target, weight, *kept, *given)
+def loss_and_gradient(call: Loss, dtype: torch.dtype) -> None:
+    logits = empty(2, 19, *call.logits, dtype=dtype, channels_last=call.channels_last)
+    target = empty(2, *LABELS, dtype=call.label_dtype)
+    weight = empty(19, dtype=torch.float32) if call.weighted else None
+    options = LossOptions(255, **call.options)
+    total, _, *kept = loss.loss(logits, target, weight, *options)
+    loss.loss_backward(total, logits, target, weight, *kept, *options)
 
 
 def compile_for(arch: int) -> str:
     """Compiles what all calls launch; a summary."""
-    began, compiled, spilling = time.perf_counter(), {}, set()
+    began, compiled = time.perf_counter(), set()
     driver.set_active(Driver(arch))
 
     def compile_kernel(kernel: Any, programs: int, arguments: Mapping[str, Any], **more: Any) -> None:
@@ -92,15 +107,16 @@ def compile_for(arch: int) -> str:
         warps = arguments.get("num_warps", 4)
         found = kernel.warmup(**taken, **launch.OPTIONS, num_warps=warps, grid=(programs,))
         assert found.asm["cubin"]
-        compiled[found.hash] = kernel.fn.__name__
+        compiled.add(found.hash)
 
     for name, call in calls():
-        with mock.patch.multiple(loss, run=compile_kernel), mock.patch.object(argmax, "run", compile_kernel):
-            with mock.patch.object(launch, "run", compile_kernel):
-                try:
-                    call()
-                except Exception as error:
-                    raise SystemExit(f"{name}, for sm_{arch}: {error}") from error
+        with ExitStack() as patched:
+            for module in (launch, loss, argmax):
+                patched.enter_context(mock.patch.object(module, "run", compile_kernel))
+            try:
+                call()
+            except Exception as error:
+                raise RuntimeError(f"{name}, for sm_{arch}: {error}") from error
     return f"sm_{arch}: {len(compiled)} cubins in {time.perf_counter() - began:.0f} s"
 
 

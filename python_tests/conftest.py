@@ -68,7 +68,7 @@ def look_for_overflow(asked: bool) -> None:
     from triton.runtime import interpreter
 
     builder = interpreter.interpreter_builder
-    builder.options = dataclasses.replace(builder.options, sanitize_overflow=asked)
+    builder.options = dataclasses.replace(builder.options, sanitize_overflow=asked, debug=asked)
 
 
 if dispatch.INTERPRETED and importlib.util.find_spec("triton"):

@@ -75,12 +75,14 @@ def look_for_races(without: str | None = None) -> Iterator[Races]:
         races.launch()
         return call(self, *arguments, **more)
 
-    with mock.patch.multiple(
-        builder,
-        create_masked_load=noted_load,
-        create_masked_store=noted_store,
-        set_grid_idx=next_program,
-        create_barrier=barrier,
+    with (
+        mock.patch.multiple(
+            builder,
+            create_masked_load=noted_load,
+            create_masked_store=noted_store,
+            set_grid_idx=next_program,
+            create_barrier=barrier,
+        ),
+        mock.patch.object(executor, "__call__", launch),
     ):
-        with mock.patch.object(executor, "__call__", launch):
-            yield races
+        yield races

@@ -291,9 +291,7 @@ def test_all_reduce(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("size", "wanted"), [((7, 9), (56, 72)), ((7, 9), (7, 9)), ((5, 6), (13, 31)), ((1, 1), (4, 3)), ((40, 31), (9, 8))]
 )
-def test_upsample_argmax(
-    backend: Backend, size: tuple, wanted: tuple, dtype: torch.dtype, align_corners: bool
-) -> None:
+def test_upsample_argmax(backend: Backend, size: tuple, wanted: tuple, dtype: torch.dtype, align_corners: bool) -> None:
     """The class of the largest resampled logit, in any dtype and layout; another only where two are almost equal."""
     z = torch.randn(2, 5, *size, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
     z = z.to(backend.device, dtype)

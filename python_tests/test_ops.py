@@ -64,6 +64,8 @@ every_kernel = pytest.mark.parametrize("backend", marked(KERNELS), indirect=True
 def test_not_less_exact_than_eager(backend: Backend, case: Case, dtype: torch.dtype, shape: tuple[int, ...]) -> None:
     """Protects values and gradients in every dtype, with an upstream gradient other than 1, from one pixel to 171
     classes."""
+    if backend.interpreted and dtype != torch.float32 and shape not in SHAPES[:3]:
+        pytest.skip("interpreted: large shapes in fp32 only")
     assert_not_less_exact(case, backend, *problem(shape, dtype, backend.device, logits=case.logits))
 
 
@@ -74,6 +76,8 @@ def test_any_layout(backend: Backend, case: Case, dtype: torch.dtype, shape: tup
     """Protects strides: channels_last, slices, offsets and transposed storage are read where they are, what lies
     between them (NaN here) is not, and the gradient comes in the logits' layout. Of the second shape the CUDA kernels
     read several pixels at once; 12 classes in fp32 are just what a block may have of shared memory unasked."""
+    if backend.interpreted and shape[1] == 12:
+        pytest.skip("interpreted: no kernel here reads the second shape otherwise")
     z, y, w = problem(shape, dtype, backend.device, logits=case.logits)
     for view in layouts(z).values():
         assert_not_less_exact(case, backend, z, y.transpose(1, 2).contiguous().transpose(1, 2), w, view)

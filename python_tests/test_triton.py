@@ -10,10 +10,8 @@ from cases import CASES, KERNELS, Case, assert_not_less_exact, problem, value_an
 
 from bcmf_ext import dispatch
 
-triton = pytest.importorskip("triton")
-if not dispatch.INTERPRETED:
-    pytest.skip("Triton's kernels are not interpreted", allow_module_level=True)
-
+pytest.importorskip("triton")
+import triton
 import triton.language as tl
 from conftest import look_for_overflow
 from races import look_for_races
@@ -22,6 +20,7 @@ from triton.runtime.errors import InterpreterError
 
 from bcmf_ext.triton import launch, loss
 
+pytestmark = pytest.mark.skipif(not dispatch.INTERPRETED, reason="Triton's kernels are not interpreted")
 (TRITON,) = (backend for backend in KERNELS if backend.name == "triton")
 every_case = pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
 

@@ -11,9 +11,7 @@ from .. import dispatch, ops, reference
 from ..reference import BCL, CPG, OHEM
 
 
-def resolve_impl(
-    op: str, impl: str, logits: Tensor, target: Tensor, weight: Tensor | None, ignore_index: int
-) -> str:
+def resolve_impl(op: str, impl: str, logits: Tensor, target: Tensor, weight: Tensor | None, ignore_index: int) -> str:
     """The impl that computes a loss. Raises as ``reference.check_inputs`` and ``dispatch.choose`` do."""
     reference.check_inputs(logits, target, weight)
     if dispatch.DEBUG and not torch.compiler.is_compiling():

@@ -73,10 +73,7 @@ def double(bits):
 def ratio(numerator, denominator):
     """Their quotient, rounded correctly; 0 where the denominator is."""
     safe = tl.where(denominator == 0, 1.0, denominator)
-    if numerator.dtype == tl.float64:
-        quotient = numerator / safe
-    else:
-        quotient = tl.div_rn(numerator, safe)
+    quotient = numerator / safe if numerator.dtype == tl.float64 else tl.div_rn(numerator, safe)
     return tl.where(denominator == 0, 0.0, quotient)
 
 

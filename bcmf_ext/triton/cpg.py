@@ -74,7 +74,7 @@ def find_edges(
     PART: tl.constexpr, V: tl.constexpr,
 ):  # fmt: skip
     """Lists the entries whose windows hold more than one label and, if WINDOW, no ignored one; how many there are."""
-    n, top, left, bottom, right = window
+    _, top, left, bottom, right = window
     REACH: tl.constexpr = MARGIN - RADIUS  # how far around the tile G is compared
     count = 0
     for start in range(0, COUNT, BLOCK):
@@ -109,7 +109,7 @@ def find_near(
 ):  # fmt: skip
     """Lists the entries with an edge in their window; and of these the tile's own pixels and copies of them. How many
     there are of each."""
-    n, top, left, bottom, right = window
+    _, top, left, bottom, right = window
     near_count = 0
     own_count = 0
     for start in range(0, COUNT, BLOCK):
@@ -240,7 +240,7 @@ def fold(
     ACC: tl.constexpr, RADIUS: tl.constexpr, WIDE: tl.constexpr, PART: tl.constexpr, V: tl.constexpr,
 ):  # fmt: skip
     """g of pixels, and of their copies beyond the border."""
-    n, top, left, bottom, right = window
+    _, top, left, bottom, right = window
     total = tl.load(g + at, mask=some, other=0)
     if (top == 0) | (left == 0) | (bottom == size.height) | (right == size.width):
         for first in tl.static_range(0, V * (2 * RADIUS + 1), PART):
@@ -269,9 +269,7 @@ def entry_gradient(
         m = tl.load(stats + pixel, mask=some, other=0)
         log_sum = tl.load(stats + pixels + pixel, mask=some, other=0)
         nll = loss_of(logits, size, down, across, n, y, x, label, some, m, log_sum, ACC, MODE)
-    pull = pull_of(
-        label, nll, chosen, grad_total, summary, weight, bcl_weight, ACC, CE, WEIGHTED, OHEM, STEPS, FLIPPED
-    )
+    pull = pull_of(label, nll, chosen, grad_total, summary, weight, bcl_weight, ACC, CE, WEIGHTED, OHEM, STEPS, FLIPPED)
     factor = pull - share + g
     if FLIPPED:
         both = double(alpha).to(ACC) + double(beta).to(ACC)
@@ -290,8 +288,8 @@ def cpg_tiles(
     logits, labels, size, down, across, weight, stats, selected, summary, grad_total, shares, grad, partials,
     integers, numbers, tiles, length, pixels, ignore_index, cpg_weight, bcl_weight, alpha, beta,
     PHASE: tl.constexpr, WINDOW: tl.constexpr, RADIUS: tl.constexpr, MARGIN: tl.constexpr, LANES: tl.constexpr,
-    BLOCK: tl.constexpr, PART_ROWS: tl.constexpr, ACC: tl.constexpr, CE: tl.constexpr, WEIGHTED: tl.constexpr, OHEM: tl.constexpr,
-    STEPS: tl.constexpr, FLIPPED: tl.constexpr,
+    BLOCK: tl.constexpr, PART_ROWS: tl.constexpr, ACC: tl.constexpr, CE: tl.constexpr, WEIGHTED: tl.constexpr,
+    OHEM: tl.constexpr, STEPS: tl.constexpr, FLIPPED: tl.constexpr,
     MODE: tl.constexpr, ROWS: tl.constexpr, SPANS: tl.constexpr, SPAN: tl.constexpr,
 ):  # fmt: skip
     """COMPARE: partial sums of (G − its estimate)² and of |M|. SHARES: adds to `shares` (N, H, W), which are 0.
@@ -332,8 +330,9 @@ def cpg_tiles(
                 )  # fmt: skip
                 if PHASE == COMPARE:
                     error, compared = add_errors(
-                        error, compared, integers, numbers, edge_count, c, ACC, RADIUS, UNIT, COUNT, WIDE, BLOCK, PART, V
-                    )
+                        error, compared, integers, numbers, edge_count, c,
+                        ACC, RADIUS, UNIT, COUNT, WIDE, BLOCK, PART, V,
+                    )  # fmt: skip
                 else:
                     find_residuals(
                         integers, numbers, edge_count, c, scale, ACC, RADIUS, UNIT, COUNT, WIDE, BLOCK, PART, V
@@ -358,8 +357,8 @@ def put_gradients(
     logits, labels, size, down, across, weight, stats, selected, summary, grad_total, shares, grad,
     pixels, ignore_index, bcl_weight, alpha, beta,
     PHASE: tl.constexpr, RADIUS: tl.constexpr, MARGIN: tl.constexpr, COUNT: tl.constexpr, WIDE: tl.constexpr,
-    BLOCK: tl.constexpr, PART: tl.constexpr, V: tl.constexpr, ACC: tl.constexpr, CE: tl.constexpr, WEIGHTED: tl.constexpr, OHEM: tl.constexpr,
-    STEPS: tl.constexpr, FLIPPED: tl.constexpr,
+    BLOCK: tl.constexpr, PART: tl.constexpr, V: tl.constexpr, ACC: tl.constexpr, CE: tl.constexpr,
+    WEIGHTED: tl.constexpr, OHEM: tl.constexpr, STEPS: tl.constexpr, FLIPPED: tl.constexpr,
     MODE: tl.constexpr, ROWS: tl.constexpr, SPANS: tl.constexpr, SPAN: tl.constexpr,
 ):  # fmt: skip
     """What the phase makes of p and g of class c at the tile's own pixels."""

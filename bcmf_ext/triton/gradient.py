@@ -10,6 +10,7 @@ from .bcl import bcl_scale, flipped
 from .common import BAD, CUTOFF, DENOMINATOR, SELECTED, VALID, ratio
 from .ohem import key_of, weight_of
 
+
 @triton.jit
 def pull_of(
     label, nll, selected, grad_total, summary, weight, bcl_weight,

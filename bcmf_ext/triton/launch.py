@@ -16,7 +16,7 @@ from torch import Tensor
 
 from ..dispatch import INTERPRETED
 from ..ops import acc_dtype
-from .common import ANY, DIRECT, QUADS, Axis, Labels, Logits, Size
+from .common import ANY, DIRECT, QUADS, Axis, Logits, Size
 from .geometry import fill_axes
 
 # Both products of a mix and a sum would be rounded or not as each kernel's compilation falls: see logits.mix.
@@ -33,7 +33,6 @@ class Tile(NamedTuple):
     SPAN: int
     GROUP: int
     num_warps: int = 4
-
 
 
 def tile_for(classes: int, dtype: torch.dtype, mode: int, pixels_first: bool, most: tuple[int, int]) -> Tile:

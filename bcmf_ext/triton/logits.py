@@ -67,7 +67,7 @@ def places_of(tile, logits, size, down, across, y, x, MODE: tl.constexpr, SPANS:
             left = tl.load(across.first + x, mask=x < size.width, other=0)
         lower = tl.minimum(upper + 1, size.rows - 1)
         right = tl.minimum(left + 1, size.columns - 1)
-        places = (
+        places = (  # type: ignore[assignment]  # Triton's types are others
             upper.to(tl.int64) * logits.stride_h,
             lower.to(tl.int64) * logits.stride_h,
             left.to(tl.int64) * logits.stride_w,

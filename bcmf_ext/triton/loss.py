@@ -20,15 +20,38 @@ from ..ops import SUMMARY, LossOptions
 from ..reference import OHEM, check_inputs
 from . import bcl, cpg, ohem, quads
 from .bcl import score
-from .cpg import COMPARE, GRADIENT, SHARES, cpg_tiles
 from .common import (
-    ANY, BAD, DENOMINATOR, DIRECT, EDGES, IGNORED, QUADS, SELECTED, VALID, Labels, Logits, class_at, double, pixel_at,
+    ANY,
+    BAD,
+    DENOMINATOR,
+    DIRECT,
+    EDGES,
+    IGNORED,
+    QUADS,
+    SELECTED,
+    VALID,
+    Labels,
+    Logits,
+    class_at,
+    double,
+    pixel_at,
 )  # fmt: skip
+from .cpg import COMPARE, GRADIENT, SHARES, cpg_tiles
 from .geometry import tile_of
 from .gradient import flipped_pull, flipped_pull_of, gradient_of, pull_of
 from .launch import (
-    FLAT, FLAT_BLOCK, PROGRAMS, SPARSE, Geometry, Tile, bits_of, check_sides, multiprocessors,
-    on_device, power_of_two, run,
+    FLAT,
+    FLAT_BLOCK,
+    PROGRAMS,
+    SPARSE,
+    Geometry,
+    Tile,
+    bits_of,
+    check_sides,
+    multiprocessors,
+    on_device,
+    power_of_two,
+    run,
 )  # fmt: skip
 from .logits import entry, group, places_of
 from .ohem import key_of, weight_of
@@ -161,9 +184,7 @@ def backward(
     chosen = tl.zeros([ROWS, SPANS, SPAN], tl.int32)
     if len(STEPS) > 0:
         chosen = tl.load(selected + pixel, mask=inside, other=0).to(tl.int32)
-    pull = pull_of(
-        label, nll, chosen, grad_total, summary, weight, bcl_weight, ACC, CE, WEIGHTED, OHEM, STEPS, FLIPPED
-    )
+    pull = pull_of(label, nll, chosen, grad_total, summary, weight, bcl_weight, ACC, CE, WEIGHTED, OHEM, STEPS, FLIPPED)
     factor = pull
     if CPG:
         factor -= tl.load(shares + pixel, mask=inside, other=0)
@@ -223,7 +244,7 @@ class Call:
     def __init__(self, logits: Tensor, target: Tensor, weight: Tensor | None, options: LossOptions) -> None:
         check(logits, target, weight, options)
         self.options, self.target = options, target
-        self.geometry = geometry = Geometry(logits, *target.shape[1:], options.align_corners)
+        self.geometry = geometry = Geometry(logits, target.shape[1], target.shape[2], options.align_corners)
         self.new, self.acc = logits.new_empty, geometry.acc
         self.steps = tuple(min(step, 2**30) for step in options.bcl_steps)  # no image is as large
         self.ohem = options.ohem_threshold is not None
@@ -328,7 +349,9 @@ def least_hard_loss(options: LossOptions, acc: torch.dtype) -> float:
     """The smallest number of this dtype that exceeds OHEM's threshold. On the CPU: no copy waits for the GPU."""
     if options.ohem_threshold is None:
         return 0.0
-    return torch.tensor(-math.log(options.ohem_threshold), dtype=acc).nextafter(torch.tensor(math.inf, dtype=acc)).item()
+    return (
+        torch.tensor(-math.log(options.ohem_threshold), dtype=acc).nextafter(torch.tensor(math.inf, dtype=acc)).item()
+    )
 
 
 def run_ohem(call: Call, nlls: Tensor, summary: Tensor, partials: Tensor) -> None:

@@ -102,7 +102,7 @@ def sum_kept(
     tl.store(partials + tl.program_id(0), tl.sum(total).to(tl.float64))
     tl.store(partials + length + tl.program_id(0), tl.sum(kept.to(ACC)).to(tl.float64))
     if tl.program_id(0) == 0:
-        if ACC == tl.float64:
+        if tl.float64 == ACC:
             tl.store(summary + CUTOFF, key.to(tl.float64, bitcast=True))
         else:
             tl.store(summary + CUTOFF, key.to(tl.int32).to(tl.float32, bitcast=True))
