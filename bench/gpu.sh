@@ -40,8 +40,8 @@ build() {
   lines=40 stage build 240 bash -c "$python -m pip install -v --no-build-isolation --no-deps . && $python -m bcmf_ext.info"
 }
 
-tests() { # CUDA first: Triton compiles a kernel for every new kind of argument
-  local pytest=("$python" -m pytest -m gpu --durations=5 --tb=short --maxfail=25)
+tests() { # CUDA first: Triton compiles a kernel for every new kind of argument; one process to a GPU
+  local pytest=("$python" -m pytest -o addopts=-q -m gpu --durations=5 --tb=short --maxfail=25)
   lines=15 stage tests-cuda 220 "${pytest[@]}" python_tests -k "not triton"
   lines=15 stage tests-triton 300 "${pytest[@]}" python_tests/test_ops.py -k triton
 }
@@ -54,7 +54,7 @@ sanitize() { # the kernels on small shapes
   fi
   for tool in memcheck racecheck initcheck; do # without PyTorch's cache of memory, so that every tensor has bounds
     stage "$tool" 100 env PYTORCH_NO_CUDA_MEMORY_CACHING=1 compute-sanitizer --tool "$tool" --error-exitcode 1 \
-      --target-processes all --kernel-regex kns=bcmf "$python" -m pytest python_tests/test_ops.py -m gpu \
+      --target-processes all --kernel-regex kns=bcmf "$python" -m pytest -o addopts=-q python_tests/test_ops.py -m gpu \
       -k "cuda and (bfloat16 and (test_any_layout or test_any_size) or test_ohem_at_ties or test_out_of_range_labels)" \
       -p no:cacheprovider
   done

@@ -82,3 +82,9 @@ def backend(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> 
         pytest.skip(str(chosen.why_not()))
     chosen.load(monkeypatch)
     return chosen
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    """Processes that test side by side (-n) share the cores."""
+    if workers := int(os.environ.get("PYTEST_XDIST_WORKER_COUNT", 0)):
+        torch.set_num_threads(max(1, torch.get_num_threads() // workers))

@@ -14,6 +14,7 @@ from cases import (
     CASES,
     DTYPES,
     KERNELS,
+    MIXES,
     SHAPES,
     SIZES,
     WIDE,
@@ -40,12 +41,12 @@ def marked(backends: tuple[Backend, ...]) -> list[Any]:
     return [pytest.param(b, marks=pytest.mark.gpu if b.device == "cuda" else (), id=b.name) for b in backends]
 
 
-def pairs(backends: tuple[Backend, ...], cases: tuple[Case, ...] = CASES) -> Any:
-    """Every case on every backend."""
+def pairs(backends: tuple[Backend, ...], cases: tuple[Case, ...] = CASES, interpreted: tuple[Case, ...] = MIXES) -> Any:
+    """Every case on every backend; on an interpreted one those given."""
     parameters = [
         pytest.param(b, c, marks=pytest.mark.gpu if b.device == "cuda" else (), id=f"{c.name}-{b.name}")
         for b in backends
-        for c in cases
+        for c in (interpreted if b.interpreted and cases is CASES else cases)
     ]
     return pytest.mark.parametrize(("backend", "case"), parameters, indirect=["backend"])
 
@@ -58,7 +59,7 @@ every_kernel = pytest.mark.parametrize("backend", marked(KERNELS), indirect=True
 # Values and gradients
 
 
-@pairs(BACKENDS)
+@pairs(BACKENDS, interpreted=CASES)
 @every_dtype
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
 def test_not_less_exact_than_eager(backend: Backend, case: Case, dtype: torch.dtype, shape: tuple[int, ...]) -> None:
@@ -95,7 +96,7 @@ def test_expanded_logits_get_a_dense_gradient(backend: Backend, case: Case) -> N
     torch.testing.assert_close(grad, expected, rtol=1e-12, atol=1e-14)
 
 
-@pairs(BACKENDS)
+@pairs(BACKENDS, interpreted=CASES)
 def test_gradcheck(backend: Backend, case: Case) -> None:
     """Protects the analytic gradient in fp64."""
     z, y, w = problem((1, 3, 3, 4), torch.float64, backend.device, logits=case.logits)
@@ -113,6 +114,8 @@ def test_any_size_of_logits(
 ) -> None:
     """Protects resampling, up and down, by whole and other ratios: value and gradient of all terms as of
     F.interpolate's logits."""
+    if backend.interpreted and dtype != torch.float32:
+        pytest.skip("interpreted: in fp32 only")
     options: dict[str, Any] = {"align_corners": align_corners, "logits": lambda *_: size}
     case = make_case("segmentation_loss", bcl=BCL(0.7, (1, 2)), cpg=CPG(0.6, 5), **options)
     z, y, w = problem((2, 4, *label_size), dtype, backend.device, logits=case.logits)
@@ -146,7 +149,7 @@ def test_label_dtypes_and_ignore_index(backend: Backend, case: Case, dtype: torc
     assert_not_less_exact(case, backend, z, y.to(dtype), w, ignore_index=ignore_index)
 
 
-@pairs(BACKENDS)
+@pairs(BACKENDS, interpreted=CASES)
 @pytest.mark.parametrize("empty", ["all ignored", "no image", "no pixel", "zero weights"])
 def test_nothing_to_average(backend: Backend, case: Case, empty: str) -> None:
     """Protects from NaN on empty crops: 0 with an all-zero gradient, even where the logits are inf or NaN."""
@@ -161,7 +164,7 @@ def test_nothing_to_average(backend: Backend, case: Case, empty: str) -> None:
     assert torch.equal(grad, torch.zeros_like(z))
 
 
-@pairs(BACKENDS)
+@pairs(BACKENDS, interpreted=CASES)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 def test_extreme_logits(backend: Backend, case: Case, dtype: torch.dtype) -> None:
     """Protects the tails: ±1e4, and −inf in another class, as the definition in fp64; an ignored pixel's NaN is
