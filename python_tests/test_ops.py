@@ -319,7 +319,8 @@ def test_strided_class_weights_and_statistics(backend: Backend) -> None:
 def test_bit_identical_from_run_to_run(backend: Backend, case: Case) -> None:
     """Protects determinism: the same bits run after run and for any number of threads; PyTorch's deterministic mode,
     which fills new memory with NaN, neither throws nor changes a bit."""
-    z, y, w = problem((3, 7, 61, 31), torch.float32, backend.device, logits=case.logits)
+    shape = (2, 5, 23, 31) if backend.interpreted else (3, 7, 61, 31)
+    z, y, w = problem(shape, torch.float32, backend.device, logits=case.logits)
     threads, results = torch.get_num_threads(), []
     try:
         for count in (threads, 1, 3, 2):
@@ -364,7 +365,8 @@ def backward_of(op: Any) -> Any:
 def test_opcheck(backend: Backend, case: Case) -> None:
     """Protects schema, fake kernels and autograd registration (torch.library.opcheck), forward and backward."""
     z, y, w = problem((2, 5, 6, 7), torch.float32, backend.device, logits=case.logits)
-    for logits in (z, z.double(), z.bfloat16().contiguous(memory_format=torch.channels_last)):
+    others = () if backend.interpreted else (z, z.double())
+    for logits in (*others, z.bfloat16().contiguous(memory_format=torch.channels_last)):
         recorder = record(case, backend, logits.detach().requires_grad_(), y, w)
         torch.library.opcheck(recorder.op, recorder.arguments)
         total, *others = recorder.results

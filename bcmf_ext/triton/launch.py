@@ -38,15 +38,14 @@ class Tile(NamedTuple):
 def tile_for(classes: int, dtype: torch.dtype, mode: int, pixels_first: bool, most: tuple[int, int]) -> Tile:
     """The table of configurations. pixels_first: classes are neighbours in memory (channels_last). most: pixels of a
     quad at most, down and across. Chosen by counting instructions of sm_90, not measured on a GPU yet: a thread has 8
-    pixels, so that half precision is read in 16 bytes and no sum over classes is shared, and 32 logits, of fp64 16."""
+    pixels, so that half precision is read in 16 bytes and no sum over classes is shared, and 32 logits; half as many in
+    fp64, and where each has an address of its own."""
     half = 2 if dtype == torch.float64 else 1
     if mode == QUADS.value:
         rows, span = min(MOST_ROWS, power_of_two(most[0])), min(MOST_SPAN, power_of_two(most[1]))
         return Tile(rows, 128 // span, span, 4 // half)
-    if mode == DIRECT.value and pixels_first:
-        group = min(256, power_of_two(classes))
-        return Tile(1, max(1, 256 // group // half), 8, group)
-    return Tile(8, 16 // half, 8, min(4, power_of_two(classes)) // half)
+    rows = 4 if mode == DIRECT.value and pixels_first else 8
+    return Tile(rows, 16 // half, 8, min(4, power_of_two(classes)) // half)
 
 
 MOST_ROWS, MOST_SPAN = 8, 32  # of a piece of a quad
