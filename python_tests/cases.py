@@ -83,12 +83,31 @@ CASES = (
     make_case("cpg_loss 7", kernel_size=7),
     make_case("segmentation_loss weighted", bcl=BCL(0.7), cpg=CPG(0.6), ohem=OHEM(0.5, 5)),
     make_case(
+        "segmentation_loss flipped", bcl=BCL(0.7, 2, "flipped", alpha=0.2, beta=0.3, threshold=0.9), cpg=CPG(0.6)
+    ),
+    make_case(
+        "segmentation_loss flipped low-resolution",
+        bcl=BCL(0.7, (1, 2), "flipped", alpha=0.2, beta=0.3, threshold=0.9),
+        cpg=CPG(0.6),
+        logits=quarter,
+        align_corners=True,
+    ),
+    make_case(
         "segmentation_loss low-resolution", bcl=BCL(0.7, (1, 2)), cpg=CPG(0.6, 5), logits=quarter, align_corners=True
     ),
 )
 # Between them these run every kernel: what an interpreted backend, where an operation takes 50 µs, is tested with where
 # values are tested by all.
-MIXES = tuple(case for case in CASES if "segmentation_loss" in case.name or "OHEM by min_kept" in case.name)
+MIXES = tuple(
+    case
+    for case in CASES
+    if case.name
+    in (
+        "cross_entropy weighted OHEM by min_kept",
+        "segmentation_loss weighted",
+        "segmentation_loss flipped low-resolution",
+    )
+)
 WIDE = make_case("segmentation_loss wide", bcl=BCL(0.7), cpg=CPG(0.6))
 WIDE_OHEM = make_case("cross_entropy weighted wide", ohem=OHEM(0.01, 6_000))
 SIZES = (  # of logits and labels: every ratio, up and down, and single pixels
@@ -102,6 +121,9 @@ SIZES = (  # of logits and labels: every ratio, up and down, and single pixels
     ((1, 5), (6, 5)),
     ((31, 40), (13, 8)),
     ((6, 3), (4, 20)),
+    ((5, 4), (1, 8)),
+    ((4, 40), (9, 1)),
+    ((5, 2), (1, 1)),
 )
 
 

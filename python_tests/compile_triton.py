@@ -45,13 +45,20 @@ class Loss(NamedTuple):
     label_dtype: torch.dtype = torch.int64
 
 
-LOSSES = (  # every option, source of logits and layout, in few calls: CPG's kernels take seconds each
+# Every option, source of logits and layout, in few calls: CPG's kernels take seconds each. The slowest are compiled for
+# arithmetic in fp32 and in fp64; other dtypes differ in how a logit is read and written.
+LOSSES = (
     Loss(LABELS),
     Loss(EIGHTH, weighted=True, channels_last=True),
     Loss(LABELS, {**BCL, **CPG3}),
     Loss(EIGHTH, {**BCL, **CPG3}, label_dtype=torch.uint8),
+    Loss(LABELS, OHEM, weighted=True),
+    Loss((1, 1), {**BCL, **CPG3}),
+)
+SLOW_LOSSES = (
     Loss(LABELS, {**OHEM, **BCL, **CPG5}, weighted=True, channels_last=True),
     Loss(MORE, {**OHEM, **FLIPPED, **CPG7}, label_dtype=torch.int32),
+    Loss(EIGHTH, {**FLIPPED, **CPG3, "align_corners": True}, label_dtype=torch.int16),
 )
 
 
@@ -80,11 +87,22 @@ def empty(*shape: int, dtype: torch.dtype, channels_last: bool = False) -> Tenso
 def calls() -> Iterator[tuple[str, Callable[[], Any]]]:
     """Calls of the ops, and what to call them."""
     for dtype in DTYPES:
-        for call in LOSSES:
+        for call in (*LOSSES, *(SLOW_LOSSES if dtype in (torch.bfloat16, torch.float64) else ())):
             yield f"{call}, {dtype}", partial(loss_and_gradient, call, dtype)
         for size, channels_last in itertools.product((LABELS, EIGHTH, MORE), (False, True)):
             logits = empty(2, 19, *size, dtype=dtype, channels_last=channels_last)
             yield f"arg-max of {size}, {dtype}", partial(argmax.upsample_argmax, logits, *LABELS, False)
+    for weight in (0.0, 0.3, 1.0):  # what may change from step to step
+        options = {
+            **OHEM,
+            **BCL,
+            **CPG5,
+            "ohem_min_kept": int(1e5 * weight),
+            "bcl_weight": weight,
+            "cpg_weight": weight,
+        }
+        call = Loss(LABELS, options, weighted=True, channels_last=True)
+        yield f"bcl_weight {weight}", partial(loss_and_gradient, call, torch.bfloat16)
 
 
 def loss_and_gradient(call: Loss, dtype: torch.dtype) -> None:
@@ -107,6 +125,7 @@ def compile_for(arch: int) -> str:
         warps = arguments.get("num_warps", 4)
         found = kernel.warmup(**taken, **launch.OPTIONS, num_warps=warps, grid=(programs,))
         assert found.asm["cubin"]
+        assert found.metadata.enable_fp_fusion is False
         compiled.add(found.hash)
 
     for name, call in calls():
@@ -117,7 +136,10 @@ def compile_for(arch: int) -> str:
                 call()
             except Exception as error:
                 raise RuntimeError(f"{name}, for sm_{arch}: {error}") from error
-    return f"sm_{arch}: {len(compiled)} cubins in {time.perf_counter() - began:.0f} s"
+        if "bcl_weight" not in name:
+            count = len(compiled)
+    assert len(compiled) == count, "another weight, or number of pixels kept, has a kernel compiled anew"
+    return f"sm_{arch}: {count} cubins in {time.perf_counter() - began:.0f} s"
 
 
 def main() -> None:

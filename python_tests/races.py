@@ -3,7 +3,7 @@ GPU would not: that threads of a program meet at barriers only, and programs not
 
 from __future__ import annotations
 
-import inspect
+import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -14,11 +14,14 @@ import numpy as np
 
 class Races:
     """Who has read and written which address since a kernel was launched. A program's operation is ordered after
-    another one of the same program if a barrier lies between them or the same lane of equally shaped blocks does both.
+    another one of the same program if a barrier lies between them, or if the same lane of equally shaped blocks does
+    both (Triton may lay such blocks out differently: between a load and a store of what depends on it that is no
+    matter, and nothing else does so here). barriers: where there were any, function and line.
     """
 
     def __init__(self) -> None:
         self.found: set[str] = set()
+        self.barriers: set[tuple[str, int]] = set()
         self.launch()
 
     def launch(self) -> None:
@@ -37,9 +40,10 @@ class Races:
                 self.compare(me, self.read.get(address), "read")
                 self.written[address] = me
             else:
-                before = self.read.get(address)
-                several = before is not None and before[:2] == me[:2] and before != me
-                self.read[address] = (*me[:2], None, None) if several else me
+                before = self.read.get(address, me)
+                program = me[0] if before[0] == me[0] else None  # or several
+                several = before[:2] == me[:2] and before != me
+                self.read[address] = (program, me[1], None, None) if several else (program, *me[1:])
 
     def compare(self, me: tuple[Any, ...], other: tuple[Any, ...] | None, what: str) -> None:
         if other is None or me == other or (me[0] == other[0] and me[1] > other[1]):
@@ -48,8 +52,8 @@ class Races:
 
 
 @contextmanager
-def look_for_races(without: str | None = None) -> Iterator[Races]:
-    """Notes all accesses of the kernels that are run meanwhile, as if the barriers of one function were not there."""
+def look_for_races(without: tuple[str, int] | None = None) -> Iterator[Races]:
+    """Notes all accesses of the kernels that are run meanwhile, as if one of the barriers were not there."""
     from triton.runtime import interpreter
 
     races, builder, executor = Races(), interpreter.InterpreterBuilder, interpreter.GridExecutor
@@ -69,7 +73,12 @@ def look_for_races(without: str | None = None) -> Iterator[Races]:
         set_program(self, *index)
 
     def barrier(self: Any) -> None:
-        races.epoch += without is None or all(frame.function != without for frame in inspect.stack(0)[:6])
+        frame = sys._getframe()
+        while frame.f_code.co_name in ("barrier", "<lambda>", "wrapper", "debug_barrier"):
+            frame = frame.f_back
+        here = frame.f_code.co_name, frame.f_lineno
+        races.barriers.add(here)
+        races.epoch += here != without
 
     def launch(self: Any, *arguments: Any, **more: Any) -> Any:
         races.launch()

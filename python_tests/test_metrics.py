@@ -289,7 +289,8 @@ def test_all_reduce(tmp_path: Path) -> None:
 @pytest.mark.parametrize("align_corners", [False, True])
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16], ids=str)
 @pytest.mark.parametrize(
-    ("size", "wanted"), [((7, 9), (56, 72)), ((7, 9), (7, 9)), ((5, 6), (13, 31)), ((1, 1), (4, 3)), ((40, 31), (9, 8))]
+    ("size", "wanted"),
+    [((7, 9), (56, 72)), ((7, 9), (7, 9)), ((5, 6), (13, 31)), ((1, 1), (4, 3)), ((40, 31), (9, 8)), ((5, 4), (1, 8))],
 )
 def test_upsample_argmax(backend: Backend, size: tuple, wanted: tuple, dtype: torch.dtype, align_corners: bool) -> None:
     """The class of the largest resampled logit, in any dtype and layout; another only where two are almost equal."""
@@ -317,6 +318,7 @@ def test_upsample_argmax_at_ties_and_limits(backend: Backend) -> None:
     assert argmax(many, 4, 4, False).dtype == torch.int32
     assert (argmax(many, 4, 4, False) == 299).all()
     assert argmax(many[:0], 4, 4, False).shape == (0, 4, 4)
+    assert (argmax(many[:, :1].double(), 4, 4, False) == 0).all()
     for wrong in ((z[0], 1, 5), (z[:, :, :0], 1, 5), (z, 1, 2**30)):
         with pytest.raises(ValueError, match=r"shape|size|side"):
             argmax(*wrong, False)

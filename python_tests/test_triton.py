@@ -3,22 +3,34 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 
 import pytest
 import torch
-from cases import CASES, KERNELS, Case, assert_not_less_exact, problem, value_and_grad
+from cases import (
+    CASES,
+    KERNELS,
+    Case,
+    assert_not_less_exact,
+    make_case,
+    problem,
+    quarter,
+    record,
+    value_and_grad,
+)  # fmt: skip
 
-from bcmf_ext import dispatch
+from bcmf_ext import CPG, dispatch
 
 pytest.importorskip("triton")
 import triton
 import triton.language as tl
 from conftest import look_for_overflow
-from races import look_for_races
+from races import Races, look_for_races
 from triton.runtime.autotuner import Autotuner
 from triton.runtime.errors import InterpreterError
 
 from bcmf_ext.triton import launch, loss
+from bcmf_ext.triton.common import Size, pixel_at
 
 pytestmark = pytest.mark.skipif(not dispatch.INTERPRETED, reason="Triton's kernels are not interpreted")
 (TRITON,) = (backend for backend in KERNELS if backend.name == "triton")
@@ -27,8 +39,9 @@ every_case = pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
 
 @pytest.fixture
 def small_tiles(monkeypatch: pytest.MonkeyPatch) -> None:
-    """CPG's tiles as on a GPU, not as the interpreter gets them."""
+    """CPG's tiles as on a GPU, not as the interpreter gets them, and several to a program."""
     monkeypatch.setattr(loss, "SPARSE", launch.SPARSE_ON_GPUS)
+    monkeypatch.setattr(loss, "PROGRAMS", 2)
 
 
 def areas(shape: tuple[int, ...], dtype: torch.dtype, case: Case) -> tuple[torch.Tensor, ...]:
@@ -54,20 +67,21 @@ def test_no_races(case: Case, small_tiles: None) -> None:
     assert not races.found
 
 
-BARRIERS = (
-    "find_edges", "find_near", "find_probabilities", "add_errors", "find_residuals", "find_derivatives",
-    "put_gradients", "cpg_tiles",
-)  # fmt: skip
+def test_a_missing_barrier_is_found(small_tiles: None) -> None:
+    """Protects the test before: without any one of the barriers of CPG's kernel there are races."""
+    case = make_case("segmentation_loss", cpg=CPG(), logits=quarter)
+    z, y, w = areas((1, 2, 9, 36), torch.float32, case)
 
+    def races(without: tuple[str, int] | None = None) -> Races:
+        with look_for_races(without) as found:
+            value_and_grad(lambda z: case(z, y, w, "triton"), z)
+        return found
 
-@pytest.mark.parametrize("function", BARRIERS)
-def test_a_missing_barrier_is_found(small_tiles: None, function: str) -> None:
-    """Protects the test before: without the barriers of any step of CPG's kernel there are races."""
-    (case,) = (case for case in CASES if case.name == "segmentation_loss low-resolution")
-    z, y, w = areas((1, 3, 16, 12), torch.float32, case)
-    with look_for_races(without=function) as races:
-        value_and_grad(lambda z: case(z, y, w, "triton"), z)
-    assert "written by another lane" in races.found or "read by another lane" in races.found
+    everywhere = races()
+    assert not everywhere.found
+    assert len(everywhere.barriers) == 9
+    for barrier in sorted(everywhere.barriers):
+        assert races(without=barrier).found, barrier
 
 
 def test_autotuned(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -90,21 +104,45 @@ def test_autotuned(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.mark.parametrize("strides", [(2**30 + 64, 9 * 12, 12, 1), (9 * 12, 2**30 + 64, 12, 1), (64, 1024, 2**28, 1)])
-def test_integers_do_not_overflow(small_tiles: None, strides: tuple[int, ...]) -> None:
-    """Protects 64-bit offsets: strides below 2³¹ arrive as 32-bit integers, and their multiples may pass that. The
-    interpreter looks at each sum and product."""
+def test_integers_do_not_overflow(small_tiles: None, monkeypatch: pytest.MonkeyPatch, strides: tuple[int, ...]) -> None:
+    """Protects 64-bit offsets into logits, labels and gradients: strides below 2³¹ arrive as 32-bit integers, and their
+    multiples may pass that. The interpreter looks at each sum and product."""
     (case,) = (case for case in CASES if case.name == "segmentation_loss weighted")
     z, y, w = areas((3, 4, 9, 12), torch.float16, case)
+    expected, expected_grad = value_and_grad(lambda z: case(z, y, w, "triton"), z)
     size = 1 + sum((n - 1) * stride for n, stride in zip(z.shape, strides, strict=True))
-    spread = torch.empty(size, dtype=z.dtype).as_strided(z.shape, strides).copy_(z)
+
+    def spread(z: torch.Tensor, **_: Any) -> torch.Tensor:
+        return torch.empty(size, dtype=z.dtype).as_strided(z.shape, strides)
+
+    labels = torch.empty(3 * 2**30, dtype=torch.uint8).as_strided(y.shape, (2**30 + 64, 12, 1)).copy_(y)
+    recorder = record(case, TRITON, spread(z).copy_(z), labels, w)
+    monkeypatch.setattr(torch, "empty_like", spread)  # the gradient's, too
     look_for_overflow(True)
     try:
-        value, grad = value_and_grad(lambda z: case(z, y, w, "triton"), spread)
+        assert torch.equal(case(spread(z).copy_(z), labels, w, "triton"), expected)
+        arguments = (*recorder.arguments[:3], *recorder.results[2:], *recorder.arguments[3:])
+        grad = loss.loss_backward(torch.ones(()), *arguments)
     finally:
         look_for_overflow(False)
-    expected, expected_grad = value_and_grad(lambda z: case(z, y, w, "triton"), z)
-    assert torch.equal(value, expected)
+    assert grad.stride() == strides
     assert torch.equal(grad, expected_grad)
+
+
+def test_more_than_two_billion_pixels() -> None:
+    """Protects maps of that size: the place of a pixel is counted in 64 bits."""
+
+    @triton.jit
+    def place(size, n, y, x, to):
+        tl.store(to, pixel_at(size, n, y, x))
+
+    to = torch.empty(1, dtype=torch.int64)
+    look_for_overflow(True)
+    try:
+        place[(1,)](Size(2, 2**15, 2**15, 2**15, 2**15), 5, 7, 3, to)
+    finally:
+        look_for_overflow(False)
+    assert to.item() == 5 * 2**30 + 7 * 2**15 + 3
 
 
 def test_an_overflow_is_found() -> None:

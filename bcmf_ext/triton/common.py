@@ -19,6 +19,8 @@ DIRECT = tl.constexpr(0)  # one for each label pixel
 QUADS = tl.constexpr(1)  # few for many: a tile consists of the pixels between four neighbours, which are read once
 ANY = tl.constexpr(2)  # of any other size: each pixel reads the four around it
 
+MIXED = tl.constexpr(0x5A5A5A5A5A5A5A5A)  # see launch.bits_of
+
 # Entries of `summary`: what the means are taken over, and the smallest loss that OHEM keeps.
 DENOMINATOR, CUTOFF, VALID, EDGES, SELECTED = (tl.constexpr(entry) for entry in range(5))
 
@@ -66,7 +68,7 @@ class Axis(NamedTuple):
 @triton.jit
 def double(bits):
     """The fp64 number that came as an integer, because Triton makes fp32 of float arguments."""
-    return bits.to(tl.int64).to(tl.float64, bitcast=True)
+    return (bits.to(tl.int64) ^ MIXED).to(tl.float64, bitcast=True)
 
 
 @triton.jit

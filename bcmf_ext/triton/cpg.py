@@ -200,7 +200,7 @@ def find_residuals(
     ACC: tl.constexpr, RADIUS: tl.constexpr, UNIT: tl.constexpr, COUNT: tl.constexpr, WIDE: tl.constexpr,
     BLOCK: tl.constexpr, PART: tl.constexpr, V: tl.constexpr,
 ):  # fmt: skip
-    """The derivatives of the total by the estimates of class c, over `scale`."""
+    """The derivatives of the total by the estimates of class c, which are kept times UNIT."""
     for start in range(0, count, BLOCK):
         i = start + tl.arange(0, BLOCK)
         at = tl.load(integers + EDGE_LIST * COUNT + i, mask=i < count, other=0)
@@ -259,7 +259,7 @@ def entry_gradient(
     ACC: tl.constexpr, MODE: tl.constexpr, CE: tl.constexpr, WEIGHTED: tl.constexpr, OHEM: tl.constexpr,
     STEPS: tl.constexpr, FLIPPED: tl.constexpr,
 ):  # fmt: skip
-    """The whole gradient of class c at pixels, as `loss.backward` has it, and p g beside."""
+    """The whole gradient of class c at pixels, as `loss.backward` has it, but with g."""
     label = class_at(labels, n, y, x, some, size.classes, ignore_index)
     chosen = tl.zeros(label.shape, tl.int32)
     if len(STEPS) > 0:
@@ -314,7 +314,7 @@ def cpg_tiles(
         compared = tl.zeros([BLOCK], ACC)
         c = tl.max(tl.where(lane < COUNT, id, -1))
         if c != tl.min(tl.where(lane < COUNT, id, NO_CLASS)):
-            tl.debug_barrier()  # the tile before is done with
+            # The tile before is done with: each step ends with a barrier.
             tl.store(integers + IDS * COUNT + lane, id, mask=lane < COUNT)
             if PHASE != COMPARE:
                 for array in tl.static_range(1, ARRAYS):

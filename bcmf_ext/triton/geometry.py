@@ -33,7 +33,9 @@ def _fill_axis(axis, inside, outside, i, ALIGN: tl.constexpr):
 
     quad = i - 1  # its first pixel: the least with a coordinate of at least `quad`
     if ALIGN:
-        least, unit = quad * (outside - 1), tl.maximum(inside - 1, 1)
+        # A single pixel lies at logit 0.
+        least = quad * tl.maximum(outside - 1, 1)
+        unit = tl.where(outside > 1, tl.maximum(inside - 1, 1), 1)
     else:
         least, unit = 2 * quad * outside + outside - inside, 2 * inside
     start = tl.minimum((tl.maximum(least, 0) + unit - 1) // unit, outside)

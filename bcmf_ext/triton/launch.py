@@ -16,7 +16,7 @@ from torch import Tensor
 
 from ..dispatch import INTERPRETED
 from ..ops import acc_dtype
-from .common import ANY, DIRECT, QUADS, Axis, Logits, Size
+from .common import ANY, DIRECT, MIXED, QUADS, Axis, Logits, Size
 from .geometry import fill_axes
 
 # Both products of a mix and a sum would be rounded or not as each kernel's compilation falls: see logits.mix.
@@ -35,17 +35,18 @@ class Tile(NamedTuple):
     num_warps: int = 4
 
 
-def tile_for(classes: int, dtype: torch.dtype, mode: int, pixels_first: bool, most: tuple[int, int]) -> Tile:
-    """The table of configurations. pixels_first: classes are neighbours in memory (channels_last). most: pixels of a
+def tile_for(classes: int, dtype: torch.dtype, mode: int, classes_adjacent: bool, most: tuple[int, int]) -> Tile:
+    """The table of configurations. classes_adjacent: in memory (channels_last). most: pixels of a
     quad at most, down and across. Chosen by counting instructions of sm_90, not measured on a GPU yet: a thread has 8
     pixels, so that half precision is read in 16 bytes and no sum over classes is shared, and 32 logits; half as many in
     fp64, and where each has an address of its own."""
     half = 2 if dtype == torch.float64 else 1
+    group = max(1, min(4, power_of_two(classes)) // half)
     if mode == QUADS.value:
         rows, span = min(MOST_ROWS, power_of_two(most[0])), min(MOST_SPAN, power_of_two(most[1]))
-        return Tile(rows, 128 // span, span, 4 // half)
-    rows = 4 if mode == DIRECT.value and pixels_first else 8
-    return Tile(rows, 16 // half, 8, min(4, power_of_two(classes)) // half)
+        return Tile(rows, 128 // span, span, group)
+    rows = 4 if mode == DIRECT.value and classes_adjacent else 8
+    return Tile(rows, 16 // half, 8, group)
 
 
 MOST_ROWS, MOST_SPAN = 8, 32  # of a piece of a quad
@@ -72,9 +73,10 @@ def power_of_two(n: int) -> int:
 
 
 def bits_of(value: float) -> int:
-    """The integer that common.double makes into this number again."""
+    """The integer that common.double makes into this number again. MIXED with a pattern, so that all numbers in use are
+    64-bit integers: 0 would be a 32-bit one, and a weight that leaves 0 would have kernels compiled anew."""
     (bits,) = struct.unpack("<q", struct.pack("<d", value))
-    return int(bits)
+    return int(bits) ^ MIXED.value
 
 
 def run(kernel: Any, programs: int, arguments: Mapping[str, Any], **more: Any) -> None:
@@ -84,15 +86,16 @@ def run(kernel: Any, programs: int, arguments: Mapping[str, Any], **more: Any) -
     arguments = {**arguments, **more}
     taken = {name: arguments[name] for name in kernel.arg_names if name in arguments}
     if AUTOTUNE and "GROUP" in taken:
-        tuned(kernel, taken.pop("GROUP"))[(programs,)](**taken, **OPTIONS)
+        tuned(kernel, taken.pop("GROUP"), taken["logits"].data.dtype)[(programs,)](**taken, **OPTIONS)
     else:
         kernel[(programs,)](**taken, **OPTIONS, num_warps=arguments.get("num_warps", 4))
 
 
 @functools.cache
-def tuned(kernel: Any, group: int) -> Any:
-    """The kernel, which takes the fastest of a few groups of classes and numbers of warps: tried with each new kind of
-    arguments, which takes a while and synchronises. (CPG's kernels add to what is there: they cannot be tried.)"""
+def tuned(kernel: Any, group: int, dtype: torch.dtype) -> Any:
+    """The kernel, which takes the fastest of a few groups of classes and numbers of warps: tried with each new size and
+    set of options, of each dtype, which takes a while and synchronises. (CPG's kernels add to what is there: they
+    cannot be tried.)"""
     groups = sorted({max(1, group // 2), group, 2 * group})
     configs = [triton.Config({"GROUP": g}, num_warps=warps) for g in groups for warps in (2, 4, 8)]
     key = ["size", *(name for name in kernel.arg_names if name.isupper() and name != "GROUP")]
@@ -147,7 +150,7 @@ class Geometry:
         if (rows, columns) == (height, width):
             return DIRECT.value, most
         pieces = (rows + 1) * triton.cdiv(most[0], MOST_ROWS) * (columns + 1) * triton.cdiv(most[1], MOST_SPAN)
-        # Sums for four corners of each piece take less memory than the pixels' own gradients from a ratio of 2 on.
+        # Sums for four corners of each piece take about as much memory as the pixels' own gradients at a ratio of 2.
         return (QUADS.value if 3.5 * pieces <= height * width else ANY.value), most
 
     def _fill_axes(self, logits: Tensor, align_corners: bool) -> None:
@@ -177,5 +180,5 @@ class Geometry:
 def most_pixels(inside: int, outside: int, align_corners: bool) -> int:
     """Label pixels between two neighbouring logits, at most."""
     if align_corners:
-        return triton.cdiv(outside - 1, inside - 1) if inside > 1 else outside
+        return triton.cdiv(outside - 1, inside - 1) if min(inside, outside) > 1 else outside
     return triton.cdiv(outside, max(1, inside))

@@ -154,11 +154,12 @@ def finish(
     tl.store(terms, ce.to(acc))
     tl.store(terms + 1, bcl.to(acc))
     tl.store(terms + 2, cpg.to(acc))
+    weighted = ce
     if BCL_STEPS > 0:
-        ce += double(bcl_weight) * bcl
+        weighted += double(bcl_weight) * bcl
     if CPG:
-        ce += double(cpg_weight) * cpg
-    tl.store(total, ce.to(acc))
+        weighted += double(cpg_weight) * cpg
+    tl.store(total, weighted.to(acc))
 
 
 @triton.jit(do_not_specialize=["ignore_index", "bcl_weight", "alpha", "beta"])
@@ -284,7 +285,7 @@ class Call:
         margin = radius if phase is COMPARE else 2 * radius
         count = (tile.ROWS + 2 * margin) * (tile.SPANS * tile.SPAN + 2 * margin)
         programs = min(tiles, PROGRAMS * multiprocessors(self.target.device))
-        names = ("selected", "summary", "grad_total", "shares", "grad", "partials")
+        names = ("selected", "summary", "grad_total", "shares", "partials")
         unused = {**dict.fromkeys(names, self.target), "grad": self.arguments["logits"], "length": 1}  # by this phase
         run(
             cpg_tiles, programs, {**unused, **self.arguments}, **more, **tile._asdict(),
@@ -362,8 +363,8 @@ def run_ohem(call: Call, nlls: Tensor, summary: Tensor, partials: Tensor) -> Non
     histograms = nlls.new_zeros((len(levels), 1 << ohem.DIGIT_BITS), dtype=torch.int64)
     call.run(add_tiles, DENSE_SUMS.value, partials=partials)
     call.run(
-        ohem.begin, 1, min_kept=call.options.ohem_min_kept, selection=selection, HARD=HARD.value,
-        VALID=VALID_PIXELS.value,
+        ohem.begin, 1, min_kept=call.options.ohem_min_kept, selection=selection,
+        HARD_ROW=HARD.value, VALID_ROW=VALID_PIXELS.value,
     )  # fmt: skip
     programs = min(256, triton.cdiv(call.geometry.pixels, FLAT_BLOCK))
     for (shift, bits), histogram in zip(levels, histograms, strict=True):

@@ -40,11 +40,11 @@ def weight_of(weight, label, ACC: tl.constexpr, WEIGHTED: tl.constexpr):
 
 
 @triton.jit(do_not_specialize=["min_kept"])
-def begin(totals, min_kept, selection, HARD: tl.constexpr, VALID: tl.constexpr):
+def begin(totals, min_kept, selection, HARD_ROW: tl.constexpr, VALID_ROW: tl.constexpr):
     """How many of the largest losses to look for (selection: prefix, rank): none if enough are above the threshold."""
-    kept = tl.minimum(tl.cast(min_kept, tl.float64), tl.load(totals + VALID))
+    kept = tl.minimum(tl.cast(min_kept, tl.float64), tl.load(totals + VALID_ROW))
     tl.store(selection, 0)
-    tl.store(selection + 1, tl.where(tl.load(totals + HARD) >= kept, 0, kept.to(tl.int64)))
+    tl.store(selection + 1, tl.where(tl.load(totals + HARD_ROW) >= kept, 0, kept.to(tl.int64)))
 
 
 @triton.jit

@@ -38,10 +38,11 @@ def add_to_quads(
     to = sums.data + tl.cast(n, tl.int64) * sums.stride_n + tl.cast(c, tl.int64) * sums.stride_c
     to += tl.cast(piece, tl.int64) * count + pieces
     some = (pieces < count) & (c < size.classes)
+    plane = tl.cast(sums.stride_h, tl.int64)
     put(to, tl.sum(above * (1 - right_weight), 2), some, ADD)
-    put(to + sums.stride_h, tl.sum(above * right_weight, 2), some, ADD)
-    put(to + 2 * sums.stride_h, tl.sum(below * (1 - right_weight), 2), some, ADD)
-    put(to + 3 * sums.stride_h, tl.sum(below * right_weight, 2), some, ADD)
+    put(to + plane, tl.sum(above * right_weight, 2), some, ADD)
+    put(to + 2 * plane, tl.sum(below * (1 - right_weight), 2), some, ADD)
+    put(to + 3 * plane, tl.sum(below * right_weight, 2), some, ADD)
 
 
 @triton.jit
@@ -70,7 +71,7 @@ def join_quads(sums, size, down, across, grad, count, BLOCK: tl.constexpr):
     total = tl.zeros([BLOCK], sums.data.dtype.element_ty)
     for i in range(2 * down.parts):  # pieces of the quad above the logit, whose lower corners it is; then of that below
         is_lower = i < down.parts
-        at_row = base + (row * down.parts + i) * pieces + tl.where(is_lower, 2 * sums.stride_h, 0)
+        at_row = base + (row * down.parts + i) * pieces + tl.where(is_lower, 2 * tl.cast(sums.stride_h, tl.int64), 0)
         for j in range(2 * across.parts):
             corner = tl.where(j < across.parts, sums.stride_h, 0)
             total += tl.load(at_row + column * across.parts + j + corner, mask=inside, other=0)
