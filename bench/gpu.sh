@@ -43,7 +43,8 @@ build() {
 tests() { # CUDA first: Triton compiles a kernel for every new kind of argument; one process to a GPU
   local pytest=("$python" -m pytest -o addopts=-q -m gpu --durations=5 --tb=short --maxfail=25)
   lines=15 stage tests-cuda 220 "${pytest[@]}" python_tests -k "not triton"
-  lines=15 stage tests-triton 300 "${pytest[@]}" python_tests/test_ops.py -k triton
+  lines=15 stage tests-triton 300 "${pytest[@]}" python_tests/test_metrics.py python_tests/test_ops.py \
+    -k "triton and (argmax or segmentation_loss or min_kept)"
 }
 
 sanitize() { # the kernels on small shapes
@@ -61,7 +62,7 @@ sanitize() { # the kernels on small shapes
 }
 
 bench() {
-  lines=60 stage bench 200 "$python" bench/kernels.py --device "$device" "${size[@]}" --rounds "$rounds" --output "$out" \
+  lines=60 stage bench 400 "$python" bench/kernels.py --device "$device" "${size[@]}" --rounds "$rounds" --output "$out" \
     ${CAMVID:+--labels "$CAMVID"}
   lines=8 stage train_step 60 "$python" bench/train_step.py --device "$device" "${step[@]}" --output "$out" \
     ${CAMVID:+--data "$CAMVID"}

@@ -73,8 +73,8 @@ def power_of_two(n: int) -> int:
 
 
 def bits_of(value: float) -> int:
-    """The integer that common.double makes into this number again. MIXED with a pattern, so that all numbers in use are
-    64-bit integers: 0 would be a 32-bit one, and a weight that leaves 0 would have kernels compiled anew."""
+    """The integer that common.double makes into this number again: its bits, mixed with a pattern, so that no number in
+    use is small. 0 would arrive as a 32-bit integer, and a weight that leaves 0 would have kernels compiled anew."""
     (bits,) = struct.unpack("<q", struct.pack("<d", value))
     return int(bits) ^ MIXED.value
 
