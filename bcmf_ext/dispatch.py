@@ -13,6 +13,7 @@ import json
 import os
 import shutil
 import sys
+import sysconfig
 import warnings
 from importlib.machinery import PathFinder
 from pathlib import Path
@@ -88,12 +89,21 @@ def _import_from(folder: Path) -> ModuleType:
 
 EXTENSION, _NO_EXTENSION, _NO_CUDA = _load_extension()
 _NO_TRITON = None if importlib.util.find_spec("triton") else "triton is not installed"
-_COMPILERS = [os.environ["CC"]] if "CC" in os.environ else ["gcc", "clang"]
-_NO_LAUNCHER = (  # which triton compiles when a kernel first runs
-    None
-    if any(map(shutil.which, _COMPILERS))
-    else f"triton needs a C compiler ({' or '.join(_COMPILERS)}), and none was found"
-)
+
+
+def _why_no_launcher() -> str | None:
+    """What triton lacks to compile, in C, what launches kernels; it does so when the first one runs."""
+    compilers = [os.environ["CC"]] if "CC" in os.environ else ["gcc", "clang"]
+    if not any(map(shutil.which, compilers)):
+        return f"triton needs a C compiler ({' or '.join(compilers)}), and none was found"
+    scheme = sysconfig.get_default_scheme().replace("posix_local", "posix_prefix")  # as triton looks for it
+    header = Path(sysconfig.get_path("include", scheme), "Python.h")
+    if not header.is_file():
+        return f"triton needs Python's C headers, and there is no {header} (in Debian's package python3-dev)"
+    return None
+
+
+_NO_LAUNCHER = _why_no_launcher()
 _NAMES = {"triton": "Triton", "torch": "PyTorch"}
 
 

@@ -96,8 +96,8 @@ CASES = (
         "segmentation_loss low-resolution", bcl=BCL(0.7, (1, 2)), cpg=CPG(0.6, 5), logits=quarter, align_corners=True
     ),
 )
-# Between them these run every kernel: what an interpreted backend, where an operation takes 50 µs, is tested with where
-# values are tested by all.
+# Between them these run every kernel but the gathering of gradients for nearly as many logits as labels (which SIZES
+# has): what an interpreted backend, where an operation takes 50 µs, is tested with where values are tested by all.
 MIXES = tuple(
     case
     for case in CASES

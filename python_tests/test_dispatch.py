@@ -202,3 +202,13 @@ def test_a_machine_without_a_c_compiler() -> None:
     assert done.returncode == 0, done.stderr
     missing = "triton is not installed" if dispatch._NO_TRITON else "triton needs a C compiler (no-such-compiler)"
     assert f"not triton: {missing}" in done.stdout
+
+
+def test_a_machine_without_pythons_headers(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """Protects from a C compiler that stops at "Python.h: No such file" in the middle of a training step: systems come
+    with a Python without headers."""
+    monkeypatch.setenv("CC", "python3" if shutil.which("python3") else "python")  # any program that is there
+    monkeypatch.setattr(dispatch.sysconfig, "get_path", lambda *_: str(tmp_path))
+    assert f"there is no {tmp_path}/Python.h" in str(dispatch._why_no_launcher())
+    (tmp_path / "Python.h").touch()
+    assert dispatch._why_no_launcher() is None

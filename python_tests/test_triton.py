@@ -19,7 +19,7 @@ from cases import (
     value_and_grad,
 )  # fmt: skip
 
-from bcmf_ext import CPG, dispatch
+from bcmf_ext import BCL, CPG, dispatch
 
 pytest.importorskip("triton")
 import triton
@@ -34,7 +34,9 @@ from bcmf_ext.triton.common import Size, pixel_at
 
 pytestmark = pytest.mark.skipif(not dispatch.INTERPRETED, reason="Triton's kernels are not interpreted")
 (TRITON,) = (backend for backend in KERNELS if backend.name == "triton")
-every_case = pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
+# Of nearly as many logits as labels, whose gradients no other case gathers.
+NEARLY = make_case("segmentation_loss nearly", bcl=BCL(0.7), cpg=CPG(0.6), logits=lambda h, w: (h - 2, w + 3))
+every_case = pytest.mark.parametrize("case", [*CASES, NEARLY], ids=lambda case: case.name)
 
 
 @pytest.fixture

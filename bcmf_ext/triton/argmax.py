@@ -48,6 +48,5 @@ def upsample_argmax(logits: Tensor, height: int, width: int, align_corners: bool
     classes = logits.new_empty((logits.shape[0], height, width), dtype=argmax_dtype(logits))
     with on_device(logits):
         geometry = Geometry(logits, height, width, align_corners)
-        tiles = geometry.tiles(geometry.tile, geometry.mode)
-        run(argmax, tiles, geometry.arguments, **geometry.tile._asdict(), classes=classes)
+        run(argmax, geometry.dense_tiles, geometry.arguments, **geometry.tile._asdict(), classes=classes)
     return classes

@@ -12,11 +12,10 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from .bcl import loss_of
 from .common import EDGES as COMPARED
 from .common import QUADS, class_at, double, pixel_at, ratio
 from .geometry import rectangle, tile_of
-from .gradient import flipped_pull, flipped_pull_of, gradient_of, pull_of
+from .gradient import gradient_of, pixel_pulls
 from .logits import entry
 from .quads import add_to_quads, corner_weights
 
@@ -152,15 +151,19 @@ def find_probabilities(
 
 @triton.jit
 def compare(
-    integers, numbers, at, some, c,
+    integers, numbers, start, count, c,
     ACC: tl.constexpr, RADIUS: tl.constexpr, UNIT: tl.constexpr, COUNT: tl.constexpr, WIDE: tl.constexpr,
-    PART: tl.constexpr, V: tl.constexpr,
+    BLOCK: tl.constexpr, PART: tl.constexpr, V: tl.constexpr,
 ):  # fmt: skip
-    """G_x, G_y and the estimates of both, of class c at the edges `at`, times UNIT."""
-    gx = tl.zeros(at.shape, ACC)
-    gy = tl.zeros(at.shape, ACC)
-    px = tl.zeros(at.shape, ACC)
-    py = tl.zeros(at.shape, ACC)
+    """Edges of the list, from `start` on: their entries, which there are, and of class c G_x, G_y and the estimates of
+    both, times UNIT."""
+    i = start + tl.arange(0, BLOCK)
+    some = i < count
+    at = tl.load(integers + EDGE_LIST * COUNT + i, mask=some, other=0)
+    gx = tl.zeros([BLOCK], ACC)
+    gy = tl.zeros([BLOCK], ACC)
+    px = tl.zeros([BLOCK], ACC)
+    py = tl.zeros([BLOCK], ACC)
     for first in tl.static_range(0, V * (2 * RADIUS + 1), PART):
         u, v, exists = window_part(first, RADIUS, PART, V)
         tap_x, tap_y = taps(u, v, UNIT)
@@ -172,7 +175,7 @@ def compare(
         gy += tl.sum(tl.where(is_class, tap_y.to(ACC), 0.0), 0)
         px += tl.sum(tap_x.to(ACC) * p, 0)
         py += tl.sum(tap_y.to(ACC) * p, 0)
-    return gx, gy, px, py
+    return at, some, gx, gy, px, py
 
 
 @triton.jit
@@ -183,9 +186,9 @@ def add_errors(
 ):  # fmt: skip
     """Adds (G − its estimate)² of class c and what was compared."""
     for start in range(0, count, BLOCK):
-        i = start + tl.arange(0, BLOCK)
-        at = tl.load(integers + EDGE_LIST * COUNT + i, mask=i < count, other=0)
-        gx, gy, px, py = compare(integers, numbers, at, i < count, c, ACC, RADIUS, UNIT, COUNT, WIDE, PART, V)
+        _, _, gx, gy, px, py = compare(
+            integers, numbers, start, count, c, ACC, RADIUS, UNIT, COUNT, WIDE, BLOCK, PART, V
+        )
         dx = tl.where(gx != 0, gx - px, 0.0) * (1.0 / UNIT)
         dy = tl.where(gy != 0, gy - py, 0.0) * (1.0 / UNIT)
         error += dx * dx + dy * dy
@@ -202,11 +205,11 @@ def find_residuals(
 ):  # fmt: skip
     """The derivatives of the total by the estimates of class c, which are kept times UNIT."""
     for start in range(0, count, BLOCK):
-        i = start + tl.arange(0, BLOCK)
-        at = tl.load(integers + EDGE_LIST * COUNT + i, mask=i < count, other=0)
-        gx, gy, px, py = compare(integers, numbers, at, i < count, c, ACC, RADIUS, UNIT, COUNT, WIDE, PART, V)
-        tl.store(numbers + RESIDUAL_X * COUNT + at, tl.where(gx != 0, scale * (px - gx), 0.0), mask=i < count)
-        tl.store(numbers + RESIDUAL_Y * COUNT + at, tl.where(gy != 0, scale * (py - gy), 0.0), mask=i < count)
+        at, some, gx, gy, px, py = compare(
+            integers, numbers, start, count, c, ACC, RADIUS, UNIT, COUNT, WIDE, BLOCK, PART, V
+        )
+        tl.store(numbers + RESIDUAL_X * COUNT + at, tl.where(gx != 0, scale * (px - gx), 0.0), mask=some)
+        tl.store(numbers + RESIDUAL_Y * COUNT + at, tl.where(gy != 0, scale * (py - gy), 0.0), mask=some)
     tl.debug_barrier()
 
 
@@ -250,37 +253,6 @@ def fold(
             there = there & ((v >= 0) | (x == 0)[None]) & ((v <= 0) | (x == size.width - 1)[None])
             total += tl.sum(tl.load(g + at[None] + (u * WIDE + v), mask=there, other=0), 0)
     return total
-
-
-@triton.jit
-def entry_gradient(
-    p, g, share, c, pixel, n, y, x, some, logits, labels, size, down, across, weight, stats, selected, summary,
-    grad_total, pixels, ignore_index, bcl_weight, alpha, beta,
-    ACC: tl.constexpr, MODE: tl.constexpr, CE: tl.constexpr, WEIGHTED: tl.constexpr, OHEM: tl.constexpr,
-    STEPS: tl.constexpr, FLIPPED: tl.constexpr,
-):  # fmt: skip
-    """The whole gradient of class c at pixels, as `loss.backward` has it, but with g."""
-    label = class_at(labels, n, y, x, some, size.classes, ignore_index)
-    chosen = tl.zeros(label.shape, tl.int32)
-    if len(STEPS) > 0:
-        chosen = tl.load(selected + pixel, mask=some, other=0).to(tl.int32)
-    nll = tl.zeros(label.shape, ACC)
-    if OHEM:
-        m = tl.load(stats + pixel, mask=some, other=0)
-        log_sum = tl.load(stats + pixels + pixel, mask=some, other=0)
-        nll = loss_of(logits, size, down, across, n, y, x, label, some, m, log_sum, ACC, MODE)
-    pull = pull_of(label, nll, chosen, grad_total, summary, weight, bcl_weight, ACC, CE, WEIGHTED, OHEM, STEPS, FLIPPED)
-    factor = pull - share + g
-    if FLIPPED:
-        both = double(alpha).to(ACC) + double(beta).to(ACC)
-        factor += flipped_pull(chosen, grad_total, summary, bcl_weight, both, ACC, STEPS)
-    value = gradient_of(p, factor, label == c, pull)
-    if FLIPPED:
-        value -= flipped_pull_of(
-            c, chosen, labels, size, n, y, x, grad_total, summary, bcl_weight,
-            double(alpha).to(ACC), double(beta).to(ACC), ignore_index, ACC, STEPS,
-        )  # fmt: skip
-    return value
 
 
 @triton.jit(do_not_specialize=["ignore_index", "cpg_weight", "bcl_weight", "alpha", "beta"])
@@ -371,17 +343,20 @@ def put_gradients(
         some = (i < count) & (y >= top) & (y < bottom) & (x >= left) & (x < right)
         g = fold(numbers + G * COUNT, at, y, x, some, size, window, ACC, RADIUS, WIDE, PART, V)
         p = tl.load(numbers + P * COUNT + at, mask=some, other=0)
-        pixel = pixel_at(size, n, y, x)
-        share = tl.load(shares + pixel, mask=some, other=0)
         if PHASE == SHARES:
-            tl.store(shares + pixel, share + p * g, mask=some)
+            share = shares + pixel_at(size, n, y, x)
+            tl.store(share, tl.load(share, mask=some, other=0) + p * g, mask=some)
         elif MODE == QUADS:
             tl.store(numbers + PLANE * COUNT + at, p * g, mask=some)
         else:
-            value = entry_gradient(
-                p, g, share, c, pixel, n, y, x, some, logits, labels, size, down, across, weight, stats, selected,
-                summary, grad_total, pixels, ignore_index, bcl_weight, alpha, beta,
-                ACC, MODE, CE, WEIGHTED, OHEM, STEPS, FLIPPED,
+            label, chosen, pull, factor = pixel_pulls(
+                logits, labels, size, down, across, weight, stats, selected, summary, grad_total, shares, pixels,
+                ignore_index, bcl_weight, alpha, beta, n, y, x, some,
+                ACC, MODE, CE, WEIGHTED, OHEM, STEPS, FLIPPED, True,
+            )  # fmt: skip
+            value = gradient_of(
+                c, p, factor + g, label, chosen, pull, labels, size, n, y, x,
+                grad_total, summary, bcl_weight, alpha, beta, ignore_index, ACC, STEPS, FLIPPED,
             )  # fmt: skip
             to = grad.data + tl.cast(n, tl.int64) * grad.stride_n + tl.cast(c, tl.int64) * grad.stride_c
             to += y.to(tl.int64) * grad.stride_h + x.to(tl.int64) * grad.stride_w

@@ -17,7 +17,7 @@ def flip(i, STEP: tl.constexpr, length):
 
 
 @triton.jit
-def _fill_axis(axis, inside, outside, i, ALIGN: tl.constexpr):
+def fill_axis(axis, inside, outside, i, ALIGN: tl.constexpr):
     """Entries i of all tables, of `inside` logits and `outside` pixels. In integers: floating point picks another
     `first` where the coordinate is almost one."""
     acc = axis.weight.dtype.element_ty
@@ -48,8 +48,8 @@ def fill_axes(size, down, across, ALIGN: tl.constexpr, BLOCK: tl.constexpr):
     """The tables of both axes."""
     i = (tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)).to(tl.int64)
     zero = i * 0
-    _fill_axis(down, zero + size.rows, zero + size.height, i, ALIGN)
-    _fill_axis(across, zero + size.columns, zero + size.width, i, ALIGN)
+    fill_axis(down, zero + size.rows, zero + size.height, i, ALIGN)
+    fill_axis(across, zero + size.columns, zero + size.width, i, ALIGN)
 
 
 @triton.jit

@@ -6,8 +6,8 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from .bcl import bcl_scale, flipped
-from .common import BAD, CUTOFF, DENOMINATOR, SELECTED, VALID, ratio
+from .bcl import bcl_scale, flipped, loss_of
+from .common import BAD, CUTOFF, DENOMINATOR, SELECTED, VALID, class_at, double, pixel_at, ratio
 from .ohem import key_of, weight_of
 
 
@@ -60,7 +60,44 @@ def flipped_pull_of(
 
 
 @triton.jit
-def gradient_of(p, factor, is_label, pull):
-    """p · factor − pull at the label; an ignored pixel's NaN stays where it is."""
+def pixel_pulls(
+    logits, labels, size, down, across, weight, stats, selected, summary, grad_total, shares, pixels, ignore_index,
+    bcl_weight, alpha, beta, n, y, x, inside,
+    ACC: tl.constexpr, MODE: tl.constexpr, CE: tl.constexpr, WEIGHTED: tl.constexpr, OHEM: tl.constexpr,
+    STEPS: tl.constexpr, FLIPPED: tl.constexpr, CPG: tl.constexpr,
+):  # fmt: skip
+    """What the gradients of a pixel's logits are made of: label, selection, its pull, and the factor of p."""
+    pixel = pixel_at(size, n, y, x)
+    label = class_at(labels, n, y, x, inside, size.classes, ignore_index)
+    chosen = tl.zeros(label.shape, tl.int32)
+    if len(STEPS) > 0:
+        chosen = tl.load(selected + pixel, mask=inside, other=0).to(tl.int32)
+    nll = tl.zeros(label.shape, ACC)
+    if OHEM:
+        m = tl.load(stats + pixel, mask=inside, other=0)
+        log_sum = tl.load(stats + pixels + pixel, mask=inside, other=0)
+        nll = loss_of(logits, size, down, across, n, y, x, label, inside, m, log_sum, ACC, MODE)
+    pull = pull_of(label, nll, chosen, grad_total, summary, weight, bcl_weight, ACC, CE, WEIGHTED, OHEM, STEPS, FLIPPED)
+    factor = pull
+    if CPG:
+        factor -= tl.load(shares + pixel, mask=inside, other=0)
+    if FLIPPED:
+        both = double(alpha).to(ACC) + double(beta).to(ACC)
+        factor += flipped_pull(chosen, grad_total, summary, bcl_weight, both, ACC, STEPS)
+    return label, chosen, pull, factor
+
+
+@triton.jit
+def gradient_of(
+    c, p, factor, label, chosen, pull, labels, size, n, y, x, grad_total, summary, bcl_weight, alpha, beta,
+    ignore_index, ACC: tl.constexpr, STEPS: tl.constexpr, FLIPPED: tl.constexpr,
+):  # fmt: skip
+    """p · factor − what class c is pulled by; an ignored pixel's NaN stays where it is."""
     product = tl.where(factor == 0, 0.0, factor * p)
-    return tl.where(is_label, product - pull, product)
+    value = tl.where(label == c, product - pull, product)
+    if FLIPPED:
+        value -= flipped_pull_of(
+            c, chosen, labels, size, n, y, x, grad_total, summary, bcl_weight,
+            double(alpha).to(ACC), double(beta).to(ACC), ignore_index, ACC, STEPS,
+        )  # fmt: skip
+    return value

@@ -166,6 +166,11 @@ class Geometry:
         axes = {"size": self.size, "down": self.down, "across": self.across}
         run(fill_axes, triton.cdiv(entries, FLAT_BLOCK), axes, ALIGN=align_corners, BLOCK=FLAT_BLOCK)
 
+    @property
+    def dense_tiles(self) -> int:
+        """Of kernels that read the logits of all label pixels."""
+        return self.tiles(self.tile, self.mode)
+
     def tiles(self, tile: Tile, mode: int) -> int:
         """How many tiles there are in all."""
         if mode == QUADS.value:

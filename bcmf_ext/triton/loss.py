@@ -19,7 +19,7 @@ from torch import Tensor
 from ..ops import SUMMARY, LossOptions
 from ..reference import OHEM, check_inputs
 from . import bcl, cpg, ohem, quads
-from .bcl import score
+from .bcl import loss_of, score
 from .common import (
     ANY,
     BAD,
@@ -35,10 +35,10 @@ from .common import (
     class_at,
     double,
     pixel_at,
-)  # fmt: skip
+)
 from .cpg import COMPARE, GRADIENT, SHARES, cpg_tiles
 from .geometry import tile_of
-from .gradient import flipped_pull, flipped_pull_of, gradient_of, pull_of
+from .gradient import gradient_of, pixel_pulls
 from .launch import (
     FLAT,
     FLAT_BLOCK,
@@ -52,8 +52,8 @@ from .launch import (
     on_device,
     power_of_two,
     run,
-)  # fmt: skip
-from .logits import entry, group, places_of
+)
+from .logits import group, places_of
 from .ohem import key_of, weight_of
 
 GATHER_BLOCK = 256  # logits
@@ -87,8 +87,8 @@ def forward(
     tl.store(stats + pixels + pixel, log_sum, mask=inside)
 
     label = class_at(labels, n, y, x, inside, size.classes, ignore_index)
-    own = entry(logits, size, down, across, n, y, x, tl.maximum(label, 0), label >= 0, ACC, MODE)
-    nll = tl.where(label == BAD, float("nan"), (m - own) + log_sum)
+    nll = loss_of(logits, size, down, across, n, y, x, label, inside, m, log_sum, ACC, MODE)
+    nll = tl.where(label == BAD, float("nan"), nll)
     valid = label != IGNORED
     w = weight_of(weight, label, ACC, WEIGHTED)
     to = partials + tile
@@ -128,7 +128,7 @@ def mean_of(totals, row, count, bad):
 @triton.jit(do_not_specialize=["bcl_weight", "cpg_weight"])
 def finish(
     totals, total, terms, summary, bcl_weight, cpg_weight,
-    CE: tl.constexpr, OHEM: tl.constexpr, BCL_STEPS: tl.constexpr, FLIPPED: tl.constexpr, CPG: tl.constexpr,
+    CE: tl.constexpr, BCL_STEPS: tl.constexpr, FLIPPED: tl.constexpr, CPG: tl.constexpr,
 ):  # fmt: skip
     """The means, from the totals of all partial sums; what the backward needs of them (summary is 0 but for OHEM's
     cutoff)."""
@@ -177,33 +177,20 @@ def backward(
     pixel = pixel_at(size, n, y, x)
     m = tl.load(stats + pixel, mask=inside, other=0)
     log_sum = tl.load(stats + pixels + pixel, mask=inside, other=0)
-    label = class_at(labels, n, y, x, inside, size.classes, ignore_index)
-    nll = m
-    if OHEM:
-        own = entry(logits, size, down, across, n, y, x, tl.maximum(label, 0), label >= 0, ACC, MODE)
-        nll = (m - own) + log_sum
-    chosen = tl.zeros([ROWS, SPANS, SPAN], tl.int32)
-    if len(STEPS) > 0:
-        chosen = tl.load(selected + pixel, mask=inside, other=0).to(tl.int32)
-    pull = pull_of(label, nll, chosen, grad_total, summary, weight, bcl_weight, ACC, CE, WEIGHTED, OHEM, STEPS, FLIPPED)
-    factor = pull
-    if CPG:
-        factor -= tl.load(shares + pixel, mask=inside, other=0)
-    if FLIPPED:
-        both = double(alpha).to(ACC) + double(beta).to(ACC)
-        factor += flipped_pull(chosen, grad_total, summary, bcl_weight, both, ACC, STEPS)
+    label, chosen, pull, factor = pixel_pulls(
+        logits, labels, size, down, across, weight, stats, selected, summary, grad_total, shares, pixels, ignore_index,
+        bcl_weight, alpha, beta, n, y, x, inside, ACC, MODE, CE, WEIGHTED, OHEM, STEPS, FLIPPED, CPG,
+    )  # fmt: skip
     if MODE == QUADS:
         lower_weight, right_weight = quads.corner_weights(tile, size, down, across, y, x, SPANS)
     for first in range(0, size.classes, GROUP):
         z = group(logits, n, places, first, size.classes, inside, ACC, MODE, GROUP)
         c = first + tl.arange(0, GROUP)[:, None, None, None]
         p = tl.exp((z - m[None]) - log_sum[None])
-        value = gradient_of(p, factor[None], label[None] == c, pull[None])
-        if FLIPPED:
-            value -= flipped_pull_of(
-                c, chosen[None], labels, size, n, y[None], x[None], grad_total, summary, bcl_weight,
-                double(alpha).to(ACC), double(beta).to(ACC), ignore_index, ACC, STEPS,
-            )  # fmt: skip
+        value = gradient_of(
+            c, p, factor[None], label[None], chosen[None], pull[None], labels, size, n, y[None], x[None],
+            grad_total, summary, bcl_weight, alpha, beta, ignore_index, ACC, STEPS, FLIPPED,
+        )  # fmt: skip
         if MODE == QUADS:
             quads.add_to_quads(
                 grad, tile, size, down, across, first + tl.arange(0, GROUP)[:, None],
@@ -273,11 +260,7 @@ class Call:
 
     def run_dense(self, kernel: Any, **more: Any) -> None:
         """A kernel for all label pixels that reads their logits."""
-        self.run(kernel, self.dense_tiles, **self.geometry.tile._asdict(), **more)
-
-    @property
-    def dense_tiles(self) -> int:
-        return self.geometry.tiles(self.geometry.tile, self.geometry.mode)
+        self.run(kernel, self.geometry.dense_tiles, **self.geometry.tile._asdict(), **more)
 
     def run_cpg(self, phase: tl.constexpr, **more: Any) -> None:
         mode, tile, tiles = self.sparse_tiles(phase)
@@ -322,7 +305,7 @@ def loss(
         scores = new((steps, *shape), dtype=acc)
 
         flat_tiles = call.geometry.tiles(FLAT, DIRECT.value)
-        length = max(1, call.dense_tiles, flat_tiles, call.sparse_tiles(COMPARE)[-1])
+        length = max(1, call.geometry.dense_tiles, flat_tiles, call.sparse_tiles(COMPARE)[-1])
         sums = DENSE_SUMS.value + 2 * steps + 2 * call.cpg
         partials, totals = new((sums, length), dtype=torch.float64).zero_(), new(sums, dtype=torch.float64)
         call.arguments |= {
