@@ -24,7 +24,7 @@ from setuptools.command.build_py import build_py
 sys.path.insert(0, str(Path(__file__).parent))
 from build_backend import OLDEST_TORCH, find_compiler, find_torch, is_too_old
 
-SOURCES = ["csrc/ops.cpp", *sorted(map(str, Path("csrc/cpu").glob("*.cpp")))]
+SOURCES = sorted(str(path) for folder in ("csrc", "csrc/cpu") for path in Path(folder).glob("*.cpp"))
 CUDA_SOURCES = sorted(map(str, Path("csrc/cuda").glob("*.cu")))
 DEFAULT_ARCHS = ("7.5", "8.0", "9.0", "10.0", "12.0")  # 8.0 runs on 8.x; PTX of the last covers what is newer
 

@@ -17,14 +17,14 @@ from torch.library import Library
 LIB = Library("bcmf", "DEF")
 
 
-def acc_dtype(logits: Tensor) -> torch.dtype:
-    """What losses are computed and returned in: fp64 for fp64 logits, else fp32."""
-    return torch.float64 if logits.dtype == torch.float64 else torch.float32
+def acc_dtype(tensor: Tensor) -> torch.dtype:
+    """What is computed in: fp64 for fp64 logits or maps, else fp32. Losses are returned in it, too."""
+    return torch.float64 if tensor.dtype == torch.float64 else torch.float32
 
 
 def _raise_on_double_backward(ctx: Any, *_: Any) -> None:
     raise NotImplementedError(
-        "bcmf_ext's losses have no second derivative: use impl='torch' where you need a gradient of a gradient."
+        "bcmf_ext's kernels have no second derivative: use impl='torch' where you need a gradient of a gradient."
     )
 
 
@@ -162,7 +162,7 @@ def _upsample_confusion_fake(
 
 def define_upsample_argmax(lib: Library, name: str) -> Any:
     """Adds bcmf::upsample_argmax to a library under this name, and returns it."""
-    lib.define(f"{name}(Tensor logits, int height, int width, bool align_corners) -> Tensor")
+    lib.define(f"{name}(Tensor logits, SymInt height, SymInt width, bool align_corners) -> Tensor")
     torch.library.register_fake(f"{lib.ns}::{name}", _upsample_argmax_fake, lib=lib)
     return getattr(getattr(torch.ops, lib.ns), name)
 
@@ -181,6 +181,191 @@ torch.library.register_fake("bcmf::upsample_confusion", _upsample_confusion_fake
 
 
 # --------------------------------------------------------------------------------------------------------------------
+# pool_norm_relu, add_norm_relu: what LMFM and DAPPM do between convolutions, relu(norm(·)) of several maps at once.
+#   pool_norm_relu: of the average pools 5/2, 9/4 and 17/8 (size/stride, centred, padding counts) and the global pool of
+#     x (N, C, h, w), which is read once → four maps.
+#   add_norm_relu: of each branch's sum of two maps, either of which may be missing: one that is resampled bilinearly to
+#     (height, width), and one of that size → the maps of one or two branches or, joined, one of all branches' channels.
+#   weights, biases and running means and variances: (C,) acc, in the order of the branches' channels; a norm may span
+#     several branches. In training statistics are those of the batch, and the running ones move towards them.
+#   → outputs, in the maps' dtype, in channels_last if x is or as asked: single pixels look like either (add_norm_relu:
+#     two, an empty one if there is none; their number is fixed: what writes to arguments must not return a list);
+#     stats (2, channels of all branches): mean and 1/√(variance + eps).
+
+POOLS = ((5, 2), (9, 4), (17, 8))  # size and stride
+
+
+def empty_map(like: Tensor, channels: int, height: int, width: int, channels_last: bool) -> Tensor:
+    layout = torch.channels_last if channels_last else torch.contiguous_format
+    shape = (like.shape[0], channels, height, width)
+    return torch.empty(shape, dtype=like.dtype, device=like.device, memory_format=layout)
+
+
+def pool_sizes(height: int, width: int) -> list[tuple[int, int]]:
+    return [*(((height - 1) // stride + 1, (width - 1) // stride + 1) for _, stride in POOLS), (1, 1)]
+
+
+def empty_pools(x: Tensor) -> list[Tensor]:
+    return [empty_map(x, x.shape[1], *size, x.stride(1) == 1) for size in pool_sizes(*x.shape[2:])]
+
+
+def empty_sums(
+    resampled: Sequence[Tensor | None],
+    added: Sequence[Tensor | None],
+    height: int,
+    width: int,
+    channels_last: bool,
+    joined: bool,
+) -> list[Tensor]:
+    maps = [next(map for map in pair if map is not None) for pair in zip(resampled, added, strict=True)]
+    channels = [map.shape[1] for map in maps]
+    sizes = [sum(channels)] if joined else channels
+    outputs = [empty_map(maps[0], size, height, width, channels_last) for size in sizes]
+    return outputs if len(outputs) > 1 else [*outputs, maps[0].new_empty(0)]
+
+
+def empty_stats(like: Tensor, weights: Sequence[Tensor]) -> Tensor:
+    """(2, channels): the norms' statistics, or gradients of their weights and biases."""
+    return like.new_empty((2, sum(weight.shape[0] for weight in weights)), dtype=acc_dtype(like))
+
+
+def _pool_norm_relu_fake(x: Tensor, weights: Sequence[Tensor], *_: Any) -> tuple[Tensor, ...]:
+    return *empty_pools(x), empty_stats(x, weights)
+
+
+def _pool_norm_relu_backward_fake(
+    grads: Sequence[Tensor], x: Tensor, weights: Sequence[Tensor], *_: Any
+) -> tuple[list[Tensor], Tensor]:
+    return [torch.empty_like(x, memory_format=torch.preserve_format)], empty_stats(x, weights)
+
+
+def _add_norm_relu_fake(
+    resampled: Sequence[Tensor | None], added: Sequence[Tensor | None], weights: Sequence[Tensor], *options: Any
+) -> tuple[Tensor, ...]:
+    outputs = empty_sums(resampled, added, *options[3:7])
+    return *outputs, empty_stats(outputs[0], weights)
+
+
+def _add_norm_relu_backward_fake(
+    grads: Sequence[Tensor],
+    resampled: Sequence[Tensor | None],
+    added: Sequence[Tensor | None],
+    weights: Sequence[Tensor],
+    *_: Any,
+) -> tuple[list[Tensor], Tensor]:
+    maps = [map for map in (*resampled, *added) if map is not None]
+    return [torch.empty_like(map, memory_format=torch.preserve_format) for map in maps], empty_stats(maps[0], weights)
+
+
+def _define_norm_relu(
+    lib: Library, name: str, maps: str, size: str, outputs: int, fake: Any, backward_fake: Any
+) -> tuple[Any, Any]:
+    """Adds one of the two, whose schema has these maps, this size and so many outputs."""
+    given = f"{maps}, Tensor[] weights, Tensor[] biases"
+    running = "Tensor(a!)[] means, Tensor(b!)[] variances"
+    return _define(
+        lib,
+        name,
+        f"({given}, {running}, {size}bool training, float momentum, float eps) -> ({'Tensor, ' * outputs}Tensor stats)",
+        fake,
+        f"(Tensor[] grads, {given}, Tensor stats, {size}bool training) -> (Tensor[] grad_maps, Tensor grad_norms)",
+        backward_fake,
+    )
+
+
+def _split_norms(grad_norms: Tensor, weights: Sequence[Tensor]) -> list[Tensor]:
+    """Gradients of all weights, then of all biases."""
+    sizes = [weight.shape[0] for weight in weights]
+    return [*grad_norms[0].split(sizes), *grad_norms[1].split(sizes)]
+
+
+def define_pool_norm_relu(lib: Library, name: str) -> Any:
+    """Adds bcmf::pool_norm_relu to a library under this name, and returns it."""
+    fakes = _pool_norm_relu_fake, _pool_norm_relu_backward_fake
+    op, op_backward = _define_norm_relu(lib, name, "Tensor x", "", len(POOLS) + 1, *fakes)
+
+    class PoolNormRelu(torch.autograd.Function):
+        """Lists are taken apart: autograd does not look into them."""
+
+        @staticmethod
+        def forward(ctx: Any, norms: int, training: bool, momentum: float, eps: float, x: Tensor, *rest: Tensor) -> Any:
+            weights, biases, means, variances = (rest[i * norms : (i + 1) * norms] for i in range(4))
+            with torch._C._AutoDispatchBelowAutograd():
+                *outputs, stats = op(x, weights, biases, means, variances, training, momentum, eps)
+            ctx.save_for_backward(x, *weights, *biases, stats)
+            ctx.norms, ctx.training = norms, training
+            ctx.mark_non_differentiable(stats)
+            return *outputs, stats
+
+        @staticmethod
+        def backward(ctx: Any, *grads: Tensor) -> Any:
+            x, *parameters, stats = ctx.saved_tensors
+            weights, biases = parameters[: ctx.norms], parameters[ctx.norms :]
+            (grad,), grad_norms = op_backward(grads[:-1], x, weights, biases, stats, ctx.training)
+            return None, None, None, None, grad, *_split_norms(grad_norms, weights), *[None] * (2 * ctx.norms)
+
+    def autograd(x: Tensor, weights: Sequence[Tensor], *arguments: Any) -> tuple[Tensor, ...]:
+        biases, means, variances, *options = arguments
+        return PoolNormRelu.apply(len(weights), *options, x, *weights, *biases, *means, *variances)
+
+    lib.impl(name, autograd, "Autograd")
+    return op
+
+
+def define_add_norm_relu(lib: Library, name: str) -> Any:
+    """Adds bcmf::add_norm_relu to a library under this name, and returns it."""
+    maps = "Tensor?[] resampled, Tensor?[] added"
+    fakes = _add_norm_relu_fake, _add_norm_relu_backward_fake
+    size = "SymInt height, SymInt width, bool channels_last, bool joined, "
+    op, op_backward = _define_norm_relu(lib, name, maps, size, 2, *fakes)
+
+    class AddNormRelu(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx: Any, branches: int, norms: int, options: Sequence[Any], *rest: Tensor | None) -> Any:
+            resampled, added = rest[:branches], rest[branches : 2 * branches]
+            starts = range(2 * branches, len(rest), norms)
+            weights, biases, means, variances = (rest[start : start + norms] for start in starts)
+            with torch._C._AutoDispatchBelowAutograd():
+                *outputs, stats = op(resampled, added, weights, biases, means, variances, *options)
+            ctx.save_for_backward(*resampled, *added, *weights, *biases, stats)
+            ctx.branches, ctx.norms, ctx.options = branches, norms, options[:-2]
+            ctx.mark_non_differentiable(stats)
+            return *outputs, stats
+
+        @staticmethod
+        def backward(ctx: Any, *grads: Tensor) -> Any:
+            *maps, stats = ctx.saved_tensors
+            parameters = maps[2 * ctx.branches :]
+            resampled, added = maps[: ctx.branches], maps[ctx.branches : 2 * ctx.branches]
+            weights, biases = parameters[: ctx.norms], parameters[ctx.norms :]
+            grad_maps, grad_norms = op_backward(grads[:-1], resampled, added, weights, biases, stats, *ctx.options)
+            of_maps = iter(grad_maps)
+            found = [None if map is None else next(of_maps) for map in (*resampled, *added)]
+            return None, None, None, *found, *_split_norms(grad_norms, weights), *[None] * (2 * ctx.norms)
+
+    def autograd(
+        resampled: Sequence[Tensor | None], added: Sequence[Tensor | None], weights: Sequence[Tensor], *arguments: Any
+    ) -> tuple[Tensor, ...]:
+        biases, means, variances, *options = arguments
+        tensors = (*resampled, *added, *weights, *biases, *means, *variances)
+        return AddNormRelu.apply(len(added), len(weights), tuple(options), *tensors)
+
+    lib.impl(name, autograd, "Autograd")
+    return op
+
+
+POOL_NORM_RELU = {
+    "cpu": define_pool_norm_relu(LIB, "pool_norm_relu"),
+    "triton": define_pool_norm_relu(LIB, "pool_norm_relu_triton"),
+}
+ADD_NORM_RELU = {
+    "cpu": define_add_norm_relu(LIB, "add_norm_relu"),
+    "triton": define_add_norm_relu(LIB, "add_norm_relu_triton"),
+}
+POOL_NORM_RELU["cuda"], ADD_NORM_RELU["cuda"] = POOL_NORM_RELU["cpu"], ADD_NORM_RELU["cpu"]
+
+
+# --------------------------------------------------------------------------------------------------------------------
 # Triton's kernels. Importing triton takes a while: not before they are needed.
 
 
@@ -195,3 +380,6 @@ for _device in ("CUDA", "CPU"):  # on the CPU they are interpreted, for tests
     LIB.impl("loss_triton", _triton_kernel("loss", "loss"), _device)
     LIB.impl("loss_triton_backward", _triton_kernel("loss", "loss_backward"), _device)
     LIB.impl("upsample_argmax_triton", _triton_kernel("argmax", "upsample_argmax"), _device)
+    for _op in ("pool_norm_relu", "add_norm_relu"):
+        LIB.impl(f"{_op}_triton", _triton_kernel("lmfm", _op), _device)
+        LIB.impl(f"{_op}_triton_backward", _triton_kernel("lmfm", f"{_op}_backward"), _device)

@@ -1,10 +1,7 @@
 // Binds the kernels to torch.ops.bcmf (schemas and fake kernels stand in bcmf_ext/ops.py) and tells what was built.
 
 #include <ATen/EmptyTensor.h>
-#include <ATen/Functions.h>
-#include <ATen/Version.h>
 #include <pybind11/pybind11.h>
-#include <torch/library.h>
 #include <torch/version.h>
 
 #include <algorithm>
@@ -16,8 +13,10 @@
 #include <string>
 #include <tuple>
 
+#include "cpu/isa.h"
 #include "cpu/loss.h"
 #include "cpu/memory.h"
+#include "ops.h"
 #ifdef BCMF_WITH_CUDA
 #include <c10/cuda/CUDAGuard.h>
 #include <c10/cuda/CUDAStream.h>
@@ -29,21 +28,6 @@ namespace bcmf {
 namespace {
 
 using at::Tensor;
-
-LogitType logit_type(at::ScalarType type) {
-  switch (type) {
-    case at::kHalf:
-      return LogitType::f16;
-    case at::kBFloat16:
-      return LogitType::bf16;
-    case at::kFloat:
-      return LogitType::f32;
-    case at::kDouble:
-      return LogitType::f64;
-    default:
-      TORCH_CHECK_TYPE(false, "logits are floating point (fp16, bf16, fp32, fp64), not ", type, ".");
-  }
-}
 
 LabelType label_type(at::ScalarType type) {
   switch (type) {
@@ -60,22 +44,10 @@ LabelType label_type(at::ScalarType type) {
   }
 }
 
-at::TensorOptions acc_options(const Tensor& logits) {
-  return logits.options().dtype(logits.scalar_type() == at::kDouble ? at::kDouble : at::kFloat);
-}
-
-LogitView logit_view(const Tensor& t) {
-  return {t.data_ptr(), logit_type(t.scalar_type()), t.stride(0), t.stride(1), t.stride(2), t.stride(3)};
-}
+at::TensorOptions acc_options(const Tensor& logits) { return logits.options().dtype(acc_type(logits)); }
 
 LabelView label_view(const Tensor& t) {
   return {t.data_ptr(), label_type(t.scalar_type()), t.stride(0), t.stride(1), t.stride(2)};
-}
-
-// The Python functions have checked all this with kinder words; these keep a direct call of torch.ops.bcmf memory-safe.
-void check_same_device(const Tensor& logits, const Tensor& other, const char* name) {
-  TORCH_CHECK_VALUE(other.device() == logits.device(), "logits are on ", logits.device(), " and ", name, " on ",
-                    other.device(), ".");
 }
 
 // What is asked of bcmf::loss beside tensors; the order is that of the schemas in bcmf_ext/ops.py.
@@ -87,10 +59,8 @@ void check_same_device(const Tensor& logits, const Tensor& other, const char* na
   ignore_index, align_corners, ce, ohem_threshold, ohem_min_kept, bcl_weight, bcl_steps, bcl_flipped, bcl_threshold, \
       bcl_nms_size, cpg_weight, cpg_kernel_size, cpg_window
 
-// Tensors may have more than 2^31 entries, but the kernels count rows, columns and classes in 32 bits.
 void check_sides(const LossArgs& args) {
-  for (const int64_t side : {args.C, args.h, args.w, args.H, args.W})
-    TORCH_CHECK_VALUE(side < int64_t{1} << 30, "a side of ", side, " is too long: it has to be below 2^30.");
+  for (const int64_t side : {args.C, args.h, args.w, args.H, args.W}) check_side(side);
 }
 
 // Both ops' arguments beside tensors of their own.
@@ -110,7 +80,7 @@ LossInputs::LossInputs(const Tensor& logits, const Tensor& target, const std::op
                     "target has the shape (N, H, W) with the "
                     "logits' N = ",
                     logits.size(0), ", not ", target.sizes(), ".");
-  check_same_device(logits, target, "target");
+  check_same_device(logits, target, "logits", "target");
   args.N = logits.size(0);
   args.C = logits.size(1);
   args.h = logits.size(2);
@@ -121,14 +91,14 @@ LossInputs::LossInputs(const Tensor& logits, const Tensor& target, const std::op
                     " cannot be resampled to ", target.sizes(), ".");
   check_sides(args);
   args.align_corners = align_corners;
-  args.logits = logit_view(logits);
+  args.logits = map_view(logits, "logits");
   args.labels = label_view(target);
   args.ignore_index = ignore_index;
   if (weight.has_value()) {
     TORCH_CHECK_VALUE(weight->dim() == 1 && weight->size(0) == logits.size(1),
                       "class weights have one entry for each of the ", logits.size(1), " classes, not ",
                       weight->sizes(), ".");
-    check_same_device(logits, *weight, "class weights");
+    check_same_device(logits, *weight, "logits", "class weights");
     this->weight = weight->to(acc_options(logits).dtype()).contiguous();
     args.weight = this->weight->data_ptr();
   }
@@ -232,10 +202,10 @@ struct LossGradient {
                           stats_.scalar_type() == acc && summary_.scalar_type() == acc &&
                           selected_.scalar_type() == at::kByte,
                       "bcmf::loss_backward takes stats, selected and summary as bcmf::loss returned them.");
-    check_same_device(logits, grad_total_, "grad_total");
-    check_same_device(logits, stats_, "stats");
-    check_same_device(logits, selected_, "selected");
-    check_same_device(logits, summary_, "summary");
+    check_same_device(logits, grad_total_, "logits", "grad_total");
+    check_same_device(logits, stats_, "logits", "stats");
+    check_same_device(logits, selected_, "logits", "selected");
+    check_same_device(logits, summary_, "logits", "summary");
     grad_total = grad_total_.to(acc).contiguous();
     stats = stats_.contiguous();
     if (reinterpret_cast<uintptr_t>(stats.const_data_ptr()) % 16 != 0) stats = stats.clone();  // read 16 bytes at once
@@ -246,7 +216,7 @@ struct LossGradient {
     args.stats = stats.data_ptr();
     args.selected = selected.data_ptr();
     args.summary = summary.data_ptr();
-    args.grad = logit_view(grad);
+    args.grad = map_view(grad, "logits");
   }
 };
 
@@ -261,7 +231,7 @@ LossArgs upsample_args(const Tensor& logits, int64_t height, int64_t width, bool
   args.H = height, args.W = width;
   check_sides(args);
   args.align_corners = align_corners;
-  args.logits = logit_view(logits);
+  args.logits = map_view(logits, "logits");
   return args;
 }
 
@@ -326,7 +296,7 @@ std::tuple<Tensor, Tensor> upsample_confusion_cpu(const Tensor& logits, const Te
                                                   bool align_corners) {
   TORCH_CHECK_VALUE(target.dim() == 3 && logits.dim() == 4 && target.size(0) == logits.size(0),
                     "target has the shape (N, H, W) with the logits' N, not ", target.sizes(), ".");
-  check_same_device(logits, target, "target");
+  check_same_device(logits, target, "logits", "target");
   LossArgs args = upsample_args(logits, target.size(1), target.size(2), align_corners);
   args.labels = label_view(target);
   args.ignore_index = ignore_index;
@@ -338,15 +308,6 @@ std::tuple<Tensor, Tensor> upsample_confusion_cpu(const Tensor& logits, const Te
 #endif
 
 #ifdef BCMF_WITH_CUDA
-void check_launch(int error) {
-  TORCH_CHECK(error == 0, "bcmf_ext: a CUDA kernel did not start (", cuda::error_text(error),
-              "); python -m bcmf_ext.info says for which GPUs this build was made.");
-}
-
-Tensor make_scratch(const Tensor& logits, int64_t bytes) {
-  return at::empty({bytes}, logits.options().dtype(at::kByte));
-}
-
 std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> loss_cuda(const Tensor& logits, const Tensor& target,
                                                              const std::optional<Tensor>& weight, BCMF_LOSS_OPTIONS) {
   const c10::cuda::CUDAGuard guard(logits.device());
@@ -380,10 +341,18 @@ void register_cuda(torch::Library& m) {
   m.impl("loss", &loss_cuda);
   m.impl("loss_backward", &loss_backward_cuda);
   m.impl("upsample_argmax", &upsample_argmax_cuda);
+  register_lmfm_cuda(m);
 }
 #endif
 
 }  // namespace
+
+#ifdef BCMF_WITH_CUDA
+void check_launch(int error) {
+  TORCH_CHECK(error == 0, "bcmf_ext: a CUDA kernel did not start (", cuda::error_text(error),
+              "); python -m bcmf_ext.info says for which GPUs this build was made.");
+}
+#endif
 
 #ifdef BCMF_EMULATED  // by python_tests/emulator: the CUDA kernels, run on CPU tensors, under another name
 TORCH_LIBRARY_IMPL(bcmf_emulated, CPU, m) { register_cuda(m); }
@@ -393,6 +362,7 @@ TORCH_LIBRARY_IMPL(bcmf, CPU, m) {
   m.impl("loss_backward", &loss_backward_cpu);
   m.impl("upsample_argmax", &upsample_argmax_cpu);
   m.impl("upsample_confusion", &upsample_confusion_cpu);
+  register_lmfm_cpu(m);
 }
 #ifdef BCMF_WITH_CUDA
 TORCH_LIBRARY_IMPL(bcmf, CUDA, m) { register_cuda(m); }
@@ -411,7 +381,7 @@ PYBIND11_MODULE(_C, m) {
         info["torch"] = TORCH_VERSION;
         info["compiler"] = __VERSION__;
         info["cuda_archs"] = BCMF_CUDA_ARCHS;  // "" without CUDA
-        info["cpu_capability"] = bcmf::cpu::loss_capability();
+        info["cpu_capability"] = bcmf::cpu::isa().name;
         return info;
       },
       "What was compiled: torch, compiler, cuda_archs (TORCH_CUDA_ARCH_LIST form, empty without CUDA); and the CPU "

@@ -153,7 +153,8 @@ class Backend:
         if self.name == "emulated":
             emulator.load()
             monkeypatch.setitem(ops.LOSS, "cuda", emulator.LOSS)
-            monkeypatch.setitem(ops.UPSAMPLE_ARGMAX, "cuda", emulator.UPSAMPLE_ARGMAX)
+            for name in ("UPSAMPLE_ARGMAX", "POOL_NORM_RELU", "ADD_NORM_RELU"):
+                monkeypatch.setitem(getattr(ops, name), "cuda", getattr(emulator, name))
             monkeypatch.setitem(dispatch.ORDER, "cpu", ("cuda", "torch"))
             monkeypatch.setattr(dispatch, "_NO_CUDA", None)
 

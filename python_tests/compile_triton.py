@@ -23,8 +23,8 @@ from triton.backends.compiler import GPUTarget
 from triton.runtime import driver
 from triton.runtime.jit import JITFunction
 
-from bcmf_ext.ops import LossOptions
-from bcmf_ext.triton import argmax, loss
+from bcmf_ext.ops import LossOptions, acc_dtype
+from bcmf_ext.triton import argmax, lmfm, loss
 
 ARCHS = (80, 90, 100, 120)
 DTYPES = (torch.bfloat16, torch.float16, torch.float32, torch.float64)
@@ -62,6 +62,22 @@ SLOW_LOSSES = (
 )
 
 
+MAP, MAPS = (16, 32), ((8, 16), (4, 8), (2, 4), (1, 1))  # LMFM's, and its pools
+
+
+class Sums(NamedTuple):
+    """A call of bcmf::add_norm_relu and its backward."""
+
+    channels: tuple[int, ...]
+    resampled: bool = True
+    added: bool = True
+    joined: bool = False
+
+
+LEVEL, FIRST_LEVEL = Sums((128, 128)), Sums((128, 128), added=False)
+JOINED = Sums((128, 128, 128, 128, 512), resampled=False, joined=True)
+
+
 class Driver:
     """An architecture without a device."""
 
@@ -92,7 +108,26 @@ def calls() -> Iterator[tuple[str, Callable[[], Any]]]:
         for size, channels_last in itertools.product((LABELS, EIGHTH, MORE), (False, True)):
             logits = empty(2, 19, *size, dtype=dtype, channels_last=channels_last)
             yield f"arg-max of {size}, {dtype}", partial(argmax.upsample_argmax, logits, *LABELS, False)
-    for weight in (0.0, 0.3, 1.0):  # what may change from step to step
+    # Every layout and mode, as above: the slowest for arithmetic in fp32 and in fp64.
+    both, half, double = (False, True), torch.bfloat16, torch.float64
+    for dtype, channels_last, training in (
+        *itertools.product([half], both, both),
+        (double, True, True),
+        (double, False, False),
+    ):
+        name = f"{dtype}, channels_last {channels_last}, training {training}"
+        yield f"pools, {name}", partial(pools, 512, dtype, channels_last, training)
+        yield f"{LEVEL}, {name}", partial(sums, LEVEL, dtype, channels_last, training)
+    yield f"{JOINED}, training", partial(sums, JOINED, half, False, True)
+    yield f"{JOINED}, eval", partial(sums, JOINED, half, True, False)
+    yield f"{FIRST_LEVEL}", partial(sums, FIRST_LEVEL, torch.float16, True, True)
+    yield "pools of fp32", partial(pools, 512, torch.float32, False, True)
+    yield "pools of 30 channels", partial(pools, 30, half, True, True)
+
+
+def repeated_calls() -> Iterator[tuple[str, Callable[[], Any]]]:
+    """What may change from step to step, and must not have a kernel compiled anew."""
+    for weight in (0.0, 0.3, 1.0):
         options = {
             **OHEM,
             **BCL,
@@ -103,6 +138,9 @@ def calls() -> Iterator[tuple[str, Callable[[], Any]]]:
         }
         call = Loss(LABELS, options, weighted=True, channels_last=True)
         yield f"bcl_weight {weight}", partial(loss_and_gradient, call, torch.bfloat16)
+    for eps in (0.0, 1e-3):
+        yield f"pools, eps {eps}", partial(pools, 512, torch.bfloat16, True, True, eps)
+        yield f"{LEVEL}, eps {eps}", partial(sums, LEVEL, torch.bfloat16, True, True, eps)
 
 
 def loss_and_gradient(call: Loss, dtype: torch.dtype) -> None:
@@ -112,6 +150,28 @@ def loss_and_gradient(call: Loss, dtype: torch.dtype) -> None:
     options = LossOptions(255, **call.options)
     total, _, *kept = loss.loss(logits, target, weight, *options)
     loss.loss_backward(total, logits, target, weight, *kept, *options)
+
+
+def norms(channels: tuple[int, ...], dtype: torch.dtype) -> list[list[Tensor]]:
+    """Weights, biases, running means and variances."""
+    return [[empty(c, dtype=acc_dtype(empty(1, dtype=dtype))) for c in channels] for _ in range(4)]
+
+
+def pools(channels: int, dtype: torch.dtype, channels_last: bool, training: bool, eps: float = 1e-5) -> None:
+    x, parameters = empty(2, channels, *MAP, dtype=dtype, channels_last=channels_last), norms((channels,) * 4, dtype)
+    *outputs, stats = lmfm.pool_norm_relu(x, *parameters, training, 0.1, eps)
+    lmfm.pool_norm_relu_backward(outputs, x, *parameters[:2], stats, training)
+
+
+def sums(call: Sums, dtype: torch.dtype, channels_last: bool, training: bool, eps: float = 1e-5) -> None:
+    maps = partial(empty, dtype=dtype, channels_last=channels_last)
+    resampled = [maps(2, c, *cells) if call.resampled else None for c, cells in zip(call.channels, MAPS, strict=False)]
+    resampled += [None] * (len(call.channels) - len(resampled))
+    added = [maps(2, c, *MAP) if call.added else None for c in call.channels]
+    parameters = norms(call.channels, dtype)
+    options = *MAP, channels_last, call.joined, training
+    *outputs, stats = lmfm.add_norm_relu(resampled, added, *parameters, *options, 0.1, eps)
+    lmfm.add_norm_relu_backward(outputs, resampled, added, *parameters[:2], stats, *options)
 
 
 def compile_for(arch: int) -> str:
@@ -125,16 +185,18 @@ def compile_for(arch: int) -> str:
         assert found.metadata.enable_fp_fusion is False
         compiled.add(found.hash)
 
-    launch = JITFunction.run
-    with mock.patch.object(JITFunction, "run", compile_only):
-        for name, call in calls():
+    def run(calls: Iterator[tuple[str, Callable[[], Any]]]) -> int:
+        for name, call in calls:
             try:
                 call()
             except Exception as error:
                 raise RuntimeError(f"{name}, for sm_{arch}: {error}") from error
-            if "bcl_weight" not in name:
-                count = len(compiled)
-    assert len(compiled) == count, "another weight, or number of pixels kept, has a kernel compiled anew"
+        return len(compiled)
+
+    launch = JITFunction.run
+    with mock.patch.object(JITFunction, "run", compile_only):
+        count = run(calls())
+        assert run(repeated_calls()) == count, "another weight or eps has a kernel compiled anew"
     return f"sm_{arch}: {count} cubins in {time.perf_counter() - began:.0f} s"
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import pytest
@@ -19,7 +19,7 @@ from cases import (
     value_and_grad,
 )  # fmt: skip
 
-from bcmf_ext import BCL, CPG, dispatch
+from bcmf_ext import BCL, CPG, dispatch, ops
 
 pytest.importorskip("triton")
 import triton
@@ -29,7 +29,7 @@ from races import Races, look_for_races
 from triton.runtime.autotuner import Autotuner
 from triton.runtime.errors import InterpreterError
 
-from bcmf_ext.triton import launch, loss
+from bcmf_ext.triton import launch, lmfm, loss
 from bcmf_ext.triton.common import Size, pixel_at
 
 pytestmark = pytest.mark.skipif(not dispatch.INTERPRETED, reason="Triton's kernels are not interpreted")
@@ -160,3 +160,179 @@ def test_an_overflow_is_found() -> None:
             multiply[(1,)](2**20, 2**20, torch.empty(1, dtype=torch.int64))
     finally:
         look_for_overflow(False)
+
+
+# --------------------------------------------------------------------------------------------------------------------
+# pool_norm_relu and add_norm_relu
+
+NormRelu = Callable[[torch.memory_format, bool], list[torch.Tensor]]
+
+
+@pytest.fixture
+def small_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Several to a map, and programs with fewer channels than there are, as on a GPU."""
+    monkeypatch.setattr(lmfm, "LANES", {True: lmfm.Lanes(4, 16), False: lmfm.Lanes(1, 64)})
+
+
+@pytest.fixture
+def any_layouts(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Races are also found between a store and a later load of the same lane, whose blocks may be laid out differently:
+    these kernels promise to have a barrier there."""
+    compare = Races.compare
+
+    def compare_lanes_too(self: Races, me: tuple[Any, ...], other: tuple[Any, ...] | None, what: str) -> None:
+        if me == other and what == "written":
+            self.found.add("written in another layout, perhaps")
+        compare(self, me, other, what)
+
+    monkeypatch.setattr(Races, "compare", compare_lanes_too)
+
+
+def random_maps(*shapes: tuple[int, ...]) -> list[torch.Tensor]:
+    g = torch.Generator().manual_seed(0)
+    return [torch.randn(2, *shape, generator=g) for shape in shapes]
+
+
+def parameters(channels: Sequence[int]) -> list[list[torch.Tensor]]:
+    """Weights, biases, running means and variances."""
+    g = torch.Generator().manual_seed(0)
+    return [[torch.rand(c, generator=g) + 0.5 for c in channels] for _ in range(4)]
+
+
+def pool(
+    x: torch.Tensor, training: bool = True, like: Callable[[torch.Tensor], torch.Tensor] = torch.clone
+) -> list[torch.Tensor]:
+    """All that pool_norm_relu's forward and backward return and change. like: what makes gradients of outputs."""
+    weights, biases, means, variances = parameters([x.shape[1]] * 4)
+    *outputs, stats = ops.POOL_NORM_RELU["triton"](x, weights, biases, means, variances, training, 0.1, 1e-5)
+    upstream = [like(out) for out in outputs]
+    grads, grad_norms = torch.ops.bcmf.pool_norm_relu_triton_backward(upstream, x, weights, biases, stats, training)
+    return [*outputs, stats, *means, *variances, *grads, grad_norms]
+
+
+def add(
+    resampled: Sequence[torch.Tensor | None],
+    added: Sequence[torch.Tensor | None],
+    size: tuple[int, int],
+    joined: bool = False,
+    training: bool = True,
+    like: Callable[[torch.Tensor], torch.Tensor] = torch.clone,
+) -> list[torch.Tensor]:
+    """The same of add_norm_relu."""
+    channels = [next(map for map in maps if map is not None).shape[1] for maps in zip(resampled, added, strict=True)]
+    weights, biases, means, variances = parameters(channels)
+    first = next(map for map in (*added, *resampled) if map is not None)
+    options = *size, first.stride(1) == 1, joined, training
+    *outputs, stats = ops.ADD_NORM_RELU["triton"](
+        resampled, added, weights, biases, means, variances, *options, 0.1, 1e-5
+    )
+    upstream = [like(out) for out in outputs]
+    grads, grad_norms = torch.ops.bcmf.add_norm_relu_triton_backward(
+        upstream, resampled, added, weights, biases, stats, *options
+    )
+    return [*outputs, stats, *means, *variances, *grads, grad_norms]
+
+
+def pool_of_a_map(layout: torch.memory_format, training: bool) -> list[torch.Tensor]:
+    (x,) = random_maps((5, 9, 19))
+    return pool(x.contiguous(memory_format=layout), training)
+
+
+def add_two_and_one(layout: torch.memory_format, training: bool) -> list[torch.Tensor]:
+    """Two branches, of which only one has something added; and joined ones, of which none is resampled."""
+    low, high, other = (map.contiguous(memory_format=layout) for map in random_maps((5, 4, 8), (2, 3, 5), (2, 9, 17)))
+    level = add([low, high], [None, other], (9, 17), training=training)
+    return [*level, *add([None, None], [other, other], (9, 17), True, training)]
+
+
+every_layout = pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last], ids=str)
+both_ops = pytest.mark.parametrize("call", [pool_of_a_map, add_two_and_one])
+both_modes = pytest.mark.parametrize("training", [True, False], ids=["training", "eval"])
+
+
+@both_ops
+@every_layout
+@both_modes
+def test_norms_of_small_blocks(
+    call: NormRelu, layout: torch.memory_format, training: bool, request: pytest.FixtureRequest
+) -> None:
+    """Protects the seams between blocks, which smaller maps than most do not have."""
+    expected = call(layout, training)
+    request.getfixturevalue("small_blocks")
+    torch.testing.assert_close(call(layout, training), expected, rtol=1e-4, atol=1e-4)
+
+
+@both_ops
+@every_layout
+@both_modes
+def test_norms_have_no_races(
+    call: NormRelu, layout: torch.memory_format, training: bool, small_blocks: None, any_layouts: None
+) -> None:
+    """Protects what programs keep in scratch memory, and the statistics and gradients that they share out."""
+    with look_for_races() as races:
+        call(layout, training)
+    assert not races.found
+
+
+@pytest.mark.parametrize(("call", "barriers"), [(pool_of_a_map, 4), (add_two_and_one, 3)])
+def test_a_missing_barrier_of_norms_is_found(
+    call: NormRelu, barriers: int, small_blocks: None, any_layouts: None
+) -> None:
+    """Protects the test before: without any one of the barriers there are races."""
+
+    def races(without: tuple[str, int] | None = None) -> Races:
+        with look_for_races(without) as found:
+            call(torch.channels_last, True)
+        return found
+
+    everywhere = races()
+    assert not everywhere.found
+    assert len(everywhere.barriers) == barriers
+    for barrier in sorted(everywhere.barriers):
+        assert races(without=barrier).found, barrier
+
+
+@pytest.mark.parametrize("strides", [(2**31 + 64, 9 * 12, 12, 1), (9 * 12, 2**30 + 64, 12, 1), (64, 1024, 2**28, 1)])
+@pytest.mark.parametrize("name", ["pool", "add"])
+def test_integers_of_norms_do_not_overflow(
+    name: str, strides: tuple[int, ...], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Protects 64-bit offsets into all maps that kernels read and write, and the form that strides come in."""
+
+    def spread(map: torch.Tensor, **_: Any) -> torch.Tensor:
+        if map.dim() < 4:  # no map
+            return map.clone()
+        size = 1 + sum((n - 1) * stride for n, stride in zip(map.shape, strides, strict=True))
+        return torch.empty(size, dtype=map.dtype).as_strided(map.shape, strides).copy_(map)
+
+    def spread_out(like: torch.Tensor, channels: int, height: int, width: int, channels_last: bool) -> torch.Tensor:
+        return spread(like.new_empty(like.shape[0], channels, height, width))
+
+    def call(like: Callable[[torch.Tensor], torch.Tensor]) -> list[torch.Tensor]:
+        x, low = (like(map.half()) for map in random_maps((3, 9, 12), (3, 5, 7)))
+        return pool(x, like=like) if name == "pool" else add([low], [x], (9, 12), like=like)
+
+    expected = call(torch.clone)
+    monkeypatch.setattr(ops, "empty_map", spread_out)
+    monkeypatch.setattr(torch, "empty_like", spread)
+    look_for_overflow(True)
+    try:
+        found = call(spread)
+    finally:
+        look_for_overflow(False)
+    assert found[0].stride() == strides
+    for a, b in zip(found, expected, strict=True):
+        assert torch.equal(a, b)
+
+
+def test_taps_of_long_axes(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Protects 64-bit products where a row of pixels and the cells that it is resampled from are long."""
+    monkeypatch.setattr(lmfm, "LANES", dict.fromkeys((True, False), lmfm.Lanes(1, 2**15)))
+    (x,) = random_maps((1, 1, 33000))
+    look_for_overflow(True)
+    try:
+        out, *_ = add([x], [None], (1, 33000), training=False)
+    finally:
+        look_for_overflow(False)
+    expected, *_ = add([None], [x], (1, 33000), training=False)
+    assert torch.equal(out, expected)

@@ -6,9 +6,9 @@ from ..nn import LMFM
 from .ddrnet import DDRNet
 
 
-def bcmfnet(num_classes: int = 19, *, aux_head: bool = True) -> DDRNet:
-    """BCMFNet: DDRNet-23-slim with LMFM instead of DAPPM.
+def bcmfnet(num_classes: int = 19, *, aux_head: bool = True, impl: str = "auto") -> DDRNet:
+    """BCMFNet: DDRNet-23-slim with LMFM instead of DAPPM. impl: of its context module.
 
     5,612,787 parameters without the auxiliary head (19 classes), 36.24 GMACs at 1×3×1024×2048.
     """
-    return DDRNet(LMFM(), num_classes, aux_head=aux_head)
+    return DDRNet(LMFM(impl=impl), num_classes, aux_head=aux_head)

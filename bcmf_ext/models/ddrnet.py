@@ -33,6 +33,8 @@ def projection(in_channels: int, out_channels: int, stride: int) -> nn.Module:
 class BasicBlock(nn.Module):
     """Residual block of two 3×3 convolutions; ``relu=False`` returns the sum before its ReLU."""
 
+    norm_after = {"conv1": "bn1", "conv2": "bn2"}  # noqa: RUF012 - see inference.fold_batch_norms
+
     def __init__(self, in_channels: int, out_channels: int, stride: int = 1, *, relu: bool = True) -> None:
         super().__init__()
         self.conv1, self.bn1 = conv_norm(in_channels, out_channels, 3, stride)
@@ -49,6 +51,8 @@ class BasicBlock(nn.Module):
 class Bottleneck(nn.Module):
     """Residual block of 1×1, 3×3 and 1×1 convolutions; returns the sum, twice ``channels`` wide, before its ReLU."""
 
+    norm_after = {"conv1": "bn1", "conv2": "bn2", "conv3": "bn3"}  # noqa: RUF012
+
     def __init__(self, in_channels: int, channels: int, stride: int = 1) -> None:
         super().__init__()
         self.conv1, self.bn1 = conv_norm(in_channels, channels, 1)
@@ -64,6 +68,8 @@ class Bottleneck(nn.Module):
 
 class SegmentationHead(nn.Module):
     """Logits from features: BN, ReLU, 3×3 convolution, BN, ReLU, 1×1 convolution with bias; keeps the size."""
+
+    norm_after = {"conv1": "bn2"}  # noqa: RUF012
 
     def __init__(self, in_channels: int, mid_channels: int, num_classes: int) -> None:
         super().__init__()
@@ -185,9 +191,9 @@ class DDRNet(nn.Module):
         return dist.get_world_size(norm.process_group) > 1
 
 
-def ddrnet_s(num_classes: int = 19, *, aux_head: bool = True) -> DDRNet:
-    """DDRNet-23-slim.
+def ddrnet_s(num_classes: int = 19, *, aux_head: bool = True, impl: str = "auto") -> DDRNet:
+    """DDRNet-23-slim. impl: of its context module.
 
     5,695,987 parameters without the auxiliary head (19 classes), 36.28 GMACs at 1×3×1024×2048.
     """
-    return DDRNet(DAPPM(), num_classes, aux_head=aux_head)
+    return DDRNet(DAPPM(impl=impl), num_classes, aux_head=aux_head)

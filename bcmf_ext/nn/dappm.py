@@ -8,6 +8,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from ._kernels import FusedNorms, choose_kernels
+
 
 def norm_relu_conv(in_channels: int, out_channels: int, kernel_size: int) -> tuple[nn.Module, ...]:
     """A_k of the definitions: batch norm, ReLU, k×k convolution without bias that keeps the size."""
@@ -36,8 +38,11 @@ class DAPPM(nn.Module):
     In training, N = 1 leaves the batch norm after the global pool a single value per channel, and PyTorch raises.
     """
 
-    def __init__(self, in_channels: int = 512, mid_channels: int = 128, out_channels: int = 128) -> None:
+    def __init__(
+        self, in_channels: int = 512, mid_channels: int = 128, out_channels: int = 128, *, impl: str = "auto"
+    ) -> None:
         super().__init__()
+        self.impl = impl
         # Names and order are those of the public checkpoints.
         self.scale1 = nn.Sequential(nn.AvgPool2d(5, 2, 2), *norm_relu_conv(in_channels, mid_channels, 1))
         self.scale2 = nn.Sequential(nn.AvgPool2d(9, 4, 4), *norm_relu_conv(in_channels, mid_channels, 1))
@@ -52,6 +57,10 @@ class DAPPM(nn.Module):
         self.shortcut = nn.Sequential(*norm_relu_conv(in_channels, out_channels, 1))
 
     def forward(self, x: Tensor) -> Tensor:
+        norms = choose_kernels(self, self.impl, x)
+        return self._by_pytorch(x) if norms is None else self._by_kernels(x, norms)
+
+    def _by_pytorch(self, x: Tensor) -> Tensor:
         size = x.shape[-2:]
         y0 = self.scale0(x)
         y1 = self.process1(upsample(self.scale1(x), size) + y0)
@@ -59,3 +68,15 @@ class DAPPM(nn.Module):
         y3 = self.process3(upsample(self.scale3(x), size) + y2)
         y4 = self.process4(upsample(self.scale4(x), size) + y3)
         return self.compression(torch.cat([y0, y1, y2, y3, y4], dim=1)) + self.shortcut(x)
+
+    def _by_kernels(self, x: Tensor, norms: FusedNorms) -> Tensor:
+        size = x.shape[-2:]
+        (a0,) = norms.add((None,), (x,), size, (self.scale0[0],))
+        scales = (self.scale1, self.scale2, self.scale3, self.scale4)
+        pooled = norms.pool(x, [scale[1] for scale in scales])
+        maps = [self.scale0[-1](a0)]
+        processes = (self.process1, self.process2, self.process3, self.process4)
+        for scale, process, map in zip(scales, processes, pooled, strict=True):
+            (a,) = norms.add((scale[-1](map),), (maps[-1],), size, (process[0],))
+            maps.append(process[-1](a))
+        return norms.join_convolve((*maps, x), (self.compression, self.shortcut))

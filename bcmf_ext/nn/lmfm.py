@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
+from ._kernels import FusedNorms, choose_kernels
 from .dappm import norm_relu_conv, upsample
 
 
@@ -25,8 +26,11 @@ class LMFM(nn.Module):
     summand or none. Only ``compression`` (four maps instead of five) has another shape, and scale0 no counterpart.
     """
 
-    def __init__(self, in_channels: int = 512, mid_channels: int = 128, out_channels: int = 128) -> None:
+    def __init__(
+        self, in_channels: int = 512, mid_channels: int = 128, out_channels: int = 128, *, impl: str = "auto"
+    ) -> None:
         super().__init__()
+        self.impl = impl
         self.scale1 = nn.Sequential(nn.AvgPool2d(5, 2, 2), *norm_relu_conv(in_channels, mid_channels, 1))
         self.scale2 = nn.Sequential(nn.AvgPool2d(9, 4, 4), *norm_relu_conv(in_channels, mid_channels, 1))
         self.scale3 = nn.Sequential(nn.AvgPool2d(17, 8, 8), *norm_relu_conv(in_channels, mid_channels, 1))
@@ -39,6 +43,10 @@ class LMFM(nn.Module):
         self.shortcut = nn.Sequential(*norm_relu_conv(in_channels, out_channels, 1))
 
     def forward(self, x: Tensor) -> Tensor:
+        norms = choose_kernels(self, self.impl, x)
+        return self._by_pytorch(x) if norms is None else self._by_kernels(x, norms)
+
+    def _by_pytorch(self, x: Tensor) -> Tensor:
         size = x.shape[-2:]
         u1, u2 = upsample(self.scale1(x), size), upsample(self.scale2(x), size)
         u3, u4 = upsample(self.scale3(x), size), upsample(self.scale4(x), size)
@@ -47,3 +55,14 @@ class LMFM(nn.Module):
         y2 = self.process2(u2 + y4)
         y1 = self.process1(u1 + y3)
         return self.compression(torch.cat([y1, y2, y3, y4], dim=1)) + self.shortcut(x)
+
+    def _by_kernels(self, x: Tensor, norms: FusedNorms) -> Tensor:
+        size = x.shape[-2:]
+        scales = (self.scale1, self.scale2, self.scale3, self.scale4)
+        pooled = norms.pool(x, [scale[1] for scale in scales])
+        v1, v2, v3, v4 = (scale[-1](map) for scale, map in zip(scales, pooled, strict=True))  # before U
+        a3, a4 = norms.add((v3, v4), (None, None), size, (self.process3[0], self.process4[0]))
+        y3, y4 = self.process3[-1](a3), self.process4[-1](a4)
+        a1, a2 = norms.add((v1, v2), (y3, y4), size, (self.process1[0], self.process2[0]))
+        y1, y2 = self.process1[-1](a1), self.process2[-1](a2)
+        return norms.join_convolve((y1, y2, y3, y4, x), (self.compression, self.shortcut))

@@ -25,7 +25,7 @@ MIXED = tl.constexpr(0x5A5A5A5A5A5A5A5A)  # see launch.bits_of
 DENOMINATOR, CUTOFF, VALID, EDGES, SELECTED = (tl.constexpr(entry) for entry in range(5))
 
 
-class Logits(NamedTuple):
+class Map(NamedTuple):
     """(N, C, h, w) of any strides; of gradients, too."""
 
     data: Any

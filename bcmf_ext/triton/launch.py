@@ -16,7 +16,7 @@ from torch import Tensor
 
 from ..dispatch import INTERPRETED
 from ..ops import acc_dtype
-from .common import ANY, DIRECT, MIXED, QUADS, Axis, Logits, Size
+from .common import ANY, DIRECT, MIXED, QUADS, Axis, Map, Size
 from .geometry import fill_axes
 
 # Both products of a mix and a sum would be rounded or not as each kernel's compilation falls: see logits.mix.
@@ -121,7 +121,7 @@ def multiprocessors(device: torch.device) -> int:
 
 
 class Geometry:
-    """Logits and the label pixels that they are read for: what the arguments of all kernels have in common."""
+    """Map and the label pixels that they are read for: what the arguments of all kernels have in common."""
 
     def __init__(self, logits: Tensor, height: int, width: int, align_corners: bool) -> None:
         images, classes, rows, columns = logits.shape
@@ -134,7 +134,7 @@ class Geometry:
         if self.mode != DIRECT.value and self.pixels > 0:
             self._fill_axes(logits, align_corners)
         self.arguments = {
-            "logits": Logits(logits, *logits.stride()),
+            "logits": Map(logits, *logits.stride()),
             "size": self.size,
             "down": self.down,
             "across": self.across,

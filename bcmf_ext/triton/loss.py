@@ -31,7 +31,7 @@ from .common import (
     SELECTED,
     VALID,
     Labels,
-    Logits,
+    Map,
     class_at,
     double,
     pixel_at,
@@ -383,7 +383,7 @@ def loss_backward(
             "selected": selected.contiguous(),
             "summary": summary.contiguous(),
             "shares": new(target.shape, dtype=acc).zero_() if call.cpg else stats,
-            "grad": Logits(sink, *sink.stride()[:4]),
+            "grad": Map(sink, *sink.stride()[:4]),
         }
         if call.cpg:
             call.run_cpg(SHARES)
@@ -391,7 +391,7 @@ def loss_backward(
         if call.cpg:
             call.run_cpg(GRADIENT)
         if sink is not grad:
-            to = {"sums": call.arguments["grad"], "grad": Logits(grad, *grad.stride()), "count": grad.numel()}
+            to = {"sums": call.arguments["grad"], "grad": Map(grad, *grad.stride()), "count": grad.numel()}
             rows, columns = (2 * most for most in geometry.most)
             gather = quads.join_quads if geometry.mode == QUADS.value else quads.gather_pixels
             programs = triton.cdiv(grad.numel(), GATHER_BLOCK)

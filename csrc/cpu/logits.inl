@@ -4,27 +4,15 @@
 // Calls f(y, x, i, length) for the row segments of `rows` label rows from y on, columns xa..xb; i counts pixels from 0.
 // Rows that follow each other without a gap count as one.
 template <typename F>
-BCMF_INLINE void for_segments(const LossArgs& args, const LogitView& view, Tile t, F f) {
+BCMF_INLINE void for_segments(const LossArgs& args, const MapView& view, Tile t, F f) {
   if (t.xb - t.xa == args.W && view.stride_h == args.W * view.stride_w) return f(t.y, t.xa, int64_t{0}, t.count());
   for (int64_t k = 0; k < t.rows; ++k) f(t.y + k, t.xa, k * (t.xb - t.xa), t.xb - t.xa);
 }
 
-// f(pointer) with the logits at this offset, as what they are.
-template <typename Acc, typename F>
-BCMF_INLINE auto with_logits(const LogitView& v, int64_t offset, F f) {
-  if constexpr (sizeof(Acc) == sizeof(double)) {
-    return f(static_cast<const double*>(v.data) + offset);
-  } else {
-    if (v.type == LogitType::f16) return f(static_cast<const F16*>(v.data) + offset);
-    if (v.type == LogitType::bf16) return f(static_cast<const BF16*>(v.data) + offset);
-    return f(static_cast<const float*>(v.data) + offset);
-  }
-}
-
 // `length` logits of one class, `stride` apart, to acc.
 template <typename Acc>
-static void widen_row(const LogitView& v, int64_t offset, int64_t stride, int64_t length, Acc* __restrict to) {
-  with_logits<Acc>(v, offset, [&](const auto* from) {
+static void widen_row(const MapView& v, int64_t offset, int64_t stride, int64_t length, Acc* __restrict to) {
+  with_entries<Acc>(v, offset, [&](const auto* from) {
     if (stride == 1)
       for (int64_t k = 0; k < length; ++k) to[k] = widen(from[k]);
     else
@@ -33,14 +21,14 @@ static void widen_row(const LogitView& v, int64_t offset, int64_t stride, int64_
 }
 
 template <typename Acc>
-static Acc read_logit(const LogitView& v, int64_t offset) {
-  return with_logits<Acc>(v, offset, [](const auto* from) -> Acc { return widen(*from); });
+static Acc read_logit(const MapView& v, int64_t offset) {
+  return with_entries<Acc>(v, offset, [](const auto* from) -> Acc { return widen(*from); });
 }
 
 // The logits of a tile to z, (C, pitch) acc: pixels are contiguous there whatever the strides of the tensor.
 template <typename Scalar, typename Acc>
 static void load_as(const LossArgs& args, int64_t n, Tile t, Acc* __restrict z, int64_t pitch) {
-  const LogitView& v = args.logits;
+  const MapView& v = args.logits;
   const Scalar* image = static_cast<const Scalar*>(v.data) + n * v.stride_n;
   for_segments(args, v, t, [&](int64_t y, int64_t x, int64_t i, int64_t length) {
     const Scalar* from = image + y * v.stride_h + x * v.stride_w;
@@ -76,7 +64,7 @@ BCMF_INLINE void finish_streams() {  // before other threads may read
 
 template <typename Scalar, typename Acc>
 static void store_as(const LossArgs& args, const LossWork<Acc>& work, int64_t n, Tile t, const Acc* __restrict z) {
-  const LogitView& v = args.grad;
+  const MapView& v = args.grad;
   Scalar* image = static_cast<Scalar*>(v.data) + n * v.stride_n;
   for_segments(args, v, t, [&](int64_t y, int64_t x, int64_t i, int64_t length) {
     Scalar* to = image + y * v.stride_h + x * v.stride_w;
@@ -111,8 +99,8 @@ struct Direct {
   void begin(int64_t, Tile) {}
   void clear_sums() {}
   LogitsAhead ahead(int64_t n, Tile t) const {
-    const LogitView& v = args.logits;
-    const int64_t size = v.type == LogitType::f64 ? 8 : v.type == LogitType::f32 ? 4 : 2;
+    const MapView& v = args.logits;
+    const int64_t size = v.type == FloatType::f64 ? 8 : v.type == FloatType::f32 ? 4 : 2;
     const int64_t y = t.xb < args.W ? t.y : t.y + t.rows, x = t.xb < args.W ? t.xb : 0;
     const int64_t next = n * v.stride_n + y * v.stride_h + x * v.stride_w;
     return {static_cast<const char*>(v.data) + next * size, v.stride_c * size, v.stride_w * size};
@@ -120,25 +108,25 @@ struct Direct {
   void load(int64_t n, Tile t, Acc* z) const {
     if constexpr (sizeof(Acc) == sizeof(double)) return load_as<double>(args, n, t, z, work.pitch);
     if constexpr (sizeof(Acc) == sizeof(float)) {
-      if (args.logits.type == LogitType::f16) return load_as<F16>(args, n, t, z, work.pitch);
-      if (args.logits.type == LogitType::bf16) return load_as<BF16>(args, n, t, z, work.pitch);
+      if (args.logits.type == FloatType::f16) return load_as<F16>(args, n, t, z, work.pitch);
+      if (args.logits.type == FloatType::bf16) return load_as<BF16>(args, n, t, z, work.pitch);
       load_as<float>(args, n, t, z, work.pitch);
     }
   }
   Acc entry(int64_t n, int64_t y, int64_t x, int64_t c) const {
-    const LogitView& v = args.logits;
+    const MapView& v = args.logits;
     return read_logit<Acc>(v, n * v.stride_n + c * v.stride_c + y * v.stride_h + x * v.stride_w);
   }
   // Entries of a class at the columns xa..xb of a row.
   void entries(int64_t n, int64_t y, int64_t xa, int64_t xb, int64_t c, Acc* to) const {
-    const LogitView& v = args.logits;
+    const MapView& v = args.logits;
     widen_row(v, n * v.stride_n + c * v.stride_c + y * v.stride_h + xa * v.stride_w, v.stride_w, xb - xa, to);
   }
   void add_gradient(int64_t n, Tile t, const Acc* z) {
     if constexpr (sizeof(Acc) == sizeof(double)) return store_as<double>(args, work, n, t, z);
     if constexpr (sizeof(Acc) == sizeof(float)) {
-      if (args.grad.type == LogitType::f16) return store_as<F16>(args, work, n, t, z);
-      if (args.grad.type == LogitType::bf16) return store_as<BF16>(args, work, n, t, z);
+      if (args.grad.type == FloatType::f16) return store_as<F16>(args, work, n, t, z);
+      if (args.grad.type == FloatType::bf16) return store_as<BF16>(args, work, n, t, z);
       store_as<float>(args, work, n, t, z);
     }
   }
@@ -200,7 +188,7 @@ struct Resampled {
   }
   // Along x first, as `load` has them: where logits are large, p would be far from the forward's in another order.
   void entries(int64_t n, int64_t y, int64_t xa, int64_t xb, int64_t c, Acc* to) const {
-    const LogitView& v = args.logits;
+    const MapView& v = args.logits;
     const int64_t map = n * v.stride_n + c * v.stride_c;
     const int64_t above = map + work.vertical.first[y] * v.stride_h, below = map + work.vertical.second[y] * v.stride_h;
     const int32_t *left = work.horizontal.first, *right = work.horizontal.second;
@@ -258,7 +246,7 @@ struct Resampled {
     for (int64_t c = 0; c < args.C; ++c) resample_row(row / args.h, row % args.h, t, c, to + c * work.pitch);
   }
   void resample_row(int64_t n, int64_t row, Tile t, int64_t c, Acc* __restrict to) const {
-    const LogitView& v = args.logits;
+    const MapView& v = args.logits;
     const int64_t offset = n * v.stride_n + c * v.stride_c + row * v.stride_h;
     const int64_t first = work.horizontal.first[t.xa], last = work.horizontal.second[t.xb - 1];
     const int32_t *left = work.horizontal.first + t.xa, *right = work.horizontal.second + t.xa;
@@ -280,7 +268,7 @@ struct Resampled {
 // the block below it. (At the last row both are its own.)
 template <typename Acc>
 static void join_halves(const LossArgs& args, const LossWork<Acc>& work, int64_t begin, int64_t end) {
-  const LogitView& v = args.grad;
+  const MapView& v = args.grad;
   Acc row[kMaxTilePixels];
   for (int64_t index = begin; index < end; ++index) {
     const int64_t n = index / args.h, y = index % args.h;
@@ -302,12 +290,12 @@ static void join_halves(const LossArgs& args, const LossWork<Acc>& work, int64_t
         const auto store = [&](auto* grad) {
           for (int64_t i = 0; i < length; ++i) narrow(row[i], grad + offset + i * v.stride_w);
         };
-        if (v.type == LogitType::f64) {
+        if (v.type == FloatType::f64) {
           if constexpr (sizeof(Acc) == sizeof(double)) store(static_cast<double*>(v.data));
         } else if constexpr (sizeof(Acc) == sizeof(float)) {
-          if (v.type == LogitType::f16) store(static_cast<F16*>(v.data));
-          if (v.type == LogitType::bf16) store(static_cast<BF16*>(v.data));
-          if (v.type == LogitType::f32) store(static_cast<float*>(v.data));
+          if (v.type == FloatType::f16) store(static_cast<F16*>(v.data));
+          if (v.type == FloatType::bf16) store(static_cast<BF16*>(v.data));
+          if (v.type == FloatType::f32) store(static_cast<float*>(v.data));
         }
       }
   }

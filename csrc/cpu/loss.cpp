@@ -1,7 +1,6 @@
 #include "loss.h"
 
 #include <ATen/Parallel.h>
-#include <ATen/Version.h>
 
 #include <algorithm>
 #include <memory>
@@ -10,26 +9,16 @@
 
 #include "../device/geometry.cuh"
 #include "../device/select.cuh"
-#include "loss_kernel.h"
+#include "isa.h"
 #include "memory.h"
 
 namespace bcmf::cpu {
 namespace {
 
-// torch's own choice, so that ATEN_CPU_CAPABILITY speaks for these kernels too.
-const IsaKernels& isa_kernels() {
-#if defined(__x86_64__)
-  static const std::string capability = at::get_cpu_capability();
-  if (capability == "AVX512") return loss_kernels_avx512;
-  if (capability == "AVX2") return loss_kernels_avx2;
-#endif
-  return loss_kernels_baseline;
-}
-
 template <typename Acc>
 const LossKernels<Acc>& kernels() {
-  if constexpr (std::is_same_v<Acc, double>) return isa_kernels().f64;
-  if constexpr (std::is_same_v<Acc, float>) return isa_kernels().f32;
+  if constexpr (std::is_same_v<Acc, double>) return isa().loss.f64;
+  if constexpr (std::is_same_v<Acc, float>) return isa().loss.f32;
 }
 
 constexpr int64_t kHalves = 1 << 18;   // values, unless an image has more
@@ -71,7 +60,7 @@ class Work {
   LossWork<Acc> view = {};
 
   explicit Work(const LossArgs& args) : args_(args) {
-    view.stream = args.N * args.C * args.h * args.w * sizeof(Acc) >= kLarge && args.logits.type == LogitType::f32;
+    view.stream = args.N * args.C * args.h * args.w * sizeof(Acc) >= kLarge && args.logits.type == FloatType::f32;
     view.nll = args.ohem ? static_cast<Acc*>(args.nll) : nullptr;
     view.pitch = tile_pixels(args.C);
     view.strip = std::min(view.pitch, args.W);
@@ -363,25 +352,16 @@ Acc* add_run(RowRuns<Acc>& row, int64_t x0, int64_t x1, int64_t c) {
 template float* add_run(RowRuns<float>& row, int64_t x0, int64_t x1, int64_t c);
 template double* add_run(RowRuns<double>& row, int64_t x0, int64_t x1, int64_t c);
 
-const char* loss_capability() {
-  const IsaKernels* k = &isa_kernels();
-#if defined(__x86_64__)
-  if (k == &loss_kernels_avx512) return "AVX512";
-  if (k == &loss_kernels_avx2) return "AVX2";
-#endif
-  return "baseline";
-}
-
 int64_t loss_forward(const LossArgs& args) {
-  return args.logits.type == LogitType::f64 ? forward<double>(args) : forward<float>(args);
+  return args.logits.type == FloatType::f64 ? forward<double>(args) : forward<float>(args);
 }
 
 void loss_backward(const LossArgs& args) {
-  args.logits.type == LogitType::f64 ? backward<double>(args) : backward<float>(args);
+  args.logits.type == FloatType::f64 ? backward<double>(args) : backward<float>(args);
 }
 
 void upsample_argmax(const LossArgs& args, void* classes, int64_t* bins) {
-  if (args.logits.type == LogitType::f64) return find_classes<double>(args, classes, bins);
+  if (args.logits.type == FloatType::f64) return find_classes<double>(args, classes, bins);
   find_classes<float>(args, classes, bins);
 }
 

@@ -84,11 +84,11 @@ struct LossKernels {
   void (*join_halves)(const LossArgs&, const LossWork<Acc>&, int64_t begin, int64_t end);
 };
 
-struct IsaKernels {
+struct LossIsaKernels {
   LossKernels<float> f32;
   LossKernels<double> f64;
 };
-extern const IsaKernels loss_kernels_baseline, loss_kernels_avx2, loss_kernels_avx512;
+extern const LossIsaKernels loss_kernels_baseline, loss_kernels_avx2, loss_kernels_avx512;
 
 constexpr int64_t kMaxTilePixels = 1024;
 

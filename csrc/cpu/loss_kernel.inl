@@ -1,21 +1,15 @@
-// Included by loss_<isa>.cpp, each of which sets the target and defines BCMF_ISA. Loops over the pixels of a tile:
+// Included by isa_<name>.cpp, each of which sets the target and defines BCMF_ISA. Loops over the pixels of a tile:
 // plain ones, which the compiler vectorises, and vectors (math.h) where values stay in registers from class to class.
 // Nothing from torch or the standard library that the linker could merge across instruction sets.
 
 #include "../device/geometry.cuh"
 #include "../device/select.cuh"
+#include "entries.h"
 #include "loss_kernel.h"
 #include "math.h"
 
 namespace bcmf::cpu {
 namespace BCMF_ISA {
-
-// The compiler would rather take a short loop of known length apart, into single operations, than vectorise it.
-#if defined(__clang__)
-#define BCMF_LANES
-#else
-#define BCMF_LANES _Pragma("GCC unroll 1")
-#endif
 
 // Label pixels that are worked on together: whole rows if there are several.
 struct Tile {

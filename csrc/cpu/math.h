@@ -11,6 +11,13 @@
 
 #define BCMF_INLINE static inline __attribute__((always_inline))
 
+// The compiler would rather take a short loop of known length apart, into single operations, than vectorise it.
+#if defined(__clang__)
+#define BCMF_LANES
+#else
+#define BCMF_LANES _Pragma("GCC unroll 1")
+#endif
+
 template <typename To, typename From>
 BCMF_INLINE To bit_cast(From from) {
   static_assert(sizeof(To) == sizeof(From));

@@ -1,12 +1,10 @@
 #include "loss.h"
 
-#include <cuda_runtime_api.h>
-
 #include <type_traits>
 
 #include "../device/argmax.cuh"
-#include "../device/launch.cuh"
 #include "../device/loss.cuh"
+#include "launcher.cuh"
 
 namespace bcmf::cuda {
 namespace {
@@ -159,7 +157,7 @@ void resampled_backward(const LossArgs& args, const BackwardScratch<typename Acc
            scratch.across.count);
   } else {
     const int64_t map = args.H * args.W;
-    const LogitView view = {scratch.gradients, LogitType::f32, args.C * map, map, args.W, 1};  // the type is not read
+    const MapView view = {scratch.gradients, FloatType::f32, args.C * map, map, args.W, 1};  // the type is not read
     const StoreAny<Acc, Acc> sink = {view};
     launch_gradient<Resampled<Scalar>>(args, sink, sink, stream);
     launch(gather_cells<Scalar>, blocks, kThreads, 0, stream, args, scratch.gradients);
@@ -180,7 +178,7 @@ struct Type {
 // f(source, sink) with the Types that are fastest for logits, and gradients, of this layout and the labels' size; of
 // fp64 the plain ones.
 template <typename Scalar, typename F>
-void with_layout(const LossArgs& args, const LogitView& grad, F f) {
+void with_layout(const LossArgs& args, const MapView& grad, F f) {
   using Acc = typename AccOf<Scalar>::type;
   if constexpr (std::is_same_v<Scalar, Acc> && sizeof(Acc) == 8) {
     f(Type<DirectAny<Scalar>>(), Type<StoreAny<Scalar, Acc>>());
@@ -195,30 +193,15 @@ void with_layout(const LossArgs& args, const LogitView& grad, F f) {
   }
 }
 
-// f(scalar) with a value of the logits' type.
-template <typename F>
-void with_scalar(LogitType type, F f) {
-  switch (type) {
-    case LogitType::f16:
-      return f(__half());
-    case LogitType::bf16:
-      return f(__nv_bfloat16());
-    case LogitType::f32:
-      return f(float());
-    case LogitType::f64:
-      return f(double());
-  }
-}
-
 }  // namespace
 
 int64_t loss_forward_scratch(const LossArgs& args) {
-  const bool wide = args.logits.type == LogitType::f64;
+  const bool wide = args.logits.type == FloatType::f64;
   return wide ? ForwardScratch<double>(args, nullptr).bytes : ForwardScratch<float>(args, nullptr).bytes;
 }
 
 int64_t loss_backward_scratch(const LossArgs& args) {
-  const bool wide = args.logits.type == LogitType::f64;
+  const bool wide = args.logits.type == FloatType::f64;
   return wide ? BackwardScratch<double>(args, nullptr).bytes : BackwardScratch<float>(args, nullptr).bytes;
 }
 

@@ -1,19 +1,13 @@
 #pragma once
 
 #include "../device/common.cuh"
-
-struct CUstream_st;
+#include "stream.h"
 
 namespace bcmf::cuda {
-
-using Stream = CUstream_st*;  // cudaStream_t
 
 // Bytes of scratch that each needs on the device, aligned to 16.
 int64_t loss_forward_scratch(const LossArgs& args);
 int64_t loss_backward_scratch(const LossArgs& args);
-
-// What CUDA says of an error.
-const char* error_text(int error);
 
 // All launches go to `stream`, nothing synchronises. They return cudaGetLastError().
 int loss_forward(const LossArgs& args, void* scratch, Stream stream);

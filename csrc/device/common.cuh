@@ -16,13 +16,13 @@
 
 namespace bcmf {
 
-enum class LogitType : int { f16, bf16, f32, f64 };
+enum class FloatType : int { f16, bf16, f32, f64 };
 enum class LabelType : int { u8, i16, i32, i64 };
 
 // Sizes and element strides are 64 bit: more than 2^31 elements work.
-struct LogitView {  // (N, C, H, W), any strides
-  void* data;       // read-only except for the gradient
-  LogitType type;
+struct MapView {  // (N, C, H, W), any strides
+  void* data;     // read-only except for the gradient
+  FloatType type;
   int64_t stride_n, stride_c, stride_h, stride_w;
 };
 
@@ -51,7 +51,7 @@ struct LossArgs {
   int64_t N, C, H, W;  // of the labels
   int64_t h, w;        // of the logits, which are resampled bilinearly if these differ
   bool align_corners;
-  LogitView logits;
+  MapView logits;
   LabelView labels;
   int64_t ignore_index;
   const void* weight;  // (C,) acc, contiguous; null: all ones
@@ -76,7 +76,7 @@ struct LossArgs {
   void* summary;   // (kSummarySize,) acc
   // backward only
   const void* grad_total;  // () acc
-  LogitView grad;          // same dtype as logits
+  MapView grad;            // same dtype as logits
 
   BCMF_HOST_DEVICE bool resampled() const { return h != H || w != W; }
 };

@@ -17,7 +17,7 @@ struct DirectEntries {
   using Acc = typename AccOf<Scalar>::type;
   static constexpr int kAtOnce = 4;  // classes that are read together
   static constexpr int kBlocks = 2;  // of gradient_tiles, on a multiprocessor at least
-  const LogitView& view;
+  const MapView& view;
 
   __device__ __forceinline__ explicit DirectEntries(const LossArgs& args) : view(args.logits) {}
   __device__ __forceinline__ Acc at(int64_t n, int y, int x, int c) const {
@@ -58,7 +58,7 @@ struct DirectRows : DirectEntries<Scalar> {
   static constexpr int kBlocks = 4;
   const Scalar* first_;
 
-  static bool can_read(const LogitView& view, const LossArgs& args) {
+  static bool can_read(const MapView& view, const LossArgs& args) {
     return view.stride_w == 1 && args.W % kStack == 0 && begins_at<Scalar>(view, args, view.stride_c, kStack);
   }
   static BCMF_HOST_DEVICE Scalar* take(const LossArgs&, SharedCutter&) { return nullptr; }
@@ -86,7 +86,7 @@ struct DirectPixels : DirectEntries<Scalar> {
   const Tile& tile;
   int C;
 
-  static bool can_read(const LogitView& view, const LossArgs& args) {
+  static bool can_read(const MapView& view, const LossArgs& args) {
     return view.stride_c == 1 && view.stride_w == args.C && args.W * args.C % kVector == 0 &&
            begins_at<Scalar>(view, args, 0, kVector);
   }
@@ -109,7 +109,7 @@ struct DirectPixels : DirectEntries<Scalar> {
   // f(shared, memory) for all of the tile, 16 bytes at a time: a row of it has a multiple of that if one of the image
   // does.
   template <typename F>
-  __device__ __forceinline__ void copy(const LogitView& to, F f) const {
+  __device__ __forceinline__ void copy(const MapView& to, F f) const {
     Scalar* corner =
         static_cast<Scalar*>(to.data) + tile.n * to.stride_n + tile.top * to.stride_h + tile.left * to.stride_w;
     constexpr int kPerRow = kThreads / kRows;  // threads to a row: no division by its length
@@ -234,7 +234,7 @@ __device__ __forceinline__ void for_classes(const Source& source, int C, F f) {
 // What those to a tensor have in common.
 struct Store {
   static constexpr bool kAdds = false;
-  LogitView view;
+  MapView view;
 
   static BCMF_HOST_DEVICE int64_t scratch() { return 0; }
   template <typename Acc>
@@ -458,7 +458,7 @@ struct Cell {
         x(index % args.w) {}
   template <typename Scalar, typename Acc>
   __device__ __forceinline__ void store(const LossArgs& args, Acc value) const {
-    const LogitView& v = args.grad;
+    const MapView& v = args.grad;
     narrow(value, static_cast<Scalar*>(v.data) + n * v.stride_n + c * v.stride_c + y * v.stride_h + x * v.stride_w);
   }
 };

@@ -3,14 +3,10 @@
 // the block in a fixed order, and over the tiles by one block later: the same bits every time.
 #pragma once
 
-#include <cuda_bf16.h>
-#include <cuda_fp16.h>
-
 #include <cmath>
 #include <cstring>
 
-#include "common.cuh"
-#include "launch.cuh"
+#include "scalars.cuh"
 
 namespace bcmf::device {
 
@@ -18,25 +14,6 @@ constexpr int kColumns = 64;
 constexpr int kRows = 16;
 constexpr int kStack = 4;
 constexpr int kThreads = kColumns * kRows / kStack;
-
-template <typename Scalar>
-struct AccOf {
-  using type = float;
-};
-template <>
-struct AccOf<double> {
-  using type = double;
-};
-
-// Explicit conversions: torch's build switches the implicit ones off.
-__device__ __forceinline__ float widen(__half x) { return __half2float(x); }
-__device__ __forceinline__ float widen(__nv_bfloat16 x) { return __bfloat162float(x); }
-__device__ __forceinline__ float widen(float x) { return x; }
-__device__ __forceinline__ double widen(double x) { return x; }
-__device__ __forceinline__ void narrow(float x, __half* to) { *to = __float2half_rn(x); }
-__device__ __forceinline__ void narrow(float x, __nv_bfloat16* to) { *to = __float2bfloat16_rn(x); }
-__device__ __forceinline__ void narrow(float x, float* to) { *to = x; }
-__device__ __forceinline__ void narrow(double x, double* to) { *to = x; }
 
 // exp(x) for x <= 0 by the GPU's own power of two: two instructions instead of eight. x is rounded when it is scaled:
 // the error is |x| exp(x) 2^-24 <= 2^-25 of the largest class's 1, beside 2^-22 of the result. Below 2^-126 it is 0.
@@ -80,7 +57,7 @@ __device__ __forceinline__ void store_pack(const T (&from)[kCount], T* to) {
 
 // Whether all rows of an image begin at a multiple of `entries`, and those of other classes, if stride_c is given.
 template <typename Scalar>
-bool begins_at(const LogitView& view, const LossArgs& args, int64_t stride_c, int entries) {
+bool begins_at(const MapView& view, const LossArgs& args, int64_t stride_c, int entries) {
   const auto divides = [=](int64_t size, int64_t stride) { return size <= 1 || stride % entries == 0; };
   return reinterpret_cast<uintptr_t>(view.data) % (entries * sizeof(Scalar)) == 0 && divides(args.N, view.stride_n) &&
          divides(args.C, stride_c) && divides(args.H, view.stride_h);

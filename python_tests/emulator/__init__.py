@@ -19,7 +19,7 @@ from bcmf_ext import ops
 HERE = Path(__file__).parent
 SOURCES = HERE.parents[1] / "csrc"
 ORDERS = ("forward", "reversed", "shuffled")
-LAUNCHERS = ("loss",)  # of csrc/cuda; each has a file here
+LAUNCHERS = ("loss", "lmfm")  # of csrc/cuda; each has a file here
 LIB = Library("bcmf_emulated", "DEF")
 
 
@@ -47,7 +47,7 @@ def load() -> CDLL:
     """
     library = cpp_extension.load(
         "bcmf_emulated",
-        [*(str(HERE / f"{name}.cpp") for name in ("order", *LAUNCHERS)), str(SOURCES / "ops.cpp")],
+        [*(str(HERE / f"{name}.cpp") for name in ("order", *LAUNCHERS)), *map(str, sorted(SOURCES.glob("*.cpp")))],
         extra_include_paths=[str(HERE / "include")],
         extra_cflags=["-std=c++20", "-O2", "-DBCMF_EMULATED", "-DBCMF_WITH_CUDA", "-Wno-unknown-pragmas"],
         is_python_module=False,
@@ -62,3 +62,5 @@ def set_order(order: str) -> None:
 
 LOSS = ops.define_loss(LIB, "loss")
 UPSAMPLE_ARGMAX = ops.define_upsample_argmax(LIB, "upsample_argmax")
+POOL_NORM_RELU = ops.define_pool_norm_relu(LIB, "pool_norm_relu")
+ADD_NORM_RELU = ops.define_add_norm_relu(LIB, "add_norm_relu")

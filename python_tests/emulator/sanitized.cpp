@@ -9,6 +9,7 @@
 #include <random>
 #include <vector>
 
+#include "lmfm.cpp"
 #include "loss.cpp"
 
 namespace {
@@ -58,7 +59,7 @@ struct Size {  // of logits and labels
   int64_t n, c, h, w, H, W;
 };
 
-bcmf::LossArgs arguments(bcmf::LogitType type, Memory& logits, Memory& grad, Memory& labels, Size size,
+bcmf::LossArgs arguments(bcmf::FloatType type, Memory& logits, Memory& grad, Memory& labels, Size size,
                          Options options) {
   bcmf::LossArgs args = {};
   args.N = size.n, args.C = size.c, args.H = size.H, args.W = size.W, args.h = size.h, args.w = size.w;
@@ -83,7 +84,7 @@ bcmf::LossArgs arguments(bcmf::LogitType type, Memory& logits, Memory& grad, Mem
 
 // Forward and backward of bcmf::loss: the same bits in every order of threads.
 template <typename Scalar>
-void check_loss(bcmf::LogitType type, Size size, Options options) {
+void check_loss(bcmf::FloatType type, Size size, Options options) {
   using Acc = typename bcmf::device::AccOf<Scalar>::type;
   const int64_t pixels = size.n * size.H * size.W;
   Memory logits = random_logits<Scalar>(size.n * size.c * size.h * size.w), weight(size.c * sizeof(Acc));
@@ -121,7 +122,7 @@ void check_loss(bcmf::LogitType type, Size size, Options options) {
 }
 
 template <typename Scalar>
-void check_loss(bcmf::LogitType type) {
+void check_loss(bcmf::FloatType type) {
   for (const bool weighted : {false, true})
     for (const bool bad_labels : {false, true})
       for (const double threshold : {0.0, 0.5, 20.0}) {
@@ -161,7 +162,7 @@ void check_geometry() {
 }
 
 template <typename Scalar>
-void check_argmax(bcmf::LogitType type) {
+void check_argmax(bcmf::FloatType type) {
   for (const Size size : {Size{2, 5, 3, 4, 17, 70}, {1, 300, 5, 6, 5, 6}, {1, 5, 17, 72, 17, 72}}) {
     Memory logits = random_logits<Scalar>(size.n * size.c * size.h * size.w), none(0);
     const bcmf::LossArgs args = arguments(type, logits, none, none, size, {});
@@ -171,19 +172,140 @@ void check_argmax(bcmf::LogitType type) {
   }
 }
 
+// Maps, each a heap block of its exact size, and a view of each.
 template <typename Scalar>
-void check(bcmf::LogitType type) {
+struct Maps {
+  bcmf::FloatType type;
+  bool channels_last;
+  std::vector<Memory> kept;
+
+  bcmf::MapView add(int64_t n, int64_t c, int64_t h, int64_t w, bool written) {
+    kept.push_back(written ? Memory(n * c * h * w * sizeof(Scalar)) : random_logits<Scalar>(n * c * h * w));
+    if (channels_last) return {kept.back().data(), type, c * h * w, 1, w * c, c};
+    return {kept.back().data(), type, c * h * w, h * w, w, 1};
+  }
+};
+
+// Parameters and results of a call's norms, per channel.
+template <typename Acc>
+struct Norms {
+  Memory weight, bias, mean, variance, stats, grad_norms;
+
+  explicit Norms(int64_t channels)
+      : weight(random_logits<Acc>(channels)),
+        bias(random_logits<Acc>(channels)),
+        mean(random_logits<Acc>(channels)),
+        variance(random_logits<Acc>(channels)),
+        stats(2 * channels * sizeof(Acc)),
+        grad_norms(2 * channels * sizeof(Acc)) {
+    for (int64_t i = 0; i < channels; ++i)
+      static_cast<Acc*>(variance.data())[i] = std::abs(static_cast<Acc*>(variance.data())[i]) + 1;
+  }
+  void give(bcmf::NormReluArgs& args) {
+    args.stats = stats.data(), args.grad_norms = grad_norms.data();
+    args.momentum = 0.1, args.eps = 1e-5;
+    for (int b = 0; b < args.branches; ++b) {
+      const auto part = [&](Memory& memory) { return static_cast<Acc*>(memory.data()) + args.branch[b].first; };
+      args.branch[b].weight = part(weight), args.branch[b].bias = part(bias);
+      args.branch[b].mean = part(mean), args.branch[b].variance = part(variance);
+    }
+  }
+};
+
+// An op of LMFM, forward and backward: the same bits in every order of threads. add_branches(args, maps): inputs,
+// outputs and gradients. run(args): forward, then backward, where branches' outputs are gradients.
+template <typename Scalar, typename Add, typename Run>
+void check_norm_relu(bcmf::FloatType type, bool channels_last, bool training, Add add_branches, Run run) {
+  using Acc = typename bcmf::device::AccOf<Scalar>::type;
+  std::vector<Memory> expected;
+  for (const auto order : {emulator::Order::forward, emulator::Order::reversed, emulator::Order::shuffled}) {
+    emulator::order = order;
+    random_bits.seed(7);
+    Maps<Scalar> maps{type, channels_last, {}};
+    bcmf::NormReluArgs args = {};
+    args.type = type, args.training = training;
+    add_branches(args, maps);
+    Norms<Acc> norms(args.channels);
+    norms.give(args);
+    run(args);
+    std::vector<Memory> found = std::move(maps.kept);
+    for (Memory* result : {&norms.stats, &norms.grad_norms, &norms.mean, &norms.variance})
+      found.push_back(std::move(*result));
+    if (expected.empty())
+      expected = std::move(found);
+    else
+      require(found == expected, "LMFM's kernels give other bits in another order of threads");
+  }
+}
+
+template <typename Scalar>
+void check_pools(bcmf::FloatType type, bool channels_last, bool training, int64_t n, int64_t c, int64_t h, int64_t w) {
+  const auto add_branches = [=](bcmf::NormReluArgs& args, Maps<Scalar>& maps) {
+    args.N = n, args.branches = bcmf::kPools, args.channels = bcmf::kPools * c;
+    const bcmf::MapView x = maps.add(n, c, h, w, false), grad = maps.add(n, c, h, w, true);
+    for (int p = 0; p < bcmf::kPools; ++p) {
+      bcmf::Branch& branch = args.branch[p];
+      branch.C = c, branch.h = h, branch.w = w, branch.first = p * c;
+      branch.H = bcmf::pool_axis(p, h).out(), branch.W = bcmf::pool_axis(p, w).out();
+      branch.resampled = x, branch.grad_resampled = grad;
+      branch.out = maps.add(n, c, branch.H, branch.W, true);
+    }
+  };
+  check_norm_relu<Scalar>(type, channels_last, training, add_branches, [](const bcmf::NormReluArgs& args) {
+    Memory forward(bcmf::cuda::pool_scratch(args, false)), backward(bcmf::cuda::pool_scratch(args, true));
+    bcmf::cuda::pool_forward(args, forward.data(), nullptr);
+    bcmf::cuda::pool_backward(args, backward.data(), nullptr);
+  });
+}
+
+template <typename Scalar>
+void check_sums(bcmf::FloatType type, bool channels_last, bool training, int64_t n, int64_t h, int64_t w, int64_t H,
+                int64_t W) {
+  const auto add_branches = [=](bcmf::NormReluArgs& args, Maps<Scalar>& maps) {
+    args.N = n, args.branches = 3;
+    for (int b = 0; b < args.branches; ++b) {  // both maps, the resampled one, the added one
+      bcmf::Branch& branch = args.branch[b];
+      branch.C = 2 * b + 3, branch.h = h, branch.w = w, branch.H = H, branch.W = W, branch.first = args.channels;
+      args.channels += branch.C;
+      if (b != 2) branch.resampled = maps.add(n, branch.C, h, w, false);
+      if (b != 2) branch.grad_resampled = maps.add(n, branch.C, h, w, true);
+      if (b != 1) branch.added = maps.add(n, branch.C, H, W, false);
+      if (b != 1) branch.grad_added = maps.add(n, branch.C, H, W, true);
+      branch.out = maps.add(n, branch.C, H, W, true);
+    }
+  };
+  check_norm_relu<Scalar>(type, channels_last, training, add_branches, [](const bcmf::NormReluArgs& args) {
+    Memory forward(bcmf::cuda::add_scratch(args, false)), backward(bcmf::cuda::add_scratch(args, true));
+    bcmf::cuda::add_forward(args, forward.data(), nullptr);
+    bcmf::cuda::add_backward(args, backward.data(), nullptr);
+  });
+}
+
+template <typename Scalar>
+void check_lmfm(bcmf::FloatType type) {
+  check_pools<Scalar>(type, true, true, 2, 5, 17, 6);
+  check_sums<Scalar>(type, false, true, 2, 5, 3, 17, 6);
+  if (type != bcmf::FloatType::f32) return;  // others differ where a map is read and written
+  check_pools<Scalar>(type, false, false, 3, 1, 1, 1);
+  check_pools<Scalar>(type, false, true, 1, 2, 3, 35);
+  check_sums<Scalar>(type, true, false, 2, 1, 1, 3, 35);
+  check_sums<Scalar>(type, true, true, 2, 6, 9, 4, 4);
+}
+
+template <typename Scalar>
+void check(bcmf::FloatType type) {
   check_loss<Scalar>(type);
   check_argmax<Scalar>(type);
+  check_lmfm<Scalar>(type);
 }
 
 }  // namespace
 
 int main() {
   check_geometry();
-  check<float>(bcmf::LogitType::f32);
-  check<double>(bcmf::LogitType::f64);
-  check<__half>(bcmf::LogitType::f16);
-  check<__nv_bfloat16>(bcmf::LogitType::bf16);
+  check<float>(bcmf::FloatType::f32);
+  check<double>(bcmf::FloatType::f64);
+  check<__half>(bcmf::FloatType::f16);
+  check<__nv_bfloat16>(bcmf::FloatType::bf16);
   std::printf("clean\n");
 }

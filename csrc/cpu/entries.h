@@ -1,0 +1,21 @@
+// Entries of maps of any dtype and strides. Static, as math.h: included once per instruction set.
+#pragma once
+
+#include "../device/common.cuh"
+#include "math.h"
+
+namespace bcmf::cpu {
+
+// f(pointer) with the entries at this offset, as what they are.
+template <typename Acc, typename F>
+BCMF_INLINE auto with_entries(const MapView& v, int64_t offset, F f) {
+  if constexpr (sizeof(Acc) == sizeof(double)) {
+    return f(static_cast<double*>(v.data) + offset);
+  } else {
+    if (v.type == FloatType::f16) return f(static_cast<F16*>(v.data) + offset);
+    if (v.type == FloatType::bf16) return f(static_cast<BF16*>(v.data) + offset);
+    return f(static_cast<float*>(v.data) + offset);
+  }
+}
+
+}  // namespace bcmf::cpu

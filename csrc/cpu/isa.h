@@ -1,0 +1,18 @@
+// Which of the kernels that are compiled for several instruction sets (isa_*.cpp) run here.
+#pragma once
+
+#include "lmfm_kernel.h"
+#include "loss_kernel.h"
+
+namespace bcmf::cpu {
+
+struct Isa {
+  const char* name;
+  const LossIsaKernels& loss;
+  const LmfmIsaKernels& lmfm;
+};
+
+// torch's own choice, so that ATEN_CPU_CAPABILITY speaks for these kernels too.
+const Isa& isa();
+
+}  // namespace bcmf::cpu

@@ -1,0 +1,193 @@
+// Brings channels of a map into (pixels, lanes), and back: then all else is loops over vectors, whatever the strides
+// and the dtype of the map are. Included by lmfm_kernel.inl.
+
+template <typename Acc>
+constexpr int64_t kLanes = kWidth<Acc>;
+
+// As many 16-bit entries as a vector has lanes, and their bits widened.
+typedef uint16_t HalfBits __attribute__((vector_size(kWidth<float> * sizeof(uint16_t))));
+typedef uint32_t Bits __attribute__((vector_size(BCMF_VECTOR_BYTES)));
+
+// The conversions of math.h, of a vector: loops would go through memory in two halves, which stalls.
+BCMF_INLINE Vector<float> load_full(const float* from) { return load_vector(from); }
+BCMF_INLINE Vector<double> load_full(const double* from) { return load_vector(from); }
+BCMF_INLINE Bits load_bits(const void* from) {
+  HalfBits bits;
+  std::memcpy(&bits, from, sizeof(bits));
+  return __builtin_convertvector(bits, Bits);
+}
+BCMF_INLINE Vector<float> load_full(const BF16* from) { return bit_cast<Vector<float>>(load_bits(from) << 16); }
+BCMF_INLINE Vector<float> load_full(const F16* from) {
+  const Bits half = load_bits(from), magnitude = (half & 0x7fff) << 13;
+  const Bits finite = bit_cast<Bits>(bit_cast<Vector<float>>(magnitude) * bit_cast<float>(0x77800000u));
+  const Bits bits = magnitude >= 0x0f800000u ? magnitude | 0x7f800000u : finite;
+  return bit_cast<Vector<float>>(bits | (half & 0x8000) << 16);
+}
+BCMF_INLINE void store_full(Vector<float> from, float* to) { store_vector(from, to); }
+BCMF_INLINE void store_full(Vector<double> from, double* to) { store_vector(from, to); }
+BCMF_INLINE void store_bits(Bits bits, void* to) {
+  const HalfBits half = __builtin_convertvector(bits, HalfBits);
+  std::memcpy(to, &half, sizeof(half));
+}
+BCMF_INLINE void store_full(Vector<float> from, BF16* to) {
+  const Bits bits = bit_cast<Bits>(from), rounded = (bits + 0x7fffu + (bits >> 16 & 1u)) >> 16;
+  store_bits(from == from ? rounded : Bits{} + 0x7fc0u, to);
+}
+BCMF_INLINE void store_full(Vector<float> from, F16* to) {
+  const Bits all = bit_cast<Bits>(from), sign = all & 0x80000000u, bits = all ^ sign;
+  const Bits subnormal = bit_cast<Bits>(bit_cast<Vector<float>>(bits) + 0.5f) - 0x3f000000u;
+  const Bits normal = (bits + 0xc8000fffu + (bits >> 13 & 1u)) >> 13;
+  const Bits special = bits > 0x7f800000u ? Bits{} + 0x7e00u : Bits{} + 0x7c00u;
+  const Bits magnitude = bits >= 0x47800000u ? special : bits < 0x38800000u ? subnormal : normal;
+  store_bits(magnitude | sign >> 16, to);
+}
+
+// `count` neighbours, at most a vector; zeros in the other lanes.
+template <typename Acc, typename Scalar>
+BCMF_INLINE Vector<Acc> load_widened(const Scalar* from, int64_t count) {
+  if (count == kLanes<Acc>) return load_full(from);
+  Acc lanes[kLanes<Acc>] = {};
+  for (int64_t k = 0; k < count; ++k) lanes[k] = widen(from[k]);
+  return load_vector(lanes);
+}
+template <typename Acc, typename Scalar>
+BCMF_INLINE void store_narrowed(Vector<Acc> from, Scalar* to, int64_t count) {
+  if (count == kLanes<Acc>) return store_full(from, to);
+  Acc lanes[kLanes<Acc>];
+  store_vector(from, lanes);
+  for (int64_t k = 0; k < count; ++k) narrow(lanes[k], to + k);
+}
+
+#if !defined(__clang__)
+// Which lanes of two vectors a step of a transposition takes.
+template <typename Acc, int step, bool high>
+struct Lanes {
+  decltype(Mask<Acc>{}[0] + 0) from[kLanes<Acc>] = {};
+  constexpr Lanes() {
+    for (int64_t k = 0; k < kLanes<Acc>; ++k) {
+      const bool second = (k & step) != 0;
+      from[k] = second ? kLanes<Acc> + k - (high ? 0 : step) : k + (high ? step : 0);
+    }
+  }
+};
+
+template <typename Acc, int step = 1>
+BCMF_INLINE void transpose(Vector<Acc> (&rows)[kLanes<Acc>]) {
+  static constexpr Lanes<Acc, step, false> low;
+  static constexpr Lanes<Acc, step, true> high;
+  Mask<Acc> low_lanes, high_lanes;
+  std::memcpy(&low_lanes, low.from, sizeof(low_lanes));
+  std::memcpy(&high_lanes, high.from, sizeof(high_lanes));
+  for (int64_t i = 0; i < kLanes<Acc>; ++i) {
+    if (i & step) continue;
+    const Vector<Acc> a = rows[i], b = rows[i + step];
+    rows[i] = __builtin_shuffle(a, b, low_lanes);
+    rows[i + step] = __builtin_shuffle(a, b, high_lanes);
+  }
+  if constexpr (2 * step < kLanes<Acc>) transpose<Acc, 2 * step>(rows);
+}
+#else
+template <typename Acc>
+BCMF_INLINE void transpose(Vector<Acc> (&rows)[kLanes<Acc>]) {
+  for (int64_t i = 0; i < kLanes<Acc>; ++i)
+    for (int64_t k = 0; k < i; ++k) {
+      const Acc a = rows[i][k];
+      rows[i][k] = rows[k][i];
+      rows[k][i] = a;
+    }
+}
+#endif
+
+// Some channels, of a unit or of several that are worked on together.
+struct Channels {
+  int64_t first, count;
+};
+BCMF_INLINE Channels part_of(Channels channels, int64_t from, int64_t lanes) {
+  return {channels.first + from, channels.count - from < lanes ? channels.count - from : lanes};
+}
+
+// f(pixel, offset, length) for runs of pixels that are a stride apart.
+template <typename F>
+BCMF_INLINE void for_runs(const MapView& v, int64_t n, int64_t H, int64_t W, F f) {
+  if (v.stride_h == W * v.stride_w) return f(int64_t{0}, n * v.stride_n, H * W);
+  for (int64_t y = 0; y < H; ++y) f(y * W, n * v.stride_n + y * v.stride_h, W);
+}
+
+// `length` pixels of some channels to units that lie `pitch` apart: of channels_last, all units of a pixel at once.
+template <typename Acc, typename Scalar>
+BCMF_INLINE void load_pixels(const Scalar* map, int64_t stride, int64_t channels, int64_t length, Acc* to,
+                             int64_t pitch) {
+  for (int64_t i = 0; i < length; ++i, map += stride, to += kLanes<Acc>) {
+    Acc* unit = to;
+    int64_t c = 0;
+    for (; c + kLanes<Acc> <= channels; c += kLanes<Acc>, unit += pitch) store_vector(load_full(map + c), unit);
+    if (c < channels) store_vector(load_widened<Acc>(map + c, channels - c), unit);
+  }
+}
+template <typename Acc, typename Scalar>
+BCMF_INLINE void store_pixels(const Acc* from, int64_t pitch, int64_t channels, int64_t length, Scalar* map,
+                              int64_t stride) {
+  for (int64_t i = 0; i < length; ++i, map += stride, from += kLanes<Acc>) {
+    const Acc* unit = from;
+    int64_t c = 0;
+    for (; c + kLanes<Acc> <= channels; c += kLanes<Acc>, unit += pitch) store_full(load_vector(unit), map + c);
+    if (c < channels) store_narrowed<Acc>(load_vector(unit), map + c, channels - c);
+  }
+}
+
+// The same of a unit in another layout: rows of a channel are transposed, if they are contiguous.
+template <typename Acc, typename Scalar>
+BCMF_INLINE void load_rows(const Scalar* from, int64_t stride_c, int64_t stride_w, int64_t channels, int64_t length,
+                           Acc* unit) {
+  int64_t i = 0;
+  for (; stride_w == 1 && i + kLanes<Acc> <= length; i += kLanes<Acc>) {
+    Vector<Acc> rows[kLanes<Acc>];
+    for (int64_t c = 0; c < kLanes<Acc>; ++c)
+      rows[c] = c < channels ? load_full(from + c * stride_c + i) : Vector<Acc>{};
+    transpose<Acc>(rows);
+    for (int64_t k = 0; k < kLanes<Acc>; ++k) store_vector(rows[k], unit + (i + k) * kLanes<Acc>);
+  }
+  for (; i < length; ++i)
+    for (int64_t c = 0; c < kLanes<Acc>; ++c)
+      unit[i * kLanes<Acc> + c] = c < channels ? widen(from[c * stride_c + i * stride_w]) : Acc(0);
+}
+template <typename Acc, typename Scalar>
+BCMF_INLINE void store_rows(const Acc* unit, int64_t channels, int64_t length, Scalar* to, int64_t stride_c,
+                            int64_t stride_w) {
+  int64_t i = 0;
+  for (; stride_w == 1 && i + kLanes<Acc> <= length; i += kLanes<Acc>) {
+    Vector<Acc> rows[kLanes<Acc>];
+    for (int64_t k = 0; k < kLanes<Acc>; ++k) rows[k] = load_vector(unit + (i + k) * kLanes<Acc>);
+    transpose<Acc>(rows);
+    for (int64_t c = 0; c < channels; ++c) store_full(rows[c], to + c * stride_c + i);
+  }
+  for (; i < length; ++i)
+    for (int64_t c = 0; c < channels; ++c) narrow(unit[i * kLanes<Acc> + c], to + c * stride_c + i * stride_w);
+}
+
+// Image n of some channels, (H, W) of it, to units of (H * W, lanes) that lie `pitch` apart.
+template <typename Acc>
+static void load_units(const MapView& v, int64_t n, Channels channels, int64_t H, int64_t W, Acc* to, int64_t pitch) {
+  for_runs(v, n, H, W, [&](int64_t pixel, int64_t offset, int64_t length) {
+    with_entries<Acc>(v, offset + channels.first * v.stride_c, [&](const auto* map) {
+      Acc* unit = to + pixel * kLanes<Acc>;
+      if (v.stride_c == 1) return load_pixels(map, v.stride_w, channels.count, length, unit, pitch);
+      for (int64_t c = 0; c < channels.count; c += kLanes<Acc>, unit += pitch)
+        load_rows(map + c * v.stride_c, v.stride_c, v.stride_w, part_of(channels, c, kLanes<Acc>).count, length, unit);
+    });
+  });
+}
+
+// The way back.
+template <typename Acc>
+static void store_units(const MapView& v, int64_t n, Channels channels, int64_t H, int64_t W, const Acc* from,
+                        int64_t pitch) {
+  for_runs(v, n, H, W, [&](int64_t pixel, int64_t offset, int64_t length) {
+    with_entries<Acc>(v, offset + channels.first * v.stride_c, [&](auto* map) {
+      const Acc* unit = from + pixel * kLanes<Acc>;
+      if (v.stride_c == 1) return store_pixels(unit, pitch, channels.count, length, map, v.stride_w);
+      for (int64_t c = 0; c < channels.count; c += kLanes<Acc>, unit += pitch)
+        store_rows(unit, part_of(channels, c, kLanes<Acc>).count, length, map + c * v.stride_c, v.stride_c, v.stride_w);
+    });
+  });
+}

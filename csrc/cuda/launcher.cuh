@@ -1,0 +1,25 @@
+// What launchers share.
+#pragma once
+
+#include <cuda_runtime_api.h>
+
+#include "../device/scalars.cuh"
+
+namespace bcmf::cuda {
+
+// f(scalar) with a value of this type.
+template <typename F>
+inline void with_scalar(FloatType type, F f) {
+  switch (type) {
+    case FloatType::f16:
+      return f(__half());
+    case FloatType::bf16:
+      return f(__nv_bfloat16());
+    case FloatType::f32:
+      return f(float());
+    case FloatType::f64:
+      return f(double());
+  }
+}
+
+}  // namespace bcmf::cuda
