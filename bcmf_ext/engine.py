@@ -6,7 +6,7 @@ import math
 import os
 import signal
 import time
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -17,26 +17,22 @@ from torch.optim.lr_scheduler import LambdaLR
 from torch.utils.data import DataLoader, Dataset
 from tqdm import tqdm
 
-from .data import MEAN, STD, normalise
+from .data import normalise
 from .errors import UserError
 from .losses.criterion import SegmentationCriterion
-from .metrics import ConfusionMatrix, upsample_argmax
+from .metrics import ConfusionMatrix
 
 
 @dataclass(frozen=True)
 class Compute:
     """Where and how the network runs.
 
-    dtype: autocast's, or None for fp32 throughout. mean, std: of the training images, RGB in 0..1. align_corners: how
-    logits are resampled to the size of a label.
+    dtype: autocast's, or None for fp32 throughout.
     """
 
     device: torch.device
     dtype: torch.dtype | None = None
     channels_last: bool = True
-    mean: tuple[float, float, float] = MEAN
-    std: tuple[float, float, float] = STD
-    align_corners: bool = False
 
     @property
     def memory_format(self) -> torch.memory_format:
@@ -50,11 +46,7 @@ class Compute:
         """What the network returns for uint8 images (N, 3, H, W): they travel as bytes and are normalised there."""
         images = images.to(self.device, non_blocking=True).contiguous(memory_format=self.memory_format)
         with torch.autocast(self.device.type, dtype=self.dtype, enabled=self.dtype is not None):
-            return model(normalise(images, self.mean, self.std))
-
-    def predict(self, model: nn.Module, images: Tensor, size: Sequence[int]) -> Tensor:
-        """The class of each pixel, (N, H, W) uint8, (H, W) being `size`; arg-max of the logits, resampled in fp32."""
-        return upsample_argmax(self.run(model, images), size, self.align_corners)
+            return model(normalise(images))
 
 
 def choose_device(name: str | None) -> torch.device:
@@ -238,23 +230,24 @@ def _finite(model: nn.Module) -> bool:
 
 @torch.inference_mode()
 def evaluate(
-    model: nn.Module,
+    logits_of: Callable[[Tensor], Tensor],
     samples: Iterable[tuple[Tensor, Tensor]],
-    compute: Compute,
+    device: torch.device,
     num_classes: int,
     visit: Callable[[int, Tensor], None] = lambda index, prediction: None,
     interrupted: Callable[[], bool] = lambda: False,
+    align_corners: bool = False,
 ) -> ConfusionMatrix:
     """Counts predictions against labels at the labels' own size.
 
-    samples: batches of one image, uint8 (1, 3, H, W) and uint8 (1, H, W). visit: is called with each one's position and
-    prediction, (H, W) uint8 on the device. Stops early if `interrupted()`: the counts are then incomplete.
+    logits_of: uint8 images (1, 3, H, W) to logits (1, C, h, w) on the device. samples: batches of one image, and uint8
+    labels (1, H, W). visit: is called with each one's position and prediction, (H, W) uint8 on the device. Stops early
+    if `interrupted()`: the counts are then incomplete.
     """
-    model.eval()
-    confusion = ConfusionMatrix(num_classes, device=compute.device)
+    confusion = ConfusionMatrix(num_classes, device=device)
     for index, (images, labels) in enumerate(samples):
-        labels = labels.to(compute.device, non_blocking=True)
-        prediction = confusion.update_from_logits(compute.run(model, images), labels, compute.align_corners)
+        labels = labels.to(device, non_blocking=True)
+        prediction = confusion.update_from_logits(logits_of(images), labels, align_corners)
         visit(index, prediction[0])
         if interrupted():
             break

@@ -52,10 +52,11 @@ def main(argv: Sequence[str] | None = None) -> None:
             save_png(Path(args.save_preds, f"{dataset.stem(index)}.png"), ids[np.asarray(prediction)])
 
     if dataset.has_labels:
-        device = predictor.compute.device
+        device, align_corners = predictor.device, predictor.align_corners
         loader = make_loader(EvalSamples(dataset), choose_workers(args.workers, device), device)
         samples = tqdm(loader, "evaluating", unit=" images", disable=None)
-        confusion = evaluate(predictor.model, samples, predictor.compute, len(dataset.classes), save)
+        classes = len(dataset.classes)
+        confusion = evaluate(predictor.logits, samples, device, classes, save, align_corners=align_corners)
         print(score_lines(scores(confusion, dataset.classes)))
     else:
         for index in tqdm(range(len(dataset)), "predicting", unit=" images", disable=None):

@@ -14,6 +14,7 @@ import warnings
 from collections.abc import Sequence
 from dataclasses import asdict
 from datetime import timedelta
+from functools import partial
 from pathlib import Path
 from types import FrameType
 from typing import Any
@@ -200,7 +201,8 @@ class Trainer:
                 predictions[index] = prediction.cpu().numpy()
 
         classes, palette = self.val_set.classes, self.val_set.palette
-        confusion = evaluate(self.state.model, self.val_loader, self.compute, len(classes), keep, interrupted)
+        logits_of = partial(self.compute.run, self.state.model.eval())
+        confusion = evaluate(logits_of, self.val_loader, self.compute.device, len(classes), keep, interrupted)
         for index, prediction in predictions.items():
             stem = self.val_set.stem(index)
             path = self.run.folder / "pictures" / f"{stem}.png"

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import os
 import signal
+from functools import partial
 from typing import Any
 
 import pytest
@@ -97,23 +98,6 @@ def test_compute_normalises_and_autocasts() -> None:
     assert seen[0][2, :, 0, 0].tolist() == pytest.approx(white, rel=1e-5)
     assert Compute(CPU, None, channels_last=False).run(Look(), images).dtype == torch.float32
     assert seen[1].is_contiguous()
-
-
-def test_predict_upsamples_in_fp32() -> None:
-    """The class of a pixel is the arg-max of logits resampled in fp32: bf16 would tie where fp32 decides."""
-    logits = torch.tensor([[[[1.0, 1.0078125]], [[1.004, 1.004]]]]).bfloat16()  # 1.004 rounds to 1.0 or 1.0078125
-
-    class Fixed(nn.Module):
-        def forward(self, images: Tensor) -> Tensor:
-            return logits
-
-    prediction = Compute(CPU).predict(Fixed(), torch.zeros(1, 3, 8, 64, dtype=torch.uint8), (8, 64))
-    expected = F.interpolate(logits.float(), (8, 64), mode="bilinear", align_corners=False).argmax(1)
-    assert torch.equal(prediction, expected)
-    corners = Compute(CPU, align_corners=True).predict(Fixed(), torch.zeros(1, 3, 8, 64, dtype=torch.uint8), (8, 64))
-    expected = F.interpolate(logits.float(), (8, 64), mode="bilinear", align_corners=True).argmax(1)
-    assert torch.equal(corners, expected)
-    assert not torch.equal(prediction, corners)
 
 
 def test_devices_and_types() -> None:
@@ -233,10 +217,10 @@ def test_evaluate() -> None:
     samples[0][1][0, :5] = 255
     before = {name: value.clone() for name, value in model.state_dict().items()}
     seen: dict[int, Tensor] = {}
-    confusion = evaluate(model, samples, Compute(CPU), 3, seen.__setitem__)
+    model.eval()
+    confusion = evaluate(partial(Compute(CPU).run, model), samples, CPU, 3, seen.__setitem__)
 
     expected = torch.zeros(3, 3, dtype=torch.int64)
-    model.eval()
     for index, (images, labels) in enumerate(samples):
         mean, std = (torch.tensor(v).view(3, 1, 1) for v in (MEAN, STD))
         logits = F.interpolate(model((images / 255 - mean) / std), labels.shape[-2:], mode="bilinear")
@@ -253,7 +237,8 @@ def test_evaluate_can_be_interrupted() -> None:
     """Ctrl-C does not wait for the whole split."""
     seen: list[int] = []
     samples = [(images[:1], labels[:1]) for images, labels in batches()]
-    evaluate(make_state().model, samples, Compute(CPU), 3, lambda i, _: seen.append(i), lambda: len(seen) == 2)
+    logits_of = partial(Compute(CPU).run, make_state().model.eval())
+    evaluate(logits_of, samples, CPU, 3, lambda i, _: seen.append(i), lambda: len(seen) == 2)
     assert seen == [0, 1]
 
 

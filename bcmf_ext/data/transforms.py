@@ -187,5 +187,10 @@ def normalise(images: torch.Tensor, mean: Sequence[float] = MEAN, std: Sequence[
     `mean`, `std`: RGB in 0..1.
     """
     # non_blocking: a plain copy of even three numbers makes a GPU finish its work first, at every step.
-    shift, scale = (torch.tensor(v).view(-1, 1, 1).mul(255).to(images.device, non_blocking=True) for v in (mean, std))
+    shift, scale = (of_bytes(v).to(images.device, non_blocking=True) for v in (mean, std))
     return images.float().sub_(shift).div_(scale)
+
+
+def of_bytes(values: Sequence[float]) -> torch.Tensor:
+    """(3, 1, 1): a mean or deviation of images whose values are 0..255."""
+    return torch.tensor(values).view(-1, 1, 1).mul(255)

@@ -1,0 +1,153 @@
+"""Exports a network to run without bcmf_ext: python -m bcmf_ext.export --checkpoint runs/NAME/best.pt --format onnx."""
+
+from __future__ import annotations
+
+import argparse
+import importlib.util
+import json
+import logging
+import warnings
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.fx.experimental import _config as shape_config
+
+from .checkpoint import atomic_write
+from .config import NETWORKS
+from .errors import UserError, run_command
+from .inference import InferenceNetwork, read_checkpoint
+from .reference import resample
+
+ENDINGS = {"onnx": ".onnx", "torch-export": ".pt2"}
+TRIED = ((1, 360, 480), (2, 97, 130), (1, 64, 64))  # images, height and width that the exported network is run on
+LEAST_EQUAL, MOST_OFF = 0.999, 1e-3  # share of labels; and logits, relative to the largest: what is else not an export
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    """Writes the network, runs what was written, and prints how far its results are from the network's own."""
+    parser = argparse.ArgumentParser(
+        "python -m bcmf_ext.export",
+        usage="%(prog)s --checkpoint PATH --format onnx|torch-export [flags]",
+        description="Exports a network: from uint8 RGB images (N, 3, H, W) of any size, as files hold them, to the "
+        "class of each pixel, (N, H, W) uint8.",
+    )
+    parser.add_argument(
+        "--checkpoint", required=True, metavar="PATH", help="best.pt or last.pt of a run, or its folder"
+    )
+    parser.add_argument("--format", required=True, choices=tuple(ENDINGS), help="ONNX, or a program of torch.export")
+    parser.add_argument("--output", metavar="FILE", help="where to write; beside the checkpoint when left out")
+    parser.add_argument("--logits", action="store_true", help="end with logits (N, C, H/8, W/8), fp32, not classes")
+    args = parser.parse_args(argv)
+    if args.format == "onnx":
+        check_onnx()
+
+    checkpoint = Path(args.checkpoint)
+    checkpoint = checkpoint / "best.pt" if checkpoint.is_dir() else checkpoint
+    ending = ENDINGS[args.format]
+    output = Path(args.output) if args.output else checkpoint.with_suffix(ending)
+    if output.suffix != ending:
+        raise UserError(f"--output {output} is a file of --format {args.format}, so its name has to end in {ending}.")
+    saved = read_checkpoint(checkpoint)
+    network = ExportedNetwork(saved, args.logits)
+    print("tracing the network …")
+    program = trace(network)
+    print(f"writing {output} …")
+    result = "logits" if args.logits else "labels"
+    if args.format == "onnx":
+        run = save_onnx(program, output, result, list(saved["classes"]))
+    else:
+        run = save_program(program, output, list(saved["classes"]))
+    print("running it …")
+    print(f"{output}: " + compare(network, run, output))
+
+
+class ExportedNetwork(nn.Module):
+    """What is exported: uint8 images (N, 3, H, W) to the class of each pixel, (N, H, W) uint8, or to logits; in plain
+    PyTorch, fp32."""
+
+    def __init__(self, saved: dict[str, Any], logits: bool) -> None:
+        super().__init__()
+        model = NETWORKS[saved["config"]["model"]](len(saved["classes"]), impl="torch")
+        model.load_state_dict(saved["model"])
+        self.network = InferenceNetwork(model, saved["mean"], saved["std"])
+        self.align_corners, self.logits = saved["align_corners"], logits
+
+    def forward(self, images: Tensor) -> Tensor:
+        logits = self.network(images)
+        if self.logits:
+            return logits
+        return resample(logits, images.shape[2:], self.align_corners).argmax(1).to(torch.uint8)
+
+
+def trace(network: nn.Module) -> torch.export.ExportedProgram:
+    """The network for any number of images of any height and width."""
+    images = torch.zeros(2, 3, 640, 704, dtype=torch.uint8)
+    sides = dict.fromkeys((0, 2, 3), torch.export.Dim.DYNAMIC)
+    # Otherwise sizes whose maps have a single pixel somewhere (at 1/512: those below 513) were cases apart.
+    with shape_config.patch(backed_size_oblivious=True), torch.no_grad():  # type: ignore[attr-defined]
+        return torch.export.export(network.eval(), (images,), dynamic_shapes=(sides,))
+
+
+def check_onnx() -> None:
+    missing = [name for name in ("onnx", "onnxscript", "onnxruntime") if not importlib.util.find_spec(name)]
+    if missing:
+        raise UserError(
+            f"--format onnx needs {', '.join(missing)}: pip install 'bcmf_ext[export]', or the packages alone."
+        )
+
+
+Run = Callable[[Tensor], Tensor]
+
+
+def save_onnx(program: torch.export.ExportedProgram, path: Path, result: str, classes: list[str]) -> Run:
+    """Writes the program as ONNX, with the names of the classes in its metadata; returns what runs the file."""
+    import onnxruntime
+
+    logging.getLogger("torch.onnx").setLevel(logging.ERROR)  # of torchvision's ops, which are not there
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        onnx = torch.onnx.export(program, dynamo=True, verbose=False, input_names=["images"], output_names=[result])
+    assert onnx is not None
+    model = onnx.model_proto
+    entry = model.metadata_props.add()
+    entry.key, entry.value = "classes", json.dumps(classes)
+    with atomic_write(path) as file:
+        file.write(model.SerializeToString())
+    session = onnxruntime.InferenceSession(str(path), providers=["CPUExecutionProvider"])
+    return lambda images: torch.from_numpy(session.run(None, {"images": images.numpy()})[0])
+
+
+def save_program(program: torch.export.ExportedProgram, path: Path, classes: list[str]) -> Run:
+    """The same as a file of `torch.export.load`, with the names of the classes in its extra file classes.json."""
+    with atomic_write(path) as file:
+        torch.export.save(program, file, extra_files={"classes.json": json.dumps(classes)})
+    return torch.export.load(path).module()
+
+
+@torch.inference_mode()
+def compare(network: nn.Module, run: Run, path: Path) -> str:
+    """How equal the results are. `UserError` if the file computes something else."""
+    generator = torch.Generator().manual_seed(0)
+    sizes = ", ".join(f"{n}×{height}×{width}" for n, height, width in TRIED)
+    worst = 1.0 if not network.logits else 0.0
+    for n, height, width in TRIED:
+        images = torch.randint(0, 256, (n, 3, height, width), dtype=torch.uint8, generator=generator)
+        expected, found = network(images), run(images)
+        if network.logits:
+            worst = max(worst, ((found - expected).abs().max() / expected.abs().max()).item())
+        else:
+            worst = min(worst, (found == expected).double().mean().item())
+    if worst > MOST_OFF if network.logits else worst < LEAST_EQUAL:
+        raise UserError(
+            f"{path} does not compute what the network does ({worst:g}): it cannot be used, please report it."
+        )
+    if network.logits:
+        return f"logits differ by at most {worst:.0e} of the largest one, at {sizes}"
+    return f"labels are equal at {worst:.4%} of the pixels, at {sizes}"
+
+
+if __name__ == "__main__":
+    run_command(main)

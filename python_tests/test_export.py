@@ -1,0 +1,112 @@
+"""Exported files: they run without bcmf_ext, at any size, and compute what the network does."""
+
+from __future__ import annotations
+
+import builtins
+import importlib.util
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from test_inference import picture, trained, write_run
+from tiny import TinyNet
+
+from bcmf_ext import export
+from bcmf_ext.config import NETWORKS
+from bcmf_ext.errors import UserError
+from bcmf_ext.inference import Predictor
+
+needs_onnx = pytest.mark.skipif(
+    not all(map(importlib.util.find_spec, ("onnx", "onnxscript", "onnxruntime"))), reason="pip install '.[export]'"
+)
+formats = pytest.mark.parametrize("form", [pytest.param("onnx", marks=needs_onnx), "torch-export"])
+
+# Runs a file on images.npy in a process that cannot import bcmf_ext.
+ELSEWHERE = """
+import sys
+sys.modules["bcmf_ext"] = None
+import numpy as np
+path, images = sys.argv[1], np.load("images.npy")
+if path.endswith(".onnx"):
+    import onnxruntime
+    result = onnxruntime.InferenceSession(path).run(None, {"images": images})[0]
+else:
+    import torch
+    result = torch.export.load(path).module()(torch.from_numpy(images)).numpy()
+np.save("result.npy", result)
+"""
+
+
+def run_elsewhere(path: Path, images: torch.Tensor, folder: Path) -> np.ndarray:
+    np.save(folder / "images.npy", images.numpy())
+    subprocess.run([sys.executable, "-c", ELSEWHERE, str(path)], cwd=folder, check=True)
+    return np.load(folder / "result.npy")
+
+
+@formats
+@pytest.mark.parametrize("name", NETWORKS)
+def test_it_runs_without_the_package(tmp_path: Path, form: str, name: str, capsys: pytest.CaptureFixture[str]) -> None:
+    """Protects deployment: a process without bcmf_ext gets the Predictor's labels, for two images of an odd size."""
+    if (form, name) == ("torch-export", "ddrnet_s"):
+        pytest.skip("the other three cover it")
+    folder = write_run(tmp_path / "run", name, trained(name))
+    export.main(["--checkpoint", str(folder), "--format", form])
+    path = folder / f"best{export.ENDINGS[form]}"
+    assert f"{path}: labels are equal at 100.0000% of the pixels" in capsys.readouterr().out
+    images = picture(101, 139, batch=2)
+    labels = run_elsewhere(path, images, tmp_path)
+    assert labels.dtype == np.uint8
+    expected = Predictor(folder, "cpu").labels(images).numpy()
+    assert (labels == expected).mean() >= 0.9999
+
+
+@formats
+def test_logits(tmp_path: Path, form: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Protects `--logits`, `--output` and what the file tells of itself."""
+    monkeypatch.setitem(NETWORKS, "bcmfnet", TinyNet)
+    torch.manual_seed(0)
+    folder = write_run(tmp_path / "run", "bcmfnet", TinyNet(11))
+    path = tmp_path / f"net{export.ENDINGS[form]}"
+    export.main(["--checkpoint", str(folder / "best.pt"), "--format", form, "--output", str(path), "--logits"])
+    images = picture(64, 96)
+    logits = torch.from_numpy(run_elsewhere(path, images, tmp_path))
+    torch.testing.assert_close(logits, Predictor(folder, "cpu").logits(images), rtol=1e-4, atol=1e-5)
+    if form == "onnx":
+        import onnx
+
+        (entry,) = onnx.load(path).metadata_props
+        classes = json.loads(entry.value)
+    else:
+        extra = {"classes.json": ""}
+        torch.export.load(path, extra_files=extra)
+        classes = json.loads(extra["classes.json"])
+    assert classes == [f"class {index}" for index in range(11)]
+
+
+@pytest.mark.parametrize("logits", [False, True])
+def test_another_function_is_refused(tmp_path: Path, logits: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Protects the check: a file that computes something else is an error, not a figure among others."""
+    monkeypatch.setitem(NETWORKS, "bcmfnet", TinyNet)
+    torch.manual_seed(0)
+    saved = export.read_checkpoint(write_run(tmp_path, "bcmfnet", TinyNet(11)))
+    network = export.ExportedNetwork(saved, logits).eval()
+    assert "100.0000%" in export.compare(network, network, tmp_path) or logits
+    wrong = (lambda x: 1.01 * network(x)) if logits else (lambda x: network(x.flip(3)))
+    with pytest.raises(UserError, match="does not compute what the network does"):
+        export.compare(network, wrong, tmp_path)
+
+
+def test_what_cannot_be_exported(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A wrong ending, no checkpoint, packages that are missing: sentences, before any work."""
+    folder = write_run(tmp_path, "bcmfnet", trained("bcmfnet"))
+    with pytest.raises(UserError, match=r"net\.onnx is a file of --format torch-export, .* end in \.pt2"):
+        export.main(["--checkpoint", str(folder), "--format", "torch-export", "--output", "net.onnx"])
+    with pytest.raises(UserError, match="There is no checkpoint"):
+        export.main(["--checkpoint", str(tmp_path / "none"), "--format", "torch-export"])
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None if name == "onnxscript" else builtins)
+    with pytest.raises(UserError, match=r"--format onnx needs onnxscript: pip install 'bcmf_ext\[export\]'"):
+        export.main(["--checkpoint", str(folder), "--format", "onnx"])

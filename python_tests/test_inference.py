@@ -1,0 +1,192 @@
+"""The Predictor: what it makes of a trained network, and that labels stay what they are."""
+
+from __future__ import annotations
+
+import copy
+from dataclasses import asdict
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from bcmf_ext.checkpoint import Run
+from bcmf_ext.config import NETWORKS, make_config
+from bcmf_ext.data import MEAN, STD, normalise
+from bcmf_ext.inference import Graphs, InferenceNetwork, Predictor, fold_batch_norms
+
+networks = pytest.mark.parametrize("name", NETWORKS)
+
+
+def trained(name: str, classes: int = 11) -> nn.Module:
+    """A network whose batch norms are not as they were made, so that its maps have the size of a trained one's."""
+    torch.manual_seed(0)
+    network = NETWORKS[name](classes)
+    for module in network.modules():
+        if isinstance(module, nn.BatchNorm2d):
+            module.weight.data.uniform_(0.5, 1.5)
+            module.bias.data.normal_(0.0, 0.2)
+    with torch.no_grad():
+        for _ in range(3):
+            network(torch.randn(2, 3, 64, 128))
+    return network.eval()
+
+
+def write_run(folder: Path, name: str, network: nn.Module, classes: int = 11, **about: object) -> Path:
+    content = {
+        "config": asdict(make_config({"dataset": "folder", "model": name, "amp": "off"})),
+        "classes": [f"class {index}" for index in range(classes)],
+        "palette": torch.zeros(classes, 3, dtype=torch.uint8),
+        "mean": MEAN,
+        "std": STD,
+        "align_corners": False,
+        **about,
+    }
+    Run(folder, content).save_best(network.state_dict(), 1, 0.5)
+    return folder
+
+
+def picture(height: int, width: int, batch: int = 1) -> Tensor:
+    """A uint8 image with areas, as of a camera, not noise."""
+    noise = torch.rand(batch, 3, 5, 7, generator=torch.Generator().manual_seed(0))
+    smooth = F.interpolate(noise, (height, width), mode="bicubic").clamp(0, 1)
+    return (255 * smooth).byte()
+
+
+@networks
+@pytest.mark.parametrize("size", [(96, 160), (65, 101)], ids=str)
+def test_predictor_is_the_network(tmp_path: Path, name: str, size: tuple[int, int]) -> None:
+    """Protects what users deploy: in fp32 logits are the trained network's within 1e-5 of the largest, and labels the
+    same at 99.99 % of the pixels, for sizes that are no multiple of 8, too."""
+    network = trained(name)
+    predictor = Predictor(write_run(tmp_path / name, name, network), device="cpu")
+    images = picture(*size)
+    with torch.no_grad():
+        expected = network(normalise(images))
+    logits = predictor.logits(images)
+    assert logits.shape == expected.shape
+    assert (logits - expected).abs().max() <= 1e-5 * expected.abs().max()
+    labels = F.interpolate(expected, size, mode="bilinear").argmax(1)
+    found = predictor(images[0].permute(1, 2, 0).numpy())
+    assert found.dtype == np.uint8
+    assert (torch.from_numpy(found) == labels[0]).double().mean() >= 0.9999
+    assert len(labels.unique()) > 1
+
+
+@networks
+def test_half_precision(tmp_path: Path, name: str) -> None:
+    """Protects bf16: convolutions run in it, norms that remain stay in fp32, and labels are nearly the same."""
+    folder = write_run(tmp_path / name, name, trained(name))
+    exact, half = Predictor(folder, "cpu"), Predictor(folder, "cpu", amp="bf16")
+    dtypes = {type(m): m.weight.dtype for m in half.network.modules() if isinstance(m, (nn.Conv2d, nn.BatchNorm2d))}
+    assert dtypes == {nn.Conv2d: torch.bfloat16, nn.BatchNorm2d: torch.float32}
+    images = picture(96, 160)
+    assert half.logits(images).dtype == torch.bfloat16
+    assert (half.labels(images) == exact.labels(images)).double().mean() > 0.95
+
+
+@networks
+def test_norms_are_folded(name: str) -> None:
+    """Protects speed: only those norms remain that no convolution directly precedes, the auxiliary head is gone, and
+    weights lie in channels_last once they are placed."""
+    network = trained(name)
+    before = sum(isinstance(module, nn.BatchNorm2d) for module in network.modules())
+    fast = InferenceNetwork(copy.deepcopy(network), MEAN, STD)
+    left = [n for n, module in fast.network.named_modules() if isinstance(module, nn.BatchNorm2d)]
+    context = [n for n in left if n.startswith("spp.")]
+    assert [n for n in left if n not in context] == ["final_layer.bn1"]
+    assert len(context) == {"bcmfnet": 10, "ddrnet_s": 11}[name]
+    assert before - len(left) == 43 + 2  # of the auxiliary head
+    assert fast.network.seghead_extra is None
+    assert all(conv.bias is not None for conv in fast.network.layer1.modules() if isinstance(conv, nn.Conv2d))
+
+
+def test_every_pair_is_found() -> None:
+    """Protects folding: what a block says of its norms is what its forward does, also if it is changed."""
+    network = trained("bcmfnet")
+    before = copy.deepcopy(network)
+    fold_batch_norms(network)
+    for module, twin in zip(network.modules(), before.modules(), strict=False):
+        for conv, norm in getattr(module, "norm_after", {}).items():
+            assert isinstance(getattr(module, norm), nn.Identity)
+            assert getattr(twin, conv).out_channels == getattr(twin, norm).num_features
+    images = torch.randn(1, 3, 64, 96)
+    torch.testing.assert_close(network(images), before(images), rtol=1e-4, atol=1e-4)
+
+
+def test_mean_and_corners_of_the_checkpoint(tmp_path: Path) -> None:
+    """Protects from another normalisation or resampling than the network was trained with; resampling is in fp32, where
+    bf16 would tie."""
+    network = trained("bcmfnet")
+    images = picture(64, 96)
+    plain = Predictor(write_run(tmp_path / "a", "bcmfnet", network), "cpu")
+    other = {"mean": (0.0, 0.1, 0.9), "std": (0.5, 0.1, 2.0), "align_corners": True}
+    changed = Predictor(write_run(tmp_path / "b", "bcmfnet", network, **other), "cpu", amp="bf16")
+    mean, std = (torch.tensor(other[key]).view(3, 1, 1) for key in ("mean", "std"))
+    with torch.no_grad():
+        expected = network((images / 255 - mean) / std)
+    logits = changed.logits(images)
+    assert (logits - expected).abs().max() <= 0.05 * expected.abs().max()
+    assert (plain.logits(images) - expected).abs().max() > 0.1 * expected.abs().max()
+    resampled = F.interpolate(logits.float(), (64, 96), mode="bilinear", align_corners=True)
+    assert torch.equal(changed.labels(images).long(), resampled.argmax(1))
+
+
+def test_batches_and_devices_of_images(tmp_path: Path) -> None:
+    """Protects `labels` for more than one image, each as if it were alone."""
+    predictor = Predictor(write_run(tmp_path, "bcmfnet", trained("bcmfnet")), "cpu")
+    images = picture(64, 96, batch=3)
+    labels = predictor.labels(images)
+    assert labels.shape == (3, 64, 96)
+    alone = torch.cat([predictor.labels(image[None]) for image in images])
+    assert (labels == alone).double().mean() > 0.999
+
+
+class Counting(Graphs):
+    """With a stand-in for capturing, which takes a GPU."""
+
+    captured = 0
+
+    def _capture(self, images: Tensor):  # type: ignore[no-untyped-def]
+        self.captured += 1
+        given, out = images.clone(), self.network(images)
+
+        class Replay:
+            def replay(self) -> None:
+                out.copy_(2 * given)
+
+        return Replay(), given, out
+
+
+def test_graphs_are_captured_for_sizes_that_come_again() -> None:
+    """Protects folders of images of all sizes: a size is captured when it comes again, the last few are kept, and a
+    result is not written over by the next one."""
+    graphs = Counting(lambda x: 2 * x)  # type: ignore[arg-type]
+    sizes = [torch.full((1, 3, 4, width), 1.0) for width in range(1, 20)]
+    for x in sizes:
+        assert torch.equal(graphs(x), 2 * x)
+    assert graphs.captured == 0
+    first = graphs(sizes[-1])
+    second = graphs(5 * sizes[-1])
+    assert graphs.captured == 1
+    assert first[0, 0, 0, 0] == 2
+    assert second[0, 0, 0, 0] == 10
+    assert len(graphs._captured) == Graphs.MOST
+
+
+@pytest.mark.gpu
+@networks
+@pytest.mark.parametrize("amp", ["off", "bf16"])
+def test_graph_on_a_gpu(tmp_path: Path, name: str, amp: str) -> None:
+    """Protects CUDA graphs: replayed logits are those of the first, plain pass, for each image."""
+    if not torch.cuda.is_available():
+        pytest.skip("no CUDA device")
+    predictor = Predictor(write_run(tmp_path, name, trained(name)), "cuda", amp)
+    images = [picture(96, 160), 255 - picture(96, 160)]
+    with torch.inference_mode():
+        plain = [predictor.network(image.cuda().contiguous(memory_format=torch.channels_last)) for image in images]
+    for _ in range(3):
+        for image, expected in zip(images, plain, strict=True):
+            torch.testing.assert_close(predictor.logits(image), expected)
