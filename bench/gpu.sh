@@ -14,9 +14,10 @@ failed=()
 python=${PYTHON:-python3}
 gpu=$("$python" -c 'import torch; print(int(torch.cuda.is_available()))')
 if [ "$gpu" = 1 ]; then
-  device=cuda size=() rounds=21 step=(--crop 1024 1024)
+  device=cuda size=() rounds=21 step=(--crop 1024 1024) frame=()
 else
   device=cpu size=(--size 2 19 24 32) rounds=3 step=(--crop 64 64 --batch 2 --rounds 2)
+  frame=(--size 64 96 --no-compile)
 fi
 
 stage() { # name, seconds at most, command…: its log, its last lines, and whether it failed
@@ -44,7 +45,7 @@ tests() { # CUDA first: Triton compiles a kernel for every new kind of argument;
   local pytest=("$python" -m pytest -o addopts=-q -m gpu --durations=5 --tb=short --maxfail=25)
   lines=15 stage tests-cuda 220 "${pytest[@]}" python_tests -k "not triton"
   lines=15 stage tests-triton 300 "${pytest[@]}" python_tests/test_metrics.py python_tests/test_ops.py \
-    -k "triton and (argmax or segmentation_loss or min_kept)"
+    python_tests/test_lmfm.py -k "triton and (argmax or segmentation_loss or min_kept or lmfm)"
 }
 
 sanitize() { # the kernels on small shapes
@@ -58,12 +59,16 @@ sanitize() { # the kernels on small shapes
       --target-processes all --kernel-regex kns=bcmf "$python" -m pytest -o addopts=-q python_tests/test_ops.py -m gpu \
       -k "cuda and (bfloat16 and (test_any_layout or test_any_size) or test_ohem_at_ties or test_out_of_range_labels)" \
       -p no:cacheprovider
+    stage "$tool-lmfm" 60 env PYTORCH_NO_CUDA_MEMORY_CACHING=1 compute-sanitizer --tool "$tool" --error-exitcode 1 \
+      --target-processes all --kernel-regex kns=bcmf "$python" -m pytest -o addopts=-q python_tests/test_lmfm.py -m gpu \
+      -k "cuda and bfloat16 and test_any_layout" -p no:cacheprovider
   done
 }
 
 bench() {
   lines=60 stage bench 400 "$python" bench/kernels.py --device "$device" "${size[@]}" --rounds "$rounds" --output "$out" \
     ${CAMVID:+--labels "$CAMVID"}
+  lines=40 stage inference 150 "$python" bench/inference.py --device "$device" "${frame[@]}" --rounds "$rounds" --output "$out"
   lines=8 stage train_step 60 "$python" bench/train_step.py --device "$device" "${step[@]}" --output "$out" \
     ${CAMVID:+--data "$CAMVID"}
 }

@@ -46,8 +46,9 @@ from matplotlib.ticker import NullFormatter
 
 sys.path.insert(0, str(Path(__file__).parent))
 import cross_entropy
+import lmfm
 import segmentation_loss
-from problem import OURS, Problem, missing_impls
+from problem import OURS, Contender, Problem, missing_impls
 
 from bcmf_ext import dispatch, info
 from bcmf_ext.data import open_dataset
@@ -58,6 +59,7 @@ OPS = {
     "cross_entropy": cross_entropy.problems,
     "segmentation_loss": segmentation_loss.problems,
     "sizes": segmentation_loss.sizes,
+    "lmfm": lmfm.problems,
 }
 COLUMNS = 6  # of the picture
 PHASES = ("forward", "backward", "both")
@@ -92,15 +94,15 @@ class Clock:
         end.synchronize()
         return start.elapsed_time(end)
 
-    def step(self, loss: Callable[[Tensor], Tensor], logits: Tensor) -> dict[str, float]:
+    def step(self, problem: Problem, contender: Contender) -> dict[str, float]:
         if self.flush is not None:
             self.flush.zero_()
         start = self.mark()
-        value = loss(logits)
+        outputs = contender(problem.input)
         middle = self.mark()
-        value.backward()
+        problem.backward(outputs)
         end = self.mark()
-        logits.grad = None
+        problem.input.grad = None
         spans = ((start, middle), (middle, end), (start, end))
         return {phase: self.between(*span) for phase, span in zip(PHASES, spans, strict=True)}
 
@@ -131,14 +133,14 @@ def peak_above(run: Callable[[], object], cuda: bool) -> float:
     return (read("VmHWM") - resident) / 1024
 
 
-def peak_mib(loss: Callable[[Tensor], Tensor], logits: Tensor) -> float:
+def peak_mib(problem: Problem, contender: Contender) -> float:
     """Of a forward and backward; the gradient is part of it."""
 
     def step() -> None:
-        loss(logits).backward()
-        logits.grad = None
+        problem.backward(contender(problem.input))
+        problem.input.grad = None
 
-    return peak_above(step, logits.is_cuda)
+    return peak_above(step, problem.input.is_cuda)
 
 
 def device_name(device: str) -> str:
@@ -200,16 +202,20 @@ def max_clock_khz() -> float:
 
 
 def errors(problem: Problem) -> dict[str, dict[str, float]]:
-    """Of every contender, relative to the fp64 definition: of the value, and of the gradient (to its largest entry)."""
-    wide = problem.logits.detach().double().requires_grad_()
-    truth = problem.definition(wide)
-    (truth_grad,) = torch.autograd.grad(truth, wide)
+    """Of every contender, against the fp64 definition: of values and of the gradient, relative to the largest entry."""
+
+    def evaluate(contender: Contender, x: Tensor) -> tuple[Tensor, Tensor]:
+        outputs = contender(x)
+        (grad,) = torch.autograd.grad(outputs, x, problem.upstream)
+        several = (outputs,) if isinstance(outputs, Tensor) else outputs
+        return torch.cat([output.detach().double().flatten() for output in several]), grad.double()
+
+    truth, truth_grad = evaluate(problem.definition, problem.input.detach().double().requires_grad_())
     found = {}
-    for name, loss in problem.contenders.items():
-        value = loss(problem.logits)
-        (grad,) = torch.autograd.grad(value, problem.logits)
+    for name, contender in problem.contenders.items():
+        value, grad = evaluate(contender, problem.input)
         found[name] = {
-            "value": abs(value.double() - truth).item() / abs(truth.item()),
+            "value": ((value - truth).abs().max() / truth.abs().max()).item(),
             "gradient": ((grad - truth_grad).abs().max() / truth_grad.abs().max()).item(),
         }
     return found
@@ -217,18 +223,18 @@ def errors(problem: Problem) -> dict[str, dict[str, float]]:
 
 def measure(problem: Problem, clock: Clock, rounds: int) -> dict[str, Any]:
     """All figures of one problem. The first of `other`, or else of the contenders, is the baseline."""
-    losses = {**problem.other, **problem.contenders}
-    names = list(losses)
+    contenders = {**problem.other, **problem.contenders}
+    names = list(contenders)
     baseline = names[0]
     wrong = errors(problem)
     turns = [*names, "A/A"]
-    losses["A/A"] = losses[baseline]
-    meter = RateMeter(problem.logits, clock)
+    contenders["A/A"] = contenders[baseline]
+    meter = RateMeter(problem.input, clock)
     times: dict[str, list[dict[str, float]]] = {name: [] for name in turns}
     draw_order = random.Random(0)
     for round_ in tqdm(range(-3, rounds), problem.title, leave=False, disable=None):
         for name in draw_order.sample(turns, len(turns)):
-            step = clock.step(losses[name], problem.logits)
+            step = clock.step(problem, contenders[name])
             if round_ >= 0:  # the others warm up
                 times[name].append(step)
         meter.sample()
@@ -240,7 +246,7 @@ def measure(problem: Problem, clock: Clock, rounds: int) -> dict[str, Any]:
     aa = {phase: statistics.median(ratios("A/A", phase)) for phase in PHASES}
     rows = {}
     for name in names:
-        rows[name] = {"error": wrong.get(name), "mib": peak_mib(losses[name], problem.logits)}
+        rows[name] = {"error": wrong.get(name), "mib": peak_mib(problem, contenders[name])}
         if name in OURS:
             rivals = [rival for rival in names if rival not in OURS]
             rows[name]["against"] = {rival: statistics.median(ratios(name, "both", rival)) for rival in rivals}
@@ -254,7 +260,7 @@ def measure(problem: Problem, clock: Clock, rounds: int) -> dict[str, Any]:
         "baseline": baseline,
         "A/A": aa,
         "counts": rounds >= LEAST_ROUNDS and all(abs(ratio - 1) <= AA_LIMIT for ratio in aa.values()),
-        "gradient_mib": problem.logits.numel() * problem.logits.element_size() / 2**20,
+        "gradient_mib": problem.input.numel() * problem.input.element_size() / 2**20,
         "copy_gb_per_s": rates.bytes / 1e6,
         "exp_g_per_s": rates.exps / 1e6,
         "contenders": rows,

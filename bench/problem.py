@@ -11,22 +11,29 @@ from torch import Tensor
 
 from bcmf_ext import dispatch
 
+Contender = Callable[[Tensor], Tensor | Sequence[Tensor]]
+
 
 @dataclass(frozen=True)
 class Problem:
-    """A loss of some logits.
+    """A loss of some logits, or what else is computed from an input.
 
-    contenders: from logits to a scalar, by name; the first is the baseline. definition: the same in fp64. work: bytes
-    and exponentials that each phase (forward, backward, both) needs at least. other: contenders that compute less, and
-    are timed only (the cross-entropy alone, beside a loss that contains it); the first of them is then the baseline.
+    contenders: from the input to a scalar, by name, or to several tensors, for which upstream has gradients; the first
+    is the baseline. definition: the same in fp64. work: bytes and exponentials that each phase (forward, backward,
+    both) needs at least. other: contenders that compute less, and are timed only (the cross-entropy alone, beside a
+    loss that contains it); the first of them is then the baseline.
     """
 
     title: str
-    logits: Tensor
-    contenders: Mapping[str, Callable[[Tensor], Tensor]]
-    definition: Callable[[Tensor], Tensor]
+    input: Tensor
+    contenders: Mapping[str, Contender]
+    definition: Contender
     work: Mapping[str, tuple[float, float]]
-    other: Mapping[str, Callable[[Tensor], Tensor]] = field(default_factory=dict)
+    other: Mapping[str, Contender] = field(default_factory=dict)
+    upstream: Sequence[Tensor] | None = None
+
+    def backward(self, outputs: Tensor | Sequence[Tensor]) -> None:
+        torch.autograd.backward(outputs, self.upstream)
 
 
 OURS = ("cuda", "triton", "cpu")  # with kernels

@@ -26,12 +26,12 @@ def main() -> None:
         for problem in OPS[op](labels, c):
             for impl in set(problem.contenders) & set(OURS):
                 loss = problem.contenders[impl]
-                loss(problem.logits).backward()
-                problem.logits.grad = None
+                problem.backward(loss(problem.input))
+                problem.input.grad = None
                 with profile(activities=activities) as recorded:
                     for _ in range(STEPS):
-                        loss(problem.logits).backward()
-                        problem.logits.grad = None
+                        problem.backward(loss(problem.input))
+                        problem.input.grad = None
                     if cuda:
                         torch.cuda.synchronize()
                 wanted = DeviceType.CUDA if cuda else DeviceType.CPU

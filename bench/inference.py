@@ -1,0 +1,226 @@
+"""Frames per second of the networks: ``python bench/inference.py [--device cuda] [--size H W …] [--model NAME …]``.
+
+Every row does the same work, from a uint8 image on the device to the class of each of its pixels, on the device:
+normalise, network, bilinear upsampling of the logits, arg-max. Batch 1, random weights. Rows: the network as it is
+trained (eager, NCHW, fp32), in channels_last, compiled (torch.compile of that), the Predictor (batch norms folded,
+channels_last, fused upsampling and arg-max, on a GPU as a CUDA graph); and the last three again in half precision
+(autocast, or the Predictor's own), where the device computes in it.
+
+Protocol. All rows take turns in one process, round after round, in an order drawn anew; a ratio is the median over the
+rounds of a row's time divided by that of `eager` in the same round, which itself runs twice a round (A/A: off by more
+than 5 %, or fewer than 15 rounds, and the table does not count). Latency: from the call to the end of the work (on a
+GPU it is waited for); median and 90th percentile. Memory: the peak above the state before a call, weights apart.
+Labels: the share of pixels that have the class of `eager`.
+
+Prints a table and writes bench/results/inference-<device>.json and .png.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import random
+import statistics
+import sys
+import tempfile
+import time
+from collections.abc import Callable
+from dataclasses import asdict
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import matplotlib as mpl
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.utils.flop_counter import FlopCounterMode
+from tqdm import tqdm
+
+mpl.use("Agg")
+import matplotlib.pyplot as plt
+
+sys.path.insert(0, str(Path(__file__).parent))
+from kernels import AA_LIMIT, LEAST_ROUNDS, RESULTS, about, device_name, peak_above
+
+from bcmf_ext.checkpoint import Run
+from bcmf_ext.config import NETWORKS, make_config
+from bcmf_ext.data import MEAN, STD, normalise
+from bcmf_ext.engine import choose_dtype
+from bcmf_ext.inference import Predictor
+
+CLASSES = 19
+SIZES = ((1024, 2048), (720, 960))
+ROUNDS = 21
+BASELINE = "eager"
+Row = Callable[[Tensor], Tensor]
+
+
+def make_network(name: str, device: str) -> nn.Module:
+    """In evaluation mode, with batch norms that have seen some images."""
+    torch.manual_seed(0)
+    network = NETWORKS[name](CLASSES).to(device).train()
+    with torch.no_grad():
+        for _ in range(3):
+            network(torch.randn(2, 3, 128, 256, device=device))
+    return network.eval()
+
+
+@torch.inference_mode()
+def predict(images: Tensor, network: Callable[[Tensor], Tensor], layout: torch.memory_format, half: Any) -> Tensor:
+    """What a script does with a trained network: uint8 images to labels. half: autocast's dtype, or None."""
+    images = normalise(images.contiguous(memory_format=layout))
+    with torch.autocast(images.device.type, half, enabled=half is not None):
+        logits = network(images)
+    logits = F.interpolate(logits.float(), images.shape[2:], mode="bilinear", align_corners=False)
+    return logits.argmax(1).to(torch.uint8)
+
+
+def make_predictor(name: str, network: nn.Module, device: str, amp: str) -> Predictor:
+    """By way of a checkpoint, as users make it."""
+    about_run = {
+        "config": asdict(make_config({"dataset": "folder", "model": name})),
+        "classes": [str(index) for index in range(CLASSES)],
+        "palette": torch.zeros(CLASSES, 3, dtype=torch.uint8),
+        "mean": MEAN,
+        "std": STD,
+        "align_corners": False,
+    }
+    with tempfile.TemporaryDirectory() as folder:
+        run = Run(Path(folder), about_run)
+        run.save_best(network.state_dict(), 1, 0.0)
+        return Predictor(run.best, device, amp)
+
+
+def make_rows(name: str, device: str, compiled: bool) -> dict[str, Row]:
+    network = make_network(name, device)
+    half, _ = choose_dtype("auto", torch.device(device))
+    nchw, last = torch.contiguous_format, torch.channels_last
+    placed = make_network(name, device).to(memory_format=last)  # type: ignore[call-overload]
+    rows: dict[str, Row] = {BASELINE: partial(predict, network=network, layout=nchw, half=None)}
+    for dtype in (None, half) if half else (None,):
+        suffix = f" {str(dtype).removeprefix('torch.')}" if dtype else ""
+        rows[f"channels_last{suffix}"] = partial(predict, network=placed, layout=last, half=dtype)
+        if compiled:
+            rows[f"compile{suffix}"] = partial(predict, network=torch.compile(placed), layout=last, half=dtype)
+        amp = {None: "off", torch.bfloat16: "bf16", torch.float16: "fp16"}[dtype]
+        rows[f"Predictor{suffix}"] = make_predictor(name, network, device, amp).labels
+    return rows
+
+
+def latency(row: Row, images: Tensor) -> float:
+    """ms."""
+    if images.is_cuda:
+        torch.cuda.synchronize()
+    start = time.perf_counter()
+    row(images)
+    if images.is_cuda:
+        torch.cuda.synchronize()
+    return 1e3 * (time.perf_counter() - start)
+
+
+def count(name: str, size: tuple[int, int]) -> dict[str, float]:
+    """Parameters and multiply-accumulates (what the literature calls FLOPs), without the auxiliary head."""
+    network = NETWORKS[name](CLASSES, aux_head=False, impl="torch").eval().to("meta")
+    with FlopCounterMode(display=False) as counter:
+        network(torch.empty(1, 3, *size, device="meta"))
+    return {"parameters": sum(p.numel() for p in network.parameters()), "macs": counter.get_total_flops() / 2}
+
+
+def measure(name: str, rows: dict[str, Row], size: tuple[int, int], device: str, rounds: int) -> dict[str, Any]:
+    noise = torch.rand(1, 3, 9, 17, generator=torch.Generator().manual_seed(0))
+    images = (255 * F.interpolate(noise, size, mode="bicubic").clamp(0, 1)).byte().to(device)
+    expected = rows[BASELINE](images)
+    turns = {**rows, "A/A": rows[BASELINE]}
+    times: dict[str, list[float]] = {turn: [] for turn in turns}
+    draw_order = random.Random(0)
+    for round_ in tqdm(range(-3, rounds), f"{name}, {'×'.join(map(str, size))}", leave=False, disable=None):
+        for turn in draw_order.sample(list(turns), len(turns)):
+            ms = latency(turns[turn], images)
+            if round_ >= 0:  # the others warm up, compile and capture
+                times[turn].append(ms)
+
+    def ratio(turn: str, rival: str = BASELINE) -> float:
+        return statistics.median(a / b for a, b in zip(times[turn], times[rival], strict=True))
+
+    found = {}
+    for row, call in rows.items():
+        found[row] = {
+            "ms": statistics.median(times[row]),
+            "p90_ms": statistics.quantiles(times[row], n=10)[-1],
+            "fps": 1e3 / statistics.median(times[row]),
+            "against": {rival: ratio(row, rival) for rival in rows},
+            "equal_labels": (call(images) == expected).double().mean().item(),
+            "mib": peak_above(partial(call, images), images.is_cuda),
+        }
+    aa = ratio("A/A")
+    counts = rounds >= LEAST_ROUNDS and abs(aa - 1) <= AA_LIMIT
+    return {"model": name, "size": size, **count(name, size), "A/A": aa, "counts": counts, "rows": found}
+
+
+def render(result: dict[str, Any]) -> str:
+    size = "×".join(map(str, (1, 3, *result["size"])))
+    lines = [
+        f"{result['model']}, {size}: {result['parameters']:,} parameters, {result['macs'] / 1e9:.2f} GMACs   "
+        f"A/A {result['A/A']:.2f}"
+        + ("" if result["counts"] else "   DOES NOT COUNT: the machine was busy, or the rounds are too few"),
+        f"  {'':<24}{'FPS':>8}{'ms':>9}{'p90':>9}{'× eager':>9}{'× compile':>11}{'MiB':>7}   labels as eager's",
+    ]
+    for name, row in result["rows"].items():
+        rival = f"compile{name.removeprefix(name.split(' ')[0])}"  # of the same dtype
+        against = f"{row['against'][rival]:11.2f}" if rival in row["against"] else f"{'':11}"
+        lines.append(
+            f"  {name:<24}{row['fps']:8.1f}{row['ms']:9.2f}{row['p90_ms']:9.2f}{row['against'][BASELINE]:9.2f}{against}"
+            f"{row['mib']:7.0f}   {row['equal_labels']:.4%}"
+        )
+    return "\n".join(lines)
+
+
+def draw(results: list[dict[str, Any]], path: Path) -> None:
+    """Frames per second, a panel for each network and size."""
+    figure, axes = plt.subplots(1, len(results), figsize=(1 + 3 * len(results), 4), squeeze=False)
+    for axis, result in zip(axes.flat, results, strict=True):
+        rows = result["rows"]
+        bars = axis.bar(list(rows), [row["fps"] for row in rows.values()])
+        for bar, name in zip(bars, rows, strict=True):
+            bar.set_color("tab:blue" if name.startswith("Predictor") else "tab:grey")
+        axis.bar_label(bars, fmt="%.3g", fontsize=8)
+        title = f"{result['model']}\n{'×'.join(map(str, result['size']))}" + ("" if result["counts"] else " (busy)")
+        axis.set_title(title, fontsize=9)
+        axis.tick_params(axis="x", labelrotation=60, labelsize=8)
+        axis.spines[["top", "right"]].set_visible(False)
+    axes[0, 0].set_ylabel("frames per second")
+    figure.tight_layout()
+    figure.savefig(path, dpi=120)
+    plt.close(figure)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument(
+        "--device", choices=("cpu", "cuda"), default="cuda" if torch.cuda.is_available() else "cpu", help="%(default)s"
+    )
+    parser.add_argument("--model", nargs="*", choices=tuple(NETWORKS), default=tuple(NETWORKS), help="default: both")
+    parser.add_argument("--size", type=int, nargs=2, metavar=("H", "W"), help="one size instead of two usual ones")
+    parser.add_argument("--rounds", type=int, default=ROUNDS, help=f"default: {ROUNDS}; at least 2")
+    parser.add_argument("--no-compile", action="store_true", help="without torch.compile, which takes minutes")
+    parser.add_argument("--output", type=Path, default=RESULTS, metavar="DIR", help="where the results go")
+    arguments = parser.parse_args()
+    path = arguments.output / f"inference-{device_name(arguments.device)}.json"
+    path.parent.mkdir(parents=True, exist_ok=True)
+    included = "a uint8 image on the device → normalise, network, bilinear upsampling, arg-max → labels on the device"
+    print(f"each row: {included}")
+    record = {**about(), "included": included, "rounds": arguments.rounds, "results": []}
+    record["threads"] = torch.get_num_threads()
+    for name in arguments.model:
+        rows = make_rows(name, arguments.device, not arguments.no_compile)
+        for size in [tuple(arguments.size)] if arguments.size else SIZES:
+            record["results"].append(measure(name, rows, size, arguments.device, arguments.rounds))
+            print(render(record["results"][-1]), flush=True)
+            path.write_text(json.dumps(record, indent=1) + "\n")  # after each: a run may be cut short
+    draw(record["results"], path.with_suffix(".png"))
+    print(f"{path}, {path.with_suffix('.png')}")
+
+
+if __name__ == "__main__":
+    main()
