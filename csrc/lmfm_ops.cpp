@@ -48,7 +48,7 @@ class Call {
       check_side(side);
       TORCH_CHECK_VALUE(side >= 1, "maps have at least one row and one column.");
     }
-    for (const int64_t pixels : {in[0] * in[1], out[0] * out[1]})  // counted in 32 bits
+    for (const int64_t pixels : {in[0] * in[1], in[0] * out[1], out[0] * out[1]})  // counted in 32 bits
       TORCH_CHECK_VALUE(pixels < (int64_t{1} << 31) / std::max<int64_t>(args.N, 1),
                         "maps of a batch have less than 2^31 pixels.");
     Branch& branch = args.branch[args.branches++];

@@ -138,9 +138,10 @@ def repeated_calls() -> Iterator[tuple[str, Callable[[], Any]]]:
         }
         call = Loss(LABELS, options, weighted=True, channels_last=True)
         yield f"bcl_weight {weight}", partial(loss_and_gradient, call, torch.bfloat16)
-    for eps in (0.0, 1e-3):
-        yield f"pools, eps {eps}", partial(pools, 512, torch.bfloat16, True, True, eps)
-        yield f"{LEVEL}, eps {eps}", partial(sums, LEVEL, torch.bfloat16, True, True, eps)
+    for channels_last, size, eps in itertools.product((False, True), ((1, 3), (7, 16), (33, 20)), (0.0, 1e-3)):
+        name = f"{size}, eps {eps}, channels_last {channels_last}"
+        yield f"pools, {name}", partial(pools, 512, torch.bfloat16, channels_last, True, size, eps)
+        yield f"{LEVEL}, {name}", partial(sums, LEVEL, torch.bfloat16, channels_last, True, size, eps)
 
 
 def loss_and_gradient(call: Loss, dtype: torch.dtype) -> None:
@@ -157,19 +158,33 @@ def norms(channels: tuple[int, ...], dtype: torch.dtype) -> list[list[Tensor]]:
     return [[empty(c, dtype=acc_dtype(empty(1, dtype=dtype))) for c in channels] for _ in range(4)]
 
 
-def pools(channels: int, dtype: torch.dtype, channels_last: bool, training: bool, eps: float = 1e-5) -> None:
-    x, parameters = empty(2, channels, *MAP, dtype=dtype, channels_last=channels_last), norms((channels,) * 4, dtype)
+def pools(
+    channels: int,
+    dtype: torch.dtype,
+    channels_last: bool,
+    training: bool,
+    size: tuple[int, int] = MAP,
+    eps: float = 1e-5,
+) -> None:
+    x, parameters = empty(2, channels, *size, dtype=dtype, channels_last=channels_last), norms((channels,) * 4, dtype)
     *outputs, stats = lmfm.pool_norm_relu(x, *parameters, training, 0.1, eps)
     lmfm.pool_norm_relu_backward(outputs, x, *parameters[:2], stats, training)
 
 
-def sums(call: Sums, dtype: torch.dtype, channels_last: bool, training: bool, eps: float = 1e-5) -> None:
+def sums(
+    call: Sums,
+    dtype: torch.dtype,
+    channels_last: bool,
+    training: bool,
+    size: tuple[int, int] = MAP,
+    eps: float = 1e-5,
+) -> None:
     maps = partial(empty, dtype=dtype, channels_last=channels_last)
     resampled = [maps(2, c, *cells) if call.resampled else None for c, cells in zip(call.channels, MAPS, strict=False)]
     resampled += [None] * (len(call.channels) - len(resampled))
-    added = [maps(2, c, *MAP) if call.added else None for c in call.channels]
+    added = [maps(2, c, *size) if call.added else None for c in call.channels]
     parameters = norms(call.channels, dtype)
-    options = *MAP, channels_last, call.joined, training
+    options = *size, channels_last, call.joined, training
     *outputs, stats = lmfm.add_norm_relu(resampled, added, *parameters, *options, 0.1, eps)
     lmfm.add_norm_relu_backward(outputs, resampled, added, *parameters[:2], stats, *options)
 
@@ -196,7 +211,7 @@ def compile_for(arch: int) -> str:
     launch = JITFunction.run
     with mock.patch.object(JITFunction, "run", compile_only):
         count = run(calls())
-        assert run(repeated_calls()) == count, "another weight or eps has a kernel compiled anew"
+        assert run(repeated_calls()) == count, "another weight, size or eps has a kernel compiled anew"
     return f"sm_{arch}: {count} cubins in {time.perf_counter() - began:.0f} s"
 
 

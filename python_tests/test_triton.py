@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from cases import (
@@ -22,6 +23,7 @@ from cases import (
 from bcmf_ext import BCL, CPG, dispatch, ops
 
 pytest.importorskip("triton")
+import races as races_module
 import triton
 import triton.language as tl
 from conftest import look_for_overflow
@@ -174,18 +176,32 @@ def small_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(lmfm, "LANES", {True: lmfm.Lanes(4, 16), False: lmfm.Lanes(1, 64)})
 
 
+class RacesOfLayouts(Races):
+    """Between barriers the same lane of equally shaped blocks may be of different threads, because Triton may lay such
+    blocks out differently: here only a store is ordered after the one load that its value depends on."""
+
+    def launch(self) -> None:
+        super().launch()
+        self.loads: dict[int, tuple[tuple[Any, ...], int]] = {}  # by which lane an address was read, and how often
+
+    def access(self, builder: Any, pointers: Any, mask: Any, writes: bool) -> None:
+        addresses = np.atleast_1d(pointers.data)
+        active = np.broadcast_to(mask.data, addresses.shape).reshape(-1)
+        for lane in np.flatnonzero(active):
+            address = int(addresses.reshape(-1)[lane])
+            me = (tuple(builder.grid_idx), self.epoch, addresses.shape, int(lane))
+            reader, times = self.loads.get(address, (me, 0))
+            times = times if reader == me else 0
+            if self.written.get(address) == me or (writes and times > 1):
+                self.found.add("by another layout, perhaps")
+            if not writes:
+                self.loads[address] = me, times + 1
+        super().access(builder, pointers, mask, writes)
+
+
 @pytest.fixture
 def any_layouts(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Races are also found between a store and a later load of the same lane, whose blocks may be laid out differently:
-    these kernels promise to have a barrier there."""
-    compare = Races.compare
-
-    def compare_lanes_too(self: Races, me: tuple[Any, ...], other: tuple[Any, ...] | None, what: str) -> None:
-        if me == other and what == "written":
-            self.found.add("written in another layout, perhaps")
-        compare(self, me, other, what)
-
-    monkeypatch.setattr(Races, "compare", compare_lanes_too)
+    monkeypatch.setattr(races_module, "Races", RacesOfLayouts)
 
 
 def random_maps(*shapes: tuple[int, ...]) -> list[torch.Tensor]:
@@ -269,27 +285,27 @@ def test_norms_have_no_races(
     call: NormRelu, layout: torch.memory_format, training: bool, small_blocks: None, any_layouts: None
 ) -> None:
     """Protects what programs keep in scratch memory, and the statistics and gradients that they share out."""
-    with look_for_races() as races:
+    with look_for_races() as found:
         call(layout, training)
-    assert not races.found
+    assert not found.found
 
 
-@pytest.mark.parametrize(("call", "barriers"), [(pool_of_a_map, 4), (add_two_and_one, 3)])
+@pytest.mark.parametrize(("call", "barriers"), [(pool_of_a_map, 5), (add_two_and_one, 4)])
 def test_a_missing_barrier_of_norms_is_found(
     call: NormRelu, barriers: int, small_blocks: None, any_layouts: None
 ) -> None:
     """Protects the test before: without any one of the barriers there are races."""
 
-    def races(without: tuple[str, int] | None = None) -> Races:
+    def run(without: tuple[str, int] | None = None) -> Races:
         with look_for_races(without) as found:
             call(torch.channels_last, True)
         return found
 
-    everywhere = races()
+    everywhere = run()
     assert not everywhere.found
     assert len(everywhere.barriers) == barriers
     for barrier in sorted(everywhere.barriers):
-        assert races(without=barrier).found, barrier
+        assert run(without=barrier).found, barrier
 
 
 @pytest.mark.parametrize("strides", [(2**31 + 64, 9 * 12, 12, 1), (9 * 12, 2**30 + 64, 12, 1), (64, 1024, 2**28, 1)])

@@ -121,7 +121,7 @@ def multiprocessors(device: torch.device) -> int:
 
 
 class Geometry:
-    """Map and the label pixels that they are read for: what the arguments of all kernels have in common."""
+    """Logits and the label pixels that they are read for: what the arguments of all kernels have in common."""
 
     def __init__(self, logits: Tensor, height: int, width: int, align_corners: bool) -> None:
         images, classes, rows, columns = logits.shape

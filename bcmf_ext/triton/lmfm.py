@@ -54,6 +54,27 @@ class Branch(NamedTuple):
 
 
 # --------------------------------------------------------------------------------------------------------------------
+# Integers. Triton compiles a kernel anew where one in a tuple is 1, or a multiple of 16: for maps of nearly every size.
+# So they are kept in a form that is neither (and outside tuples not specialised). Kernels are told where channels are
+# neighbours in memory: ADJACENT.
+
+
+def keep(*values: int) -> tuple[int, ...]:
+    return tuple(16 * value + 3 for value in values)
+
+
+@triton.jit
+def kept(value):
+    return tl.cast(value, tl.int64) >> 4
+
+
+@triton.jit
+def size_of(size):
+    """Channels (64 bit), height and width, and values of scratch memory of a channel (64 bit)."""
+    return kept(size[0]), kept(size[1]).to(tl.int32), kept(size[2]).to(tl.int32), kept(size[3])
+
+
+# --------------------------------------------------------------------------------------------------------------------
 # Pixels, and entries of maps and of scratch memory, in blocks (PIXELS, SIDE)
 
 
@@ -63,10 +84,11 @@ def pixels_from(start, PIXELS: tl.constexpr):
 
 
 @triton.jit
-def entry_of(map, n, c, y, x):
+def entry_of(map, n, c, y, x, ADJACENT: tl.constexpr):
     """Where it lies. In 64 bits, unlike the number of a pixel."""
-    offset = n.to(tl.int64) * map.stride_n + y.to(tl.int64) * map.stride_h + x.to(tl.int64) * map.stride_w
-    return map.data + offset + c * map.stride_c
+    offset = tl.cast(n, tl.int64) * kept(map.stride_n) + tl.cast(y, tl.int64) * kept(map.stride_h)
+    offset += tl.cast(x, tl.int64) * kept(map.stride_w)
+    return map.data + offset + (c if ADJACENT else c * kept(map.stride_c))
 
 
 @triton.jit
@@ -77,6 +99,12 @@ def own(scratch, pixel, SIDE: tl.constexpr):
 @triton.jit
 def channels_of(group, SIDE: tl.constexpr):
     return (group * SIDE + tl.arange(0, SIDE)).to(tl.int64)[None, :]
+
+
+@triton.jit
+def square_root(value):
+    """Rounded correctly."""
+    return tl.sqrt(value) if value.dtype == tl.float64 else tl.sqrt_rn(value)
 
 
 @triton.jit
@@ -116,7 +144,7 @@ def find_norm(
     else:
         mean = tl.load(norm.mean + c, mask=exists, other=0)
         variance = tl.load(norm.variance + c, mask=exists, other=1)
-    inverse_std = ratio(tl.full(variance.shape, 1.0, ACC), tl.sqrt(variance + double(eps).to(ACC)))
+    inverse_std = ratio(tl.full(variance.shape, 1.0, ACC), square_root(variance + double(eps).to(ACC)))
     if writes:
         tl.store(stats + first + c, mean, mask=exists)
         tl.store(stats + channels + first + c, inverse_std, mask=exists)
@@ -126,20 +154,21 @@ def find_norm(
 
 @triton.jit
 def write_relu(
-    z, count, mean, scale, bias, out, first_image, height, width, c, exists, SIDE: tl.constexpr, PIXELS: tl.constexpr
-):
+    z, count, mean, scale, bias, out, first_image, height, width, c, exists, ADJACENT: tl.constexpr, SIDE: tl.constexpr,
+    PIXELS: tl.constexpr,
+):  # fmt: skip
     for start in range(0, count, PIXELS):
         pixel = pixels_from(start, PIXELS)
         y = (tl.load(own(z, pixel, SIDE), mask=pixel < count, other=0) - mean) * scale + bias
         n, row, column = first_image + pixel // (height * width), pixel // width % height, pixel % width
-        to = entry_of(out, n, c, row, column)
+        to = entry_of(out, n, c, row, column, ADJACENT)
         tl.store(to, tl.where(y < 0, 0.0, y).to(out.data.dtype.element_ty), mask=(pixel < count) & exists)  # NaN stays
 
 
 @triton.jit
 def norm_backward(
     z, count, norm, stats, grad_norms, channels, first, grad, height, width, c, exists, training,
-    ACC: tl.constexpr, SIDE: tl.constexpr, PIXELS: tl.constexpr,
+    ACC: tl.constexpr, ADJACENT: tl.constexpr, SIDE: tl.constexpr, PIXELS: tl.constexpr,
 ):  # fmt: skip
     """Puts the gradient of z in its place, and leaves those of weight and bias. grad: that of the output."""
     mean = tl.load(stats + first + c, mask=exists, other=0)
@@ -149,16 +178,21 @@ def norm_backward(
     grad_bias, grad_weight = tl.zeros([PIXELS, SIDE], ACC), tl.zeros([PIXELS, SIDE], ACC)
     for start in range(0, count, PIXELS):
         pixel = pixels_from(start, PIXELS)
-        centred, passed = passed_relu(z, pixel, count, mean, scale, bias, grad, height, width, c, exists, ACC, SIDE)
+        centred, passed = passed_relu(
+            z, pixel, count, mean, scale, bias, grad, height, width, c, exists, ACC, ADJACENT, SIDE
+        )
         grad_bias += passed
         grad_weight += passed * (centred * inverse_std)
     grad_bias, grad_weight = channel_sum(grad_bias), channel_sum(grad_weight)
     tl.store(grad_norms + first + c, grad_weight, mask=exists)
     tl.store(grad_norms + channels + first + c, grad_bias, mask=exists)
     share = tl.where(training != 0, ratio(tl.cast(1, ACC), tl.cast(count, ACC)), 0.0)
+    tl.debug_barrier()
     for start in range(0, count, PIXELS):
         pixel = pixels_from(start, PIXELS)
-        centred, passed = passed_relu(z, pixel, count, mean, scale, bias, grad, height, width, c, exists, ACC, SIDE)
+        centred, passed = passed_relu(
+            z, pixel, count, mean, scale, bias, grad, height, width, c, exists, ACC, ADJACENT, SIDE
+        )
         value = scale * (passed - (grad_bias + centred * inverse_std * grad_weight) * share)
         tl.store(own(z, pixel, SIDE), value, mask=pixel < count)
     tl.debug_barrier()
@@ -166,12 +200,13 @@ def norm_backward(
 
 @triton.jit
 def passed_relu(
-    z, pixel, count, mean, scale, bias, grad, height, width, c, exists, ACC: tl.constexpr, SIDE: tl.constexpr
-):
+    z, pixel, count, mean, scale, bias, grad, height, width, c, exists,
+    ACC: tl.constexpr, ADJACENT: tl.constexpr, SIDE: tl.constexpr,
+):  # fmt: skip
     """z − mean, and what of the output's gradient passes the ReLU."""
     inside = (pixel < count) & exists
     centred = tl.load(own(z, pixel, SIDE), mask=pixel < count, other=0) - mean
-    from_ = entry_of(grad, pixel // (height * width), c, pixel // width % height, pixel % width)
+    from_ = entry_of(grad, pixel // (height * width), c, pixel // width % height, pixel % width, ADJACENT)
     upstream = tl.load(from_, mask=inside, other=0).to(ACC)
     return centred, tl.where(centred * scale + bias <= 0, 0.0, upstream)
 
@@ -200,22 +235,71 @@ def shape_of(POOL: tl.constexpr, height, width):
 
 
 @triton.jit
-def find_pool(
-    x, along_y, pool, images, first_image, height, width, c, exists,
-    POOL: tl.constexpr, ACC: tl.constexpr, SIDE: tl.constexpr, PIXELS: tl.constexpr,
+def part_of(scratch, images, height, width, POOL: tl.constexpr, SIDE: tl.constexpr):
+    """A pool along y, the pool, and what is behind them, in scratch memory."""
+    rows, columns = shape_of(POOL, height, width)
+    pool = scratch + tl.cast(images, tl.int64) * rows * width * SIDE
+    return scratch, pool, pool + tl.cast(images, tl.int64) * rows * columns * SIDE
+
+
+@triton.jit
+def end_window(along_y, image, x, window, value, there, rows, width, SIDE: tl.constexpr):
+    tl.store(own(along_y, (image * rows + window) * width + x, SIDE), value, mask=there)
+
+
+@triton.jit
+def sum_down(
+    map, scratch, images, first_image, height, width, c, exists,
+    ACC: tl.constexpr, ADJACENT: tl.constexpr, SIDE: tl.constexpr, PIXELS: tl.constexpr,
 ):  # fmt: skip
-    """along_y (images · outputs, width, SIDE), then pool (images · outputs, outputs, SIDE), in scratch memory."""
-    size, stride, pad, rows = window_of(POOL, height)
-    for start in range(0, images * rows * width, PIXELS):
-        pixel = pixels_from(start, PIXELS)
-        inside = (pixel < images * rows * width) & exists
-        n, y = first_image + pixel // (rows * width), pixel // width % rows * stride - pad
+    """Sums along y for all pools, each entry read once: a lane goes down a column. A window consists of two blocks as
+    long as its pool's stride, the last of which is `here`, and the first entry of the next one."""
+    rows_0, _ = shape_of(0, height, width)
+    rows_1, _ = shape_of(1, height, width)
+    rows_2, _ = shape_of(2, height, width)
+    to_0, _, behind = part_of(scratch, images, height, width, 0, SIDE)
+    to_1, _, behind = part_of(behind, images, height, width, 1, SIDE)
+    to_2, _, behind = part_of(behind, images, height, width, 2, SIDE)
+    for start in range(0, images * width, PIXELS):
+        column = pixels_from(start, PIXELS)
+        there = column < images * width
+        image, x = column // width, column % width
         total = tl.zeros([PIXELS, SIDE], ACC)
-        for k in range(size):
-            there = inside & (y + k >= 0) & (y + k < height)
-            total += tl.load(entry_of(x, n, c, y + k, pixel % width), mask=there, other=0).to(ACC)
-        tl.store(own(along_y, pixel, SIDE), total, mask=pixel < images * rows * width)
+        before_0, before_1, before_2 = total, total, total
+        here_0, here_1, here_2 = total, total, total
+        for y in range(height):
+            from_ = entry_of(map, first_image + image, c, y, x, ADJACENT)
+            value = tl.load(from_, mask=there & exists, other=0).to(ACC)
+            if y % 2 == 0:
+                if y > 0:
+                    end_window(to_0, image, x, y // 2 - 1, before_0 + here_0 + value, there, rows_0, width, SIDE)
+                before_0, here_0 = here_0, tl.zeros([PIXELS, SIDE], ACC)
+            if y % 4 == 0:
+                if y > 0:
+                    end_window(to_1, image, x, y // 4 - 1, before_1 + here_1 + value, there, rows_1, width, SIDE)
+                before_1, here_1 = here_1, tl.zeros([PIXELS, SIDE], ACC)
+            if y % 8 == 0:
+                if y > 0:
+                    end_window(to_2, image, x, y // 8 - 1, before_2 + here_2 + value, there, rows_2, width, SIDE)
+                before_2, here_2 = here_2, tl.zeros([PIXELS, SIDE], ACC)
+            here_0 += value
+            here_1 += value
+            here_2 += value
+            total += value
+        end_window(to_0, image, x, rows_0 - 1, before_0 + here_0, there, rows_0, width, SIDE)
+        end_window(to_1, image, x, rows_1 - 1, before_1 + here_1, there, rows_1, width, SIDE)
+        end_window(to_2, image, x, rows_2 - 1, before_2 + here_2, there, rows_2, width, SIDE)
+        end_window(behind, image, x, 0, total, there, 1, width, SIDE)
     tl.debug_barrier()
+
+
+@triton.jit
+def pool_across(
+    along_y, pool, images, height, width, POOL: tl.constexpr, ACC: tl.constexpr, SIDE: tl.constexpr,
+    PIXELS: tl.constexpr,
+):  # fmt: skip
+    """A pool of its sums along y."""
+    size, _, _, rows = window_of(POOL, height)
     across, stride, pad, columns = window_of(POOL, width)
     share = ratio(tl.cast(1, ACC), tl.cast(size * across, ACC))
     for start in range(0, images * rows * columns, PIXELS):
@@ -263,54 +347,50 @@ def spread_down(along_y, n, y, x, inside, height, width, POOL: tl.constexpr, ACC
     return total
 
 
-@triton.jit
-def part_of(scratch, images, height, width, POOL: tl.constexpr, SIDE: tl.constexpr):
-    """A pool along y, the pool, and what is behind them, in scratch memory."""
-    rows, columns = shape_of(POOL, height, width)
-    pool = scratch + tl.cast(images, tl.int64) * rows * width * SIDE
-    return scratch, pool, pool + tl.cast(images, tl.int64) * rows * columns * SIDE
-
-
-@triton.jit
+@triton.jit(do_not_specialize=["images", "parts", "momentum", "eps"])
 def pool_forward(
-    x, outs, norms, stats, scratch, size, images, parts, momentum, eps,
-    TRAINING: tl.constexpr, ACC: tl.constexpr, SIDE: tl.constexpr, PIXELS: tl.constexpr,
+    x, outs, norms, stats, scratch, size, images, parts, momentum, eps, TRAINING: tl.constexpr,
+    ACC: tl.constexpr, ADJACENT: tl.constexpr, SIDE: tl.constexpr, PIXELS: tl.constexpr,
 ):  # fmt: skip
     """A program has all images, or one of them."""
-    channels, height, width, values = size
+    channels, height, width, values = size_of(size)
     first_image = tl.program_id(0) % parts
     c = channels_of(tl.program_id(0) // parts, SIDE)
     exists = c < channels
-    here = scratch + tl.cast(tl.program_id(0), tl.int64) * values * SIDE
+    behind = scratch + tl.cast(tl.program_id(0), tl.int64) * values * SIDE
+    sum_down(x, behind, images, first_image, height, width, c, exists, ACC, ADJACENT, SIDE, PIXELS)
     for POOL in tl.static_range(WHOLE + 1):
-        along_y, z, here = part_of(here, images, height, width, POOL, SIDE)
-        find_pool(x, along_y, z, images, first_image, height, width, c, exists, POOL, ACC, SIDE, PIXELS)
+        along_y, z, behind = part_of(behind, images, height, width, POOL, SIDE)
+        pool_across(along_y, z, images, height, width, POOL, ACC, SIDE, PIXELS)
         rows, columns = shape_of(POOL, height, width)
         count = images * rows * columns
         mean, scale, bias = find_norm(
             z, count, norms[POOL], stats, (WHOLE + 1) * channels, POOL * channels, c, exists, first_image == 0,
             momentum, eps, TRAINING, ACC, SIDE, PIXELS,
         )  # fmt: skip
-        write_relu(z, count, mean, scale, bias, outs[POOL], first_image, rows, columns, c, exists, SIDE, PIXELS)
+        write_relu(
+            z, count, mean, scale, bias, outs[POOL], first_image, rows, columns, c, exists, ADJACENT, SIDE, PIXELS
+        )
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["images", "training"])
 def pool_backward(
     x, grads, norms, stats, grad_norms, grad_x, scratch, size, images, training,
-    ACC: tl.constexpr, SIDE: tl.constexpr, PIXELS: tl.constexpr,
+    ACC: tl.constexpr, ADJACENT: tl.constexpr, SIDE: tl.constexpr, PIXELS: tl.constexpr,
 ):  # fmt: skip
-    channels, height, width, values = size
+    channels, height, width, values = size_of(size)
     c = channels_of(tl.program_id(0), SIDE)
     exists = c < channels
     begin = scratch + tl.cast(tl.program_id(0), tl.int64) * values * SIDE
-    here = begin
+    behind = begin
+    sum_down(x, begin, images, 0, height, width, c, exists, ACC, ADJACENT, SIDE, PIXELS)
     for POOL in tl.static_range(WHOLE + 1):
-        along_y, z, here = part_of(here, images, height, width, POOL, SIDE)
-        find_pool(x, along_y, z, images, 0, height, width, c, exists, POOL, ACC, SIDE, PIXELS)
+        along_y, z, behind = part_of(behind, images, height, width, POOL, SIDE)
+        pool_across(along_y, z, images, height, width, POOL, ACC, SIDE, PIXELS)
         rows, columns = shape_of(POOL, height, width)
         norm_backward(
             z, images * rows * columns, norms[POOL], stats, grad_norms, (WHOLE + 1) * channels, POOL * channels,
-            grads[POOL], rows, columns, c, exists, training, ACC, SIDE, PIXELS,
+            grads[POOL], rows, columns, c, exists, training, ACC, ADJACENT, SIDE, PIXELS,
         )  # fmt: skip
         spread_across(z, along_y, images, height, width, POOL, ACC, SIDE, PIXELS)
     tl.debug_barrier()
@@ -319,11 +399,12 @@ def pool_backward(
         inside = (pixel < images * height * width) & exists
         n, y, x_ = pixel // (height * width), pixel // width % height, pixel % width
         total = tl.zeros([PIXELS, SIDE], ACC)
-        here = begin
+        behind = begin
         for POOL in tl.static_range(WHOLE + 1):
-            along_y, z, here = part_of(here, images, height, width, POOL, SIDE)
+            along_y, z, behind = part_of(behind, images, height, width, POOL, SIDE)
             total += spread_down(along_y, n, y, x_, inside, height, width, POOL, ACC, SIDE)
-        tl.store(entry_of(grad_x, n, c, y, x_), total.to(grad_x.data.dtype.element_ty), mask=inside)
+        to = entry_of(grad_x, n, c, y, x_, ADJACENT)
+        tl.store(to, total.to(grad_x.data.dtype.element_ty), mask=inside)
 
 
 # --------------------------------------------------------------------------------------------------------------------
@@ -350,8 +431,10 @@ def start_of(cell, inside, outside):
 
 
 @triton.jit
-def find_sum(branch, z, images, first_image, height, width, c, exists, ACC: tl.constexpr, SIDE: tl.constexpr,
-    PIXELS: tl.constexpr):  # fmt: skip
+def find_sum(
+    branch, z, images, first_image, height, width, c, exists,
+    ACC: tl.constexpr, ADJACENT: tl.constexpr, SIDE: tl.constexpr, PIXELS: tl.constexpr,
+):  # fmt: skip
     """The sum of a branch's maps, to scratch memory."""
     count = images * height * width
     for start in range(0, count, PIXELS):
@@ -360,13 +443,13 @@ def find_sum(branch, z, images, first_image, height, width, c, exists, ACC: tl.c
         n, y, x = first_image + pixel // (height * width), pixel // width % height, pixel % width
         total = tl.zeros([PIXELS, SIDE], ACC)
         if branch.has_added != 0:
-            total += tl.load(entry_of(branch.added, n, c, y, x), mask=inside, other=0).to(ACC)
+            total += tl.load(entry_of(branch.added, n, c, y, x, ADJACENT), mask=inside, other=0).to(ACC)
         if branch.has_resampled != 0:
             top, down = tap(y, branch.rows, height, ACC)
             left, right = tap(x, branch.columns, width, ACC)
             below, beside = (down != 0).to(tl.int64), (right != 0).to(tl.int64)
-            corner = entry_of(branch.resampled, n, c, top, left)
-            step_y, step_x = below * branch.resampled.stride_h, beside * branch.resampled.stride_w
+            corner = entry_of(branch.resampled, n, c, top, left, ADJACENT)
+            step_y, step_x = below * kept(branch.resampled.stride_h), beside * kept(branch.resampled.stride_w)
             above = mix(
                 tl.load(corner, mask=inside, other=0).to(ACC), tl.load(corner + step_x, mask=inside, other=0).to(ACC),
                 right,
@@ -406,10 +489,11 @@ def either(take, first, second):
 
 @triton.jit
 def branch_of(branches, group, SIDE: tl.constexpr):
-    """The branch of a group of channels among those of all branches, and the group among its own."""
-    chosen, own_group, start = branches[0], group, 0
+    """The branch of a group of channels among those of all branches, its numbers as they are; and the group among its
+    own."""
+    chosen, own_group, start = branches[0], group, tl.cast(group, tl.int64) * 0
     for b in tl.static_range(1, len(branches)):
-        start += (branches[b - 1].channels + SIDE - 1) // SIDE
+        start += (kept(branches[b - 1].channels) + SIDE - 1) // SIDE
         later = group >= start
         chosen = Branch(  # type: ignore[call-arg]
             *either(later, chosen[:6], branches[b][:6]),
@@ -421,50 +505,56 @@ def branch_of(branches, group, SIDE: tl.constexpr):
             Norm(*either(later, chosen.norm, branches[b].norm)),
         )
         own_group = tl.where(later, group - start, own_group)
-    return chosen, own_group
+    found = Branch(
+        kept(chosen.channels), kept(chosen.first), kept(chosen.rows).to(tl.int32), kept(chosen.columns).to(tl.int32),
+        kept(chosen.has_resampled), kept(chosen.has_added), chosen.resampled, chosen.added, chosen.out,
+        chosen.grad_resampled, chosen.grad_added, chosen.norm,
+    )  # fmt: skip
+    return found, own_group
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["images", "parts", "momentum", "eps"])
 def add_forward(
     branches, stats, scratch, size, images, parts, momentum, eps,
-    TRAINING: tl.constexpr, ACC: tl.constexpr, SIDE: tl.constexpr, PIXELS: tl.constexpr,
+    TRAINING: tl.constexpr, ACC: tl.constexpr, ADJACENT: tl.constexpr, SIDE: tl.constexpr, PIXELS: tl.constexpr,
 ):  # fmt: skip
     """A program has all images, or one of them."""
-    channels, height, width, values = size
+    channels, height, width, values = size_of(size)
     branch, group = branch_of(branches, tl.program_id(0) // parts, SIDE)
     first_image = tl.program_id(0) % parts
     c = channels_of(group, SIDE)
     exists = c < branch.channels
     z = scratch + tl.cast(tl.program_id(0), tl.int64) * values * SIDE
-    find_sum(branch, z, images, first_image, height, width, c, exists, ACC, SIDE, PIXELS)
+    find_sum(branch, z, images, first_image, height, width, c, exists, ACC, ADJACENT, SIDE, PIXELS)
     count = images * height * width
     mean, scale, bias = find_norm(
         z, count, branch.norm, stats, channels, branch.first, c, exists, first_image == 0, momentum, eps,
         TRAINING, ACC, SIDE, PIXELS,
     )  # fmt: skip
-    write_relu(z, count, mean, scale, bias, branch.out, first_image, height, width, c, exists, SIDE, PIXELS)
+    write_relu(z, count, mean, scale, bias, branch.out, first_image, height, width, c, exists, ADJACENT, SIDE, PIXELS)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["images", "training", "most_rows", "most_columns"])
 def add_backward(
     branches, stats, grad_norms, scratch, size, images, training, most_rows, most_columns,
-    ACC: tl.constexpr, SIDE: tl.constexpr, PIXELS: tl.constexpr,
+    ACC: tl.constexpr, ADJACENT: tl.constexpr, SIDE: tl.constexpr, PIXELS: tl.constexpr,
 ):  # fmt: skip
-    channels, height, width, values = size
+    channels, height, width, values = size_of(size)
     branch, group = branch_of(branches, tl.program_id(0), SIDE)
     c = channels_of(group, SIDE)
     exists = c < branch.channels
     z = scratch + tl.cast(tl.program_id(0), tl.int64) * values * SIDE
-    find_sum(branch, z, images, 0, height, width, c, exists, ACC, SIDE, PIXELS)
+    find_sum(branch, z, images, 0, height, width, c, exists, ACC, ADJACENT, SIDE, PIXELS)
     count = images * height * width
     norm_backward(
         z, count, branch.norm, stats, grad_norms, channels, branch.first, branch.out, height, width, c, exists,
-        training, ACC, SIDE, PIXELS,
+        training, ACC, ADJACENT, SIDE, PIXELS,
     )  # fmt: skip
     if branch.has_added != 0:
         for start in range(0, count, PIXELS):
             pixel = pixels_from(start, PIXELS)
-            to = entry_of(branch.grad_added, pixel // (height * width), c, pixel // width % height, pixel % width)
+            n, y, x = pixel // (height * width), pixel // width % height, pixel % width
+            to = entry_of(branch.grad_added, n, c, y, x, ADJACENT)
             value = tl.load(own(z, pixel, SIDE), mask=pixel < count, other=0)
             tl.store(to, value.to(branch.grad_added.data.dtype.element_ty), mask=(pixel < count) & exists)
     if branch.has_resampled != 0:
@@ -484,7 +574,7 @@ def add_backward(
             value = gather(
                 own(along_y, row * width, SIDE), SIDE, cell, branch.columns, width, most_columns, there, ACC, SIDE
             )
-            to = entry_of(branch.grad_resampled, row // branch.rows, c, row % branch.rows, cell)
+            to = entry_of(branch.grad_resampled, row // branch.rows, c, row % branch.rows, cell, ADJACENT)
             tl.store(to, value.to(branch.grad_resampled.data.dtype.element_ty), mask=there & exists)
 
 
@@ -493,7 +583,7 @@ def add_backward(
 
 
 def map_of(tensor: Tensor) -> Map:
-    return Map(tensor, *tensor.stride())
+    return Map(tensor, *keep(*tensor.stride()))
 
 
 class Lanes(NamedTuple):
@@ -508,8 +598,9 @@ LANES_ON_GPUS = {True: Lanes(4, 128), False: Lanes(1, 512)}
 LANES = {True: Lanes(16, 1024), False: Lanes(32, 512)} if INTERPRETED else LANES_ON_GPUS
 
 
-def lanes_for(map: Tensor) -> dict[str, int]:
-    return LANES[map.stride(1) == 1]._asdict()
+def lanes_for(*maps: Tensor) -> dict[str, int]:
+    adjacent = all(map.stride(1) == 1 for map in maps)
+    return {"ADJACENT": adjacent, **LANES[adjacent]._asdict()}
 
 
 def check_map(map: Tensor, like: Tensor, shape: Sequence[int]) -> None:
@@ -589,7 +680,8 @@ def pool_norm_relu(
     """The kernel of bcmf::pool_norm_relu_triton."""
     acc = acc_of(x)
     check_pool_input(x)
-    outs, stats, lanes = empty_pools(x), empty_stats(x, weights), lanes_for(x)
+    outs, stats = empty_pools(x), empty_stats(x, weights)
+    lanes = lanes_for(x, *outs)
     images, channels, height, width = x.shape
     norms = split_norms((weights, biases, means, variances), [channels] * len(outs), x)
     parts = 1 if training else images
@@ -601,7 +693,7 @@ def pool_norm_relu(
             pool_forward, programs if images else 0, lanes,
             x=map_of(x), outs=tuple(map(map_of, outs)), norms=tuple(norms), stats=stats,
             scratch=x.new_empty(programs * values * lanes["SIDE"], dtype=acc_dtype(x)),
-            size=(channels, height, width, values), images=together, parts=parts,
+            size=keep(channels, height, width, values), images=together, parts=parts,
             momentum=bits_of(momentum), eps=bits_of(eps), TRAINING=training, ACC=acc,
         )  # fmt: skip
     return *outs, stats
@@ -625,7 +717,7 @@ def pool_norm_relu_backward(
     for grad, size in zip(grads, sizes, strict=True):
         check_map(grad, x, (images, channels, *size))
     norms = split_norms((weights, biases), [channels] * len(sizes), x)
-    stats, lanes = check_stats(stats, len(sizes) * channels, x), lanes_for(x)
+    stats, lanes = check_stats(stats, len(sizes) * channels, x), lanes_for(x, *grads)
     grad_x, grad_norms = torch.empty_like(x, memory_format=torch.preserve_format), torch.empty_like(stats)
     if images == 0:
         return [grad_x], grad_norms.zero_()
@@ -635,7 +727,7 @@ def pool_norm_relu_backward(
             pool_backward, programs, lanes,
             x=map_of(x), grads=tuple(map(map_of, grads)), norms=tuple(norms), stats=stats, grad_norms=grad_norms,
             grad_x=map_of(grad_x), scratch=x.new_empty(programs * values * lanes["SIDE"], dtype=acc_dtype(x)),
-            size=(channels, height, width, values), images=images, training=int(training), ACC=acc,
+            size=keep(channels, height, width, values), images=images, training=int(training), ACC=acc,
         )  # fmt: skip
     return [grad_x], grad_norms
 
@@ -675,17 +767,19 @@ class AddCall:
             views = [map_of(outs[b] if given is None else given) for given in maps]
             views += [views[2]] * (5 - len(views))
             has = int(low is not None), int(map is not None)
-            found.append(Branch(channels, first, rows, columns, *has, *views, norms[b]))  # type: ignore[call-arg]
+            numbers = keep(channels, first, rows, columns, *has)
+            found.append(Branch(*numbers, *views, norms[b]))  # type: ignore[call-arg]
             first += channels
         return tuple(found)
 
     def run(self, kernel: Any, layout: Tensor, parts: int, backward: bool, **arguments: Any) -> None:
-        lanes, images = lanes_for(layout), self.images // max(parts, 1)
+        maps = [map for pair in self.pairs for map in pair if map is not None]
+        lanes, images = lanes_for(layout, *maps), self.images // max(parts, 1)
         programs = sum(triton.cdiv(channels, lanes["SIDE"]) for channels in self.channels) * parts
         rows = max(0 if low is None else low.shape[2] for low, _ in self.pairs) if backward else 0
         values = images * (self.height + rows) * self.width
         scratch = layout.new_empty(programs * values * lanes["SIDE"], dtype=acc_dtype(layout))
-        size = (sum(self.channels), self.height, self.width, values)
+        size = keep(sum(self.channels), self.height, self.width, values)
         with on_device(layout):
             run(
                 kernel,

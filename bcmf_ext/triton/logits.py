@@ -83,7 +83,7 @@ def group(
     logits, n, places, first, classes, inside,
     ACC: tl.constexpr, MODE: tl.constexpr, GROUP: tl.constexpr,
 ):  # fmt: skip
-    """Map (GROUP, ROWS, SPANS, SPAN) of the classes from `first` on, −inf for one that does not exist."""
+    """Logits (GROUP, ROWS, SPANS, SPAN) of the classes from `first` on, −inf for one that does not exist."""
     c = first + tl.arange(0, GROUP)[:, None, None, None]
     exists = c < classes
     base = logits.data + tl.cast(n, tl.int64) * logits.stride_n + c.to(tl.int64) * logits.stride_c

@@ -213,20 +213,47 @@ struct PoolBlock {
   }
   __device__ __forceinline__ Acc* pooled_down(int p) const { return pooled(p) + int64_t{pixels(p)} * kSide; }
 
-  // Fills both. Between barriers threads read what others have written, after the last one only their own.
-  __device__ __forceinline__ void find() const {
-    const Plane<Scalar> map(args.branch[0].resampled, lane.exists ? lane.channel : 0);
-    for (int p = 0; p < kPools; ++p) {
-      const Branch& branch = args.branch[p];
-      const PoolAxis down = pool_axis(p, branch.h);
-      for (unsigned i = lane.worker; i < columns(p); i += lane.workers) {
-        const Pixel pixel(i, n, branch.H, branch.w);
-        Acc sum = 0;
-        for (int64_t y = down.first(pixel.y); y < down.end(pixel.y); ++y)
-          sum += map.load(pixel.n, static_cast<int>(y), pixel.x);
-        pooled_down(p)[int64_t{i} * kSide] = sum;
+  // Sums column i of all images up for all pools, each entry read once. A window consists of two blocks as long as its
+  // pool's stride, and the first entry of the next one.
+  __device__ __forceinline__ void sum_down(unsigned i) const {
+    const Branch& map = args.branch[0];
+    const Plane<Scalar> plane(map.resampled, lane.exists ? lane.channel : 0);
+    const unsigned w = static_cast<unsigned>(map.w), image = i / w, x = i % w;
+    const int h = static_cast<int>(map.h);
+    constexpr int kAtOnce = 8;  // entries that are asked for together: a multiple of all strides
+    Acc before[kPools - 1] = {}, here[kPools - 1] = {}, total = 0;
+    const auto store = [&](int p, int y, Acc sum) {
+      pooled_down(p)[((image * args.branch[p].H + y) * w + x) * kSide] = sum;
+    };
+    for (int top = 0; top < h; top += kAtOnce) {
+      Acc values[kAtOnce];
+#pragma unroll
+      for (int k = 0; k < kAtOnce; ++k)
+        values[k] = top + k < h ? plane.load(n + image, top + k, static_cast<int>(x)) : Acc(0);
+#pragma unroll
+      for (int k = 0; k < kAtOnce; ++k) {
+        if (top + k >= h) break;
+        total += values[k];
+#pragma unroll
+        for (int p = 0; p < kPools - 1; ++p) {
+          const int stride = 2 << p;
+          if (k % stride == 0) {
+            if (top + k > 0) store(p, (top + k) / stride - 1, before[p] + here[p] + values[k]);
+            before[p] = here[p], here[p] = 0;
+          }
+          here[p] += values[k];
+        }
       }
     }
+#pragma unroll
+    for (int p = 0; p < kPools - 1; ++p) store(p, (h - 1) / (2 << p), before[p] + here[p]);
+    store(kPools - 1, 0, total);
+  }
+
+  // Fills both. Between barriers threads read what others have written, after the last one only their own.
+  __device__ __forceinline__ void find() const {
+    const Branch& map = args.branch[0];
+    for (unsigned i = lane.worker; i < static_cast<unsigned>(images * map.w); i += lane.workers) sum_down(i);
     __syncthreads();
     for (int p = 0; p < kPools; ++p) {
       const Branch& branch = args.branch[p];
