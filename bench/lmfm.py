@@ -4,7 +4,6 @@ The convolutions' results are given, as maps, and the gradients of what goes int
 from __future__ import annotations
 
 import copy
-import logging
 from collections.abc import Iterator
 from functools import partial
 
@@ -45,14 +44,8 @@ def problem(
     definition = partial(by_pytorch, module=copy.deepcopy(module).double(), small=small, large=large)
     contenders = {"eager": partial(by_pytorch, module=module, small=small, large=large)}
     upstream = [draw(*output.shape) for output in contenders["eager"](x)]
-    compiled = torch.compile(contenders["eager"])
-    logging.disable(logging.CRITICAL)  # hundreds of lines if it fails
-    try:
-        torch.autograd.grad(compiled(x), x, upstream)
-        contenders["compile"] = compiled
-    except torch._inductor.exc.InductorError as error:  # of torch 2.13 on the CPU
-        print(f"{title}: torch.compile fails ({type(error.inner_exception).__name__} inside), not measured")
-    logging.disable(logging.NOTSET)
+    if device.type == "cuda":  # on the CPU inductor stops with an assertion in its C++ (torch 2.13)
+        contenders["compile"] = torch.compile(contenders["eager"])
     for impl in our_impls(device):
         if impl != "torch":
             contenders[impl] = partial(by_kernels, module=module, small=small, large=large, impl=impl)
