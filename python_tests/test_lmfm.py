@@ -175,6 +175,17 @@ def test_not_less_exact_than_eager(
 
 
 @every_kernel
+@pytest.mark.parametrize(
+    ("low", "size"), [((3, 4), (18, 32)), ((2, 3), (4, 24)), ((1, 2), (9, 13)), ((5, 8), (22, 33)), ((40, 9), (3, 2))]
+)
+def test_any_ratio(backend: Backend, low: tuple[int, int], size: tuple[int, int]) -> None:
+    """Protects resampling, and its gathered gradient, by factors that the other maps of a call do not hide."""
+    case = Case("a ratio", lambda h, w: [(3, *low), None], (3,))
+    maps, norms = case.make(2, size, torch.float64, backend.device)
+    assert_not_less_exact(case, backend, maps, norms, size)
+
+
+@every_kernel
 @every_case
 @every_dtype
 def test_any_layout(backend: Backend, case: Case, dtype: torch.dtype) -> None:

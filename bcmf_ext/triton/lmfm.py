@@ -794,8 +794,9 @@ class AddCall:
             )
 
     def most(self, axis: int, outside: int) -> int:
-        """Pixels between three neighbouring cells, at most."""
-        return max(0 if low is None else 2 * (triton.cdiv(outside, low.shape[axis]) + 1) for low, _ in self.pairs)
+        """Pixels between a cell's neighbours, at most: of the second cell, whose first neighbour has those up to the
+        border, too, two and a half cells' width."""
+        return max(0 if low is None else triton.cdiv(5 * outside, 2 * low.shape[axis]) + 1 for low, _ in self.pairs)
 
 
 def split_joined(outs: Sequence[Tensor], channels: Sequence[int], joined: bool) -> Sequence[Tensor]:
