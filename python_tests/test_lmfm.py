@@ -13,6 +13,7 @@ import emulator
 import pytest
 import torch
 import torch.nn.functional as F
+import torch.nn.utils.prune
 from cases import DTYPES, KERNELS, Backend, layouts
 from torch import Tensor, nn
 
@@ -42,7 +43,7 @@ class Case:
             None if shape is None else torch.randn(n, *shape, generator=g, dtype=torch.float64).to(device, dtype)
             for shape in self.shapes(*size)
         ]
-        norms = [nn.BatchNorm2d(channels, dtype=torch.float64) for channels in self.norms]
+        norms = [nn.BatchNorm2d(channels, eps=0.02, momentum=0.3, dtype=torch.float64) for channels in self.norms]
         for norm in norms:
             for tensor in (norm.weight, norm.bias, norm.running_mean):
                 nn.init.normal_(tensor, generator=g)
@@ -172,6 +173,20 @@ def test_not_less_exact_than_eager(
         pytest.skip("interpreted: in fp32 only, and no map of many blocks")
     maps, norms = case.make(3, size, dtype, backend.device)
     assert_not_less_exact(case, backend, maps, [norm.train(training) for norm in norms], size)
+
+
+@every_kernel
+@every_case
+def test_a_small_variance_around_a_large_mean(backend: Backend, case: Case) -> None:
+    """Protects the variance from cancellation: the mean square less the squared mean would be all wrong here."""
+    maps, norms = case.make(3, (6, 8), torch.float32, backend.device)
+    maps = [None if map is None else 100 + 0.01 * map for map in maps]
+    for norm in norms:
+        norm.eps = 1e-9
+    wide = [None if map is None else map.double() for map in maps]
+    truth = case.define(wide, [copy.deepcopy(norm).double() for norm in norms], (6, 8))
+    for mine, true in zip(case.run(backend.impl, maps, norms, (6, 8)), truth, strict=True):
+        assert (mine - true).abs().max() <= 0.05 * true.abs().max()  # of the mean's own rounding
 
 
 @every_kernel
@@ -452,6 +467,7 @@ def small(
     g = torch.Generator().manual_seed(0)
     for child in made.modules():
         if isinstance(child, nn.BatchNorm2d):
+            child.eps, child.momentum = 0.02, 0.3
             for tensor in (child.weight, child.bias, child.running_mean):
                 tensor.data.copy_(torch.randn(tensor.shape, generator=g))
             child.running_var.copy_(0.5 + torch.rand(child.running_var.shape, generator=g))
@@ -516,13 +532,86 @@ def test_autocast(backend: Backend, module: type[LMFM]) -> None:
     PyTorch."""
     ours = small(module, backend, torch.float32).train()
     x = torch.randn(3, 6, 6, 8, generator=torch.Generator().manual_seed(1)).to(backend.device)
-    truth = with_impl(ours, "torch").double()(x.double())
-    for given in (x, x.bfloat16()):
+    for given in (x, x.bfloat16(), 30 + 0.1 * x):  # the last one cannot be rounded before it is normalised
+        truth = with_impl(ours, "torch").double()(given.double())
         with torch.autocast(backend.device, torch.bfloat16):
             out, eager = with_impl(ours, backend.impl)(given), with_impl(ours, "torch")(given)
         assert out.dtype == eager.dtype == torch.bfloat16
         out.float().square().mean().backward()
         assert (out - truth).abs().mean() <= 1.5 * (eager - truth).abs().mean()
+
+
+@pytest.mark.parametrize("backend", marked(KERNELS[:1]), indirect=True)
+@modules
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
+def test_a_module_in_half_precision(backend: Backend, module: type[LMFM], dtype: torch.dtype) -> None:
+    """Protects `.half()`: norms in half precision are PyTorch's, not an error."""
+    ours = small(module, backend, torch.float32).to(dtype).eval()
+    x = torch.randn(2, 6, 4, 5, generator=torch.Generator().manual_seed(1)).to(dtype)
+    assert torch.equal(with_impl(ours, "auto")(x), with_impl(ours, "torch")(x))
+    with pytest.raises(ValueError, match=rf"its batch norms are in {dtype} for maps in {dtype}, not in torch.float32"):
+        ours(x)
+
+
+def change_a_part(module: nn.Module, change: str) -> None:
+    if change == "ReLU":
+        module.process1[1] = nn.LeakyReLU(0.5)
+    elif change == "pool":
+        module.scale1[0] = nn.AvgPool2d(3, 2, 1)
+    elif change == "padding":
+        module.scale2[0].count_include_pad = False
+    elif change == "global pool":
+        module.scale4[0] = nn.AdaptiveMaxPool2d(1)
+    elif change == "bias":
+        module.compression[2] = nn.Conv2d(module.compression[2].in_channels, 5, 1)
+    elif change == "no norm":
+        module.process1[0] = nn.Identity()
+    elif change == "no unit":
+        module.shortcut = nn.Conv2d(6, 5, 1)
+    elif change == "pruned":
+        nn.utils.prune.l1_unstructured(module.compression[2], "weight", 0.5)
+    elif change == "parametrised":
+        nn.utils.parametrizations.weight_norm(module.shortcut[2])
+    elif change == "hook":
+        module.process2[1].register_forward_hook(lambda module, args, output: 2 * output)
+    elif change == "hook before":
+        module.scale3.register_forward_pre_hook(lambda module, args: (2 * args[0],))
+
+
+CHANGES = (
+    "ReLU", "pool", "padding", "global pool", "bias", "no norm", "no unit", "pruned", "parametrised", "hook",
+    "hook before",
+)  # fmt: skip
+
+
+@pytest.mark.parametrize("backend", marked(KERNELS[:1]), indirect=True)
+@modules
+@pytest.mark.parametrize("change", CHANGES)
+def test_a_changed_module_does_what_it_says(backend: Backend, module: type[LMFM], change: str) -> None:
+    """Protects users who change or hook a part that kernels bypass: PyTorch runs the module then, step after step."""
+    ours, theirs = module(6, 4, 5), module(6, 4, 5, impl="torch")
+    theirs.load_state_dict(ours.state_dict())
+    for either in (ours, theirs):
+        change_a_part(either, change)
+    theirs.load_state_dict(ours.state_dict())  # of what is new
+    x = torch.randn(2, 6, 4, 5, generator=torch.Generator().manual_seed(1))
+    for _ in range(2):
+        assert_same_step(ours, theirs, x, rtol=0, atol=0)
+    ours.impl = "cpu"
+    with pytest.raises(ValueError, match=f"cannot run {module.__name__}: its .* (is not as it was made|has hooks)"):
+        ours(x)
+
+
+@modules
+def test_a_changed_convolution_still_runs_by_kernels(module: type[LMFM]) -> None:
+    """Protects the other side of that: convolutions that are called may be anything, hooked or with a bias."""
+    if dispatch.why_not("cpu", "cpu"):
+        pytest.skip(str(dispatch.why_not("cpu", "cpu")))
+    ours = module(6, 4, 5, impl="cpu").eval()
+    ours.process1[2] = nn.Conv2d(4, 4, 3, padding=1)
+    ours.scale1[3].register_forward_hook(lambda module, args, output: 2 * output)
+    x = torch.randn(2, 6, 4, 5, generator=torch.Generator().manual_seed(1))
+    torch.testing.assert_close(ours(x), with_impl(ours, "torch")(x))
 
 
 @pytest.mark.parametrize("backend", marked(KERNELS[:1]), indirect=True)

@@ -15,7 +15,7 @@ from .. import dispatch, ops
 
 def choose_kernels(module: nn.Module, impl: str, x: Tensor) -> FusedNorms | None:
     """What runs a context module's batch norms on ``x`` by kernels; None where PyTorch runs the module: asked for, all
-    there is, or, for "auto", where the norms are none that kernels know.
+    there is, or, for "auto", where kernels would compute something else than the module says (`why_not_fused`).
 
     Raises ValueError for a map of another shape, for an impl asked for by name that cannot run, and in training for
     a single image, of whose globally pooled values there is one per channel.
@@ -24,7 +24,7 @@ def choose_kernels(module: nn.Module, impl: str, x: Tensor) -> FusedNorms | None
     if x.dim() != 4 or x.shape[2] < 1 or x.shape[3] < 1:
         raise ValueError(f"{name} takes maps of the shape (N, C, h, w), h, w >= 1, not {tuple(x.shape)}.")
     norms: list[Any] = [child for child in module.modules() if isinstance(child, _BatchNorm)]
-    reason = why_not_fused(norms, module.training)
+    reason = why_not_fused(norms, module.training, x) or why_not_bypassed(module)
     if reason is None:
         impl = dispatch.choose(name, impl, x.device)
     elif impl not in ("auto", "torch"):
@@ -39,8 +39,8 @@ def choose_kernels(module: nn.Module, impl: str, x: Tensor) -> FusedNorms | None
     return FusedNorms(impl, norms, channels_last=x.stride(1) == 1)
 
 
-def why_not_fused(norms: Sequence[Any], training: bool) -> str | None:
-    """Why kernels cannot stand in for a module's batch norms: they know plain ones, all alike."""
+def why_not_fused(norms: Sequence[Any], training: bool, x: Tensor) -> str | None:
+    """Why kernels cannot stand in for a module's batch norms: they know plain ones, all alike, in fp32 (fp64)."""
     for norm in norms:
         if type(norm) is not nn.BatchNorm2d:
             return f"its norms are {type(norm).__name__}, not BatchNorm2d"
@@ -50,9 +50,51 @@ def why_not_fused(norms: Sequence[Any], training: bool) -> str | None:
             return "its batch norms have no momentum"
         if norm.training != training:
             return "its batch norms are frozen" if training else "its batch norms train, and it does not"
+        if norm.weight.dtype != ops.acc_dtype(x):
+            return f"its batch norms are in {norm.weight.dtype} for maps in {x.dtype}, not in {ops.acc_dtype(x)}"
     if len({(norm.eps, norm.momentum) for norm in norms}) > 1:
         return "its batch norms differ in eps or momentum"
     return None
+
+
+def why_not_bypassed(module: nn.Module) -> str | None:
+    """Why kernels cannot stand in for what they bypass, all of a context module's units but most convolutions: somebody
+    has changed a part, or hooked onto one."""
+    for name, unit in module.named_children():
+        if not name.startswith(("scale", "process", *_JOINED)):
+            continue  # of a subclass
+        bypassed = [*unit.children()][: None if name in _JOINED else -1]
+        if [_kind(part) for part in bypassed] != [*_POOLS.get(name, ()), *_NORM_RELU, *_JOINED.get(name, ())]:
+            return f"its {name} is not as it was made"
+        if any(map(_has_hooks, (unit, *bypassed))):
+            return f"its {name} has hooks"
+    return None
+
+
+def _kind(part: Any) -> Any:
+    """What a part computes, but for its weights."""
+    if type(part) is nn.AvgPool2d:
+        sides = part.kernel_size, part.stride, part.padding
+        return nn.AvgPool2d, *sides, part.ceil_mode, part.count_include_pad, part.divisor_override
+    if type(part) is nn.AdaptiveAvgPool2d:
+        return nn.AdaptiveAvgPool2d, part.output_size
+    if type(part) is nn.Conv2d:
+        return nn.Conv2d, part.kernel_size, part.stride, part.padding, part.groups, part.bias
+    return type(part)
+
+
+def _has_hooks(part: nn.Module) -> bool:
+    forward, backward = (part._forward_hooks, part._forward_pre_hooks), (part._backward_hooks, part._backward_pre_hooks)
+    return any((*forward, *backward))
+
+
+# Of the units by name: what `_kind` tells of their parts.
+_NORM_RELU = (nn.BatchNorm2d, nn.ReLU)
+_JOINED = dict.fromkeys(("compression", "shortcut"), ((nn.Conv2d, (1, 1), (1, 1), (0, 0), 1, None),))
+_POOLS: dict[str, tuple[Any, ...]] = {
+    **{f"scale{i}": ((nn.AvgPool2d, k, s, k // 2, False, True, None),) for i, (k, s) in enumerate(ops.POOLS, 1)},
+    "scale4": ((nn.AdaptiveAvgPool2d, 1),),
+}
 
 
 class FusedNorms:
@@ -84,8 +126,9 @@ class FusedNorms:
 
     def join_convolve(self, maps: Sequence[Tensor], units: Sequence[Any]) -> Tensor:
         """Σ A1(·) over units of (BN, ReLU, 1×1 convolution), whose inputs are the maps, joined along the channels: as
-        one convolution."""
-        maps = [map.to(maps[0].dtype) for map in maps]  # the first ones come from a convolution: autocast's dtype
+        one convolution. The last map is the last unit's."""
+        if maps[-1].dtype != maps[0].dtype:  # autocast, of a map that comes in fp32 and is normalised in it
+            return self.join_convolve(maps[:-1], units[:-1]) + self.join_convolve(maps[-1:], units[-1:])
         nothing = [None] * len(maps)
         (joined,) = self.add(nothing, maps, maps[0].shape[2:], [unit[0] for unit in units], joined=True)
         return F.conv2d(joined, torch.cat([unit[-1].weight for unit in units], dim=1))
