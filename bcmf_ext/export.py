@@ -6,6 +6,7 @@ import argparse
 import importlib.util
 import json
 import logging
+import re
 import warnings
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -16,9 +17,8 @@ from torch import Tensor, nn
 from torch.fx.experimental import _config as shape_config
 
 from .checkpoint import atomic_write
-from .config import NETWORKS
 from .errors import UserError, run_command
-from .inference import InferenceNetwork, read_checkpoint
+from .inference import InferenceNetwork, load_network, read_checkpoint
 from .reference import resample
 
 ENDINGS = {"onnx": ".onnx", "torch-export": ".pt2"}
@@ -51,7 +51,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     if output.suffix != ending:
         raise UserError(f"--output {output} is a file of --format {args.format}, so its name has to end in {ending}.")
     saved = read_checkpoint(checkpoint)
-    network = ExportedNetwork(saved, args.logits)
+    network = ExportedNetwork(load_network(saved, checkpoint, impl="torch"), saved, args.logits)
     print("tracing the network …")
     program = trace(network)
     print(f"writing {output} …")
@@ -68,11 +68,9 @@ class ExportedNetwork(nn.Module):
     """What is exported: uint8 images (N, 3, H, W) to the class of each pixel, (N, H, W) uint8, or to logits; in plain
     PyTorch, fp32."""
 
-    def __init__(self, saved: dict[str, Any], logits: bool) -> None:
+    def __init__(self, network: nn.Module, saved: dict[str, Any], logits: bool) -> None:
         super().__init__()
-        model = NETWORKS[saved["config"]["model"]](len(saved["classes"]), impl="torch")
-        model.load_state_dict(saved["model"])
-        self.network = InferenceNetwork(model, saved["mean"], saved["std"])
+        self.network = InferenceNetwork(network, saved["mean"], saved["std"])
         self.align_corners, self.logits = saved["align_corners"], logits
 
     def forward(self, images: Tensor) -> Tensor:
@@ -112,12 +110,22 @@ def save_onnx(program: torch.export.ExportedProgram, path: Path, result: str, cl
         onnx = torch.onnx.export(program, dynamo=True, verbose=False, input_names=["images"], output_names=[result])
     assert onnx is not None
     model = onnx.model_proto
+    name_sides(model.graph)
     entry = model.metadata_props.add()
     entry.key, entry.value = "classes", json.dumps(classes)
     with atomic_write(path) as file:
         file.write(model.SerializeToString())
     session = onnxruntime.InferenceSession(str(path), providers=["CPUExecutionProvider"])
     return lambda images: torch.from_numpy(session.run(None, {"images": images.numpy()})[0])
+
+
+def name_sides(graph: Any) -> None:
+    """Calls the sizes that may change N, H and W, as users of the file ask for them, not as tracing numbered them."""
+    names = {side.dim_param: name for side, name in zip(graph.input[0].type.tensor_type.shape.dim, "NCHW", strict=True)}
+    for value in (*graph.input, *graph.output, *graph.value_info):
+        for side in value.type.tensor_type.shape.dim:
+            if side.dim_param:
+                side.dim_param = re.sub(r"\w+", lambda word: names.get(word[0], word[0]), side.dim_param)
 
 
 def save_program(program: torch.export.ExportedProgram, path: Path, classes: list[str]) -> Run:

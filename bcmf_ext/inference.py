@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import threading
 from collections import OrderedDict
 from collections.abc import Sequence
+from dataclasses import dataclass
 from itertools import pairwise
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -16,6 +19,7 @@ from .checkpoint import load_checkpoint
 from .config import NETWORKS
 from .data.transforms import of_bytes
 from .engine import choose_device, choose_dtype
+from .errors import UserError
 from .metrics import upsample_argmax
 
 
@@ -29,7 +33,8 @@ class Predictor:
     The network is the trained one without what training needs: batch norms are folded into the convolutions before
     them, the auxiliary head is gone, weights lie in channels_last and, where the hardware computes in it, in half
     precision (`amp`). On a GPU a size of images that comes a second time is captured as a CUDA graph, and replayed from
-    then on. Classes are found by one pass over the low-resolution logits.
+    then on; the last eight sizes are kept, each with its memory. Classes are found by one pass over the low-resolution
+    logits. Threads may share a predictor.
 
     Args:
         checkpoint: path of the file, or of a run's folder, for its `best.pt`.
@@ -50,17 +55,18 @@ class Predictor:
         self.align_corners: bool = saved["align_corners"]
         self.device = choose_device(device)
         dtype, _ = choose_dtype(amp or self.config["amp"], self.device)
-        model = NETWORKS[self.config["model"]](len(self.classes))
-        model.load_state_dict(saved["model"])
-        network = InferenceNetwork(model, saved["mean"], saved["std"], dtype or torch.float32)
+        network = InferenceNetwork(load_network(saved, checkpoint), saved["mean"], saved["std"], dtype or torch.float32)
         self.network = network.to(self.device, memory_format=torch.channels_last)  # type: ignore[call-overload]
         self._graphs = Graphs(self.network) if self.device.type == "cuda" else None
 
     @torch.inference_mode()
     def logits(self, images: Tensor) -> Tensor:
-        """The network's logits (N, C, h, w) for uint8 images (N, 3, H, W), RGB, on any device."""
+        """The network's logits (N, C, h, w) for uint8 RGB images (N, 3, H, W) on any device; ValueError for others."""
+        if images.dtype != torch.uint8 or images.dim() != 4 or images.shape[1] != 3:
+            raise ValueError(f"Predictor takes uint8 images (N, 3, H, W), not {tuple(images.shape)} {images.dtype}.")
         images = images.to(self.device, non_blocking=True).contiguous(memory_format=torch.channels_last)
-        return self.network(images) if self._graphs is None else self._graphs(images)
+        with torch.autocast(self.device.type, enabled=False):  # it has its own precision
+            return self.network(images) if self._graphs is None else self._graphs(images)
 
     @torch.inference_mode()
     def labels(self, images: Tensor) -> Tensor:
@@ -71,13 +77,31 @@ class Predictor:
         """The class of each pixel, (H, W) uint8, of an RGB image, (H, W, 3) uint8."""
         if image.ndim != 3 or image.shape[2] != 3 or image.dtype != np.uint8:
             raise ValueError(f"Predictor takes (H, W, 3) uint8 images, not {image.shape} {image.dtype}.")
-        return self.labels(torch.tensor(image).permute(2, 0, 1)[None])[0].cpu().numpy()
+        pixels = torch.tensor(np.ascontiguousarray(image))  # torch knows no negative strides, as of [..., ::-1]
+        return self.labels(pixels.permute(2, 0, 1)[None])[0].cpu().numpy()
 
 
 def read_checkpoint(path: str | Path) -> dict:
     """The content of a `best.pt` or `last.pt`, or of the `best.pt` of a run's folder."""
     path = Path(path)
     return load_checkpoint(path / "best.pt" if path.is_dir() else path)
+
+
+def load_network(saved: dict[str, Any], path: str | Path, **options: Any) -> nn.Module:
+    """The network of a checkpoint, made with these options, with its weights. `UserError` if they do not fit."""
+    name, classes = saved["config"].get("model"), len(saved["classes"])
+    if name not in NETWORKS:
+        raise UserError(f"{path} holds a network {name}, which bcmf_ext does not know: {', '.join(NETWORKS)}.")
+    network = NETWORKS[name](classes, **options)
+    try:
+        network.load_state_dict(saved["model"])
+    except RuntimeError as error:
+        reason = " ".join(str(error).splitlines()[1].split()).rstrip(".")
+        raise UserError(
+            f"{path} says that it holds a {name} of {classes} classes, but its weights are others ({reason}): take the "
+            "file as the trainer wrote it."
+        ) from error
+    return network
 
 
 class InferenceNetwork(nn.Module):
@@ -128,6 +152,16 @@ def _is_pair(first: nn.Module, second: nn.Module) -> bool:
     return isinstance(first, nn.Conv2d) and isinstance(second, nn.BatchNorm2d)
 
 
+@dataclass
+class Captured:
+    """A CUDA graph, where it reads and writes, and the event behind its last use."""
+
+    graph: Any
+    images: Tensor
+    logits: Tensor
+    used: Any
+
+
 class Graphs:
     """A network on a GPU, replayed as CUDA graphs: one for each size of images that comes more than once."""
 
@@ -135,24 +169,32 @@ class Graphs:
 
     def __init__(self, network: nn.Module) -> None:
         self.network = network
-        self._captured: OrderedDict[torch.Size, tuple[torch.cuda.CUDAGraph, Tensor, Tensor] | None] = OrderedDict()
+        self._captured: OrderedDict[torch.Size, Captured | None] = OrderedDict()
+        self._lock = threading.Lock()  # a graph has one place for images, and one for logits
 
     def __call__(self, images: Tensor) -> Tensor:
-        size = images.shape
-        if size not in self._captured:  # the first time is the warm-up
-            self._captured[size] = None
-            while len(self._captured) > self.MOST:
-                self._captured.popitem(last=False)
-            return self.network(images)
-        self._captured.move_to_end(size)
-        captured = self._captured[size] = self._captured[size] or self._capture(images)
-        graph, given, logits = captured
-        given.copy_(images)
-        graph.replay()
-        return logits.clone()  # the next replay writes there
+        with self._lock, torch.cuda.device_of(images):
+            size = images.shape
+            if size not in self._captured:  # the first time is the warm-up
+                self._captured[size] = None
+                if len(self._captured) > self.MOST:
+                    _, oldest = self._captured.popitem(last=False)
+                    if oldest is not None:
+                        oldest.used.synchronize()  # its memory is given back
+                return self.network(images)
+            self._captured.move_to_end(size)
+            captured = self._captured[size] = self._captured[size] or self._capture(images)
+            captured.used.wait()  # it may be in use on another thread's stream
+            captured.images.copy_(images)
+            captured.graph.replay()
+            logits = captured.logits.clone()  # the next replay writes there
+            captured.used.record()
+            return logits
 
-    def _capture(self, images: Tensor) -> tuple[torch.cuda.CUDAGraph, Tensor, Tensor]:
-        given, graph = images.clone(), torch.cuda.CUDAGraph()
-        with torch.cuda.device(images.device), torch.cuda.graph(graph):
+    def _capture(self, images: Tensor) -> Captured:
+        graph, used, given = torch.cuda.CUDAGraph(), torch.cuda.Event(), images.clone()
+        # Left to itself torch takes a stream of the device on which it first captured something. Other threads go on.
+        with torch.cuda.graph(graph, stream=torch.cuda.Stream(), capture_error_mode="thread_local"):
             logits = self.network(given)
-        return graph, given, logits
+        used.record()
+        return Captured(graph, given, logits, used)

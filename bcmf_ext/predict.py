@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import argparse
 import re
+import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
+import numpy as np
 from tqdm import tqdm
 
 from .data import read_image
@@ -16,6 +18,13 @@ from .data.dataset import IMAGE_ENDINGS, find_files
 from .errors import UserError, run_command
 from .inference import Predictor
 from .report import blend, save_png
+
+ENDINGS = {  # of what is written for an image, by --format
+    "both": ("_label.png", "_overlay.png"),
+    "labels": ("_label.png",),
+    "overlays": ("_overlay.png",),
+    "cityscapes": (".png",),
+}
 
 
 def main(argv: Sequence[str] | None = None) -> None:
@@ -32,7 +41,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument(
         "--format",
         default="both",
-        choices=("both", "labels", "overlays", "cityscapes"),
+        choices=tuple(ENDINGS),
         help="labels: PNGs of class ids (NAME_label.png); overlays: the images in their classes' colours "
         "(NAME_overlay.png); cityscapes: label ids under the names that the official evaluator and server take (both)",
     )
@@ -42,23 +51,55 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--device", help="cpu, cuda, cuda:1, …; the first GPU, or the CPU, when left out")
     args = parser.parse_args(argv)
 
-    images = find_images(args.images)
+    output = Path(args.output)
+    images = find_images(args.images, output)
     predictor = Predictor(args.checkpoint, args.device, args.amp)
     if args.format == "cityscapes":
         images = official_names(images, predictor.classes)
-    output = Path(args.output)
+    check_not_overwritten(images, output, ENDINGS[args.format])
+    unreadable = []
     for key, path in tqdm(images.items(), "predicting", unit=" images", disable=None):
-        image = read_image(path)
-        label = predictor(image)
-        if args.format == "cityscapes":
-            save_png(output / f"{key}.png", TRAIN_ID_TO_LABEL_ID[label])
-        if args.format in ("both", "labels"):
-            save_png(output / f"{key}_label.png", label, predictor.palette)
-        if args.format in ("both", "overlays"):
-            save_png(output / f"{key}_overlay.png", blend(image, predictor.palette[label]))
-    print(summary(args.format, output, len(images)))
-    if args.format in ("both", "labels"):
-        print("classes: " + ", ".join(f"{index} {name}" for index, name in enumerate(predictor.classes)))
+        try:
+            image = read_image(path)
+        except UserError as error:
+            tqdm.write(f"left out: {error}", sys.stderr)
+            unreadable.append(path)
+            continue
+        label = predict_one(predictor, image, path)
+        for ending in ENDINGS[args.format]:
+            if ending == ".png":
+                save_png(output / f"{key}.png", TRAIN_ID_TO_LABEL_ID[label])
+            elif ending == "_label.png":
+                save_png(output / f"{key}_label.png", label, predictor.palette)
+            else:
+                save_png(output / f"{key}_overlay.png", blend(image, predictor.palette[label]))
+    if len(images) > len(unreadable):
+        print(summary(args.format, output, len(images) - len(unreadable)))
+        if "_label.png" in ENDINGS[args.format]:
+            print("classes: " + ", ".join(f"{index} {name}" for index, name in enumerate(predictor.classes)))
+    if unreadable:
+        raise UserError(f"{len(unreadable)} of {len(images)} images could not be read, such as {unreadable[0]}.")
+
+
+def predict_one(predictor: Predictor, image: np.ndarray, path: Path) -> np.ndarray:
+    try:
+        return predictor(image)
+    except RuntimeError as error:  # also torch.OutOfMemoryError; on the CPU it has no class of its own
+        if "memory" not in str(error):
+            raise
+        height, width = image.shape[:2]
+        raise UserError(
+            f"There is too little memory for {path}, {width}×{height} pixels: make it smaller, or cut it into parts."
+        ) from error
+
+
+def check_not_overwritten(images: Mapping[str, Path], output: Path, endings: Sequence[str]) -> None:
+    """`UserError` if a result would take the place of an image."""
+    sources = {path.resolve() for path in images.values()}
+    for key in images:
+        for ending in endings:
+            if Path(output, f"{key}{ending}").resolve() in sources:
+                raise UserError(f"{output / key}{ending} is one of the images: choose another --output.")
 
 
 def summary(form: str, output: Path, images: int) -> str:
@@ -92,12 +133,21 @@ def official_names(images: Mapping[str, Path], classes: Sequence[str]) -> dict[s
     return found
 
 
-def find_images(arguments: Sequence[str]) -> dict[str, Path]:
-    """{name of the output, without ending: path}; `UserError` if there is no image, or two would share a name."""
+def find_images(arguments: Sequence[str], output: Path) -> dict[str, Path]:
+    """{name of the output, without ending: path}, without what lies in a folder `output` below one of the folders.
+
+    `UserError` if there is no image, two would share a name, or a folder is `output` itself.
+    """
     found: dict[str, Path] = {}
     for argument in map(Path, arguments):
         if argument.is_dir():
             images = find_files(argument, IMAGE_ENDINGS)
+            if argument.resolve() == output.resolve():
+                raise UserError(
+                    f"--output {output} is a folder of images to predict: choose another, or results would be taken "
+                    "for images next time."
+                )
+            images = {key: path for key, path in images.items() if output.resolve() not in path.resolve().parents}
             if not images:
                 raise UserError(f"{argument} holds no images ({' '.join(IMAGE_ENDINGS)}).")
         elif argument.is_file():

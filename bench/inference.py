@@ -206,6 +206,8 @@ def main() -> None:
     parser.add_argument("--no-compile", action="store_true", help="without torch.compile, which takes minutes")
     parser.add_argument("--output", type=Path, default=RESULTS, metavar="DIR", help="where the results go")
     arguments = parser.parse_args()
+    if arguments.rounds < 2:
+        parser.error("--rounds is at least 2")
     path = arguments.output / f"inference-{device_name(arguments.device)}.json"
     path.parent.mkdir(parents=True, exist_ok=True)
     included = "a uint8 image on the device → normalise, network, bilinear upsampling, arg-max → labels on the device"

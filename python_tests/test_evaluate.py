@@ -231,12 +231,56 @@ def test_predict_for_cityscapes(tmp_path: Path, capsys: pytest.CaptureFixture[st
     assert ours
     assert float(ours[1]) == pytest.approx(float(theirs[1]), abs=6e-4)
 
+    photos = data / "leftImg8bit" / "val" / "bonn"
+    photo = photos / "bonn_000001_000019_leftImg8bit.png"
+    before = photo.read_bytes()
+    with pytest.raises(UserError, match=r"bonn_000001_000019_leftImg8bit\.png is one of the images: choose another"):
+        predict.main([*flags, str(photo), "--output", str(photos)])
+    assert photo.read_bytes() == before
+
     single = tmp_path / "street.png"
     Image.fromarray(image).save(single)
     with pytest.raises(UserError, match="is not named <city>_<sequence>_<frame>_leftImg8bit"):
         predict.main([*flags, str(single)])
     with pytest.raises(UserError, match="takes a network of the 19 Cityscapes classes"):
         predict.main(["--checkpoint", str(write_checkpoint(tmp_path / "other")), *flags[2:], str(single)])
+
+
+def test_predict_twice_in_one_place(tmp_path: Path, root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Results are not taken for images: neither those in the default folder when all below the current one is
+    predicted again, nor beside the images, which is refused."""
+    checkpoint = str(write_checkpoint(tmp_path / "run"))
+    monkeypatch.chdir(root / "images" / "val")
+    for _ in range(2):
+        predict.main(["--checkpoint", checkpoint, "--device", "cpu", "."])
+        assert len(list(Path("predictions").iterdir())) == 2 * 3
+    with pytest.raises(UserError, match="is a folder of images to predict: choose another"):
+        predict.main(["--checkpoint", checkpoint, "--device", "cpu", ".", "--output", "../val"])
+
+
+def test_one_bad_image_among_good_ones(tmp_path: Path, root: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """A file that cannot be read costs no other image its prediction, and is the command's error at the end."""
+    checkpoint, folder = write_checkpoint(tmp_path / "run"), root / "images" / "val"
+    (folder / "val1.png").write_bytes(b"not a picture")
+    output = tmp_path / "out"
+    with pytest.raises(UserError, match=r"1 of 3 images could not be read, such as .*val1\.png"):
+        predict.main(["--checkpoint", str(checkpoint), "--device", "cpu", str(folder), "--output", str(output)])
+    assert sorted(p.name for p in output.glob("*_label.png")) == ["val0_label.png", "val2_label.png"]
+    said = capsys.readouterr()
+    assert "2 images" in said.out
+    assert "left out: " in said.err
+
+
+def test_too_little_memory(tmp_path: Path, root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """An image that is too large for the memory is named, with its size."""
+    checkpoint, image = write_checkpoint(tmp_path), root / "images" / "val" / "val0.png"
+
+    def fail(*_: object) -> None:
+        raise RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried to allocate 9 bytes.")
+
+    monkeypatch.setattr(Predictor, "logits", fail)
+    with pytest.raises(UserError, match=r"too little memory for .*val0\.png, \d+×\d+ pixels"):
+        predict.main(["--checkpoint", str(checkpoint), "--device", "cpu", str(image), "--output", str(tmp_path)])
 
 
 def test_what_cannot_be_predicted(tmp_path: Path, root: Path) -> None:
@@ -249,7 +293,7 @@ def test_what_cannot_be_predicted(tmp_path: Path, root: Path) -> None:
     for arguments, message in (
         ([tmp_path / "none.png"], r"no image or folder .*none\.png"),
         ([tmp_path / "empty"], "empty holds no images"),
-        ([tmp_path / "text.png"], r"text\.png cannot be read"),
+        ([tmp_path / "text.png"], r"1 of 1 images could not be read, such as .*text\.png"),
         ([first, second], "would both be written as val0"),
     ):
         flags = ["--checkpoint", checkpoint, "--output", str(tmp_path / "out"), "--device", "cpu"]

@@ -78,7 +78,11 @@ def test_logits(tmp_path: Path, form: str, monkeypatch: pytest.MonkeyPatch) -> N
     if form == "onnx":
         import onnx
 
-        (entry,) = onnx.load(path).metadata_props
+        model = onnx.load(path)
+        sides = [[s.dim_param or s.dim_value for s in v.type.tensor_type.shape.dim] for v in model.graph.input]
+        assert sides == [["N", 3, "H", "W"]]
+        assert model.graph.output[0].type.tensor_type.shape.dim[0].dim_param == "N"
+        (entry,) = model.metadata_props
         classes = json.loads(entry.value)
     else:
         extra = {"classes.json": ""}
@@ -93,7 +97,7 @@ def test_another_function_is_refused(tmp_path: Path, logits: bool, monkeypatch: 
     monkeypatch.setitem(NETWORKS, "bcmfnet", TinyNet)
     torch.manual_seed(0)
     saved = export.read_checkpoint(write_run(tmp_path, "bcmfnet", TinyNet(11)))
-    network = export.ExportedNetwork(saved, logits).eval()
+    network = export.ExportedNetwork(TinyNet(11), saved, logits).eval()
     assert "100.0000%" in export.compare(network, network, tmp_path) or logits
     wrong = (lambda x: 1.01 * network(x)) if logits else (lambda x: network(x.flip(3)))
     with pytest.raises(UserError, match="does not compute what the network does"):

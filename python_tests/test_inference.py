@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import copy
+import time
+import types
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict
 from pathlib import Path
 
@@ -15,7 +18,8 @@ from torch import Tensor, nn
 from bcmf_ext.checkpoint import Run
 from bcmf_ext.config import NETWORKS, make_config
 from bcmf_ext.data import MEAN, STD, normalise
-from bcmf_ext.inference import Graphs, InferenceNetwork, Predictor, fold_batch_norms
+from bcmf_ext.errors import UserError
+from bcmf_ext.inference import Captured, Graphs, InferenceNetwork, Predictor, fold_batch_norms
 
 networks = pytest.mark.parametrize("name", NETWORKS)
 
@@ -89,8 +93,7 @@ def test_half_precision(tmp_path: Path, name: str) -> None:
 
 @networks
 def test_norms_are_folded(name: str) -> None:
-    """Protects speed: only those norms remain that no convolution directly precedes, the auxiliary head is gone, and
-    weights lie in channels_last once they are placed."""
+    """Protects speed: only those norms remain that no convolution directly precedes, and the auxiliary head is gone."""
     network = trained(name)
     before = sum(isinstance(module, nn.BatchNorm2d) for module in network.modules())
     fast = InferenceNetwork(copy.deepcopy(network), MEAN, STD)
@@ -104,8 +107,11 @@ def test_norms_are_folded(name: str) -> None:
 
 
 def test_every_pair_is_found() -> None:
-    """Protects folding: what a block says of its norms is what its forward does, also if it is changed."""
+    """Protects folding: what a block says of its norms is what its forward does, also if it is changed; eps counts."""
     network = trained("bcmfnet")
+    for module in network.modules():
+        if isinstance(module, nn.BatchNorm2d):
+            module.eps = 0.1
     before = copy.deepcopy(network)
     fold_batch_norms(network)
     for module, twin in zip(network.modules(), before.modules(), strict=False):
@@ -155,9 +161,10 @@ class Counting(Graphs):
 
         class Replay:
             def replay(self) -> None:
+                time.sleep(1e-4)  # for other threads to come in between
                 out.copy_(2 * given)
 
-        return Replay(), given, out
+        return Captured(Replay(), given, out, types.SimpleNamespace(wait=int, record=int, synchronize=int))
 
 
 def test_graphs_are_captured_for_sizes_that_come_again() -> None:
@@ -174,6 +181,60 @@ def test_graphs_are_captured_for_sizes_that_come_again() -> None:
     assert first[0, 0, 0, 0] == 2
     assert second[0, 0, 0, 0] == 10
     assert len(graphs._captured) == Graphs.MOST
+    for x in (*sizes[:3], *sizes[:3], *sizes):  # captured ones are dropped, too
+        assert torch.equal(graphs(x), 2 * x)
+    assert graphs.captured == 4
+
+
+def test_threads_share_graphs() -> None:
+    """Protects servers: a graph has one place for images, and no thread gets another one's logits."""
+    graphs = Counting(lambda x: 2 * x)  # type: ignore[arg-type]
+
+    def all_right(thread: int) -> bool:
+        images = (torch.full((1, 3, 4, 4), float(100 * thread + i)) for i in range(50))
+        return all(torch.equal(graphs(x), 2 * x) for x in images)
+
+    with ThreadPoolExecutor(4) as pool:
+        assert all(pool.map(all_right, range(4)))
+
+
+def test_images_as_users_have_them(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Protects from quiet nonsense: an image with its channels turned round (OpenCV's BGR) is read as it is, others
+    than uint8 of three channels are refused, and autocast around a Predictor changes nothing. The network gets its
+    images in channels_last, as its weights are."""
+    predictor = Predictor(write_run(tmp_path, "bcmfnet", trained("bcmfnet")), "cpu")
+    image = picture(64, 96)[0].permute(1, 2, 0).numpy()
+    assert np.array_equal(predictor(image[..., ::-1]), predictor(image[..., ::-1].copy()))
+    images = picture(64, 96, 2)
+    for wrong in (images / 255, images[0], images[:, :1], images.long()):
+        with pytest.raises(ValueError, match=r"takes uint8 images \(N, 3, H, W\), not "):
+            predictor.labels(wrong)
+    expected = predictor.logits(images)
+    with torch.autocast("cpu", torch.bfloat16):
+        assert torch.equal(predictor.logits(images), expected)
+    convolutions = [module for module in predictor.network.modules() if isinstance(module, nn.Conv2d)]
+    given: list[Tensor] = []
+    for conv in convolutions:
+        conv.register_forward_pre_hook(lambda module, args: given.append(args[0]))
+    predictor.logits(images)
+    assert all(tensor.is_contiguous(memory_format=torch.channels_last) for tensor in given)
+    assert all(conv.weight.is_contiguous(memory_format=torch.channels_last) for conv in convolutions)
+
+
+def test_weights_that_do_not_fit(tmp_path: Path) -> None:
+    """Protects from a page of names of weights: a sentence says what the file claims, and the first thing that is
+    wrong."""
+    network = trained("bcmfnet")
+    for name, classes, message in (
+        ("bcmfnet", 12, r"a bcmfnet of 12 classes, but its weights are others \(size mismatch for .*conv2"),
+        ("ddrnet_s", 11, r"a ddrnet_s of 11 classes, but its weights are others \(Missing key\(s\).*spp.scale0"),
+        ("unet", 11, "holds a network unet, which bcmf_ext does not know: "),
+    ):
+        folder = write_run(tmp_path / f"{name}{classes}", "bcmfnet", network, classes)
+        saved = torch.load(folder / "best.pt", weights_only=True)
+        torch.save({**saved, "config": {**saved["config"], "model": name}}, folder / "best.pt")
+        with pytest.raises(UserError, match=message):
+            Predictor(folder, "cpu")
 
 
 @pytest.mark.gpu
