@@ -151,7 +151,8 @@ def assert_not_less_exact(
     for mine, theirs, true in zip(ours, eager, truth, strict=True):
         assert (mine.dtype, mine.shape, mine.device) == (theirs.dtype, theirs.shape, theirs.device)
         # In fp64 eager is the truth itself, and the order of sums is all that differs.
-        eps = 1e-11 if mine.dtype == torch.float64 else 2 * torch.finfo(mine.dtype).eps
+        roundings = 8 if mine.dim() == 1 else 2  # sums over all pixels, whose partial sums are as large as they are
+        eps = 1e-11 if mine.dtype == torch.float64 else roundings * torch.finfo(mine.dtype).eps
         allowed = 2 * (theirs - true).abs().max() + eps * (1 + true.abs().max()) + sums
         assert (mine - true).abs().max() <= allowed
 

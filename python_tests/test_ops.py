@@ -65,8 +65,8 @@ every_kernel = pytest.mark.parametrize("backend", marked(KERNELS), indirect=True
 def test_not_less_exact_than_eager(backend: Backend, case: Case, dtype: torch.dtype, shape: tuple[int, ...]) -> None:
     """Protects values and gradients in every dtype, with an upstream gradient other than 1, from one pixel to 171
     classes."""
-    if backend.interpreted and dtype != torch.float32 and shape not in SHAPES[:2]:
-        pytest.skip("interpreted: large shapes in fp32 only")
+    if backend.interpreted and shape not in SHAPES[:2] and (dtype != torch.float32 or case not in MIXES):
+        pytest.skip("interpreted: large shapes in fp32 and some mixes only")
     assert_not_less_exact(case, backend, *problem(shape, dtype, backend.device, logits=case.logits))
 
 
@@ -77,8 +77,8 @@ def test_any_layout(backend: Backend, case: Case, dtype: torch.dtype, shape: tup
     """Protects strides: channels_last, slices, offsets and transposed storage are read where they are, what lies
     between them (NaN here) is not, and the gradient comes in the logits' layout. Of the second shape the CUDA kernels
     read several pixels at once; 12 classes in fp32 are just what a block may have of shared memory unasked."""
-    if backend.interpreted and shape[1] == 12:
-        pytest.skip("interpreted: no kernel here reads the second shape otherwise")
+    if backend.interpreted and (shape[1] == 12 or dtype not in (torch.float32, torch.bfloat16)):
+        pytest.skip("interpreted: no kernel here reads the second shape otherwise, nor other dtypes")
     z, y, w = problem(shape, dtype, backend.device, logits=case.logits)
     for view in layouts(z).values():
         assert_not_less_exact(case, backend, z, y.transpose(1, 2).contiguous().transpose(1, 2), w, view)
@@ -102,7 +102,8 @@ def test_gradcheck(backend: Backend, case: Case) -> None:
     z, y, w = problem((1, 3, 3, 4), torch.float64, backend.device, logits=case.logits)
     if z.shape[2:] != y.shape[1:]:  # more than one logit
         z, y, w = problem((1, 3, 5, 8), torch.float64, backend.device, logits=case.logits)
-    assert torch.autograd.gradcheck(lambda z: case(z, y, w.double(), backend.impl), (z.requires_grad_(),))
+    f = lambda z: case(z, y, w.double(), backend.impl)  # noqa: E731
+    assert torch.autograd.gradcheck(f, (z.requires_grad_(),), fast_mode=backend.interpreted)
 
 
 @every_backend
@@ -120,7 +121,8 @@ def test_any_size_of_logits(
     case = make_case("segmentation_loss", bcl=BCL(0.7, (1, 2)), cpg=CPG(0.6, 5), **options)
     z, y, w = problem((2, 4, *label_size), dtype, backend.device, logits=case.logits)
     y = y[:, ::3, ::3].repeat_interleave(3, 1).repeat_interleave(3, 2)[:, : label_size[0], : label_size[1]]  # areas
-    for view in (z, z.contiguous(memory_format=torch.channels_last)):
+    views = z, z.contiguous(memory_format=torch.channels_last)
+    for view in (views[align_corners],) if backend.interpreted else views:
         assert_not_less_exact(case, backend, z, y, w, view)
 
 
@@ -143,6 +145,8 @@ def test_terms(backend: Backend) -> None:
 @pytest.mark.parametrize("ignore_index", [255, -1, -100, 1])
 def test_label_dtypes_and_ignore_index(backend: Backend, case: Case, dtype: torch.dtype, ignore_index: int) -> None:
     """Protects the widening of labels before any comparison: uint8 with a negative ignore_index ignores nothing."""
+    if backend.interpreted and dtype not in (torch.uint8, torch.int64) and ignore_index != -100:
+        pytest.skip("interpreted: int16 and int32 once")
     z, y, w = problem((2, 4, 9, 7), torch.float64, backend.device, ignore_index, logits=case.logits)
     if dtype == torch.uint8 and ignore_index < 0:
         y = torch.where(y < 0, 2, y)
@@ -278,6 +282,8 @@ def test_many_tiles(backend: Backend, ohem: OHEM | None) -> None:
 @pytest.mark.parametrize("size", [(12, 1450), (5, 40), (6, 2900)])
 def test_rows_wider_than_a_tile(backend: Backend, case: Case, size: tuple[int, int]) -> None:
     """Protects the seams where a row of labels is cut, and all that is kept from one piece to the next."""
+    if backend.interpreted and case is WIDE and size[1] > 1450:
+        pytest.skip("interpreted: one size with many columns")
     z, y, w = problem((1, 3, 12, 1450), torch.float32, backend.device, logits=lambda *_: size)
     y = y[:, ::3, ::5].repeat_interleave(3, 1).repeat_interleave(5, 2).contiguous()
     assert_not_less_exact(case, backend, z, y, w)
