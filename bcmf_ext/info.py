@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.metadata
 import platform
+from pathlib import Path
 
 import torch
 
@@ -17,6 +18,16 @@ def _version(package: str) -> str:
         return "not installed"
 
 
+def _cpu() -> str:
+    """The processor's name where Linux tells it, else its architecture."""
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+    except OSError:
+        lines = []
+    names = (line.partition(":")[2].strip() for line in lines if line.startswith("model name"))
+    return next(names, platform.machine())
+
+
 def versions() -> str:
     """One line each: bcmf_ext, Python, torch, CUDA, triton, GPU, CPU."""
     gpu = torch.cuda.get_device_name() if torch.cuda.is_available() else "none"
@@ -26,7 +37,7 @@ def versions() -> str:
         "torch": f"{torch.__version__} (CUDA {torch.version.cuda or 'none'})",
         "triton": _version("triton"),
         "GPU": gpu,
-        "CPU": f"{torch.backends.cpu.get_cpu_capability()}, {torch.get_num_threads()} threads",
+        "CPU": f"{_cpu()}, {torch.backends.cpu.get_cpu_capability()}, {torch.get_num_threads()} threads",
     }
     return "\n".join(f"{name:<10} {value}" for name, value in rows.items())
 

@@ -1,6 +1,6 @@
 """Our ops against PyTorch: ``python bench/kernels.py [--device cuda] [--labels CAMVID] [--op NAME …]``.
 
-Prints a table and writes bench/results/kernels-<device>.json and .png.
+Prints a table and writes bench/results/kernels-<device>.json and .png; of some ops alone, kernels-<op>-<device>.
 
 Protocol. All contenders take turns in one process, round after round, in an order drawn anew (so that no one always
 follows the same other, in the memory that it left); a figure is the median over the rounds of a contender's time
@@ -367,7 +367,8 @@ def main() -> None:
     n, c, height, width = arguments.size
     labels = make_labels(arguments.labels, n, height, width).to(arguments.device)
 
-    path = arguments.output / f"kernels-{device_name(arguments.device)}.json"
+    some = arguments.op if set(arguments.op) < set(OPS) else []
+    path = arguments.output / f"{'-'.join(['kernels', *some, device_name(arguments.device)])}.json"
     path.parent.mkdir(parents=True, exist_ok=True)
     source = "CamVid" if arguments.labels else "drawn scenes"
     missing = missing_impls(arguments.device)
