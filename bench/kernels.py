@@ -311,8 +311,9 @@ def draw(results: list[dict[str, Any]], path: Path) -> None:
         reach = [[max(0, r - a) for r, a in zip(ratios, low, strict=True)]]
         reach.append([max(0, b - r) for r, b in zip(ratios, high, strict=True)])
         axis.bar(list(rows), ratios, color=colours, yerr=reach, ecolor="black", capsize=2)
-        axis.set_yscale("log")
-        axis.yaxis.set_minor_formatter(NullFormatter())
+        if max(ratios) > 10 * min(ratios):  # else bars as long as their ratios
+            axis.set_yscale("log")
+            axis.yaxis.set_minor_formatter(NullFormatter())
         for x, (ratio, top) in enumerate(zip(ratios, high, strict=True)):
             axis.text(x, max(ratio, top), f"{ratio:.2g}", ha="center", va="bottom", fontsize=8)
         axis.axhline(1, color="black", linewidth=0.8, linestyle=":")
