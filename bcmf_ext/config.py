@@ -94,6 +94,16 @@ class Config:
     )
     cpg_kernel: int = knob("kernel size of the CPG loss", 3, type=int, choices=(3, 5, 7))
     aux_weight: float = knob("weight of the auxiliary head's cross-entropy", 0.4, type=float)
+    loss_warmup: int = knob(
+        "iterations in which the weights of BCL and CPG grow from 0, linearly", 0, type=int, metavar="ITERATIONS"
+    )
+    log_grad_share: int = knob(
+        "log each loss term's share of the gradient every so many iterations; 0: never",
+        0,
+        type=int,
+        resumable=True,
+        metavar="ITERATIONS",
+    )
 
     amp: str = knob(
         "autocast; auto: where the device is fast at it",
@@ -143,6 +153,8 @@ class Config:
             ("bcl", self.bcl, 0 <= self.bcl < math.inf, "at least 0"),
             ("cpg", self.cpg, self.cpg is None or 0 <= self.cpg < math.inf, "at least 0"),
             ("aux-weight", self.aux_weight, 0 <= self.aux_weight < math.inf, "at least 0"),
+            ("loss-warmup", self.loss_warmup, self.loss_warmup >= 0, "at least 0"),
+            ("log-grad-share", self.log_grad_share, self.log_grad_share >= 0, "at least 0"),
             ("seed", self.seed, 0 <= self.seed < 2**63, "at least 0 and below 2**63"),
             ("eval-interval", self.eval_interval, self.eval_interval >= 1, "at least 1"),
         ):

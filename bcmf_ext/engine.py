@@ -6,7 +6,7 @@ import math
 import os
 import signal
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -20,7 +20,7 @@ from tqdm import tqdm
 from .data import normalise
 from .errors import UserError
 from .losses.criterion import SegmentationCriterion
-from .metrics import ConfusionMatrix
+from .metrics import ConfusionMatrix, Counts
 
 
 @dataclass(frozen=True)
@@ -112,7 +112,8 @@ class TrainState:
     """Everything that changes while training: what `last.pt` holds, and all that is needed to go on exactly.
 
     epoch, step: where the run stands, `step` iterations into epoch `epoch`, both from 0. loss_sums, seconds: of those
-    iterations. best_miou, best_epoch: of the evaluations so far.
+    iterations. share_sums, share_steps: of those whose shares of the gradient were noted. best_miou, best_epoch: of the
+    evaluations so far.
     """
 
     model: nn.Module
@@ -122,6 +123,8 @@ class TrainState:
     epoch: int = 0
     step: int = 0
     loss_sums: dict[str, float] = field(default_factory=dict)
+    share_sums: dict[str, float] = field(default_factory=dict)
+    share_steps: int = 0
     seconds: float = 0.0
     best_miou: float = -1.0
     best_epoch: int = -1
@@ -134,38 +137,43 @@ class TrainState:
             if hasattr(value, "load_state_dict"):
                 value.load_state_dict(saved[name])
             else:
-                setattr(self, name, saved[name])
+                setattr(self, name, saved.get(name, value))  # some have joined since older files
 
     def begin_next_epoch(self) -> None:
         self.epoch, self.step, self.loss_sums, self.seconds = self.epoch + 1, 0, {}, 0.0
+        self.share_sums, self.share_steps = {}, 0
 
 
 class NonFiniteLoss(Exception):
     """A loss was NaN or infinite. epoch and step (from 0) say where, `terms` its terms, `batch` images and labels."""
 
     def __init__(self, state: TrainState, losses: StepLosses) -> None:
-        self.epoch, self.step, self.terms, self.batch = state.epoch, losses.step, losses.read(), losses.batch
+        self.epoch, self.step, self.terms, self.batch = state.epoch, losses.step, losses.read()[0], losses.batch
         super().__init__(", ".join(f"{name} {value:g}" for name, value in self.terms.items()))
 
 
 class StepLosses:
-    """The loss terms of one step on their way to the host, and the batch they belong to.
+    """The loss terms of one step, and their shares of the gradient, on their way to the host; and the step's batch.
 
     Asking a GPU for a value waits until it has run everything queued so far, and leaves it idle. So the copy is queued
     right behind the step, and read when the next step has been queued: the wait is then for work that is already done.
     """
 
-    def __init__(self, step: int, lr: float, losses: Any, batch: tuple[Tensor, Tensor]) -> None:
+    def __init__(
+        self, step: int, lr: float, losses: Any, shares: dict[str, Tensor], batch: tuple[Tensor, Tensor]
+    ) -> None:
         terms = {name: value.detach() for name, value in losses._asdict().items() if value is not None}
-        self.step, self.lr, self.batch, self.names = step, lr, batch, tuple(terms)
-        values, on_gpu = torch.stack(list(terms.values())), losses.total.is_cuda
+        self.step, self.lr, self.batch, self.terms, self.shares = step, lr, batch, tuple(terms), tuple(shares)
+        values, on_gpu = torch.stack([*terms.values(), *shares.values()]), losses.total.is_cuda
         self._values = values.to("cpu", non_blocking=on_gpu)
         self._copied = torch.cuda.current_stream(values.device).record_event() if on_gpu else None
 
-    def read(self) -> dict[str, float]:
+    def read(self) -> tuple[dict[str, float], dict[str, float]]:
+        """Terms and shares."""
         if self._copied is not None:
             self._copied.synchronize()
-        return dict(zip(self.names, self._values.tolist(), strict=True))
+        values, count = self._values.tolist(), len(self.terms)
+        return dict(zip(self.terms, values[:count], strict=True)), dict(zip(self.shares, values[count:], strict=True))
 
 
 def train_one_epoch(
@@ -175,18 +183,27 @@ def train_one_epoch(
     compute: Compute,
     bar: tqdm,
     interrupted: Callable[[], bool] = lambda: False,
+    loss_warmup: int = 0,
+    log_grad_share: int = 0,
 ) -> None:
     """Trains on the batches (uint8 images (N, 3, H, W), uint8 labels (N, H, W)), which are those of the epoch from
-    `state.step` on. Stops after a step if `interrupted()`. Raises `NonFiniteLoss`, at the latest one step late: the
-    weights have then taken the bad step, so nothing must be saved from them.
+    `state.step` on. Stops after a step if `interrupted()`. loss_warmup: iterations of the run in which BCL and CPG gain
+    their weights. log_grad_share: every how many iterations the terms' shares of the gradient are noted; 0: never.
+
+    Raises `NonFiniteLoss`, at the latest one step late: the weights have then taken the bad step, so nothing must be
+    saved from them.
     """
     state.model.train()
     began = time.perf_counter() - state.seconds
     pending: StepLosses | None = None
     for images, labels in batches:
-        outputs = compute.run(state.model, images)
+        outputs, target = compute.run(state.model, images), labels.to(compute.device, non_blocking=True)
+        iteration = state.scheduler.last_epoch
+        criterion.ramp = min(1.0, iteration / loss_warmup) if loss_warmup else 1.0
         # Outside autocast: the losses compute in fp32 themselves.
-        losses = criterion(outputs, labels.to(compute.device, non_blocking=True))
+        losses = criterion(outputs, target)
+        logged = log_grad_share and iteration % log_grad_share == 0
+        shares = criterion.gradient_shares(outputs, target) if logged else {}
         state.optimizer.zero_grad()
         state.scaler.scale(losses.total).backward()
         state.scaler.step(state.optimizer)
@@ -194,7 +211,7 @@ def train_one_epoch(
         lr = float(state.scheduler.get_last_lr()[0])
         state.scheduler.step()
 
-        previous, pending = pending, StepLosses(state.step, lr, losses, (images, labels))
+        previous, pending = pending, StepLosses(state.step, lr, losses, shares, (images, labels))
         state.step += 1
         state.seconds = time.perf_counter() - began
         if previous is not None:
@@ -212,11 +229,14 @@ def train_one_epoch(
 
 def _note(state: TrainState, losses: StepLosses, bar: tqdm, images_per_second: float | None = None) -> None:
     """Checks a step's losses, adds them to the epoch's sums and shows them."""
-    terms = losses.read()
+    terms, shares = losses.read()
     if not all(map(math.isfinite, terms.values())):
         raise NonFiniteLoss(state, losses)
     for name, value in terms.items():
         state.loss_sums[name] = state.loss_sums.get(name, 0.0) + value
+    for name, value in shares.items():
+        state.share_sums[name] = state.share_sums.get(name, 0.0) + value
+    state.share_steps += bool(shares)
     if images_per_second is not None:
         loss, *others = (f"{name} {value:.2f}" for name, value in terms.items())
         rates = f"lr {losses.lr:.2g}, {images_per_second:.1f} images/s"
@@ -237,17 +257,20 @@ def evaluate(
     visit: Callable[[int, Tensor], None] = lambda index, prediction: None,
     interrupted: Callable[[], bool] = lambda: False,
     align_corners: bool = False,
+    metrics: Sequence[Counts] = (),
 ) -> ConfusionMatrix:
     """Counts predictions against labels at the labels' own size.
 
     logits_of: uint8 images (1, 3, H, W) to logits (1, C, h, w) on the device. samples: batches of one image, and uint8
-    labels (1, H, W). visit: is called with each one's position and prediction, (H, W) uint8 on the device. Stops early
-    if `interrupted()`: the counts are then incomplete.
+    labels (1, H, W). visit: is called with each one's position and prediction, (H, W) uint8 on the device. metrics: are
+    updated, too. Stops early if `interrupted()`: the counts are then incomplete.
     """
     confusion = ConfusionMatrix(num_classes, device=device)
     for index, (images, labels) in enumerate(samples):
         labels = labels.to(device, non_blocking=True)
         prediction = confusion.update_from_logits(logits_of(images), labels, align_corners)
+        for metric in metrics:
+            metric.update(prediction, labels)
         visit(index, prediction[0])
         if interrupted():
             break

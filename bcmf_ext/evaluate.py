@@ -1,26 +1,31 @@
-"""Scores a checkpoint: python -m bcmf_ext.evaluate --checkpoint runs/NAME/best.pt [flags]."""
+"""Scores a checkpoint, also at boundaries: python -m bcmf_ext.evaluate --checkpoint runs/NAME/best.pt [flags]."""
 
 from __future__ import annotations
 
 import argparse
-from collections.abc import Sequence
+import json
+from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from torch import Tensor
 from tqdm import tqdm
 
+from .checkpoint import atomic_write
 from .config import RECIPES
-from .data import EvalSamples, open_dataset
+from .data import EvalSamples, SegmentationDataset, open_dataset
 from .data.cityscapes import TRAIN_ID_TO_LABEL_ID
 from .engine import choose_workers, evaluate, make_loader
 from .errors import UserError, run_command
 from .inference import Predictor
-from .report import save_png, score_lines, scores
+from .metrics import BoundaryFScore, BoundaryIoU, TrimapIoU
+from .report import metrics_record, metrics_table, none_for_nan, save_png
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    """Prints mIoU, pixel accuracy and the IoU of each class; writes the predictions if asked to."""
+    """Prints mIoU, pixel accuracy and each class's IoU, Boundary IoU, boundary F-score and trimap IoU, and writes them
+    to metrics.json; writes the predictions if asked to."""
     args = parse_flags(argv)
     if args.workers is not None and args.workers < 0:
         raise UserError(f"--workers is {args.workers}, but must be at least 0.")
@@ -52,17 +57,43 @@ def main(argv: Sequence[str] | None = None) -> None:
             save_png(Path(args.save_preds, f"{dataset.stem(index)}.png"), ids[np.asarray(prediction)])
 
     if dataset.has_labels:
-        device, align_corners = predictor.device, predictor.align_corners
-        loader = make_loader(EvalSamples(dataset), choose_workers(args.workers, device), device)
-        samples = tqdm(loader, "evaluating", unit=" images", disable=None)
-        classes = len(dataset.classes)
-        confusion = evaluate(predictor.logits, samples, device, classes, save, align_corners=align_corners)
-        print(score_lines(scores(confusion, dataset.classes)))
+        record = {
+            "checkpoint": str(args.checkpoint),
+            "dataset": name,
+            "split": args.split,
+            "images": len(dataset),
+            **score(predictor, dataset, args.workers, save),
+        }
+        print(metrics_table(record))
+        path = metrics_file(args.checkpoint) if args.metrics is None else Path(args.metrics)
+        with atomic_write(path) as file:
+            file.write(json.dumps(record, indent=1).encode() + b"\n")
+        print(f"metrics {path}")
     else:
         for index in tqdm(range(len(dataset)), "predicting", unit=" images", disable=None):
             save(index, predictor(dataset.image(index)))
     if args.save_preds is not None:
         print(f"predictions {args.save_preds}")
+
+
+def score(
+    predictor: Predictor, dataset: SegmentationDataset, workers: int | None, save: Callable[[int, Tensor], None]
+) -> dict[str, Any]:
+    """All metrics of a split, as metrics.json holds them."""
+    device, classes = predictor.device, len(dataset.classes)
+    loader = make_loader(EvalSamples(dataset), choose_workers(workers, device), device)
+    samples = tqdm(loader, "evaluating", unit=" images", disable=None)
+    boundary = [kind(classes, device=device) for kind in (BoundaryIoU, BoundaryFScore, TrimapIoU)]
+    corners = predictor.align_corners
+    confusion = evaluate(predictor.logits, samples, device, classes, save, align_corners=corners, metrics=boundary)
+    accuracy = {"pixel_accuracy": none_for_nan(confusion.pixel_accuracy())}
+    return {**accuracy, **metrics_record([confusion, *boundary], dataset.classes)}
+
+
+def metrics_file(checkpoint: str) -> Path:
+    """metrics.json beside the checkpoint, or in a run's folder."""
+    path = Path(checkpoint)
+    return (path if path.is_dir() else path.parent) / "metrics.json"
 
 
 def parse_flags(argv: Sequence[str] | None) -> argparse.Namespace:
@@ -77,6 +108,11 @@ def parse_flags(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--dataset", choices=tuple(RECIPES), help="what to score it on; as in training when left out")
     parser.add_argument("--data-root", metavar="DIR", help="the dataset's folder; as in training when left out")
     parser.add_argument("--split", default="val", choices=("train", "val", "test"), help="its split (%(default)s)")
+    parser.add_argument(
+        "--metrics",
+        metavar="FILE",
+        help="where to write all scores, as JSON; metrics.json beside the checkpoint when left out",
+    )
     parser.add_argument("--save-preds", metavar="DIR", help="write predictions as PNG, in the ids of the label files")
     parser.add_argument(
         "--workers", "-j", type=int, metavar="N", help="processes that load data; by the number of cores"

@@ -181,6 +181,17 @@ torch.library.register_fake("bcmf::upsample_confusion", _upsample_confusion_fake
 
 
 # --------------------------------------------------------------------------------------------------------------------
+# match_within (CPU): see bcmf_ext.metrics.boundary.match_within.
+
+LIB.define("match_within(Tensor queries, Tensor sites, int num_classes, int[] radii) -> Tensor")
+torch.library.register_fake(
+    "bcmf::match_within",
+    lambda queries, sites, num_classes, radii: queries.new_empty(queries.shape, dtype=torch.uint8),
+    lib=LIB,
+)
+
+
+# --------------------------------------------------------------------------------------------------------------------
 # pool_norm_relu, add_norm_relu: what LMFM and DAPPM do between convolutions, relu(norm(·)) of several maps at once.
 #   pool_norm_relu: of the average pools 5/2, 9/4 and 17/8 (size/stride, centred, padding counts) and the global pool of
 #     x (N, C, h, w), which is read once → four maps.

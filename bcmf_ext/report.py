@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
+from itertools import groupby
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +15,7 @@ from PIL import Image, ImageDraw, ImageFont
 
 from .checkpoint import atomic_write
 from .data import IGNORE_INDEX
-from .metrics import ConfusionMatrix
+from .metrics import ConfusionMatrix, Counts
 
 IGNORED_COLOUR = (0, 0, 0)
 WRONG_COLOUR = (230, 30, 30)
@@ -36,6 +37,8 @@ def loss_line(record: Mapping[str, Any], epochs: int) -> str:
     """A record of the log in one line, but for its scores."""
     loss = dict(record["loss"])
     terms = f"loss {loss.pop('total'):.3f} ({', '.join(f'{name} {value:.3f}' for name, value in loss.items())})"
+    if record.get("grad_share"):
+        terms += f", gradient {', '.join(f'{name} {share:.0%}' for name, share in record['grad_share'].items())}"
     speed = f"{record['images_per_second']:.1f} images/s, {record['seconds']:.0f} s"
     return f"epoch {record['epoch']}/{epochs}: {terms}, lr {record['lr']:.2g}, {speed}"
 
@@ -52,6 +55,44 @@ def iou_table(iou: Mapping[str, float | None], columns: int = 4) -> str:
     cells = [f"{name:<{width}} {'    –' if value is None else f'{value:.3f}'}" for name, value in iou.items()]
     rows = math.ceil(len(cells) / columns)
     return "\n".join("  " + "   ".join(cells[row::rows]) for row in range(rows))
+
+
+def metrics_record(metrics: Sequence[Counts], classes: Sequence[str]) -> dict[str, Any]:
+    """Every score of the metrics, in the mean and of each class, as metrics.json holds them: None where there is
+    nothing to score."""
+    columns = {name: column for metric in metrics for name, column in metric.scores().items()}
+    return {
+        "mean": {name: none_for_nan(column.nanmean().item()) for name, column in columns.items()},
+        "classes": {
+            label: {name: none_for_nan(column[index].item()) for name, column in columns.items()}
+            for index, label in enumerate(classes)
+        },
+    }
+
+
+def none_for_nan(value: float) -> float | None:
+    return None if math.isnan(value) else value
+
+
+def metrics_table(record: Mapping[str, Any]) -> str:
+    """metrics.json as text: the usual two scores; a line for each class, and one for the mean; "–" where there is
+    nothing to score."""
+    rows = {**record["classes"], "mean": record["mean"]}
+    names = [name.rpartition("_") if name.endswith("px") else ("", "", name) for name in record["mean"]]
+    spaces = [max(5, len(last)) + 2 for *_, last in names]
+    width = max(map(len, rows))
+
+    def line(name: str, cells: Iterable[str], spaces: Iterable[int] = spaces) -> str:
+        return f"  {name:<{width}}" + "".join(f"{cell:>{space}}" for cell, space in zip(cells, spaces, strict=True))
+
+    groups = groupby(zip(names, spaces, strict=True), lambda column: column[0][0])
+    above = {group: sum(space for _, space in columns) for group, columns in groups}
+    miou, accuracy = (math.nan if v is None else v for v in (record["mean"]["iou"], record["pixel_accuracy"]))
+    lines = [f"  mIoU {miou:.4f}, pixel accuracy {accuracy:.4f}", line("", above, above.values())]
+    lines.append(line("", (last for *_, last in names)))
+    for name, row in rows.items():
+        lines.append(line(name, ("–" if value is None else f"{value:.3f}" for value in row.values())))
+    return "\n".join(lines)
 
 
 def share_lines(pixels: np.ndarray, classes: Sequence[str]) -> str:

@@ -160,7 +160,16 @@ class Trainer:
                 bar.set_description_str(f"epoch {state.epoch + 1}/{config.epochs}")
                 self.sampler.set_epoch(state.epoch, start=state.step)
                 try:
-                    train_one_epoch(state, self.criterion, self.train_loader, self.compute, bar, interrupted)
+                    train_one_epoch(
+                        state,
+                        self.criterion,
+                        self.train_loader,
+                        self.compute,
+                        bar,
+                        interrupted,
+                        config.loss_warmup,
+                        config.log_grad_share,
+                    )
                 except NonFiniteLoss as stop:
                     raise self._explanation(stop) from stop
                 except torch.OutOfMemoryError as error:
@@ -218,6 +227,7 @@ class Trainer:
             "step": state.scheduler.last_epoch,
             "lr": self.config.lr * state.scheduler.lr_lambdas[0](state.scheduler.last_epoch - 1),
             "loss": {name: total / state.step for name, total in state.loss_sums.items()},
+            "grad_share": {name: total / state.share_steps for name, total in state.share_sums.items()},
             "seconds": state.seconds,
             "images_per_second": state.step * self.config.batch_size / state.seconds,
         }

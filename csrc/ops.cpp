@@ -363,6 +363,7 @@ TORCH_LIBRARY_IMPL(bcmf, CPU, m) {
   m.impl("upsample_argmax", &upsample_argmax_cpu);
   m.impl("upsample_confusion", &upsample_confusion_cpu);
   register_lmfm_cpu(m);
+  register_metrics_cpu(m);
 }
 #ifdef BCMF_WITH_CUDA
 TORCH_LIBRARY_IMPL(bcmf, CUDA, m) { register_cuda(m); }

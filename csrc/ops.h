@@ -51,8 +51,8 @@ inline at::Tensor make_scratch(const at::Tensor& t, int64_t bytes) {
 }
 #endif
 
-// lmfm_ops.cpp
-void register_lmfm_cpu(torch::Library& m);
+void register_lmfm_cpu(torch::Library& m);  // lmfm_ops.cpp
 void register_lmfm_cuda(torch::Library& m);
+void register_metrics_cpu(torch::Library& m);  // metrics_ops.cpp
 
 }  // namespace bcmf

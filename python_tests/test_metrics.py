@@ -136,7 +136,7 @@ def test_other_devices_never_wait() -> None:
     assert metric._bins.device.type == "meta"
 
     metric = ConfusionMatrix(3)
-    metric._bins[-2] = 5  # as an update on a GPU leaves them
+    metric._bins[-1] = 5  # as an update on a GPU leaves them
     for read in (lambda: metric.matrix, metric.iou, metric.mean_iou, metric.pixel_accuracy):
         with pytest.raises(ValueError, match=r"5 pixels have a label or a prediction outside the classes 0\.\.2"):
             read()

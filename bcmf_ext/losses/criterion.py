@@ -3,13 +3,17 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 from typing import Any, NamedTuple
 
+import torch
 from torch import Tensor, nn
 
 from .. import reference
 from ..reference import BCL, CPG, OHEM, SegmentationLoss, resolve_options
 from ._kernels import fused_loss, resolve_impl
+from .boundary_corrected_loss import boundary_corrected_loss
+from .cpg_loss import cpg_loss
 from .cross_entropy import cross_entropy
 
 
@@ -69,7 +73,8 @@ class CriterionLoss(NamedTuple):
 class SegmentationCriterion(nn.Module):
     """segmentation_loss of the main logits, plus aux_weight times the first term (CE or OHEM) of the auxiliary logits.
 
-    The constructor takes segmentation_loss's keywords; BCL and CPG are on by default.
+    The constructor takes segmentation_loss's keywords; BCL and CPG are on by default. ``ramp``, an attribute, scales
+    their weights: a trainer that warms them up sets it before each step.
     Raises ValueError where BCL(supervise="flipped") would outweigh the class weights: λ (α + β) · max w / min{w > 0} ≥
     1.
     """
@@ -98,24 +103,53 @@ class SegmentationCriterion(nn.Module):
         self.register_buffer("weight", weight)
         self.aux_weight = aux_weight
         self.ignore_index, self.align_corners, self.impl = ignore_index, align_corners, impl
+        self.ramp = 1.0
 
     def forward(self, logits: Tensor | tuple[Tensor, Tensor], target: Tensor) -> CriterionLoss:
         """logits (N, C, h, w), or (main, auxiliary) logits; target (N, H, W)."""
         if isinstance(logits, (tuple, list)) and len(logits) != 2:
             raise TypeError(f"logits are a tensor, or (main, auxiliary) logits, not {len(logits)} of them.")
         main, auxiliary = logits if isinstance(logits, (tuple, list)) else (logits, None)
-        common: dict[str, Any] = {
-            "weight": self.weight,
-            "ohem": self.ohem,
-            "ignore_index": self.ignore_index,
-            "align_corners": self.align_corners,
-            "impl": self.impl,
-        }
-        loss = segmentation_loss(main, target, bcl=self.bcl, cpg=self.cpg, **common)
+        bcl, cpg = self._ramped(self.bcl), self._ramped(self.cpg)
+        loss = segmentation_loss(main, target, bcl=bcl, cpg=cpg, **self._first_term, **self._common)
         if auxiliary is None:
             return CriterionLoss(*loss, aux=None)
-        aux = cross_entropy(auxiliary, target, **common)
+        aux = cross_entropy(auxiliary, target, **self._first_term, **self._common)
         return CriterionLoss(loss.total + self.aux_weight * aux, *loss[1:], aux=aux.detach())
+
+    def gradient_shares(self, logits: Tensor | tuple[Tensor, Tensor], target: Tensor) -> dict[str, Tensor]:
+        """How much each term pulls at the main logits Z: λ‖∂L/∂Z‖ of ce, bcl and cpg, over the sum of these; scalars.
+
+        As forward takes them; one forward and backward of the loss for each term, and none of the network.
+        """
+        main = logits[0] if isinstance(logits, (tuple, list)) else logits
+        main = main.detach().requires_grad_()
+        terms = {"ce": cross_entropy(main, target, **self._first_term, **self._common)}
+        if self.bcl is not None:
+            options = {name: value for name, value in vars(self.bcl).items() if name != "weight"}
+            terms["bcl"] = boundary_corrected_loss(main, target, **options, **self._common)
+        if self.cpg is not None:
+            options = {name: value for name, value in vars(self.cpg).items() if name != "weight"}
+            terms["cpg"] = cpg_loss(main, target, **options, **self._common)
+        weights = {"bcl": self.bcl, "cpg": self.cpg}
+        pulls = {}
+        for name, term in terms.items():
+            (grad,) = torch.autograd.grad(term, main)
+            option = self._ramped(weights.get(name))
+            pulls[name] = (1.0 if option is None else option.weight) * grad.float().norm()
+        total = torch.stack([*pulls.values()]).sum()
+        return {name: pull / total for name, pull in pulls.items()}
+
+    def _ramped(self, option: Any) -> Any:
+        return option if option is None or self.ramp == 1 else replace(option, weight=self.ramp * option.weight)
+
+    @property
+    def _first_term(self) -> dict[str, Any]:
+        return {"weight": self.weight, "ohem": self.ohem}
+
+    @property
+    def _common(self) -> dict[str, Any]:
+        return {"ignore_index": self.ignore_index, "align_corners": self.align_corners, "impl": self.impl}
 
 
 def _check_flipped_against_weights(bcl: BCL, weight: Tensor) -> None:

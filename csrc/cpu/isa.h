@@ -3,6 +3,7 @@
 
 #include "lmfm_kernel.h"
 #include "loss_kernel.h"
+#include "match_kernel.h"
 
 namespace bcmf::cpu {
 
@@ -10,6 +11,7 @@ struct Isa {
   const char* name;
   const LossIsaKernels& loss;
   const LmfmIsaKernels& lmfm;
+  MatchKernel match;
 };
 
 // torch's own choice, so that ATEN_CPU_CAPABILITY speaks for these kernels too.

@@ -9,10 +9,12 @@
 #define BCMF_VECTOR_BYTES 32
 #include "lmfm_kernel.inl"
 #include "loss_kernel.inl"
+#include "match_kernel.inl"
 
 const bcmf::cpu::LossIsaKernels bcmf::cpu::loss_kernels_avx2 = {avx2::kernels<float>, avx2::kernels<double>};
 const bcmf::cpu::LmfmIsaKernels bcmf::cpu::lmfm_kernels_avx2 = {avx2::lmfm::kernels<float>,
                                                                 avx2::lmfm::kernels<double>};
+const bcmf::cpu::MatchKernel bcmf::cpu::match_kernel_avx2 = avx2::match::find_any;
 
 #if defined(__clang__)
 #pragma clang attribute pop

@@ -9,10 +9,12 @@
 #define BCMF_VECTOR_BYTES 64
 #include "lmfm_kernel.inl"
 #include "loss_kernel.inl"
+#include "match_kernel.inl"
 
 const bcmf::cpu::LossIsaKernels bcmf::cpu::loss_kernels_avx512 = {avx512::kernels<float>, avx512::kernels<double>};
 const bcmf::cpu::LmfmIsaKernels bcmf::cpu::lmfm_kernels_avx512 = {avx512::lmfm::kernels<float>,
                                                                   avx512::lmfm::kernels<double>};
+const bcmf::cpu::MatchKernel bcmf::cpu::match_kernel_avx512 = avx512::match::find_any;
 
 #if defined(__clang__)
 #pragma clang attribute pop

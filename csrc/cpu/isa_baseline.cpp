@@ -3,8 +3,10 @@
 #define BCMF_VECTOR_BYTES 16
 #include "lmfm_kernel.inl"
 #include "loss_kernel.inl"
+#include "match_kernel.inl"
 
 const bcmf::cpu::LossIsaKernels bcmf::cpu::loss_kernels_baseline = {baseline::kernels<float>,
                                                                     baseline::kernels<double>};
 const bcmf::cpu::LmfmIsaKernels bcmf::cpu::lmfm_kernels_baseline = {baseline::lmfm::kernels<float>,
                                                                     baseline::lmfm::kernels<double>};
+const bcmf::cpu::MatchKernel bcmf::cpu::match_kernel_baseline = baseline::match::find_any;

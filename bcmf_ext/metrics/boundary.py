@@ -1,0 +1,266 @@
+"""How well boundaries are met: Boundary IoU, boundary F-score and trimap IoU, per class (spec section 10).
+
+All work on binary masks of one class each; a mask holds neither ignored pixels nor, of course, what lies outside the
+image. No mask is made, though: masks of a label map do not overlap, so one map of labels stands for all of them.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from itertools import pairwise
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from .. import dispatch
+from ._counts import Counts, histogram, iou
+
+WIDTHS = (1, 3, 5, 9, 12)  # pixels, as DeepLab's and the CPG paper's trimaps have them
+
+
+class BoundaryIoU(Counts):
+    """IoU of the masks' inner bands: what lies within d pixels of a mask's contour.
+
+    d = max(1, round(ratio · image diagonal)), and a band is the mask without what d erosions by 3×3 pixels leave of it;
+    beyond the image there is no mask. Intersections and unions are summed over the data set. (Cheng et al., Boundary
+    IoU, CVPR 2021: there for instances, with a ratio of 0.005 for Cityscapes' sizes, and of 0.02 for COCO's.)
+
+    num_classes, ignore_index, device, and ids out of range: see `Counts`.
+    """
+
+    def __init__(
+        self,
+        num_classes: int,
+        ignore_index: int = 255,
+        device: torch.device | str | None = None,
+        ratio: float = 0.005,
+    ) -> None:
+        super().__init__(num_classes, ignore_index, device, (3, num_classes))
+        self.ratio = ratio
+
+    def update(self, prediction: Tensor, target: Tensor) -> None:
+        """Count the pixels of ``prediction`` and ``target``, class ids (N, H, W) or (H, W) of any integer dtype.
+
+        Raises TypeError for floating-point tensors, ValueError for other shapes and (CPU) ids out of range.
+        """
+        guess, truth, outside = self._read(*_maps(prediction, target))
+        distance = max(1, round(self.ratio * math.hypot(*truth.shape[1:])))
+        truth, guess = (_only_band(labels, distance, self.num_classes) for labels in (truth, guess))
+        self._add(
+            _triple(truth, guess, lambda ids: histogram(ids, self.num_classes + 1)[:-1], self.num_classes), outside
+        )
+
+    def iou(self) -> Tensor:
+        """Of each class, float64 (C,) on the CPU; NaN for a class that is in neither truth nor prediction."""
+        return iou(*self._counts)
+
+    def scores(self) -> dict[str, Tensor]:
+        """boundary_iou."""
+        return {"boundary_iou": self.iou()}
+
+    def mean_iou(self) -> float:
+        """Mean of ``iou`` over the classes in truth or prediction; NaN if there are none."""
+        return self.iou().nanmean().item()
+
+
+class BoundaryFScore(Counts):
+    """Harmonic mean of the boundaries' precision and recall, for each of several widths in pixels.
+
+    A mask's boundary are its pixels with one outside the mask among their four neighbours; what is ignored, or beyond
+    the image, is no neighbour. A boundary pixel is matched if the other map's boundary of the same class has a pixel
+    within the width (Euclidean distance). Matched pixels and all are summed over the data set.
+
+    num_classes, ignore_index, device, and ids out of range: see `Counts`.
+    """
+
+    def __init__(
+        self,
+        num_classes: int,
+        ignore_index: int = 255,
+        device: torch.device | str | None = None,
+        widths: Sequence[int] = WIDTHS,
+    ) -> None:
+        super().__init__(num_classes, ignore_index, device, (2, len(widths) + 1, num_classes))
+        self.widths = _checked(widths)
+
+    def update(self, prediction: Tensor, target: Tensor) -> None:
+        """Count the pixels of ``prediction`` and ``target``, class ids (N, H, W) or (H, W) of any integer dtype.
+
+        Raises TypeError for floating-point tensors, ValueError for other shapes and (CPU) ids out of range.
+        """
+        guess, truth, outside = self._read(*_maps(prediction, target))
+        classes = self.num_classes
+        truth, guess = (labels.where(_boundary(labels, classes), _none(labels, classes)) for labels in (truth, guess))
+        counts = []
+        for ours, others in ((truth, guess), (guess, truth)):
+            counts.append(_by_width(ours, match_within(ours, others, classes, self.widths), classes, self.widths))
+        self._add(torch.stack(counts), outside)
+
+    def precision(self) -> Tensor:
+        """Share of the predicted boundary that is matched: float64 (widths, C) on the CPU; NaN where there is none."""
+        return self._matched()[1]
+
+    def recall(self) -> Tensor:
+        """Share of the true boundary that is matched: float64 (widths, C) on the CPU; NaN where there is none."""
+        return self._matched()[0]
+
+    def f_score(self) -> Tensor:
+        """By width and class: float64 (widths, C) on the CPU; NaN for a class without a boundary in the truth."""
+        recall, precision = self._matched()
+        score = 2 * precision * recall / (precision + recall)
+        return score.nan_to_num(0).where(~recall.isnan(), math.nan)
+
+    def scores(self) -> dict[str, Tensor]:
+        """boundary_f_1px and so on."""
+        return {f"boundary_f_{width}px": score for width, score in zip(self.widths, self.f_score(), strict=True)}
+
+    def mean_f_score(self) -> list[float]:
+        """Mean of ``f_score`` over the classes with a boundary in the truth, by width; NaN if there are none."""
+        return self.f_score().nanmean(1).tolist()
+
+    def _matched(self) -> Tensor:
+        counts = self._counts.cpu().double()
+        return counts.cumsum(1)[:, :-1] / counts.sum(1, keepdim=True)
+
+
+class TrimapIoU(Counts):
+    """IoU of the pixels near a true boundary, for each of several widths in pixels.
+
+    Near are valid pixels within the width (Euclidean distance) of a pixel that has one of another class among its four
+    neighbours in the truth.
+
+    num_classes, ignore_index, device, and ids out of range: see `Counts`.
+    """
+
+    def __init__(
+        self,
+        num_classes: int,
+        ignore_index: int = 255,
+        device: torch.device | str | None = None,
+        widths: Sequence[int] = WIDTHS,
+    ) -> None:
+        super().__init__(num_classes, ignore_index, device, (3, len(widths) + 1, num_classes))
+        self.widths = _checked(widths)
+
+    def update(self, prediction: Tensor, target: Tensor) -> None:
+        """Count the pixels of ``prediction`` and ``target``, class ids (N, H, W) or (H, W) of any integer dtype.
+
+        Raises TypeError for floating-point tensors, ValueError for other shapes and (CPU) ids out of range.
+        """
+        guess, truth, outside = self._read(*_maps(prediction, target))
+        classes = self.num_classes
+        ignored, edge = truth == classes, _boundary(truth, classes)
+        near = match_within(ignored.to(truth.dtype), (~edge).to(truth.dtype), 1, self.widths)
+        self._add(_triple(truth, guess, lambda ids: _by_width(ids, near, classes, self.widths), classes), outside)
+
+    def iou(self) -> Tensor:
+        """By width and class: float64 (widths, C) on the CPU; NaN for a class in neither truth nor prediction there."""
+        return iou(*self._counts.cumsum(1)[:, :-1])
+
+    def scores(self) -> dict[str, Tensor]:
+        """trimap_iou_1px and so on."""
+        return {f"trimap_iou_{width}px": iou for width, iou in zip(self.widths, self.iou(), strict=True)}
+
+    def mean_iou(self) -> list[float]:
+        """Mean of ``iou`` over the classes in truth or prediction near a boundary, by width; NaN if there are none."""
+        return self.iou().nanmean(1).tolist()
+
+
+def match_within(queries: Tensor, sites: Tensor, num_classes: int, radii: Sequence[int]) -> Tensor:
+    """Which of the ascending radii reaches from a pixel of ``queries`` to the nearest one of ``sites`` of its label.
+
+    queries, sites: labels (N, H, W), uint8 or int32; num_classes and above is none.
+    Returns (N, H, W) uint8: the first radius that is at least the Euclidean distance, as an index, or len(radii).
+    """
+    if queries.device.type == "cpu" and dispatch.why_not("cpu", "cpu") is None:
+        return torch.ops.bcmf.match_within(queries, sites, num_classes, radii)
+    return _match_within(queries, sites, num_classes, radii)
+
+
+def _match_within(queries: Tensor, sites: Tensor, num_classes: int, radii: Sequence[int]) -> Tensor:
+    """In PyTorch: each class is a bit, and a disc is a pile of rows, so that all classes are dilated at once."""
+    height, width = queries.shape[1:]
+    most = radii[-1]
+    found = torch.full_like(queries, len(radii), dtype=torch.uint8)
+    for first in range(0, num_classes, 31):
+        last = min(first + 31, num_classes)
+        bits = (1 << (sites.int() - first).clamp(0, 30)).where((sites >= first) & (sites < last), 0)
+        bits = F.pad(bits, (most, most, most, most))
+        rows = [bits[..., most : most + width]]  # dilated along x by 0, 1, 2, …
+        for x in range(1, most + 1):
+            rows.append(rows[-1] | bits[..., most - x :][..., :width] | bits[..., most + x :][..., :width])
+        asked, ours = (queries.int() - first).clamp(0, 30), (queries >= first) & (queries < last)
+        reached = torch.zeros_like(rows[0][:, most : most + height])
+        for index, radius in reversed(list(enumerate(radii))):
+            reached = torch.zeros_like(reached)
+            for y in range(-radius, radius + 1):
+                reached |= rows[math.isqrt(radius**2 - y**2)][:, most + y :][:, :height]
+            found = found.masked_fill(ours & ((reached >> asked) & 1).bool(), index)
+    return found
+
+
+def _boundary(labels: Tensor, none: int) -> Tensor:
+    """Which pixels have one of another label among their four neighbours; neither may be ``none``."""
+    edge = torch.zeros_like(labels, dtype=torch.bool)
+    for dim in (1, 2):
+        here, there = (
+            labels.narrow(dim, 0, max(0, labels.shape[dim] - 1)),
+            labels.narrow(dim, 1, max(0, labels.shape[dim] - 1)),
+        )
+        differ = (here != there) & (here != none) & (there != none)
+        edge.narrow(dim, 0, differ.shape[dim]).logical_or_(differ)
+        edge.narrow(dim, 1, differ.shape[dim]).logical_or_(differ)
+    return edge
+
+
+def _only_band(labels: Tensor, distance: int, none: int) -> Tensor:
+    """The labels, with ``none`` where all of a square of distance pixels to each side is of the same label."""
+    padded = F.pad(labels, (distance,) * 4, value=none)
+    least, most = (
+        _windows(_windows(padded, reduce, distance, 1), reduce, distance, 2)
+        for reduce in (torch.minimum, torch.maximum)
+    )
+    return labels.where(least != most, _none(labels, none))
+
+
+def _windows(x: Tensor, reduce: Callable[[Tensor, Tensor], Tensor], distance: int, dim: int) -> Tensor:
+    """``reduce`` over all windows of 2 distance + 1 entries, in log2 steps: a window is two halves that may overlap."""
+    size, done = 2 * distance + 1, 1
+    while done < size:
+        step = min(done, size - done)
+        left = x.shape[dim] - step
+        x, done = reduce(x.narrow(dim, 0, left), x.narrow(dim, step, left)), done + step
+    return x
+
+
+def _triple(truth: Tensor, guess: Tensor, count: Callable[[Tensor], Tensor], none: int) -> Tensor:
+    """Counts of the pixels where both are the same, of the truth and of the prediction."""
+    return torch.stack([count(truth.where(truth == guess, _none(truth, none))), count(truth), count(guess)])
+
+
+def _by_width(labels: Tensor, index: Tensor, classes: int, widths: Sequence[int]) -> Tensor:
+    """Counts of the pixels by index of a width, or none of them, and class: (widths + 1, C)."""
+    bins = (len(widths) + 1) * (classes + 1)
+    dtype = torch.uint8 if bins <= 256 else torch.int32
+    ids = index.to(dtype) * (classes + 1) + labels
+    return histogram(ids, bins).view(-1, classes + 1)[:, :-1]
+
+
+def _none(labels: Tensor, none: int) -> Tensor:
+    return torch.tensor(none, dtype=labels.dtype, device=labels.device)
+
+
+def _maps(prediction: Tensor, target: Tensor) -> tuple[Tensor, Tensor]:
+    """(N, H, W) of (N, H, W) or (H, W)."""
+    for name, tensor in (("prediction", prediction), ("target", target)):
+        if tensor.dim() not in (2, 3):
+            raise ValueError(f"{name} has the shape (N, H, W) or (H, W), not {tuple(tensor.shape)}.")
+    return prediction[(None,) * (3 - prediction.dim())], target[(None,) * (3 - target.dim())]
+
+
+def _checked(widths: Sequence[int]) -> tuple[int, ...]:
+    if not widths or any(a >= b for a, b in pairwise((0, *widths))):
+        raise ValueError(f"widths are ascending numbers of pixels, each at least 1, not {tuple(widths)}.")
+    return tuple(widths)

@@ -1,0 +1,252 @@
+"""Which losses, at which weights, help: ``python bench/pilot.py --data CAMVID [--minutes N]``.
+
+Short trainings of BCMFNet on CamVid at half its size (180×240), train → val, which differ in the loss alone: the same
+schedule, batches and seeds for every arm, so that arms are compared in pairs, seed by seed. First every arm with one
+seed; then the best arm of each term with a warm-up of its weight; then CE, the defaults and the challengers with five
+seeds. What is done stands in bench/results/pilot.json and is not done again: call it as often as you like, each time
+for --minutes. The table says of each arm with several seeds how far it is from CE: mean ± two standard errors of the
+paired differences. Not while a benchmark runs.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import math
+import shutil
+import statistics
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import matplotlib.pyplot as plt
+import numpy as np
+import torch
+from kernels import RESULTS, about
+from PIL import Image
+
+from bcmf_ext import BCL, CPG, SegmentationCriterion
+from bcmf_ext.config import make_config
+from bcmf_ext.data import SegmentationDataset, open_dataset
+from bcmf_ext.inference import Predictor
+from bcmf_ext.metrics import BoundaryFScore, BoundaryIoU, ConfusionMatrix
+from bcmf_ext.ops import LOSS, LossOptions
+from bcmf_ext.reference import resample
+from bcmf_ext.train import Trainer
+
+ROOT = Path(__file__).resolve().parents[1]
+SEEDS = range(5)
+SCHEDULE = {"epochs": 10, "batch_size": 8, "crop_size": (180, 240), "scale_range": (0.75, 1.5), "lr": 0.05}
+SCORES = {"miou": "mIoU", "boundary_iou": "Boundary IoU", "boundary_f_1px": "F 1 px", "boundary_f_3px": "F 3 px"}
+WARMUP = 150  # iterations of 450
+REACH = 10  # pixels to either side of a pole
+
+
+class Arm(NamedTuple):
+    """A loss: cross-entropy and what is added to it."""
+
+    name: str
+    bcl: BCL | None = None
+    cpg: CPG | None = None
+    warmup: int = 0
+
+
+CE = Arm("CE")
+DEFAULT = Arm("CE + 0.4 BCL + 1 CPG3", BCL(), CPG())
+SINGLE = (
+    CE,
+    *(
+        Arm(
+            f"{weight:g} BCL {supervise}, step {'+'.join(map(str, BCL(step=step).steps))}", BCL(weight, step, supervise)
+        )
+        for supervise, weights in (("original", (0.1, 0.4, 1.0)), ("flipped", (0.1, 0.4, 0.8)))
+        for step in (1, 2, (1, 2))
+        for weight in weights
+    ),
+    *(
+        Arm(f"{weight:g} CPG{k}", cpg=CPG(weight, k))
+        for k, weights in ((3, (0.3, 1.0, 2.0)), (5, (0.4, 1.5)), (7, (0.35, 1.5)))
+        for weight in weights
+    ),
+    DEFAULT,
+)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--data", required=True, metavar="CAMVID", help="CamVid's folder, in SegNet's layout")
+    parser.add_argument("--minutes", type=float, default=30, help="no training begins later than that (%(default)s)")
+    parser.add_argument(
+        "--challenger", nargs="*", default=(), metavar="ARM", help="arms that get five seeds, too: names of the table"
+    )
+    parser.add_argument("--work", type=Path, default=ROOT / "runs" / "pilot", metavar="DIR", help="images and runs")
+    parser.add_argument("--output", type=Path, default=RESULTS, metavar="DIR", help="where the results go")
+    arguments = parser.parse_args()
+    path = arguments.output / "pilot.json"
+    record = json.loads(path.read_text()) if path.is_file() else {"schedule": SCHEDULE, "runs": []}
+    root = halve(Path(arguments.data), arguments.work / "camvid-half")
+    began = time.monotonic()
+    for arm, seed in plan(record["runs"], arguments.challenger):
+        if time.monotonic() - began > 60 * arguments.minutes:
+            break
+        print(f"--- {arm.name}, seed {seed}", flush=True)
+        record["runs"].append({**about(), **run(arm, seed, root, arguments.work)})
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(json.dumps(record, indent=1) + "\n")
+    print(table(record["runs"]))
+    print(path)
+    if {CE.name, "1 CPG3"} <= {done["arm"] for done in record["runs"] if (arguments.work / done["folder"]).is_dir()}:
+        picture = path.with_name("pilot-pole.png")
+        draw_profiles(arguments.work, record["runs"], root, picture)
+        print(picture)
+
+
+def plan(runs: list[dict[str, Any]], challengers: list[str]) -> Iterator[tuple[Arm, int]]:
+    """What is still to do. `runs` grows meanwhile."""
+
+    def missing(arm: Arm, seed: int) -> bool:
+        return not any((done["arm"], done["seed"]) == (arm.name, seed) for done in runs)
+
+    arms = {arm.name: arm for arm in SINGLE}
+    yield from ((arm, 0) for arm in SINGLE if missing(arm, 0))
+    for term in ("BCL", "CPG"):
+        single = [done for done in runs if done["seed"] == 0 and term in done["arm"] and done["arm"] in arms]
+        best = max((done for done in single if done["arm"] != DEFAULT.name), key=lambda done: done["miou"])["arm"]
+        warm = arms[best]._replace(name=f"{best}, warm-up", warmup=WARMUP)
+        arms[warm.name] = warm
+        if missing(warm, 0):
+            yield warm, 0
+    for seed in SEEDS:
+        for arm in (CE, DEFAULT, *(arms[name] for name in challengers)):
+            if missing(arm, seed):
+                yield arm, seed
+
+
+def halve(source: Path, target: Path) -> Path:
+    """CamVid at half its size: images averaged, labels every second pixel."""
+    if (target / "done").is_file():
+        return target
+    for file in sorted(source.rglob("*.*")):
+        folder = file.parent.name
+        if folder not in ("train", "val", "trainannot", "valannot"):
+            continue
+        picture = Image.open(file)
+        small = picture.resize((picture.width // 2, picture.height // 2), Image.Resampling.BOX)
+        if folder.endswith("annot"):
+            small = Image.fromarray(np.asarray(picture)[1::2, 1::2])
+        (target / folder).mkdir(parents=True, exist_ok=True)
+        small.save(target / folder / f"{file.stem}.png")
+    (target / "done").touch()
+    return target
+
+
+def run(arm: Arm, seed: int, root: Path, work: Path) -> dict[str, Any]:
+    """Trains, and scores the last weights."""
+    name = f"{arm.name}, seed {seed}".replace(" ", "-").replace(",", "")
+    shutil.rmtree(work / name, ignore_errors=True)  # of a run that was stopped
+    flags = {"dataset": "camvid", "data_root": str(root), "output_dir": str(work), "name": name, "seed": seed}
+    flags |= {"amp": "off", "device": "cpu", "eval_interval": SCHEDULE["epochs"]}
+    flags |= {"loss_warmup": arm.warmup, "log_grad_share": 10}
+    train_set, val_set = (open_dataset("camvid", str(root), split) for split in ("train", "val"))
+    trainer = Trainer(make_config({**SCHEDULE, **flags}), train_set, val_set)
+    trainer.criterion = SegmentationCriterion(bcl=arm.bcl, cpg=arm.cpg)
+    trainer.train()
+    log = trainer.run.records
+    return {
+        "arm": arm.name,
+        "seed": seed,
+        "folder": name,
+        "seconds": sum(epoch["seconds"] for epoch in log),
+        **score(trainer.run.last, val_set),
+        "gradient_share": {"first epoch": log[0]["grad_share"], "last epoch": log[-1]["grad_share"]},
+    }
+
+
+def score(checkpoint: Path, val_set: SegmentationDataset) -> dict[str, float]:
+    """Of the val split; selected: |S| / |V| of BCL with its defaults, whatever the network was trained with."""
+    predictor, classes = Predictor(checkpoint, "cpu"), len(val_set.classes)
+    confusion, band = ConfusionMatrix(classes), BoundaryIoU(classes)
+    f_score = BoundaryFScore(classes, widths=(1, 3))
+    default = LossOptions(255, bcl_steps=BCL().steps, bcl_threshold=BCL().threshold, bcl_nms_size=BCL().nms_size)
+    selected = valid = 0
+    for index in range(len(val_set)):
+        image, label = (torch.from_numpy(array) for array in val_set.pair(index))
+        logits = predictor.logits(image.permute(2, 0, 1)[None])
+        prediction = confusion.update_from_logits(logits, label[None])
+        for metric in (band, f_score):
+            metric.update(prediction, label[None])
+        marks = LOSS["cpu"](logits, label[None], None, *default)[3]
+        selected, valid = selected + int(marks.count_nonzero()), valid + int((label != 255).sum())
+    scores = confusion.mean_iou(), band.mean_iou(), *f_score.mean_f_score()
+    return {**dict(zip(SCORES, scores, strict=True)), "selected": selected / valid}
+
+
+def table(runs: list[dict[str, Any]]) -> str:
+    """The arms with one seed; then those with several, as paired differences from CE."""
+    width = max((len(done["arm"]) for done in runs), default=0)
+    lines = [f"{'seed 0':<{width}}" + "".join(f"{title:>14}" for title in (*SCORES.values(), "|S|/|V|", "shares"))]
+    for done in (done for done in runs if done["seed"] == 0):
+        shares = " ".join(f"{name} {share:.2f}" for name, share in done["gradient_share"]["last epoch"].items())
+        figures = "".join(f"{done[score]:>14.4f}" for score in (*SCORES, "selected"))
+        lines.append(f"{done['arm']:<{width}}{figures}   {shares}")
+    lines.append(f"\n{'minus CE, ± 2 standard errors':<{width}}   {'   '.join(SCORES.values())}")
+    for arm in dict.fromkeys(done["arm"] for done in runs):
+        found = [difference(runs, arm, score) for score in SCORES]
+        if arm != CE.name and all(found):
+            texts = (
+                f"{100 * mean:+.2f} ± {200 * error:.2f}{'' if abs(mean) > 2 * error else ' (none)'}"
+                for mean, error in found
+            )
+            lines.append(f"{arm:<{width}}   {'   '.join(texts)}")
+    return "\n".join([*lines, "(none): no difference measured"])
+
+
+def difference(runs: list[dict[str, Any]], arm: str, score: str) -> tuple[float, float] | None:
+    """Mean and standard error of an arm's paired differences from CE; None of fewer than two seeds."""
+    scores = {(done["arm"], done["seed"]): done[score] for done in runs}
+    pairs = [scores[arm, seed] - scores[CE.name, seed] for a, seed in scores if a == arm and (CE.name, seed) in scores]
+    if len(pairs) < 2:
+        return None
+    return statistics.mean(pairs), statistics.stdev(pairs) / math.sqrt(len(pairs))
+
+
+def draw_profiles(work: Path, runs: list[dict[str, Any]], root: Path, path: Path) -> None:
+    """Probabilities of "pole" along rows that cross one of three pixels, its middle at 0: CE beside CE + CPG (figure 6
+    of the CPG paper)."""
+    folders = {done["arm"]: work / done["folder"] for done in runs if done["seed"] == 0}
+    pair = {"CE": folders[CE.name], "CE + 1 CPG3": folders["1 CPG3"]}
+    val_set = open_dataset("camvid", str(root), "val")
+    figure, axes = plt.subplots(1, 2, figsize=(9, 3.4), sharey=True, constrained_layout=True)
+    for axis, (title, folder) in zip(axes, pair.items(), strict=True):
+        profiles = np.stack(list(crossings(Predictor(folder / "last.pt", "cpu"), val_set)))
+        offsets = np.arange(-REACH, REACH + 1)
+        for low, high, shade in ((10, 90, 0.15), (25, 75, 0.3)):
+            band = np.percentile(profiles, (low, high), axis=0)
+            axis.fill_between(offsets, *band, color="tab:blue", alpha=shade, lw=0, label=f"{low}–{high} %")
+        axis.plot(offsets, profiles.mean(0), color="tab:blue", label="mean")
+        axis.step(offsets, abs(offsets) <= 1, where="mid", color="black", lw=1, label="truth")
+        axis.set(title=f"{title}, {len(profiles)} rows", xlabel="pixels from the pole's middle")
+        axis.spines[["top", "right"]].set_visible(False)
+    axes[0].set_ylabel("probability of pole")
+    axes[0].legend(frameon=False)
+    figure.savefig(path, dpi=110)
+    plt.close(figure)
+
+
+def crossings(predictor: Predictor, val_set: SegmentationDataset) -> Iterator[np.ndarray]:
+    pole = val_set.classes.index("pole")
+    for index in range(len(val_set)):
+        image, label = val_set.pair(index)
+        logits = predictor.logits(torch.from_numpy(image).permute(2, 0, 1)[None])
+        probability = resample(logits.float(), label.shape).softmax(1)[0, pole].numpy()
+        width = 2 * REACH + 1
+        windows = np.lib.stride_tricks.sliding_window_view(label == pole, width, axis=1)
+        exact = (windows == (abs(np.arange(-REACH, REACH + 1)) <= 1)).all(-1)
+        valid = np.lib.stride_tricks.sliding_window_view(label != 255, width, axis=1).all(-1)
+        for y, x in np.argwhere(exact & valid):
+            yield probability[y, x : x + width]
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,19 @@
+#pragma once
+
+#include <cstdint>
+
+namespace bcmf::cpu {
+
+// Arguments of bcmf::match_within. Maps are (N, H, W), contiguous; a label of `classes` or more is none.
+struct MatchArgs {
+  int64_t N, H, W, classes;
+  const void *queries, *sites;  // uint8, or int32 if wide
+  bool wide;
+  const int64_t* radii;  // ascending
+  int64_t count;         // of radii
+  uint8_t* found;
+};
+
+void match_within(const MatchArgs& args);
+
+}  // namespace bcmf::cpu
