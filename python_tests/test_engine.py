@@ -142,6 +142,31 @@ def test_one_step_by_hand() -> None:
         torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-6)
 
 
+def test_loss_warmup_and_gradient_shares() -> None:
+    """BCL and CPG gain their weights over the run's first iterations, not the epoch's; shares are noted as often as
+    asked for, and begin anew with an epoch."""
+    state, criterion, ramps = make_state(), SegmentationCriterion(), []
+    forward = criterion.forward
+
+    def watch(*inputs: Any) -> Any:
+        ramps.append(criterion.ramp)
+        return forward(*inputs)
+
+    criterion.forward = watch  # type: ignore[method-assign]
+    for _ in range(2):
+        train_one_epoch(state, criterion, batches(), Compute(CPU), BAR, loss_warmup=4, log_grad_share=2)
+        assert set(state.share_sums) == {"ce", "bcl", "cpg"}
+        assert sum(state.share_sums.values()) == pytest.approx(state.share_steps, rel=1e-5)
+        assert state.share_steps == (2 if state.epoch == 0 else 1)  # iterations 0, 2; 4
+        if state.epoch == 0:
+            state.begin_next_epoch()
+            assert state.share_sums == {}
+    assert ramps == [0, 0.25, 0.5, 0.75, 1, 1]
+    saved = state.state_dict()
+    del saved["share_sums"]  # as in files of older versions
+    make_state().load_state_dict(saved)
+
+
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_half_precision_learns(dtype: torch.dtype) -> None:
     """Under autocast, with the loss scaled for fp16, a few steps lower the loss; the loss itself is not autocast."""

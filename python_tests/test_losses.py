@@ -8,7 +8,7 @@ import pytest
 import torch
 
 import bcmf_ext
-from bcmf_ext import BCL, CPG, OHEM, reference
+from bcmf_ext import BCL, CPG, OHEM, SegmentationCriterion, reference
 
 FUNCTIONS = ("cross_entropy", "boundary_corrected_loss", "cpg_loss", "segmentation_loss")
 
@@ -124,6 +124,40 @@ def test_criterion_defaults_are_bcl_and_cpg() -> None:
     z, y = problem()
     expected = reference.segmentation_loss(z, y, bcl=BCL(), cpg=CPG())
     torch.testing.assert_close(bcmf_ext.SegmentationCriterion(impl="torch")(z, y).total, expected.total)
+
+
+def test_ramp_scales_bcl_and_cpg() -> None:
+    """Protects the warm-up of the weights: the total is CE plus so much of the others; their own values stay."""
+    z, y = problem()
+    criterion = SegmentationCriterion(bcl=0.4, cpg=1.0)
+    full = criterion(z, y)
+    for ramp in (0.0, 0.25, 1.0):
+        criterion.ramp = ramp
+        loss = criterion(z, y)
+        torch.testing.assert_close(loss.total, full.ce + ramp * (0.4 * full.bcl + 1.0 * full.cpg))
+        torch.testing.assert_close(torch.stack(loss[1:4]), torch.stack(full[1:4]))
+
+
+@pytest.mark.parametrize("impl", ["auto", "torch"])
+def test_gradient_shares(impl: str) -> None:
+    """Protects what `--log-grad-share` shows: each weighted term's norm of the gradient at the main logits, over the
+    sum of these; the logits and their graph are left alone."""
+    z, y = problem()
+    z.requires_grad_()
+    options = {"bcl": BCL(0.7, (1, 2)), "cpg": CPG(0.3, 5), "ohem": OHEM(0.7, 10)}
+    criterion = SegmentationCriterion(**options, impl=impl)
+    criterion.ramp = 0.5
+    shares = criterion.gradient_shares((z, z.detach()), y)
+    terms = {
+        "ce": bcmf_ext.cross_entropy(z, y, ohem=options["ohem"], impl=impl),
+        "bcl": 0.35 * bcmf_ext.boundary_corrected_loss(z, y, step=(1, 2), impl=impl),
+        "cpg": 0.15 * bcmf_ext.cpg_loss(z, y, kernel_size=5, impl=impl),
+    }
+    norms = {name: torch.autograd.grad(term, z, retain_graph=True)[0].norm() for name, term in terms.items()}
+    for name, share in shares.items():
+        torch.testing.assert_close(share, norms[name] / sum(norms.values()), check_dtype=False)
+    assert z.grad is None
+    assert SegmentationCriterion(bcl=None, cpg=None).gradient_shares(z, y) == {"ce": 1}
 
 
 def test_flipped_labels_must_not_outweigh_the_class_weights() -> None:
