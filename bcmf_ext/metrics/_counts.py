@@ -63,14 +63,16 @@ class Counts:
         classes = self.num_classes
         prediction, target = (_widened(ids, self.ignore_index, classes) for ids in (prediction, target))
         valid = target != self.ignore_index
-        in_range = (target >= 0) & (target < classes) & (prediction >= 0) & (prediction < classes)
-        outside = (valid & ~in_range).sum()
+        in_range = (target < classes) & (prediction < classes)
+        for ids in (target, prediction):
+            if ids.dtype != torch.uint8:
+                in_range &= ids >= 0
+        outside = (valid & ~in_range).count_nonzero()
         if outside.device.type == "cpu" and outside:
             self._raise_out_of_range(prediction, target)
         dtype = torch.uint8 if classes <= 255 else torch.int32
-        none = torch.tensor(classes, dtype=dtype, device=target.device)
         counted = valid & in_range
-        return prediction.to(dtype).where(counted, none), target.to(dtype).where(counted, none), outside
+        return keep(prediction.to(dtype), counted, classes), keep(target.to(dtype), counted, classes), outside
 
     def _add(self, counts: Tensor, outside: Tensor) -> None:
         self._bins = self._bins.to(counts.device) + torch.cat([counts.flatten(), outside.view(1)])
@@ -103,6 +105,11 @@ def _widened(ids: Tensor, *values: int) -> Tensor:
     """The ids, wider if their dtype does not hold these values: beside uint8 torch takes -1 for 255."""
     limits = torch.iinfo(ids.dtype)
     return ids if all(limits.min <= value <= limits.max for value in values) else ids.long()
+
+
+def keep(labels: Tensor, mask: Tensor, none: int) -> Tensor:
+    """The labels where the mask is true, elsewhere ``none``: torch.where, which takes five times as long on the CPU."""
+    return labels * mask + (~mask).to(labels.dtype) * none
 
 
 def histogram(ids: Tensor, bins: int) -> Tensor:

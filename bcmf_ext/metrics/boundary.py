@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from .. import dispatch
-from ._counts import Counts, histogram, iou
+from ._counts import Counts, histogram, iou, keep
 
 WIDTHS = (1, 3, 5, 9, 12)  # pixels, as DeepLab's and the CPG paper's trimaps have them
 
@@ -92,7 +92,7 @@ class BoundaryFScore(Counts):
         """
         guess, truth, outside = self._read(*_maps(prediction, target))
         classes = self.num_classes
-        truth, guess = (labels.where(_boundary(labels, classes), _none(labels, classes)) for labels in (truth, guess))
+        truth, guess = (keep(labels, _boundary(labels, classes), classes) for labels in (truth, guess))
         counts = []
         for ours, others in ((truth, guess), (guess, truth)):
             counts.append(_by_width(ours, match_within(ours, others, classes, self.widths), classes, self.widths))
@@ -203,15 +203,14 @@ def _match_within(queries: Tensor, sites: Tensor, num_classes: int, radii: Seque
 
 def _boundary(labels: Tensor, none: int) -> Tensor:
     """Which pixels have one of another label among their four neighbours; neither may be ``none``."""
-    edge = torch.zeros_like(labels, dtype=torch.bool)
+    edge, some = torch.zeros_like(labels, dtype=torch.bool), labels != none
     for dim in (1, 2):
-        here, there = (
-            labels.narrow(dim, 0, max(0, labels.shape[dim] - 1)),
-            labels.narrow(dim, 1, max(0, labels.shape[dim] - 1)),
-        )
-        differ = (here != there) & (here != none) & (there != none)
-        edge.narrow(dim, 0, differ.shape[dim]).logical_or_(differ)
-        edge.narrow(dim, 1, differ.shape[dim]).logical_or_(differ)
+        pairs = max(0, labels.shape[dim] - 1)
+        here, there = ((0, pairs), (labels.shape[dim] - pairs, pairs))
+        differ = labels.narrow(dim, *here) != labels.narrow(dim, *there)
+        differ &= some.narrow(dim, *here) & some.narrow(dim, *there)
+        edge.narrow(dim, *here).logical_or_(differ)
+        edge.narrow(dim, *there).logical_or_(differ)
     return edge
 
 
@@ -222,7 +221,7 @@ def _only_band(labels: Tensor, distance: int, none: int) -> Tensor:
         _windows(_windows(padded, reduce, distance, 1), reduce, distance, 2)
         for reduce in (torch.minimum, torch.maximum)
     )
-    return labels.where(least != most, _none(labels, none))
+    return keep(labels, least != most, none)
 
 
 def _windows(x: Tensor, reduce: Callable[[Tensor, Tensor], Tensor], distance: int, dim: int) -> Tensor:
@@ -237,7 +236,7 @@ def _windows(x: Tensor, reduce: Callable[[Tensor, Tensor], Tensor], distance: in
 
 def _triple(truth: Tensor, guess: Tensor, count: Callable[[Tensor], Tensor], none: int) -> Tensor:
     """Counts of the pixels where both are the same, of the truth and of the prediction."""
-    return torch.stack([count(truth.where(truth == guess, _none(truth, none))), count(truth), count(guess)])
+    return torch.stack([count(keep(truth, truth == guess, none)), count(truth), count(guess)])
 
 
 def _by_width(labels: Tensor, index: Tensor, classes: int, widths: Sequence[int]) -> Tensor:
@@ -246,10 +245,6 @@ def _by_width(labels: Tensor, index: Tensor, classes: int, widths: Sequence[int]
     dtype = torch.uint8 if bins <= 256 else torch.int32
     ids = index.to(dtype) * (classes + 1) + labels
     return histogram(ids, bins).view(-1, classes + 1)[:, :-1]
-
-
-def _none(labels: Tensor, none: int) -> Tensor:
-    return torch.tensor(none, dtype=labels.dtype, device=labels.device)
 
 
 def _maps(prediction: Tensor, target: Tensor) -> tuple[Tensor, Tensor]:
