@@ -227,10 +227,11 @@ class Trainer:
             "step": state.scheduler.last_epoch,
             "lr": self.config.lr * state.scheduler.lr_lambdas[0](state.scheduler.last_epoch - 1),
             "loss": {name: total / state.step for name, total in state.loss_sums.items()},
-            "grad_share": {name: total / state.share_steps for name, total in state.share_sums.items()},
             "seconds": state.seconds,
             "images_per_second": state.step * self.config.batch_size / state.seconds,
         }
+        if state.share_steps:
+            record["grad_share"] = {name: total / state.share_steps for name, total in state.share_sums.items()}
         lines = loss_line(record, self.config.epochs)
         if confusion is not None:
             record |= scores(confusion, self.val_set.classes)
@@ -277,7 +278,8 @@ class Trainer:
             + (f"; the short last batch, of {short}, is left out, with other images each time" if short else ""),
             "network": f"{config.model}, {parameters:,} parameters, and {auxiliary:,} of the auxiliary head",
             "weights": self.weights,
-            "loss": f"{describe_loss(self.criterion)}; impl {self.impl}",
+            "loss": f"{describe_loss(self.criterion)}; impl {self.impl}"
+            + (f"; BCL and CPG gain their weights in {config.loss_warmup} iterations" if config.loss_warmup else ""),
             "schedule": f"SGD, {self.iterations} iterations, the first {self.warmup} of them to warm up",
             "device": f"{compute.device}{threads}, {self.workers} loading process{'es' * (self.workers != 1)}",
             "compute": f"{dtype} ({self.why_dtype})"

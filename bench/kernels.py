@@ -354,7 +354,7 @@ def parser(description: str | None) -> argparse.ArgumentParser:
     found = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
     found.add_argument("--device", choices=("cpu", "cuda"), default="cuda" if torch.cuda.is_available() else "cpu")
     found.add_argument("--labels", metavar="CAMVID", help="CamVid's folder; without it, labels of drawn scenes")
-    found.add_argument("--op", nargs="*", choices=tuple(OPS), default=tuple(OPS), help="which ops; all when left out")
+    found.add_argument("--op", nargs="+", choices=tuple(OPS), default=tuple(OPS), help="which ops; all when left out")
     usual = (8, 19, 1024, 1024) if torch.cuda.is_available() else (8, 19, 360, 480)
     found.add_argument("--size", type=int, nargs=4, metavar=("N", "C", "H", "W"), default=usual)
     return found

@@ -37,7 +37,7 @@ from bcmf_ext.train import Trainer
 
 ROOT = Path(__file__).resolve().parents[1]
 SEEDS = range(5)
-SCHEDULE = {"epochs": 10, "batch_size": 8, "crop_size": (180, 240), "scale_range": (0.75, 1.5), "lr": 0.05}
+SCHEDULE = {"epochs": 10, "batch_size": 8, "crop_size": (180, 240), "scale_range": (0.75, 1.5)}
 SCORES = {"miou": "mIoU", "boundary_iou": "Boundary IoU", "boundary_f_1px": "F 1 px", "boundary_f_3px": "F 3 px"}
 WARMUP = 150  # iterations of 450
 REACH = 10  # pixels to either side of a pole
@@ -71,6 +71,11 @@ SINGLE = (
     ),
     DEFAULT,
 )
+ARMS = {
+    arm.name: arm
+    for single in SINGLE
+    for arm in (single, single._replace(name=f"{single.name}, warm-up", warmup=WARMUP))
+}
 
 
 def main() -> None:
@@ -78,7 +83,12 @@ def main() -> None:
     parser.add_argument("--data", required=True, metavar="CAMVID", help="CamVid's folder, in SegNet's layout")
     parser.add_argument("--minutes", type=float, default=30, help="no training begins later than that (%(default)s)")
     parser.add_argument(
-        "--challenger", nargs="*", default=(), metavar="ARM", help="arms that get five seeds, too: names of the table"
+        "--challenger",
+        nargs="+",
+        choices=tuple(ARMS),
+        default=(),
+        metavar="ARM",
+        help="arms that get five seeds, too: names of the table",
     )
     parser.add_argument("--work", type=Path, default=ROOT / "runs" / "pilot", metavar="DIR", help="images and runs")
     parser.add_argument("--output", type=Path, default=RESULTS, metavar="DIR", help="where the results go")
@@ -108,17 +118,15 @@ def plan(runs: list[dict[str, Any]], challengers: list[str]) -> Iterator[tuple[A
     def missing(arm: Arm, seed: int) -> bool:
         return not any((done["arm"], done["seed"]) == (arm.name, seed) for done in runs)
 
-    arms = {arm.name: arm for arm in SINGLE}
     yield from ((arm, 0) for arm in SINGLE if missing(arm, 0))
     for term in ("BCL", "CPG"):
-        single = [done for done in runs if done["seed"] == 0 and term in done["arm"] and done["arm"] in arms]
-        best = max((done for done in single if done["arm"] != DEFAULT.name), key=lambda done: done["miou"])["arm"]
-        warm = arms[best]._replace(name=f"{best}, warm-up", warmup=WARMUP)
-        arms[warm.name] = warm
+        names = {arm.name for arm in SINGLE if term in arm.name} - {DEFAULT.name}
+        best = max((done for done in runs if done["seed"] == 0 and done["arm"] in names), key=lambda done: done["miou"])
+        warm = ARMS[f"{best['arm']}, warm-up"]
         if missing(warm, 0):
             yield warm, 0
     for seed in SEEDS:
-        for arm in (CE, DEFAULT, *(arms[name] for name in challengers)):
+        for arm in (CE, DEFAULT, *(ARMS[name] for name in challengers)):
             if missing(arm, seed):
                 yield arm, seed
 

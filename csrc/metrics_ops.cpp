@@ -18,9 +18,9 @@ at::Tensor match_within_cpu(const at::Tensor& queries, const at::Tensor& sites, 
                        (queries.scalar_type() == at::kByte || queries.scalar_type() == at::kInt),
                    "queries and sites are both uint8 or both int32.");
   check_same_device(queries, sites, "queries", "sites");
-  TORCH_CHECK_VALUE(!radii.empty() && radii.size() < 256 && radii[0] >= 0 && radii.back() <= 1024 &&
+  TORCH_CHECK_VALUE(!radii.empty() && radii.size() < 256 && radii[0] >= 0 && radii.back() <= 128 &&
                         std::is_sorted(radii.begin(), radii.end()),
-                    "radii ascend from at least 0 to at most 1024 pixels, not ", radii, ".");
+                    "radii ascend from at least 0 to at most 128 pixels, not ", radii, ".");
   TORCH_CHECK_VALUE(num_classes >= 0 && num_classes < int64_t{1} << 31, "there are no ", num_classes, " classes.");
   const at::Tensor from = queries.contiguous(), to = sites.contiguous();
   const at::Tensor found = at::empty(queries.sizes(), queries.options().dtype(at::kByte));

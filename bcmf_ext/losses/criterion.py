@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from .. import reference
+from ..ops import acc_dtype
 from ..reference import BCL, CPG, OHEM, SegmentationLoss, resolve_options
 from ._kernels import fused_loss, resolve_impl
 from .boundary_corrected_loss import boundary_corrected_loss
@@ -123,7 +124,7 @@ class SegmentationCriterion(nn.Module):
         As forward takes them; one forward and backward of the loss for each term, and none of the network.
         """
         main = logits[0] if isinstance(logits, (tuple, list)) else logits
-        main = main.detach().requires_grad_()
+        main = main.detach().to(acc_dtype(main)).requires_grad_()  # gradients of means are too small for fp16
         terms = {"ce": cross_entropy(main, target, **self._first_term, **self._common)}
         if self.bcl is not None:
             options = {name: value for name, value in vars(self.bcl).items() if name != "weight"}
@@ -136,8 +137,9 @@ class SegmentationCriterion(nn.Module):
         for name, term in terms.items():
             (grad,) = torch.autograd.grad(term, main)
             option = self._ramped(weights.get(name))
-            pulls[name] = (1.0 if option is None else option.weight) * grad.float().norm()
+            pulls[name] = (1.0 if option is None else option.weight) * grad.norm()
         total = torch.stack([*pulls.values()]).sum()
+        total = total.clamp(min=torch.finfo(total.dtype).tiny)  # where all is ignored, all shares are 0
         return {name: pull / total for name, pull in pulls.items()}
 
     def _ramped(self, option: Any) -> Any:

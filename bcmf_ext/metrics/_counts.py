@@ -30,7 +30,16 @@ class Counts:
         self._bins = torch.zeros(math.prod(shape) + 1, dtype=torch.int64, device=device)
 
     def update(self, prediction: Tensor, target: Tensor) -> None:
-        """Count the pixels of ``prediction`` and ``target``: class ids of any integer dtype, one shape, one device."""
+        """Count the pixels of ``prediction`` and ``target``: class ids of any integer dtype on one device, (N, H, W) or
+        (H, W); of any one shape for ConfusionMatrix.
+
+        Raises TypeError for floating-point tensors, ValueError for other shapes and (CPU) ids out of range.
+        """
+        prediction, target, outside = self._read(prediction, target)
+        self._add(self._count(prediction, target), outside)
+
+    def _count(self, guess: Tensor, truth: Tensor) -> Tensor:
+        """The counts of maps as `_read` gives them, in the counts' shape."""
         raise NotImplementedError
 
     def scores(self) -> dict[str, Tensor]:

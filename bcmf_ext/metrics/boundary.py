@@ -17,7 +17,8 @@ from torch import Tensor
 from .. import dispatch
 from ._counts import Counts, histogram, iou, keep
 
-WIDTHS = (1, 3, 5, 9, 12)  # pixels, as DeepLab's and the CPG paper's trimaps have them
+WIDTHS = (1, 3, 5, 9, 12)  # pixels (spec section 10)
+MOST = 128  # pixels of a width: memory and time grow with its square
 
 
 class BoundaryIoU(Counts):
@@ -40,17 +41,11 @@ class BoundaryIoU(Counts):
         super().__init__(num_classes, ignore_index, device, (3, num_classes))
         self.ratio = ratio
 
-    def update(self, prediction: Tensor, target: Tensor) -> None:
-        """Count the pixels of ``prediction`` and ``target``, class ids (N, H, W) or (H, W) of any integer dtype.
-
-        Raises TypeError for floating-point tensors, ValueError for other shapes and (CPU) ids out of range.
-        """
-        guess, truth, outside = self._read(*_maps(prediction, target))
-        distance = max(1, round(self.ratio * math.hypot(*truth.shape[1:])))
-        truth, guess = (_only_band(labels, distance, self.num_classes) for labels in (truth, guess))
-        self._add(
-            _triple(truth, guess, lambda ids: histogram(ids, self.num_classes + 1)[:-1], self.num_classes), outside
-        )
+    def _count(self, guess: Tensor, truth: Tensor) -> Tensor:
+        guess, truth = _with_batch(guess), _with_batch(truth)
+        distance, classes = max(1, round(self.ratio * math.hypot(*truth.shape[1:]))), self.num_classes
+        truth, guess = (_only_band(labels, distance, classes) for labels in (truth, guess))
+        return _triple(truth, guess, lambda ids: histogram(ids, classes + 1)[:-1], classes)
 
     def iou(self) -> Tensor:
         """Of each class, float64 (C,) on the CPU; NaN for a class that is in neither truth nor prediction."""
@@ -65,7 +60,34 @@ class BoundaryIoU(Counts):
         return self.iou().nanmean().item()
 
 
-class BoundaryFScore(Counts):
+class _ByWidth(Counts):
+    """Counts for several widths in pixels, each of the pixels that no smaller one reaches; and of those that none does.
+
+    Raises ValueError for widths that do not ascend from at least 1 to at most 128.
+    """
+
+    _kinds: int
+
+    def __init__(
+        self,
+        num_classes: int,
+        ignore_index: int = 255,
+        device: torch.device | str | None = None,
+        widths: Sequence[int] = WIDTHS,
+    ) -> None:
+        if not widths or any(a >= b for a, b in pairwise((0, *widths, MOST + 1))):
+            raise ValueError(f"widths are ascending numbers of pixels from 1 to {MOST}, not {tuple(widths)}.")
+        super().__init__(num_classes, ignore_index, device, (self._kinds, len(widths) + 1, num_classes))
+        self.widths = tuple(widths)
+
+    def _by_width(self, labels: Tensor, index: Tensor) -> Tensor:
+        """How many pixels have which index of a width (`match_within`) and which label: (widths + 1, C)."""
+        bins, classes = (len(self.widths) + 1) * (self.num_classes + 1), self.num_classes + 1
+        ids = index.to(torch.uint8 if bins <= 256 else torch.int32) * classes + labels
+        return histogram(ids, bins).view(-1, classes)[:, :-1]
+
+
+class BoundaryFScore(_ByWidth):
     """Harmonic mean of the boundaries' precision and recall, for each of several widths in pixels.
 
     A mask's boundary are its pixels with one outside the mask among their four neighbours; what is ignored, or beyond
@@ -75,28 +97,17 @@ class BoundaryFScore(Counts):
     num_classes, ignore_index, device, and ids out of range: see `Counts`.
     """
 
-    def __init__(
-        self,
-        num_classes: int,
-        ignore_index: int = 255,
-        device: torch.device | str | None = None,
-        widths: Sequence[int] = WIDTHS,
-    ) -> None:
-        super().__init__(num_classes, ignore_index, device, (2, len(widths) + 1, num_classes))
-        self.widths = _checked(widths)
+    _kinds = 2  # of counts: of the true boundary, and of the predicted one
 
-    def update(self, prediction: Tensor, target: Tensor) -> None:
-        """Count the pixels of ``prediction`` and ``target``, class ids (N, H, W) or (H, W) of any integer dtype.
-
-        Raises TypeError for floating-point tensors, ValueError for other shapes and (CPU) ids out of range.
-        """
-        guess, truth, outside = self._read(*_maps(prediction, target))
-        classes = self.num_classes
-        truth, guess = (keep(labels, _boundary(labels, classes), classes) for labels in (truth, guess))
-        counts = []
-        for ours, others in ((truth, guess), (guess, truth)):
-            counts.append(_by_width(ours, match_within(ours, others, classes, self.widths), classes, self.widths))
-        self._add(torch.stack(counts), outside)
+    def _count(self, guess: Tensor, truth: Tensor) -> Tensor:
+        classes, maps = self.num_classes, map(_with_batch, (truth, guess))
+        truth, guess = (keep(labels, _boundary(labels, classes), classes) for labels in maps)
+        return torch.stack(
+            [
+                self._by_width(ours, match_within(ours, others, classes, self.widths))
+                for ours, others in ((truth, guess), (guess, truth))
+            ]
+        )
 
     def precision(self) -> Tensor:
         """Share of the predicted boundary that is matched: float64 (widths, C) on the CPU; NaN where there is none."""
@@ -125,7 +136,7 @@ class BoundaryFScore(Counts):
         return counts.cumsum(1)[:, :-1] / counts.sum(1, keepdim=True)
 
 
-class TrimapIoU(Counts):
+class TrimapIoU(_ByWidth):
     """IoU of the pixels near a true boundary, for each of several widths in pixels.
 
     Near are valid pixels within the width (Euclidean distance) of a pixel that has one of another class among its four
@@ -134,26 +145,13 @@ class TrimapIoU(Counts):
     num_classes, ignore_index, device, and ids out of range: see `Counts`.
     """
 
-    def __init__(
-        self,
-        num_classes: int,
-        ignore_index: int = 255,
-        device: torch.device | str | None = None,
-        widths: Sequence[int] = WIDTHS,
-    ) -> None:
-        super().__init__(num_classes, ignore_index, device, (3, len(widths) + 1, num_classes))
-        self.widths = _checked(widths)
+    _kinds = 3  # of counts: of pixels where both are the same, of the truth and of the prediction
 
-    def update(self, prediction: Tensor, target: Tensor) -> None:
-        """Count the pixels of ``prediction`` and ``target``, class ids (N, H, W) or (H, W) of any integer dtype.
-
-        Raises TypeError for floating-point tensors, ValueError for other shapes and (CPU) ids out of range.
-        """
-        guess, truth, outside = self._read(*_maps(prediction, target))
-        classes = self.num_classes
+    def _count(self, guess: Tensor, truth: Tensor) -> Tensor:
+        guess, truth, classes = _with_batch(guess), _with_batch(truth), self.num_classes
         ignored, edge = truth == classes, _boundary(truth, classes)
         near = match_within(ignored.to(truth.dtype), (~edge).to(truth.dtype), 1, self.widths)
-        self._add(_triple(truth, guess, lambda ids: _by_width(ids, near, classes, self.widths), classes), outside)
+        return _triple(truth, guess, lambda ids: self._by_width(ids, near), classes)
 
     def iou(self) -> Tensor:
         """By width and class: float64 (widths, C) on the CPU; NaN for a class in neither truth nor prediction there."""
@@ -192,9 +190,8 @@ def _match_within(queries: Tensor, sites: Tensor, num_classes: int, radii: Seque
         for x in range(1, most + 1):
             rows.append(rows[-1] | bits[..., most - x :][..., :width] | bits[..., most + x :][..., :width])
         asked, ours = (queries.int() - first).clamp(0, 30), (queries >= first) & (queries < last)
-        reached = torch.zeros_like(rows[0][:, most : most + height])
         for index, radius in reversed(list(enumerate(radii))):
-            reached = torch.zeros_like(reached)
+            reached = torch.zeros_like(asked)
             for y in range(-radius, radius + 1):
                 reached |= rows[math.isqrt(radius**2 - y**2)][:, most + y :][:, :height]
             found = found.masked_fill(ours & ((reached >> asked) & 1).bool(), index)
@@ -239,23 +236,8 @@ def _triple(truth: Tensor, guess: Tensor, count: Callable[[Tensor], Tensor], non
     return torch.stack([count(keep(truth, truth == guess, none)), count(truth), count(guess)])
 
 
-def _by_width(labels: Tensor, index: Tensor, classes: int, widths: Sequence[int]) -> Tensor:
-    """Counts of the pixels by index of a width, or none of them, and class: (widths + 1, C)."""
-    bins = (len(widths) + 1) * (classes + 1)
-    dtype = torch.uint8 if bins <= 256 else torch.int32
-    ids = index.to(dtype) * (classes + 1) + labels
-    return histogram(ids, bins).view(-1, classes + 1)[:, :-1]
-
-
-def _maps(prediction: Tensor, target: Tensor) -> tuple[Tensor, Tensor]:
+def _with_batch(labels: Tensor) -> Tensor:
     """(N, H, W) of (N, H, W) or (H, W)."""
-    for name, tensor in (("prediction", prediction), ("target", target)):
-        if tensor.dim() not in (2, 3):
-            raise ValueError(f"{name} has the shape (N, H, W) or (H, W), not {tuple(tensor.shape)}.")
-    return prediction[(None,) * (3 - prediction.dim())], target[(None,) * (3 - target.dim())]
-
-
-def _checked(widths: Sequence[int]) -> tuple[int, ...]:
-    if not widths or any(a >= b for a, b in pairwise((0, *widths))):
-        raise ValueError(f"widths are ascending numbers of pixels, each at least 1, not {tuple(widths)}.")
-    return tuple(widths)
+    if labels.dim() not in (2, 3):
+        raise ValueError(f"prediction and target have the shape (N, H, W) or (H, W), not {tuple(labels.shape)}.")
+    return labels[(None,) * (3 - labels.dim())]

@@ -51,15 +51,9 @@ class ConfusionMatrix(Counts):
     def __init__(self, num_classes: int, ignore_index: int = 255, device: torch.device | str | None = None) -> None:
         super().__init__(num_classes, ignore_index, device, (num_classes, num_classes))
 
-    def update(self, prediction: Tensor, target: Tensor) -> None:
-        """Count the pixels of ``prediction`` and ``target``: class ids of any integer dtype, any one shape, one device.
-
-        Raises TypeError for floating-point tensors, ValueError for different shapes and (CPU) ids out of range.
-        """
-        prediction, target, outside = self._read(prediction, target)
+    def _count(self, guess: Tensor, truth: Tensor) -> Tensor:
         bins = self.num_classes + 1  # the last one of pixels that do not count
-        counts = histogram(target.int() * bins + prediction, bins**2).view(bins, bins)
-        self._add(counts[:-1, :-1], outside)
+        return histogram(truth.int() * bins + guess, bins**2).view(bins, bins)[:-1, :-1]
 
     def update_from_logits(self, logits: Tensor, target: Tensor, align_corners: bool = False) -> Tensor:
         """Count the arg-max of logits (N, C, h, w), resampled to the size of ``target`` (N, H, W), and return it.

@@ -15,7 +15,8 @@ from .. import dispatch, ops
 
 def choose_kernels(module: nn.Module, impl: str, x: Tensor) -> FusedNorms | None:
     """What runs a context module's batch norms on ``x`` by kernels; None where PyTorch runs the module: asked for, all
-    there is, or, for "auto", where kernels would compute something else than the module says (`why_not_fused`).
+    there is, or, for "auto", where kernels would compute something else than the module says (`why_not_fused`,
+    `why_not_bypassed`).
 
     Raises ValueError for a map of another shape, for an impl asked for by name that cannot run, and in training for
     a single image, of whose globally pooled values there is one per channel.
