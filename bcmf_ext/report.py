@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import math
+from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
-from itertools import groupby
 from pathlib import Path
 from typing import Any
 
@@ -79,14 +79,16 @@ def metrics_table(record: Mapping[str, Any]) -> str:
     nothing to score."""
     rows = {**record["classes"], "mean": record["mean"]}
     names = [name.rpartition("_") if name.endswith("px") else ("", "", name) for name in record["mean"]]
-    spaces = [max(5, len(last)) + 2 for *_, last in names]
+    columns = Counter(group for group, *_ in names)
+    spaces = [max(7, 2 + len(last), math.ceil((2 + len(group)) / columns[group])) for group, _, last in names]
     width = max(map(len, rows))
 
     def line(name: str, cells: Iterable[str], spaces: Iterable[int] = spaces) -> str:
         return f"  {name:<{width}}" + "".join(f"{cell:>{space}}" for cell, space in zip(cells, spaces, strict=True))
 
-    groups = groupby(zip(names, spaces, strict=True), lambda column: column[0][0])
-    above = {group: sum(space for _, space in columns) for group, columns in groups}
+    above: dict[str, int] = {}
+    for (group, *_), space in zip(names, spaces, strict=True):
+        above[group] = above.get(group, 0) + space
     miou, accuracy = (math.nan if v is None else v for v in (record["mean"]["iou"], record["pixel_accuracy"]))
     lines = [f"  mIoU {miou:.4f}, pixel accuracy {accuracy:.4f}", line("", above, above.values())]
     lines.append(line("", (last for *_, last in names)))

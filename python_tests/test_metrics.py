@@ -122,6 +122,9 @@ def test_ids_out_of_range() -> None:
         metric.update(torch.tensor([0, 0, 0]), torch.tensor([11, 33, 255], dtype=torch.uint8))
     with pytest.raises(ValueError, match=r"target holds -1 and prediction holds 11, 255"):
         metric.update(torch.tensor([255, 11, 0]), torch.tensor([1, 1, -1]))
+    for prediction, target, whose in ((good, -good, "target holds -2, -1"), (-good, good, "prediction holds -2, -1")):
+        with pytest.raises(ValueError, match=f"{whose}, outside"):
+            metric.update(prediction, target)
     with pytest.raises(ValueError, match=r"target holds 255, outside"):  # uint8 has no -1 to ignore
         ConfusionMatrix(11, ignore_index=-1).update(good[:1], torch.tensor([255], dtype=torch.uint8))
     assert metric.matrix.sum() == 2

@@ -9,7 +9,7 @@ import numpy as np
 import torch
 from PIL import Image
 
-from bcmf_ext.metrics import ConfusionMatrix
+from bcmf_ext.metrics import BoundaryFScore, ConfusionMatrix, TrimapIoU
 from bcmf_ext.report import (
     IGNORED_COLOUR,
     PANEL,
@@ -22,6 +22,8 @@ from bcmf_ext.report import (
     error_map,
     iou_table,
     loss_line,
+    metrics_record,
+    metrics_table,
     save_png,
     score_lines,
     scores,
@@ -57,6 +59,31 @@ def test_scores_and_lines() -> None:
     loss = {"total": 1.5, "ce": 1.0, "bcl": 0.25}
     line = loss_line({"epoch": 2, "loss": loss, "lr": 0.01, "images_per_second": 8.0, "seconds": 5.0}, 7)
     assert line == "epoch 2/7: loss 1.500 (ce 1.000, bcl 0.250), lr 0.01, 8.0 images/s, 5 s"
+    record = {"epoch": 2, "loss": loss, "lr": 0.01, "images_per_second": 8.0, "seconds": 5.0}
+    line = loss_line({**record, "grad_share": {"ce": 0.75, "bcl": 0.25}}, 7)
+    assert line == "epoch 2/7: loss 1.500 (ce 1.000, bcl 0.250), gradient ce 75%, bcl 25%, lr 0.01, 8.0 images/s, 5 s"
+
+
+def test_metrics_table() -> None:
+    """All scores of a metric stand under its name, of a class in a line; what cannot be scored shows no number, and is
+    null in JSON."""
+    prediction = torch.tensor([[0, 0, 1, 1]])
+    metrics = ConfusionMatrix(3), BoundaryFScore(3, widths=(1, 12)), TrimapIoU(3, widths=(3,))
+    for metric in metrics:
+        metric.update(prediction, prediction)
+    record = {"pixel_accuracy": 1.0, **metrics_record(metrics, ("sky", "road", "train"))}
+    names = ["iou", "boundary_f_1px", "boundary_f_12px", "trimap_iou_3px"]
+    assert record["classes"]["train"] == dict.fromkeys(names)
+    assert record["mean"] == dict.fromkeys(names, 1.0)
+    assert metrics_table(record).splitlines() == [
+        "  mIoU 1.0000, pixel accuracy 1.0000",
+        "                  boundary_f  trimap_iou",
+        "           iou    1px   12px         3px",
+        "  sky    1.000  1.000  1.000       1.000",
+        "  road   1.000  1.000  1.000       1.000",
+        "  train      –      –      –           –",
+        "  mean   1.000  1.000  1.000       1.000",
+    ]
 
 
 def test_colours() -> None:

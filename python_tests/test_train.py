@@ -101,6 +101,35 @@ def press_ctrl_c(*_: Any) -> None:
 
 
 @pytest.mark.usefixtures("tiny")
+def test_loss_warmup_and_gradient_shares(
+    flags: list[str], run: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """`--loss-warmup` lets BCL and CPG gain their weights, `--log-grad-share` logs and prints who pulls how much; the
+    log of other runs has no shares."""
+    ramps = []
+    forward = SegmentationCriterion.forward
+
+    def spied(self: SegmentationCriterion, *args: Any) -> CriterionLoss:
+        ramps.append(self.ramp)
+        return forward(self, *args)
+
+    monkeypatch.setattr(SegmentationCriterion, "forward", spied)
+    train.main([*flags, "--epochs", "2", "--loss-warmup", "5", "--log-grad-share", "2"])
+    assert ramps == [min(1, i / 5) for i in range(2 * STEPS)]
+    shares = [record["grad_share"] for record in log(run)]
+    assert all(
+        share.keys() == {"ce", "bcl", "cpg"} and math.isclose(sum(share.values()), 1, rel_tol=1e-5) for share in shares
+    )
+    out = capsys.readouterr().out
+    assert "BCL and CPG gain their weights in 5 iterations" in out
+    assert ", gradient ce " in out
+    train.main([*flags, "--epochs", "1", "--name", "y"])
+    assert "grad_share" not in log(run.with_name("y"))[0]
+    with pytest.raises(UserError, match="--loss-warmup is -1, but must be at least 0"):
+        train.main([*flags, "--loss-warmup", "-1"])
+
+
+@pytest.mark.usefixtures("tiny")
 def test_a_run(flags: list[str], run: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """It prints what it decided and how it went, and leaves checkpoints, log, curves and pictures, and nothing else."""
     before = signal.getsignal(signal.SIGINT)

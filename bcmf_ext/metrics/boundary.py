@@ -149,8 +149,8 @@ class TrimapIoU(_ByWidth):
 
     def _count(self, guess: Tensor, truth: Tensor) -> Tensor:
         guess, truth, classes = _with_batch(guess), _with_batch(truth), self.num_classes
-        ignored, edge = truth == classes, _boundary(truth, classes)
-        near = match_within(ignored.to(truth.dtype), (~edge).to(truth.dtype), 1, self.widths)
+        edge = _boundary(truth, classes)
+        near = match_within(torch.zeros_like(truth), (~edge).to(truth.dtype), 1, self.widths)  # of label 0, or none
         return _triple(truth, guess, lambda ids: self._by_width(ids, near), classes)
 
     def iou(self) -> Tensor:
