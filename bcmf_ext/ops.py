@@ -181,14 +181,42 @@ torch.library.register_fake("bcmf::upsample_confusion", _upsample_confusion_fake
 
 
 # --------------------------------------------------------------------------------------------------------------------
-# match_within (CPU): see bcmf_ext.metrics.boundary.match_within.
+# What metrics count, on the CPU.
+#   read_labels: prediction and target of any one shape → both as uint8 (int32 of more than 255 classes), num_classes
+#     where a pixel does not count, because it is ignored or out of range; and how many are out of range, () int64.
+#   count_pairs: a, b uint8 or int32 → (rows, columns) int64, how many pixels have which a and b; others are left out.
+#   match_within: see bcmf_ext.metrics.boundary.match_within.
 
-LIB.define("match_within(Tensor queries, Tensor sites, int num_classes, int[] radii) -> Tensor")
-torch.library.register_fake(
-    "bcmf::match_within",
-    lambda queries, sites, num_classes, radii: queries.new_empty(queries.shape, dtype=torch.uint8),
-    lib=LIB,
-)
+
+def label_dtype(num_classes: int) -> torch.dtype:
+    """Of maps that hold num_classes, too."""
+    return torch.uint8 if num_classes <= 255 else torch.int32
+
+
+def _read_labels_fake(
+    prediction: Tensor, target: Tensor, num_classes: int, ignore_index: int
+) -> tuple[Tensor, Tensor, Tensor]:
+    dtype = label_dtype(num_classes)
+    guess, truth = (ids.new_empty(ids.shape, dtype=dtype) for ids in (prediction, target))
+    return guess, truth, target.new_empty((), dtype=torch.int64)
+
+
+for _schema, _fake in (
+    (
+        "read_labels(Tensor prediction, Tensor target, int num_classes, int ignore_index) -> (Tensor, Tensor, Tensor)",
+        _read_labels_fake,
+    ),
+    (
+        "count_pairs(Tensor a, Tensor b, int rows, int columns) -> Tensor",
+        lambda a, b, rows, columns: a.new_empty((rows, columns), dtype=torch.int64),
+    ),
+    (
+        "match_within(Tensor queries, Tensor sites, int num_classes, int[] radii) -> Tensor",
+        lambda queries, *_: queries.new_empty(queries.shape, dtype=torch.uint8),
+    ),
+):
+    LIB.define(_schema)
+    torch.library.register_fake(f"bcmf::{_schema.split('(')[0]}", _fake, lib=LIB)
 
 
 # --------------------------------------------------------------------------------------------------------------------

@@ -69,6 +69,8 @@ bench() {
   lines=60 stage bench 400 "$python" bench/kernels.py --device "$device" "${size[@]}" --rounds "$rounds" --output "$out" \
     ${CAMVID:+--labels "$CAMVID"}
   lines=40 stage inference 150 "$python" bench/inference.py --device "$device" "${frame[@]}" --rounds "$rounds" --output "$out"
+  lines=20 stage metrics 40 "$python" bench/metrics.py --device "$device" "${size[@]}" --rounds "$rounds" --output "$out" \
+    ${CAMVID:+--labels "$CAMVID"}
   lines=8 stage train_step 60 "$python" bench/train_step.py --device "$device" "${step[@]}" --output "$out" \
     ${CAMVID:+--data "$CAMVID"}
 }

@@ -44,6 +44,9 @@ def test_gpu_script_as_far_as_it_goes_without_one(tmp_path: Path) -> None:
     steps = json.loads((out / "train_step-cpu.json").read_text())["result"]["impls"]
     assert steps.keys() == {"cpu", "torch"}
     assert all(row["loss"] > 0 and row["mib"] > 0 for row in steps.values())
+    metrics = json.loads((out / "metrics-cpu.json").read_text())["result"]["rows"]
+    assert {"all four, kernels", "all four, PyTorch", "ConfusionMatrix, from logits"} <= metrics.keys()
+    assert all(row["ms"] > 0 for row in metrics.values())
     assert Image.open(out / "kernels-cpu.png").size[0] > 400
     assert "GB/s on its bytes" in (out / "profile.log").read_text()
     unknown = subprocess.run([ROOT / "bench" / "gpu.sh", out, "dance"], env=env, capture_output=True, text=True)

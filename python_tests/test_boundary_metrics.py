@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Callable
+from typing import Any
 
 import numpy as np
 import pytest
@@ -11,7 +13,7 @@ import torch
 from torch import Tensor
 
 from bcmf_ext import dispatch
-from bcmf_ext.metrics import BoundaryFScore, BoundaryIoU, ConfusionMatrix, Counts, TrimapIoU, boundary
+from bcmf_ext.metrics import BoundaryFScore, BoundaryIoU, ConfusionMatrix, Counts, TrimapIoU, _counts, boundary
 
 KINDS: tuple[Callable[..., Counts], ...] = (BoundaryIoU, BoundaryFScore, TrimapIoU)
 every_kind = pytest.mark.parametrize("kind", KINDS)
@@ -20,9 +22,9 @@ WIDTHS = (1, 3, 5, 9, 12)
 
 @pytest.fixture(params=["cpu", "torch"])
 def impl(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
-    """Distances by the compiled kernel, and by PyTorch, as on a GPU."""
+    """What is read, counted and searched by the compiled kernels, and by PyTorch, as on a GPU."""
     if request.param == "torch":
-        monkeypatch.setattr(boundary.dispatch, "why_not", lambda impl, device: "asked not to")
+        monkeypatch.setattr(dispatch, "why_not", lambda impl, device: "asked not to")
     elif dispatch.why_not("cpu", "cpu"):
         pytest.skip(str(dispatch.why_not("cpu", "cpu")))
     return request.param
@@ -126,12 +128,12 @@ def test_equal_to_mask_by_mask(impl: str, shape: tuple[int, int, int], classes: 
     np.testing.assert_array_equal(f_score.precision(), expected["precision"])
     np.testing.assert_allclose(f_score.f_score(), expected["f"], rtol=1e-15)
     np.testing.assert_array_equal(trimap.iou(), expected["trimap"])
-    assert f_score.mean_f_score() == pytest.approx(np.nanmean(expected["f"], 1).tolist(), nan_ok=True)
+    assert f_score.mean_f_score() == pytest.approx(torch.from_numpy(expected["f"]).nanmean(1).tolist(), nan_ok=True)
 
 
 @pytest.mark.parametrize("shape", [(2, 70, 530), (1, 300, 20)])
-def test_kernel_equals_pytorch(shape: tuple[int, int, int]) -> None:
-    """Protects the seams between the kernel's blocks of rows and columns, for any radii, classes and dtypes."""
+def test_match_within_equals_pytorch(shape: tuple[int, int, int]) -> None:
+    """Protects the seams between the kernels' blocks of rows, for any radii, classes and dtypes."""
     if dispatch.why_not("cpu", "cpu"):
         pytest.skip(str(dispatch.why_not("cpu", "cpu")))
     g = torch.Generator().manual_seed(0)
@@ -139,11 +141,19 @@ def test_kernel_equals_pytorch(shape: tuple[int, int, int]) -> None:
         (3, torch.uint8, (1, 3, 5, 9, 12)),
         (70, torch.int32, (2, 20)),
         (1, torch.uint8, (4,)),
+        (1, torch.uint8, (0,)),
+        (1, torch.int32, (8, 128)),
+        (2, torch.uint8, (8, 128)),
     ):
         queries, sites = (
             torch.where(torch.rand(shape, generator=g) < rate, torch.randint(classes, shape, generator=g), classes)
             for rate in (0.5, 0.02)
         )
+        if radii[-1] == 128:  # so that it is not far enough for all, and this test does not take long
+            if shape[0] > 1:
+                continue
+            sites = torch.full(shape, classes)
+            sites[0, 3, 5] = 0
         found = boundary.match_within(queries.to(dtype), sites.to(dtype), classes, radii)
         expected = boundary._match_within(queries.to(dtype), sites.to(dtype), classes, radii)
         assert torch.equal(found, expected)
@@ -154,29 +164,64 @@ def test_kernel_equals_pytorch(shape: tuple[int, int, int]) -> None:
         torch.set_num_threads(threads)
 
 
-def test_match_within_as_an_op() -> None:
-    """Protects schema and fake kernel, and memory: a call with maps that do not fit is an error."""
+def test_as_ops() -> None:
+    """Protects schemas and fake kernels, layouts, and memory: a call with maps that do not fit is an error."""
     if dispatch.why_not("cpu", "cpu"):
         pytest.skip(str(dispatch.why_not("cpu", "cpu")))
-    op = torch.ops.bcmf.match_within
-    maps = torch.randint(4, (2, 2, 9, 11), dtype=torch.uint8)
-    torch.library.opcheck(op, (*maps, 3, [1, 4]))
-    assert torch.equal(
-        op(maps[0].mT, maps[1].mT, 3, [1, 4]), op(maps[0].mT.contiguous(), maps[1].mT.contiguous(), 3, [1, 4])
+    a, b = torch.randint(4, (2, 2, 9, 11), dtype=torch.uint8)
+    bcmf = torch.ops.bcmf
+    calls: tuple[tuple[Any, tuple[Any, ...]], ...] = (
+        (bcmf.match_within, (3, [1, 4])),
+        (bcmf.read_labels, (3, 1)),
+        (bcmf.count_pairs, (2, 3)),
     )
-    for wrong in (
-        (maps[0], maps[1, :1], 3, [1]),
-        (maps[0, 0], maps[1, 0], 3, [1]),
-        (maps[0], maps[1].int(), 3, [1]),
-        (maps[0].long(), maps[1].long(), 3, [1]),
-        (maps[0], maps[1], 3, []),
-        (maps[0], maps[1], 3, [3, 1]),
-        (maps[0], maps[1], 3, [-1]),
-        (maps[0], maps[1], 3, [129]),
-        (maps[0], maps[1], -1, [1]),
+    for op, options in calls:
+        torch.library.opcheck(op, (a, b, *options))
+        turned, plain = (op(*(map.mT if turn else map.mT.contiguous() for map in (a, b)), *options) for turn in (1, 0))
+        torch.testing.assert_close(turned, plain, rtol=0, atol=0)
+        with pytest.raises(ValueError, match="have the same shape"):
+            op(a, b[:1], *options)
+        with pytest.raises((TypeError, RuntimeError)):
+            op(a.float(), b.float(), *options)
+    match, read, count = (op for op, _ in calls)
+    for op, wrong in (
+        (match, (a[0], b[0], 3, [1])),
+        (match, (a, b.int(), 3, [1])),
+        (match, (a, b, 3, [])),
+        (match, (a, b, 3, [3, 1])),
+        (match, (a, b, 3, [-1])),
+        (match, (a, b, 3, [129])),
+        (match, (a, b, 0, [1])),
+        (read, (a, b, 0, 255)),
+        (count, (a, b, 0, 3)),
+        (count, (a, b, 3, 70_000)),
+        (count, (a, b, 60_000, 60_000)),
     ):
         with pytest.raises((ValueError, TypeError)):
             op(*wrong)
+
+
+@pytest.mark.parametrize("classes", [3, 255, 256])
+def test_read_and_count_equal_pytorch(monkeypatch: pytest.MonkeyPatch, classes: int) -> None:
+    """Protects every pair of integer dtypes, their limits, and ids that a narrower type would take for others: ignored
+    and out of range by the same rule."""
+    if dispatch.why_not("cpu", "cpu"):
+        pytest.skip(str(dispatch.why_not("cpu", "cpu")))
+    g = torch.Generator().manual_seed(0)
+    dtypes = (torch.uint8, torch.int8, torch.int16, torch.int32, torch.int64)
+    found = []
+    for impl in ("cpu", "torch"):
+        if impl == "torch":
+            monkeypatch.setattr(dispatch, "why_not", lambda impl, device: "asked not to")
+        for ignored, low, high in ((255, -2, 6), (-1, -2, 6), (2, -2, 6), (255, 250, 310), (-1, -(2**40), 2**40)):
+            g.manual_seed(0)
+            ids = torch.randint(low, high, (2, 3, 50), generator=g)
+            for pair in itertools.product(dtypes, dtypes):
+                read = _counts.read_labels(ids[0].to(pair[0]), ids[1].to(pair[1]), classes, ignored)
+                found.append((impl, *read, _counts.count_pairs(*read[:2], classes, classes)))
+                found.append((impl, *read, _counts.count_pairs(read[0].byte(), read[1].int(), 2, classes - 1)))
+    ours, theirs = ([read[1:] for read in found if read[0] == impl] for impl in ("cpu", "torch"))
+    torch.testing.assert_close(ours, theirs, rtol=0, atol=0)
 
 
 # --------------------------------------------------------------------------------------------------------------------

@@ -8,6 +8,10 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from .. import dispatch, ops
+
+_KERNEL_DTYPES = (torch.uint8, torch.int8, torch.int16, torch.int32, torch.int64)
+
 
 class Counts:
     """Pixel counts over a data set, on the tensors' device. ``update`` of a subclass adds to them.
@@ -69,19 +73,10 @@ class Counts:
                 f"prediction {tuple(prediction.shape)} and target {tuple(target.shape)} differ in shape: resample the "
                 "logits to the target's size before the arg-max."
             )
-        classes = self.num_classes
-        prediction, target = (_widened(ids, self.ignore_index, classes) for ids in (prediction, target))
-        valid = target != self.ignore_index
-        in_range = (target < classes) & (prediction < classes)
-        for ids in (target, prediction):
-            if ids.dtype != torch.uint8:
-                in_range &= ids >= 0
-        outside = (valid & ~in_range).count_nonzero()
+        guess, truth, outside = read_labels(prediction, target, self.num_classes, self.ignore_index)
         if outside.device.type == "cpu" and outside:
             self._raise_out_of_range(prediction, target)
-        dtype = torch.uint8 if classes <= 255 else torch.int32
-        counted = valid & in_range
-        return keep(prediction.to(dtype), counted, classes), keep(target.to(dtype), counted, classes), outside
+        return guess, truth, outside
 
     def _add(self, counts: Tensor, outside: Tensor) -> None:
         self._bins = self._bins.to(counts.device) + torch.cat([counts.flatten(), outside.view(1)])
@@ -110,24 +105,45 @@ class Counts:
         )
 
 
-def _widened(ids: Tensor, *values: int) -> Tensor:
-    """The ids, wider if their dtype does not hold these values: beside uint8 torch takes -1 for 255."""
-    limits = torch.iinfo(ids.dtype)
-    return ids if all(limits.min <= value <= limits.max for value in values) else ids.long()
+def by_kernels(labels: Tensor) -> bool:
+    return labels.device.type == "cpu" and dispatch.why_not("cpu", "cpu") is None
+
+
+def read_labels(
+    prediction: Tensor, target: Tensor, num_classes: int, ignore_index: int
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Both as uint8 (int32 of more than 255 classes) with num_classes where a pixel does not count, because it is
+    ignored or out of range; and how many are out of range, () int64. Never waits for a GPU."""
+    if by_kernels(target):
+        widened = (ids if ids.dtype in _KERNEL_DTYPES else ids.long() for ids in (prediction, target))
+        return torch.ops.bcmf.read_labels(*widened, num_classes, ignore_index)
+    prediction, target = prediction.long(), target.long()
+    valid = target != ignore_index
+    right = (target >= 0) & (target < num_classes) & (prediction >= 0) & (prediction < num_classes)
+    dtype = ops.label_dtype(num_classes)
+    guess, truth = (ids.where(valid & right, num_classes).to(dtype) for ids in (prediction, target))
+    return guess, truth, (valid & ~right).count_nonzero()
+
+
+def count_pairs(a: Tensor, b: Tensor, rows: int, columns: int) -> Tensor:
+    """How many pixels of two maps, uint8 or int32, have which values, (rows, columns) int64; pixels with others are
+    left out. Never waits for a GPU."""
+    if by_kernels(a):
+        return torch.ops.bcmf.count_pairs(a, b, rows, columns)
+    ids = a.long().clamp(max=rows) * (columns + 1) + b.clamp(max=columns)
+    counts = torch.zeros((rows + 1) * (columns + 1), dtype=torch.int64, device=a.device)
+    counts.scatter_add_(0, ids.flatten(), torch.ones_like(ids).flatten())
+    return counts.view(rows + 1, columns + 1)[:-1, :-1]
+
+
+def differ(a: Tensor, b: Tensor | int) -> Tensor:
+    """1 where two label maps differ, else 0, in their dtype: on a CPU a comparison to bool takes five times as long."""
+    return (a ^ b).clamp_(max=1)
 
 
 def keep(labels: Tensor, mask: Tensor, none: int) -> Tensor:
-    """The labels where the mask is true, elsewhere ``none``: torch.where, which takes five times as long on the CPU."""
-    return labels * mask + (~mask).to(labels.dtype) * none
-
-
-def histogram(ids: Tensor, bins: int) -> Tensor:
-    """How often each of 0..bins-1 occurs among the ids, int64 (bins,). Never waits for a GPU."""
-    ids = ids.flatten()
-    if ids.device.type == "cpu":
-        return torch.bincount(ids, minlength=bins)
-    counts = torch.zeros(bins, dtype=torch.int64, device=ids.device)
-    return counts.scatter_add_(0, ids.long(), torch.ones_like(ids, dtype=torch.int64))
+    """The labels where the mask, 0 or 1 in their dtype, is 1, elsewhere ``none``."""
+    return (labels - none).mul_(mask).add_(none)
 
 
 def iou(hits: Tensor, truth: Tensor, guess: Tensor) -> Tensor:

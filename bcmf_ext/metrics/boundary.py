@@ -14,11 +14,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .. import dispatch
-from ._counts import Counts, histogram, iou, keep
+from ._counts import Counts, by_kernels, count_pairs, differ, iou, keep
 
 WIDTHS = (1, 3, 5, 9, 12)  # pixels (spec section 10)
-MOST = 128  # pixels of a width: memory and time grow with its square
+MOST = 128  # pixels of a width: squared, it has to fit into 16 bits of the kernels
 
 
 class BoundaryIoU(Counts):
@@ -45,7 +44,8 @@ class BoundaryIoU(Counts):
         guess, truth = _with_batch(guess), _with_batch(truth)
         distance, classes = max(1, round(self.ratio * math.hypot(*truth.shape[1:]))), self.num_classes
         truth, guess = (_only_band(labels, distance, classes) for labels in (truth, guess))
-        return _triple(truth, guess, lambda ids: histogram(ids, classes + 1)[:-1], classes)
+        pairs = count_pairs(truth, guess, classes + 1, classes + 1)  # the last are of what is in no band
+        return torch.stack([pairs.diagonal(), pairs.sum(1), pairs.sum(0)])[:, :-1]
 
     def iou(self) -> Tensor:
         """Of each class, float64 (C,) on the CPU; NaN for a class that is in neither truth nor prediction."""
@@ -82,9 +82,7 @@ class _ByWidth(Counts):
 
     def _by_width(self, labels: Tensor, index: Tensor) -> Tensor:
         """How many pixels have which index of a width (`match_within`) and which label: (widths + 1, C)."""
-        bins, classes = (len(self.widths) + 1) * (self.num_classes + 1), self.num_classes + 1
-        ids = index.to(torch.uint8 if bins <= 256 else torch.int32) * classes + labels
-        return histogram(ids, bins).view(-1, classes)[:, :-1]
+        return count_pairs(index, labels, len(self.widths) + 1, self.num_classes)
 
 
 class BoundaryFScore(_ByWidth):
@@ -149,9 +147,10 @@ class TrimapIoU(_ByWidth):
 
     def _count(self, guess: Tensor, truth: Tensor) -> Tensor:
         guess, truth, classes = _with_batch(guess), _with_batch(truth), self.num_classes
-        edge = _boundary(truth, classes)
-        near = match_within(torch.zeros_like(truth), (~edge).to(truth.dtype), 1, self.widths)  # of label 0, or none
-        return _triple(truth, guess, lambda ids: self._by_width(ids, near), classes)
+        no_edge = differ(_boundary(truth, classes), 1)  # so that an edge is label 0, and nothing else a label
+        near = match_within(torch.zeros_like(truth), no_edge, 1, self.widths)
+        same = keep(truth, 1 - differ(truth, guess), classes)
+        return torch.stack([self._by_width(ids, near) for ids in (same, truth, guess)])
 
     def iou(self) -> Tensor:
         """By width and class: float64 (widths, C) on the CPU; NaN for a class in neither truth nor prediction there."""
@@ -172,7 +171,7 @@ def match_within(queries: Tensor, sites: Tensor, num_classes: int, radii: Sequen
     queries, sites: labels (N, H, W), uint8 or int32; num_classes and above is none.
     Returns (N, H, W) uint8: the first radius that is at least the Euclidean distance, as an index, or len(radii).
     """
-    if queries.device.type == "cpu" and dispatch.why_not("cpu", "cpu") is None:
+    if by_kernels(queries):
         return torch.ops.bcmf.match_within(queries, sites, num_classes, radii)
     return _match_within(queries, sites, num_classes, radii)
 
@@ -199,15 +198,15 @@ def _match_within(queries: Tensor, sites: Tensor, num_classes: int, radii: Seque
 
 
 def _boundary(labels: Tensor, none: int) -> Tensor:
-    """Which pixels have one of another label among their four neighbours; neither may be ``none``."""
-    edge, some = torch.zeros_like(labels, dtype=torch.bool), labels != none
+    """1 for pixels that have one of another label among their four neighbours, neither ``none``; else 0."""
+    edge, some = torch.zeros_like(labels), differ(labels, none)
     for dim in (1, 2):
         pairs = max(0, labels.shape[dim] - 1)
         here, there = ((0, pairs), (labels.shape[dim] - pairs, pairs))
-        differ = labels.narrow(dim, *here) != labels.narrow(dim, *there)
-        differ &= some.narrow(dim, *here) & some.narrow(dim, *there)
-        edge.narrow(dim, *here).logical_or_(differ)
-        edge.narrow(dim, *there).logical_or_(differ)
+        found = differ(labels.narrow(dim, *here), labels.narrow(dim, *there))
+        found.mul_(some.narrow(dim, *here)).mul_(some.narrow(dim, *there))
+        edge.narrow(dim, *here).bitwise_or_(found)
+        edge.narrow(dim, *there).bitwise_or_(found)
     return edge
 
 
@@ -218,7 +217,7 @@ def _only_band(labels: Tensor, distance: int, none: int) -> Tensor:
         _windows(_windows(padded, reduce, distance, 1), reduce, distance, 2)
         for reduce in (torch.minimum, torch.maximum)
     )
-    return keep(labels, least != most, none)
+    return keep(labels, differ(least, most), none)
 
 
 def _windows(x: Tensor, reduce: Callable[[Tensor, Tensor], Tensor], distance: int, dim: int) -> Tensor:
@@ -229,11 +228,6 @@ def _windows(x: Tensor, reduce: Callable[[Tensor, Tensor], Tensor], distance: in
         left = x.shape[dim] - step
         x, done = reduce(x.narrow(dim, 0, left), x.narrow(dim, step, left)), done + step
     return x
-
-
-def _triple(truth: Tensor, guess: Tensor, count: Callable[[Tensor], Tensor], none: int) -> Tensor:
-    """Counts of the pixels where both are the same, of the truth and of the prediction."""
-    return torch.stack([count(keep(truth, truth == guess, none)), count(truth), count(guess)])
 
 
 def _with_batch(labels: Tensor) -> Tensor:

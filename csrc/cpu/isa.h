@@ -11,7 +11,7 @@ struct Isa {
   const char* name;
   const LossIsaKernels& loss;
   const LmfmIsaKernels& lmfm;
-  MatchKernel match;
+  const MatchIsaKernels& match;
 };
 
 // torch's own choice, so that ATEN_CPU_CAPABILITY speaks for these kernels too.

@@ -14,7 +14,7 @@
 const bcmf::cpu::LossIsaKernels bcmf::cpu::loss_kernels_avx2 = {avx2::kernels<float>, avx2::kernels<double>};
 const bcmf::cpu::LmfmIsaKernels bcmf::cpu::lmfm_kernels_avx2 = {avx2::lmfm::kernels<float>,
                                                                 avx2::lmfm::kernels<double>};
-const bcmf::cpu::MatchKernel bcmf::cpu::match_kernel_avx2 = avx2::match::find_any;
+const bcmf::cpu::MatchIsaKernels bcmf::cpu::match_kernels_avx2 = avx2::match::kernels;
 
 #if defined(__clang__)
 #pragma clang attribute pop

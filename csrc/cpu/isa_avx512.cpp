@@ -14,7 +14,7 @@
 const bcmf::cpu::LossIsaKernels bcmf::cpu::loss_kernels_avx512 = {avx512::kernels<float>, avx512::kernels<double>};
 const bcmf::cpu::LmfmIsaKernels bcmf::cpu::lmfm_kernels_avx512 = {avx512::lmfm::kernels<float>,
                                                                   avx512::lmfm::kernels<double>};
-const bcmf::cpu::MatchKernel bcmf::cpu::match_kernel_avx512 = avx512::match::find_any;
+const bcmf::cpu::MatchIsaKernels bcmf::cpu::match_kernels_avx512 = avx512::match::kernels;
 
 #if defined(__clang__)
 #pragma clang attribute pop

@@ -9,4 +9,4 @@ const bcmf::cpu::LossIsaKernels bcmf::cpu::loss_kernels_baseline = {baseline::ke
                                                                     baseline::kernels<double>};
 const bcmf::cpu::LmfmIsaKernels bcmf::cpu::lmfm_kernels_baseline = {baseline::lmfm::kernels<float>,
                                                                     baseline::lmfm::kernels<double>};
-const bcmf::cpu::MatchKernel bcmf::cpu::match_kernel_baseline = baseline::match::find_any;
+const bcmf::cpu::MatchIsaKernels bcmf::cpu::match_kernels_baseline = baseline::match::kernels;

@@ -3,7 +3,6 @@
 #include <ATen/Parallel.h>
 
 #include <algorithm>
-#include <cmath>
 #include <vector>
 
 #include "isa.h"
@@ -12,27 +11,27 @@
 namespace bcmf::cpu {
 
 void match_within(const MatchArgs& args) {
-  constexpr int64_t kColumns = 512, kRows = 64;  // the ring stays in the second-level cache; a block's halo is small
-  const int64_t most = args.radii[args.count - 1], ring = 2 * most + 1;
-  std::vector<int64_t> half(args.count * ring);
-  for (int64_t i = 0; i < args.count; ++i)
-    for (int64_t radius = args.radii[i], dy = -radius; dy <= radius; ++dy) {
-      auto reach = static_cast<int64_t>(std::sqrt(static_cast<double>(radius * radius - dy * dy)));
-      half[i * ring + dy + radius] = reach;
-    }
+  constexpr int64_t kRows = 128;  // what a block sees beyond its own rows is a small part
+  const int64_t most = args.radii[args.count - 1];
+  std::vector<uint16_t> squares(2 * most + 1 + kMatchLanes, 40000);  // 40000 > most², and + (most + 1)² < 2^16
+  for (int64_t dx = -most; dx <= most; ++dx) squares[dx + most] = static_cast<uint16_t>(dx * dx);
+  std::vector<uint16_t> reaches(args.count);
+  for (int64_t i = 0; i < args.count; ++i) reaches[i] = static_cast<uint16_t>(args.radii[i] * args.radii[i]);
   std::fill(args.found, args.found + args.N * args.H * args.W, static_cast<uint8_t>(args.count));
-  const int64_t blocks = (args.H + kRows - 1) / kRows, columns = (args.W + kColumns - 1) / kColumns;
-  at::parallel_for(0, args.N * blocks * columns, 1, [&](int64_t begin, int64_t end) {
-    const int64_t tile = std::min(args.W, kColumns);
-    std::vector<uint32_t> scratch(ring * (most + 1) * tile + tile + 2 * most + tile);
-    uint32_t* const bits = scratch.data() + ring * (most + 1) * tile;
-    const MatchWork work = {tile, half.data(), scratch.data(), bits, bits + tile + 2 * most};
+  const int64_t blocks = (args.H + kRows - 1) / kRows;
+  const int64_t stride = (args.W + 2 * most + 2 * kMatchLanes - 1) / kMatchLanes * kMatchLanes;
+  const bool one = args.classes == 1;
+  at::parallel_for(0, args.N * blocks, 1, [&](int64_t begin, int64_t end) {
+    std::vector<uint16_t> rows((one ? kRows + 1 : args.classes) * stride);
+    std::vector<int32_t> columns(one ? 0 : (2 * kRows + 2 * most) * args.W + 2);
+    std::vector<int64_t> starts(2 * kRows + 2 * most + 2);
+    int32_t* const queries = columns.data() + (one ? 0 : (kRows + 2 * most) * args.W + 1);
+    const MatchWork work = {squares.data(), reaches.data(), stride,
+                            rows.data(),    rows.data(),    columns.data(),
+                            queries,        starts.data(),  starts.data() + kRows + 2 * most + 1};
     for (int64_t task = begin; task < end; ++task) {
-      const int64_t n = task / (blocks * columns), block = task / columns % blocks, column = task % columns;
-      const int64_t top = block * kRows, bottom = std::min(top + kRows, args.H);
-      const int64_t xa = column * kColumns, xb = std::min(xa + kColumns, args.W);
-      for (int64_t first = 0; first < args.classes; first += kMatchClasses)
-        isa().match(args, work, n, first, top, bottom, xa, xb);
+      const int64_t n = task / blocks, top = task % blocks * kRows, bottom = std::min(top + kRows, args.H);
+      (one ? isa().match.one_class : isa().match.classes)(args, work, n, top, bottom);
     }
   });
 }

@@ -4,6 +4,8 @@
 
 namespace bcmf::cpu {
 
+constexpr int64_t kMatchMost = 128;  // the largest radius: squared distances have 16 bits
+
 // Arguments of bcmf::match_within. Maps are (N, H, W), contiguous; a label of `classes` or more is none.
 struct MatchArgs {
   int64_t N, H, W, classes;

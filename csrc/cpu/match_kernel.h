@@ -1,24 +1,29 @@
-// The CPU kernel of bcmf::match_within, compiled once per instruction set and chosen at run time.
+// The CPU kernels of bcmf::match_within, compiled once per instruction set and chosen at run time.
 #pragma once
 
 #include "match.h"
 
 namespace bcmf::cpu {
 
-constexpr int64_t kMatchClasses = 32;  // a bit of a word for each
+constexpr int64_t kMatchLanes = 32;  // columns are read by so many, or fewer
 
-// What a thread works in: rows of a tile of columns, of which each has bits of the classes at a pixel.
+// What a thread works in; distances have 16 bits, squared, too.
 struct MatchWork {
-  int64_t tile;         // columns
-  const int64_t* half;  // (count, 2 radius + 1): how far each row of a disc reaches to either side
-  uint32_t* dilated;    // (2 radius + 1, radius + 1, tile): a ring of rows, each dilated by 0, 1, 2, … along x
-  uint32_t* bits;       // (tile + 2 radius): a row of sites
-  uint32_t* reached;    // (tile)
+  const uint16_t* squares;   // of the distance along x, for the 2 most + 1 columns around a pixel; then too large ones
+  const uint16_t* reaches;   // (count): squared radii
+  int64_t stride;            // columns of a row of these, of which `most` are left of the image:
+  uint16_t* seen;            // (classes, stride): when a pass last saw a site of this class in this column; 0 for never
+  uint16_t* rows;            // (rows of a block + 1, stride), of one class: rows to the nearest site in a column
+  int32_t *sites, *queries;  // columns of the pixels of any class, row after row, of several classes
+  int64_t *site_starts, *query_starts;  // where those of a row begin
 };
 
-// Rows top..bottom of image n and of columns xa..xb, for the classes from `first` on.
-using MatchKernel = void (*)(const MatchArgs&, const MatchWork&, int64_t n, int64_t first, int64_t top, int64_t bottom,
-                             int64_t xa, int64_t xb);
-extern const MatchKernel match_kernel_baseline, match_kernel_avx2, match_kernel_avx512;
+// Rows top..bottom of image n, of one class or of several.
+using MatchKernel = void (*)(const MatchArgs&, const MatchWork&, int64_t n, int64_t top, int64_t bottom);
+
+struct MatchIsaKernels {
+  MatchKernel one_class, classes;
+};
+extern const MatchIsaKernels match_kernels_baseline, match_kernels_avx2, match_kernels_avx512;
 
 }  // namespace bcmf::cpu

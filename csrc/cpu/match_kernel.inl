@@ -1,6 +1,6 @@
 // Included by isa_<name>.cpp (see loss_kernel.inl).
-// A disc is a pile of rows: row y of that of radius r reaches √(r² - y²) to either side. So all discs are unions of
-// rows that are dilated along x, once for every length, and of all classes at a time.
+// The nearest site is found column by column: going down the rows, the last one seen in a column is so many rows away;
+// of the columns around a pixel, the smallest dx² + dy² counts. Then the same going up.
 
 #include "match_kernel.h"
 #include "math.h"
@@ -9,76 +9,177 @@ namespace bcmf::cpu {
 namespace BCMF_ISA {
 namespace match {
 
-template <typename Label>
-static void load_bits(const MatchArgs& args, int64_t n, int64_t y, int64_t first, int64_t xa, int64_t xb,
-                      uint32_t* __restrict bits) {
-  const Label* row = static_cast<const Label*>(args.sites) + (n * args.H + y) * args.W;
-  const int64_t left = xa < 0 ? 0 : xa, right = xb < args.W ? xb : args.W;
-  const auto base = static_cast<uint32_t>(first), last = static_cast<uint32_t>(args.classes);
-  for (int64_t x = xa; x < left; ++x) bits[x - xa] = 0;
-  for (int64_t x = left; x < right; ++x) {
-    const auto label = static_cast<uint32_t>(row[x]), bit = label - base;
-    bits[x - xa] = label < last && bit < kMatchClasses ? 1u << (bit & 31) : 0;
-  }
-  for (int64_t x = right; x < xb; ++x) bits[x - xa] = 0;
-}
+using Lanes = Vector<uint16_t>;
+constexpr int64_t kLanes = kWidth<uint16_t>;
+static_assert(kLanes <= kMatchLanes);
 
-// The row dilated by 0..radius.
-static void dilate(const uint32_t* __restrict bits, int64_t radius, int64_t count, int64_t stride,
-                   uint32_t* __restrict rows) {
-  for (int64_t x = 0; x < count; ++x) rows[x] = bits[x + radius];
-  for (int64_t r = 1; r <= radius; ++r) {
-    const uint32_t* __restrict narrower = rows + (r - 1) * stride;
-    uint32_t* __restrict row = rows + r * stride;
-    for (int64_t x = 0; x < count; ++x) row[x] = narrower[x] | bits[x + radius - r] | bits[x + radius + r];
-  }
+BCMF_INLINE Lanes lanes_of(int64_t value) { return Lanes{} + static_cast<uint16_t>(value); }
+BCMF_INLINE Lanes least(Lanes a, Lanes b) { return a < b ? a : b; }
+BCMF_INLINE bool is_class(const MatchArgs& args, int64_t label) {
+  return static_cast<uint32_t>(label) < static_cast<uint32_t>(args.classes);
 }
 
 template <typename Label>
-static void store_found(const MatchArgs& args, int64_t n, int64_t y, int64_t first, int64_t xa, int64_t xb,
-                        const uint32_t* __restrict reached, uint8_t index) {
-  const int64_t offset = (n * args.H + y) * args.W + xa;
-  const Label* __restrict row = static_cast<const Label*>(args.queries) + offset;
-  uint8_t* __restrict found = args.found + offset;
-  const auto base = static_cast<uint32_t>(first), last = static_cast<uint32_t>(args.classes);
-  for (int64_t x = 0; x < xb - xa; ++x) {
-    const auto label = static_cast<uint32_t>(row[x]), bit = label - base;
-    const bool hit = label < last && bit < kMatchClasses && (reached[x] >> (bit & 31) & 1);
-    found[x] = hit && index < found[x] ? index : found[x];
+BCMF_INLINE const Label* row_of(const MatchArgs& args, const void* map, int64_t n, int64_t y) {
+  return static_cast<const Label*>(map) + (n * args.H + y) * args.W;
+}
+
+// Rows top..bottom as a pass comes by them, down or up, after the `most` before them: f(y, whether it is one of them).
+template <typename F>
+BCMF_INLINE void for_rows(const MatchArgs& args, int64_t most, int64_t top, int64_t bottom, bool down, F f) {
+  for (int64_t i = -most; i < bottom - top; ++i) {
+    const int64_t y = down ? top + i : bottom - 1 - i;
+    if (y >= 0 && y < args.H) f(y, i >= 0);
+  }
+}
+
+// --------------------------------------------------------------------------------------------------------------------
+// One class: of each pixel
+
+// A row nearer to, or farther from, the sites of the columns.
+template <typename Label>
+static void step(const MatchArgs& args, const Label* sites, uint16_t most, uint16_t* __restrict rows) {
+  const auto far = static_cast<uint16_t>(most + 1);
+  for (int64_t x = 0; x < args.W; ++x) {
+    const uint16_t next = rows[x] < far ? rows[x] + 1 : far;
+    rows[x] = is_class(args, sites[x]) ? 0 : next;
+  }
+}
+
+// The first radius that reaches from kLanes pixels; rows: squared, `most` columns to the left.
+BCMF_INLINE Lanes reach(const MatchArgs& args, const MatchWork& work, int64_t most, const uint16_t* rows) {
+  Lanes nearest = lanes_of(0xffff), index = {};
+  for (int64_t dx = 0; dx <= 2 * most; ++dx) nearest = least(nearest, load_vector(rows + dx) + work.squares[dx]);
+  for (int64_t i = 0; i < args.count; ++i) index += work.reaches[i] < nearest ? lanes_of(1) : Lanes{};
+  return index;
+}
+
+// A row of the image; rows: squared, `most` columns to the left.
+template <typename Label>
+static void find_row(const MatchArgs& args, const MatchWork& work, int64_t most, const Label* queries,
+                     const uint16_t* rows, uint8_t* found) {
+  for (int64_t xa = 0; xa < args.W; xa += kLanes) {
+    uint16_t index[kLanes];
+    store_vector(reach(args, work, most, rows + xa), index);
+    const int64_t count = args.W - xa < kLanes ? args.W - xa : kLanes;
+    for (int64_t i = 0; i < count; ++i)
+      if (is_class(args, queries[xa + i])) found[xa + i] = static_cast<uint8_t>(index[i]);
   }
 }
 
 template <typename Label>
-static void find(const MatchArgs& args, const MatchWork& work, int64_t n, int64_t first, int64_t top, int64_t bottom,
-                 int64_t xa, int64_t xb) {
-  const int64_t most = args.radii[args.count - 1], ring = 2 * most + 1, count = xb - xa;
-  const auto slot = [&](int64_t y) { return work.dilated + (y + ring) % ring * (most + 1) * work.tile; };
-  for (int64_t y = top - most; y < bottom + most; ++y) {
-    if (y >= 0 && y < args.H) {
-      load_bits<Label>(args, n, y, first, xa - most, xb + most, work.bits);
-      dilate(work.bits, most, count, work.tile, slot(y));
+static void find_one_class(const MatchArgs& args, const MatchWork& work, int64_t n, int64_t top, int64_t bottom) {
+  const int64_t most = args.radii[args.count - 1], stride = work.stride;
+  uint16_t* const pass = work.rows + (bottom - top) * stride;
+  const auto restart = [&] {
+    for (int64_t x = 0; x < stride; ++x) pass[x] = static_cast<uint16_t>(most + 1);
+  };
+  restart();
+  for_rows(args, most, top, bottom, true, [&](int64_t y, bool asked) {
+    step(args, row_of<Label>(args, args.sites, n, y), static_cast<uint16_t>(most), pass + most);
+    uint16_t* const rows = work.rows + (y - top) * stride;
+    for (int64_t x = 0; asked && x < stride; ++x) rows[x] = pass[x];
+  });
+  restart();
+  for_rows(args, most, top, bottom, false, [&](int64_t y, bool asked) {
+    step(args, row_of<Label>(args, args.sites, n, y), static_cast<uint16_t>(most), pass + most);
+    if (!asked) return;
+    uint16_t* const rows = work.rows + (y - top) * stride;
+    for (int64_t x = 0; x < stride; x += kLanes) {
+      const Lanes nearer = least(load_vector(rows + x), load_vector(pass + x));
+      store_vector(nearer * nearer, rows + x);
     }
-    const int64_t middle = y - most;
-    if (middle < top) continue;
-    for (int64_t i = 0; i < args.count; ++i) {
-      const int64_t radius = args.radii[i];
-      for (int64_t x = 0; x < count; ++x) work.reached[x] = 0;
-      for (int64_t dy = -radius; dy <= radius; ++dy) {
-        if (middle + dy < 0 || middle + dy >= args.H) continue;
-        const uint32_t* __restrict row = slot(middle + dy) + work.half[i * ring + dy + radius] * work.tile;
-        uint32_t* __restrict reached = work.reached;
-        for (int64_t x = 0; x < count; ++x) reached[x] |= row[x];
+    const int64_t row = (n * args.H + y) * args.W;
+    find_row(args, work, most, row_of<Label>(args, args.queries, n, y), rows, args.found + row);
+  });
+}
+
+// --------------------------------------------------------------------------------------------------------------------
+// Several classes: of the pixels that ask
+
+// Lists the columns of the pixels of any class in rows top..bottom.
+template <typename Label>
+static void list_columns(const MatchArgs& args, const void* map, int64_t n, int64_t top, int64_t bottom,
+                         int32_t* columns, int64_t* starts) {
+  int64_t count = 0;
+  for (int64_t y = top; y < bottom; ++y) {
+    const Label* const row = row_of<Label>(args, map, n, y);
+    starts[y - top] = count;
+    for (int64_t xa = 0; xa < args.W; xa += kMatchLanes) {
+      const int64_t xb = args.W - xa < kMatchLanes ? args.W : xa + kMatchLanes;
+      bool some = false;
+      for (int64_t x = xa; x < xb; ++x) some |= is_class(args, row[x]);
+      if (!some) continue;
+      for (int64_t x = xa; x < xb; ++x) {
+        columns[count] = static_cast<int32_t>(x);
+        count += is_class(args, row[x]);
       }
-      store_found<Label>(args, n, middle, first, xa, xb, work.reached, static_cast<uint8_t>(i));
     }
   }
+  starts[bottom - top] = count;
 }
 
-static void find_any(const MatchArgs& args, const MatchWork& work, int64_t n, int64_t first, int64_t top,
-                     int64_t bottom, int64_t xa, int64_t xb) {
-  args.wide ? find<int32_t>(args, work, n, first, top, bottom, xa, xb)
-            : find<uint8_t>(args, work, n, first, top, bottom, xa, xb);
+// Squared rows between `now` and when kLanes columns saw a site; (most + 1)² where that is too long ago.
+BCMF_INLINE Lanes square_rows(const uint16_t* seen, uint16_t now, int64_t most) {
+  const Lanes rows = least(now - load_vector(seen), lanes_of(most + 1));
+  return rows * rows;
 }
+
+// The first radius that reaches from a pixel; seen: `most` columns to its left.
+BCMF_INLINE uint8_t reach(const MatchArgs& args, const MatchWork& work, int64_t most, const uint16_t* seen,
+                          uint16_t now) {
+  Lanes nearest = square_rows(seen, now, most) + load_vector(work.squares);
+  for (int64_t dx = kLanes; dx <= 2 * most; dx += kLanes)
+    nearest = least(nearest, square_rows(seen + dx, now, most) + load_vector(work.squares + dx));
+  uint16_t lanes[kLanes], distance = 0xffff;
+  store_vector(nearest, lanes);
+  BCMF_LANES
+  for (int64_t i = 0; i < kLanes; ++i) distance = lanes[i] < distance ? lanes[i] : distance;
+  int64_t index = 0;
+  for (int64_t i = 0; i < args.count; ++i) index += work.reaches[i] < distance;
+  return static_cast<uint8_t>(index);
+}
+
+template <typename Label>
+static void find_classes(const MatchArgs& args, const MatchWork& work, int64_t n, int64_t top, int64_t bottom) {
+  const int64_t most = args.radii[args.count - 1];
+  const int64_t above = top < most ? 0 : top - most, below = args.H - bottom < most ? args.H : bottom + most;
+  list_columns<Label>(args, args.sites, n, above, below, work.sites, work.site_starts);
+  list_columns<Label>(args, args.queries, n, top, bottom, work.queries, work.query_starts);
+  const auto pass = [&](bool down) {
+    for (int64_t i = 0; i < args.classes * work.stride; ++i) work.seen[i] = 0;
+    auto now = static_cast<uint16_t>(most + 1);  // more than `most` after 0
+    for_rows(args, most, top, bottom, down, [&](int64_t y, bool asked) {
+      const Label* const sites = row_of<Label>(args, args.sites, n, y);
+      for (int64_t i = work.site_starts[y - above]; i < work.site_starts[y - above + 1]; ++i) {
+        const int64_t x = work.sites[i];
+        work.seen[sites[x] * work.stride + most + x] = now;
+      }
+      if (asked) {
+        const Label* const queries = row_of<Label>(args, args.queries, n, y);
+        uint8_t* const found = args.found + (n * args.H + y) * args.W;
+        for (int64_t i = work.query_starts[y - top]; i < work.query_starts[y - top + 1]; ++i) {
+          const int64_t x = work.queries[i];
+          const uint8_t index = reach(args, work, most, work.seen + queries[x] * work.stride + x, now);
+          found[x] = index < found[x] ? index : found[x];
+        }
+      }
+      ++now;
+    });
+  };
+  pass(true);
+  pass(false);
+}
+
+static void one_class(const MatchArgs& args, const MatchWork& work, int64_t n, int64_t top, int64_t bottom) {
+  args.wide ? find_one_class<int32_t>(args, work, n, top, bottom) : find_one_class<uint8_t>(args, work, n, top, bottom);
+}
+
+static void classes(const MatchArgs& args, const MatchWork& work, int64_t n, int64_t top, int64_t bottom) {
+  args.wide ? find_classes<int32_t>(args, work, n, top, bottom) : find_classes<uint8_t>(args, work, n, top, bottom);
+}
+
+constexpr MatchIsaKernels kernels = {one_class, classes};
 
 }  // namespace match
 }  // namespace BCMF_ISA

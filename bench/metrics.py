@@ -1,0 +1,135 @@
+"""What the metrics cost an evaluation: ``python bench/metrics.py [--device cuda] [--labels CAMVID]``.
+
+Updates of every metric with one image (1024×2048 unless --size says otherwise) on one thread: with the compiled kernels
+(CPU) and with PyTorch alone, and the confusion matrix from logits at 1/8, which holds the upsampling and arg-max, too.
+The truth are labels of an image, enlarged; the prediction is that in 1/8 of the resolution, enlarged again, as a
+network's is.
+
+Protocol: as bench/inference.py's. The sum over all metrics, kernels, is the baseline and runs twice a round (A/A).
+
+Prints a table and writes bench/results/metrics-<device>.json.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import random
+import statistics
+import sys
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
+from typing import Any
+from unittest import mock
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from tqdm import tqdm
+
+sys.path.insert(0, str(Path(__file__).parent))
+from inference import latency
+from kernels import AA_LIMIT, LEAST_ROUNDS, RESULTS, ROUNDS, about, device_name, make_labels
+
+from bcmf_ext import dispatch
+from bcmf_ext.metrics import BoundaryFScore, BoundaryIoU, ConfusionMatrix, Counts, TrimapIoU
+
+METRICS = (ConfusionMatrix, BoundaryIoU, BoundaryFScore, TrimapIoU)
+TOTAL = "all four"
+SIZE = (1, 19, 1024, 2048)
+
+
+def make_prediction(target: Tensor, classes: int) -> tuple[Tensor, Tensor]:
+    """Logits at 1/8, and their classes at the target's size."""
+    scores = F.one_hot(target.clamp(max=classes).long(), classes + 1)[..., :classes].permute(0, 3, 1, 2).float()
+    logits = F.avg_pool2d(scores, 8)
+    prediction = F.interpolate(logits, target.shape[1:], mode="bilinear").argmax(1)
+    return logits, prediction.to(torch.uint8)
+
+
+def update_all(metrics: list[Counts], prediction: Tensor, target: Tensor) -> None:
+    for metric in metrics:
+        metric.update(prediction, target)
+
+
+def by_pytorch(update: Callable[[], None]) -> None:
+    with mock.patch.object(dispatch, "why_not", return_value="PyTorch was asked for"):
+        update()
+
+
+def make_rows(target: Tensor, classes: int) -> dict[str, Callable[[], object]]:
+    device = target.device
+    logits, prediction = make_prediction(target, classes)
+    metrics = [metric(classes, device=device) for metric in METRICS]
+    updates = {type(metric).__name__: partial(update_all, [metric], prediction, target) for metric in metrics}
+    updates[TOTAL] = partial(update_all, metrics, prediction, target)
+    rows: dict[str, Callable[[], object]] = {}
+    if device.type == "cpu":
+        rows = {f"{name}, kernels": update for name, update in updates.items()}
+    rows |= {f"{name}, PyTorch": partial(by_pytorch, update) for name, update in updates.items()}
+    rows["ConfusionMatrix, from logits"] = partial(ConfusionMatrix(classes).update_from_logits, logits, target)
+    return rows
+
+
+def measure(target: Tensor, classes: int, rounds: int) -> dict[str, Any]:
+    rows = make_rows(target, classes)
+    baseline = next(name for name in rows if name.startswith(TOTAL))
+    turns = {**rows, "A/A": rows[baseline]}
+    times: dict[str, list[float]] = {turn: [] for turn in turns}
+    draw_order = random.Random(0)
+    for round_ in tqdm(range(-2, rounds), "metrics", leave=False, disable=None):
+        for turn in draw_order.sample(list(turns), len(turns)):
+            ms = latency(lambda _, turn=turn: turns[turn](), target)
+            if round_ >= 0:  # the others warm up
+                times[turn].append(ms)
+
+    def ratio(turn: str) -> float:
+        return statistics.median(a / b for a, b in zip(times[turn], times[baseline], strict=True))
+
+    aa = ratio("A/A")
+    return {
+        "size": list(target.shape),
+        "classes": classes,
+        "baseline": baseline,
+        "A/A": aa,
+        "counts": rounds >= LEAST_ROUNDS and abs(aa - 1) <= AA_LIMIT,
+        "rows": {name: {"ms": statistics.median(times[name]), "ratio": ratio(name)} for name in rows},
+    }
+
+
+def render(result: dict[str, Any]) -> str:
+    lines = [
+        f"{'×'.join(map(str, result['size']))}, {result['classes']} classes   A/A {result['A/A']:.2f}"
+        + ("" if result["counts"] else "   DOES NOT COUNT: the machine was busy, or the rounds are too few"),
+        f"  {'':<30}{'ms':>9}   × {result['baseline']}",
+    ]
+    lines += [f"  {name:<30}{row['ms']:9.2f}{row['ratio']:9.2f}" for name, row in result["rows"].items()]
+    return "\n".join(lines)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--device", choices=("cpu", "cuda"), default="cuda" if torch.cuda.is_available() else "cpu")
+    parser.add_argument("--labels", metavar="CAMVID", help="CamVid's folder; without it, labels of drawn scenes")
+    parser.add_argument("--size", type=int, nargs=4, metavar=("N", "C", "H", "W"), default=SIZE)
+    parser.add_argument("--rounds", type=int, default=ROUNDS, help=f"default: {ROUNDS}; at least 2")
+    parser.add_argument("--output", type=Path, default=RESULTS, metavar="DIR", help="where the results go")
+    arguments = parser.parse_args()
+    if arguments.rounds < 2:
+        parser.error("--rounds is at least 2")
+    torch.set_num_threads(1)
+    n, classes, height, width = arguments.size
+    target = make_labels(arguments.labels, n, height, width).to(arguments.device)
+    path = arguments.output / f"metrics-{device_name(arguments.device)}.json"
+    path.parent.mkdir(parents=True, exist_ok=True)
+    source = "CamVid" if arguments.labels else "drawn scenes"
+    result = measure(target, classes, arguments.rounds)
+    record = {**about(), "labels": source, "rounds": arguments.rounds, "threads": 1, "result": result}
+    print(render(result))
+    path.write_text(json.dumps(record, indent=1) + "\n")
+    print(path)
+
+
+if __name__ == "__main__":
+    main()
