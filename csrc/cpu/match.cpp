@@ -3,6 +3,7 @@
 #include <ATen/Parallel.h>
 
 #include <algorithm>
+#include <memory>
 #include <vector>
 
 #include "isa.h"
@@ -23,12 +24,16 @@ void match_within(const MatchArgs& args) {
   const bool one = args.classes == 1;
   at::parallel_for(0, args.N * blocks, 1, [&](int64_t begin, int64_t end) {
     std::vector<uint16_t> rows((one ? kRows + 1 : args.classes) * stride);
-    std::vector<int32_t> columns(one ? 0 : (2 * kRows + 2 * most) * args.W + 2);
-    std::vector<int64_t> starts(2 * kRows + 2 * most + 2);
-    int32_t* const queries = columns.data() + (one ? 0 : (kRows + 2 * most) * args.W + 1);
-    const MatchWork work = {squares.data(), reaches.data(), stride,
-                            rows.data(),    rows.data(),    columns.data(),
-                            queries,        starts.data(),  starts.data() + kRows + 2 * most + 1};
+    const int64_t asked = one ? 0 : kRows, around = one ? 0 : kRows + 2 * most;
+    const auto sites = std::make_unique_for_overwrite<int32_t[]>(around * args.W + 1);
+    const auto queries = std::make_unique_for_overwrite<int32_t[]>(asked * args.W + 1);
+    std::vector<int64_t> site_starts(around + 1), query_starts(asked + 1);
+    const MatchWork work = {squares.data(),
+                            reaches.data(),
+                            stride,
+                            rows.data(),
+                            {sites.get(), site_starts.data()},
+                            {queries.get(), query_starts.data()}};
     for (int64_t task = begin; task < end; ++task) {
       const int64_t n = task / blocks, top = task % blocks * kRows, bottom = std::min(top + kRows, args.H);
       (one ? isa().match.one_class : isa().match.classes)(args, work, n, top, bottom);

@@ -7,15 +7,21 @@ namespace bcmf::cpu {
 
 constexpr int64_t kMatchLanes = 32;  // columns are read by so many, or fewer
 
+// Columns of the pixels of any class, row after row.
+struct MatchColumns {
+  int32_t* x;       // with room for one more
+  int64_t* starts;  // where those of a row begin, and where the last row's end
+};
+
 // What a thread works in; distances have 16 bits, squared, too.
 struct MatchWork {
-  const uint16_t* squares;   // of the distance along x, for the 2 most + 1 columns around a pixel; then too large ones
-  const uint16_t* reaches;   // (count): squared radii
-  int64_t stride;            // columns of a row of these, of which `most` are left of the image:
-  uint16_t* seen;            // (classes, stride): when a pass last saw a site of this class in this column; 0 for never
-  uint16_t* rows;            // (rows of a block + 1, stride), of one class: rows to the nearest site in a column
-  int32_t *sites, *queries;  // columns of the pixels of any class, row after row, of several classes
-  int64_t *site_starts, *query_starts;  // where those of a row begin
+  const uint16_t* squares;  // of the distance along x, for the 2 most + 1 columns around a pixel; then too large ones
+  const uint16_t* reaches;  // (count): squared radii
+  int64_t stride;           // columns of a row below, of which `most` are left of the image
+  // Of one class, (rows of a block + 1, stride): how many rows it is to the nearest site in a column. Of several,
+  // (classes, stride): when a pass last saw a site of this class in this column, 0 for never.
+  uint16_t* rows;
+  MatchColumns sites, queries;  // of a block, of several classes
 };
 
 // Rows top..bottom of image n, of one class or of several.

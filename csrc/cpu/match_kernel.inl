@@ -100,23 +100,23 @@ static void find_one_class(const MatchArgs& args, const MatchWork& work, int64_t
 // Lists the columns of the pixels of any class in rows top..bottom.
 template <typename Label>
 static void list_columns(const MatchArgs& args, const void* map, int64_t n, int64_t top, int64_t bottom,
-                         int32_t* columns, int64_t* starts) {
+                         MatchColumns columns) {
   int64_t count = 0;
   for (int64_t y = top; y < bottom; ++y) {
     const Label* const row = row_of<Label>(args, map, n, y);
-    starts[y - top] = count;
+    columns.starts[y - top] = count;
     for (int64_t xa = 0; xa < args.W; xa += kMatchLanes) {
       const int64_t xb = args.W - xa < kMatchLanes ? args.W : xa + kMatchLanes;
       bool some = false;
       for (int64_t x = xa; x < xb; ++x) some |= is_class(args, row[x]);
       if (!some) continue;
       for (int64_t x = xa; x < xb; ++x) {
-        columns[count] = static_cast<int32_t>(x);
+        columns.x[count] = static_cast<int32_t>(x);
         count += is_class(args, row[x]);
       }
     }
   }
-  starts[bottom - top] = count;
+  columns.starts[bottom - top] = count;
 }
 
 // Squared rows between `now` and when kLanes columns saw a site; (most + 1)² where that is too long ago.
@@ -144,23 +144,23 @@ template <typename Label>
 static void find_classes(const MatchArgs& args, const MatchWork& work, int64_t n, int64_t top, int64_t bottom) {
   const int64_t most = args.radii[args.count - 1];
   const int64_t above = top < most ? 0 : top - most, below = args.H - bottom < most ? args.H : bottom + most;
-  list_columns<Label>(args, args.sites, n, above, below, work.sites, work.site_starts);
-  list_columns<Label>(args, args.queries, n, top, bottom, work.queries, work.query_starts);
+  list_columns<Label>(args, args.sites, n, above, below, work.sites);
+  list_columns<Label>(args, args.queries, n, top, bottom, work.queries);
   const auto pass = [&](bool down) {
-    for (int64_t i = 0; i < args.classes * work.stride; ++i) work.seen[i] = 0;
+    for (int64_t i = 0; i < args.classes * work.stride; ++i) work.rows[i] = 0;
     auto now = static_cast<uint16_t>(most + 1);  // more than `most` after 0
     for_rows(args, most, top, bottom, down, [&](int64_t y, bool asked) {
       const Label* const sites = row_of<Label>(args, args.sites, n, y);
-      for (int64_t i = work.site_starts[y - above]; i < work.site_starts[y - above + 1]; ++i) {
-        const int64_t x = work.sites[i];
-        work.seen[sites[x] * work.stride + most + x] = now;
+      for (int64_t i = work.sites.starts[y - above]; i < work.sites.starts[y - above + 1]; ++i) {
+        const int64_t x = work.sites.x[i];
+        work.rows[sites[x] * work.stride + most + x] = now;
       }
       if (asked) {
         const Label* const queries = row_of<Label>(args, args.queries, n, y);
         uint8_t* const found = args.found + (n * args.H + y) * args.W;
-        for (int64_t i = work.query_starts[y - top]; i < work.query_starts[y - top + 1]; ++i) {
-          const int64_t x = work.queries[i];
-          const uint8_t index = reach(args, work, most, work.seen + queries[x] * work.stride + x, now);
+        for (int64_t i = work.queries.starts[y - top]; i < work.queries.starts[y - top + 1]; ++i) {
+          const int64_t x = work.queries.x[i];
+          const uint8_t index = reach(args, work, most, work.rows + queries[x] * work.stride + x, now);
           found[x] = index < found[x] ? index : found[x];
         }
       }
