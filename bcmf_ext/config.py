@@ -98,7 +98,7 @@ class Config:
         "iterations in which the weights of BCL and CPG grow from 0, linearly", 0, type=int, metavar="ITERATIONS"
     )
     log_grad_share: int = knob(
-        "log each loss term's share of the gradient every so many iterations; 0: never",
+        "take each loss term's share of the gradient every so many iterations, and log an epoch's means; 0: never",
         0,
         type=int,
         resumable=True,

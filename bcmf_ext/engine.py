@@ -188,7 +188,7 @@ def train_one_epoch(
 ) -> None:
     """Trains on the batches (uint8 images (N, 3, H, W), uint8 labels (N, H, W)), which are those of the epoch from
     `state.step` on. Stops after a step if `interrupted()`. loss_warmup: iterations of the run in which BCL and CPG gain
-    their weights. log_grad_share: every how many iterations the terms' shares of the gradient are noted; 0: never.
+    their weights. log_grad_share: every how many iterations the terms' shares of the gradient are taken; 0: never.
 
     Raises `NonFiniteLoss`, at the latest one step late: the weights have then taken the bad step, so nothing must be
     saved from them.

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -45,6 +46,9 @@ def main(argv: Sequence[str] | None = None) -> None:
             f"{name} {args.split} has no labels, so there is no mIoU: write the predictions with --save-preds DIR, or "
             "score --split val."
         )
+    metrics = metrics_file(args.checkpoint) if args.metrics is None else Path(args.metrics)
+    if dataset.has_labels:
+        check_writable(metrics)
     print(dataset.protocol)
 
     # Predictions are written in the ids of the dataset's own label files.
@@ -65,10 +69,9 @@ def main(argv: Sequence[str] | None = None) -> None:
             **score(predictor, dataset, args.workers, save),
         }
         print(metrics_table(record))
-        path = metrics_file(args.checkpoint) if args.metrics is None else Path(args.metrics)
-        with atomic_write(path) as file:
+        with atomic_write(metrics) as file:
             file.write(json.dumps(record, indent=1).encode() + b"\n")
-        print(f"metrics {path}")
+        print(f"metrics {metrics}")
     else:
         for index in tqdm(range(len(dataset)), "predicting", unit=" images", disable=None):
             save(index, predictor(dataset.image(index)))
@@ -96,6 +99,13 @@ def metrics_file(checkpoint: str) -> Path:
     return (path if path.is_dir() else path.parent) / "metrics.json"
 
 
+def check_writable(path: Path) -> None:
+    """Before all images are scored; `UserError` if they would be so in vain."""
+    folder = next(folder for folder in path.absolute().parents if folder.exists())
+    if path.is_dir() or not folder.is_dir() or not os.access(folder, os.W_OK):
+        raise UserError(f"The scores cannot be written to {path}: name another file with --metrics.")
+
+
 def parse_flags(argv: Sequence[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         "python -m bcmf_ext.evaluate",
@@ -111,7 +121,7 @@ def parse_flags(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument(
         "--metrics",
         metavar="FILE",
-        help="where to write all scores, as JSON; metrics.json beside the checkpoint when left out",
+        help="where to write all scores, as JSON, over an older file; metrics.json beside the checkpoint when left out",
     )
     parser.add_argument("--save-preds", metavar="DIR", help="write predictions as PNG, in the ids of the label files")
     parser.add_argument(

@@ -77,11 +77,11 @@ def none_for_nan(value: float) -> float | None:
 def metrics_table(record: Mapping[str, Any]) -> str:
     """metrics.json as text: the usual two scores; a line for each class, and one for the mean; "–" where there is
     nothing to score."""
-    rows = {**record["classes"], "mean": record["mean"]}
+    rows = [*record["classes"].items(), ("mean", record["mean"])]
     names = [name.rpartition("_") if name.endswith("px") else ("", "", name) for name in record["mean"]]
     columns = Counter(group for group, *_ in names)
     spaces = [max(7, 2 + len(last), math.ceil((2 + len(group)) / columns[group])) for group, _, last in names]
-    width = max(map(len, rows))
+    width = max(len(name) for name, _ in rows)
 
     def line(name: str, cells: Iterable[str], spaces: Iterable[int] = spaces) -> str:
         return f"  {name:<{width}}" + "".join(f"{cell:>{space}}" for cell, space in zip(cells, spaces, strict=True))
@@ -92,7 +92,7 @@ def metrics_table(record: Mapping[str, Any]) -> str:
     miou, accuracy = (math.nan if v is None else v for v in (record["mean"]["iou"], record["pixel_accuracy"]))
     lines = [f"  mIoU {miou:.4f}, pixel accuracy {accuracy:.4f}", line("", above, above.values())]
     lines.append(line("", (last for *_, last in names)))
-    for name, row in rows.items():
+    for name, row in rows:
         lines.append(line(name, ("–" if value is None else f"{value:.3f}" for value in row.values())))
     return "\n".join(lines)
 

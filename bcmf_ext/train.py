@@ -278,8 +278,7 @@ class Trainer:
             + (f"; the short last batch, of {short}, is left out, with other images each time" if short else ""),
             "network": f"{config.model}, {parameters:,} parameters, and {auxiliary:,} of the auxiliary head",
             "weights": self.weights,
-            "loss": f"{describe_loss(self.criterion)}; impl {self.impl}"
-            + (f"; BCL and CPG gain their weights in {config.loss_warmup} iterations" if config.loss_warmup else ""),
+            "loss": f"{describe_loss(self.criterion)}; impl {self.impl}{self._loss_warmup()}",
             "schedule": f"SGD, {self.iterations} iterations, the first {self.warmup} of them to warm up",
             "device": f"{compute.device}{threads}, {self.workers} loading process{'es' * (self.workers != 1)}",
             "compute": f"{dtype} ({self.why_dtype})"
@@ -290,6 +289,14 @@ class Trainer:
         }
         indent = "\n" + 10 * " "
         return "\n".join(f"{name:<10}{line}".replace("\n", indent) for name, line in lines.items())
+
+    def _loss_warmup(self) -> str:
+        warmup, criterion = self.config.loss_warmup, self.criterion
+        ramped = " and ".join(name.upper() for name in ("bcl", "cpg") if getattr(criterion, name) is not None)
+        if not warmup or not ramped:
+            return ""
+        longer = ", more than there are" if warmup >= self.iterations else ""
+        return f"; {ramped} gain weight in {warmup} iterations{longer}"
 
     def result(self) -> str:
         """How the run ended, where its pictures are, and what to type next."""

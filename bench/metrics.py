@@ -34,6 +34,7 @@ from kernels import AA_LIMIT, LEAST_ROUNDS, RESULTS, ROUNDS, about, device_name,
 
 from bcmf_ext import dispatch
 from bcmf_ext.metrics import BoundaryFScore, BoundaryIoU, ConfusionMatrix, Counts, TrimapIoU
+from bcmf_ext.metrics._counts import by_kernels
 
 METRICS = (ConfusionMatrix, BoundaryIoU, BoundaryFScore, TrimapIoU)
 TOTAL = "all four"
@@ -65,7 +66,7 @@ def make_rows(target: Tensor, classes: int) -> dict[str, Callable[[], object]]:
     updates = {type(metric).__name__: partial(update_all, [metric], prediction, target) for metric in metrics}
     updates[TOTAL] = partial(update_all, metrics, prediction, target)
     rows: dict[str, Callable[[], object]] = {}
-    if device.type == "cpu":
+    if by_kernels(target):
         rows = {f"{name}, kernels": update for name, update in updates.items()}
     rows |= {f"{name}, PyTorch": partial(by_pytorch, update) for name, update in updates.items()}
     rows["ConfusionMatrix, from logits"] = partial(ConfusionMatrix(classes).update_from_logits, logits, target)

@@ -2,10 +2,11 @@
 
 Short trainings of BCMFNet on CamVid at half its size (180×240), train → val, which differ in the loss alone: the same
 schedule, batches and seeds for every arm, so that arms are compared in pairs, seed by seed. First every arm with one
-seed; then the best arm of each term with a warm-up of its weight; then CE, the defaults and the challengers with five
-seeds. What is done stands in bench/results/pilot.json and is not done again: call it as often as you like, each time
-for --minutes. The table says of each arm with several seeds how far it is from CE: mean ± two standard errors of the
-paired differences. Not while a benchmark runs.
+seed; then the best arm of each term with a warm-up of its weight; then CE, the defaults and the challengers (the
+defaults, with one term exchanged for an arm's) with five seeds. What is done stands in bench/results/pilot.json and is
+not done again: call it as often as you like, each time for --minutes. The table says of each arm with several seeds how
+far it is from CE and from the defaults: the mean of the paired differences ± two standard errors. Not while a benchmark
+runs.
 """
 
 from __future__ import annotations
@@ -27,6 +28,7 @@ from kernels import RESULTS, about
 from PIL import Image
 
 from bcmf_ext import BCL, CPG, SegmentationCriterion
+from bcmf_ext.checkpoint import atomic_write
 from bcmf_ext.config import make_config
 from bcmf_ext.data import SegmentationDataset, open_dataset
 from bcmf_ext.inference import Predictor
@@ -78,6 +80,11 @@ ARMS = {
 }
 
 
+def challenger(arm: Arm) -> Arm:
+    """The defaults with the arm's term in place of theirs, and with its warm-up."""
+    return Arm(f"defaults with {arm.name}", arm.bcl or DEFAULT.bcl, arm.cpg or DEFAULT.cpg, arm.warmup)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--data", required=True, metavar="CAMVID", help="CamVid's folder, in SegNet's layout")
@@ -88,13 +95,15 @@ def main() -> None:
         choices=tuple(ARMS),
         default=(),
         metavar="ARM",
-        help="arms that get five seeds, too: names of the table",
+        help="arms whose term takes the place of the defaults', with five seeds: names of the table",
     )
     parser.add_argument("--work", type=Path, default=ROOT / "runs" / "pilot", metavar="DIR", help="images and runs")
     parser.add_argument("--output", type=Path, default=RESULTS, metavar="DIR", help="where the results go")
     arguments = parser.parse_args()
     path = arguments.output / "pilot.json"
     record = json.loads(path.read_text()) if path.is_file() else {"schedule": SCHEDULE, "runs": []}
+    if record["schedule"] != json.loads(json.dumps(SCHEDULE)):
+        parser.error(f"{path} holds runs of another schedule, {record['schedule']}: move it away.")
     root = halve(Path(arguments.data), arguments.work / "camvid-half")
     began = time.monotonic()
     for arm, seed in plan(record["runs"], arguments.challenger):
@@ -102,8 +111,8 @@ def main() -> None:
             break
         print(f"--- {arm.name}, seed {seed}", flush=True)
         record["runs"].append({**about(), **run(arm, seed, root, arguments.work)})
-        path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_text(json.dumps(record, indent=1) + "\n")
+        with atomic_write(path) as file:
+            file.write(json.dumps(record, indent=1).encode() + b"\n")
     print(table(record["runs"]))
     print(path)
     if {CE.name, "1 CPG3"} <= {done["arm"] for done in record["runs"] if (arguments.work / done["folder"]).is_dir()}:
@@ -126,7 +135,7 @@ def plan(runs: list[dict[str, Any]], challengers: list[str]) -> Iterator[tuple[A
         if missing(warm, 0):
             yield warm, 0
     for seed in SEEDS:
-        for arm in (CE, DEFAULT, *(ARMS[name] for name in challengers)):
+        for arm in (CE, DEFAULT, *(challenger(ARMS[name]) for name in challengers)):
             if missing(arm, seed):
                 yield arm, seed
 
@@ -155,9 +164,11 @@ def run(arm: Arm, seed: int, root: Path, work: Path) -> dict[str, Any]:
     shutil.rmtree(work / name, ignore_errors=True)  # of a run that was stopped
     flags = {"dataset": "camvid", "data_root": str(root), "output_dir": str(work), "name": name, "seed": seed}
     flags |= {"amp": "off", "device": "cpu", "eval_interval": SCHEDULE["epochs"]}
-    flags |= {"loss_warmup": arm.warmup, "log_grad_share": 10}
+    flags |= {"loss_warmup": arm.warmup, "log_grad_share": 10, "bcl": arm.bcl.weight if arm.bcl else 0}
+    flags |= {"cpg": arm.cpg.weight, "cpg_kernel": arm.cpg.kernel_size} if arm.cpg else {"cpg": 0}
     train_set, val_set = (open_dataset("camvid", str(root), split) for split in ("train", "val"))
     trainer = Trainer(make_config({**SCHEDULE, **flags}), train_set, val_set)
+    # Steps and labels of BCL are no flags.
     trainer.criterion = SegmentationCriterion(bcl=arm.bcl, cpg=arm.cpg)
     trainer.train()
     log = trainer.run.records
@@ -191,32 +202,34 @@ def score(checkpoint: Path, val_set: SegmentationDataset) -> dict[str, float]:
 
 
 def table(runs: list[dict[str, Any]]) -> str:
-    """The arms with one seed; then those with several, as paired differences from CE."""
+    """The arms with one seed; then those with several, as paired differences from CE and from the defaults."""
     width = max((len(done["arm"]) for done in runs), default=0)
-    lines = [f"{'seed 0':<{width}}" + "".join(f"{title:>14}" for title in (*SCORES.values(), "|S|/|V|", "shares"))]
+    titles = "".join(f"{title:>20}" for title in SCORES.values())
+    lines = [f"{'seed 0':<{width}}        {titles}   |S|/|V|   shares of the gradient in the last epoch"]
     for done in (done for done in runs if done["seed"] == 0):
         shares = " ".join(f"{name} {share:.2f}" for name, share in done["gradient_share"]["last epoch"].items())
-        figures = "".join(f"{done[score]:>14.4f}" for score in (*SCORES, "selected"))
-        lines.append(f"{done['arm']:<{width}}{figures}   {shares}")
-    lines.append(f"\n{'minus CE, ± 2 standard errors':<{width}}   {'   '.join(SCORES.values())}")
-    for arm in dict.fromkeys(done["arm"] for done in runs):
-        found = [difference(runs, arm, score) for score in SCORES]
-        if arm != CE.name and all(found):
-            texts = (
-                f"{100 * mean:+.2f} ± {200 * error:.2f}{'' if abs(mean) > 2 * error else ' (none)'}"
-                for mean, error in found
-            )
-            lines.append(f"{arm:<{width}}   {'   '.join(texts)}")
-    return "\n".join([*lines, "(none): no difference measured"])
+        figures = "".join(f"{done[score]:>20.4f}" for score in SCORES)
+        lines.append(f"{done['arm']:<{width}}        {figures}   {done['selected']:.4f}   {shares}")
+    for baseline in (CE.name, DEFAULT.name):
+        lines.append(f"\n{'minus ' + baseline:<{width}}   seeds{titles}")
+        for arm in dict.fromkeys(done["arm"] for done in runs):
+            found = [differences(runs, arm, baseline, score) for score in SCORES]
+            if arm != baseline and len(found[0]) > 1:
+                lines.append(f"{arm:<{width}}{len(found[0]):>8}" + "".join(f"{verdict(pairs):>20}" for pairs in found))
+    lines.append("in percent points, ± 2 standard errors; none: no difference measured; few: too few seeds to tell")
+    return "\n".join(lines)
 
 
-def difference(runs: list[dict[str, Any]], arm: str, score: str) -> tuple[float, float] | None:
-    """Mean and standard error of an arm's paired differences from CE; None of fewer than two seeds."""
+def differences(runs: list[dict[str, Any]], arm: str, baseline: str, score: str) -> list[float]:
+    """Of an arm's scores from the baseline's, seed by seed."""
     scores = {(done["arm"], done["seed"]): done[score] for done in runs}
-    pairs = [scores[arm, seed] - scores[CE.name, seed] for a, seed in scores if a == arm and (CE.name, seed) in scores]
-    if len(pairs) < 2:
-        return None
-    return statistics.mean(pairs), statistics.stdev(pairs) / math.sqrt(len(pairs))
+    return [scores[arm, seed] - scores[baseline, seed] for a, seed in scores if a == arm and (baseline, seed) in scores]
+
+
+def verdict(pairs: list[float]) -> str:
+    mean, error = statistics.mean(pairs), statistics.stdev(pairs) / math.sqrt(len(pairs))
+    remark = "" if abs(mean) > 2 * error else "none"
+    return f"{100 * mean:+.2f} ± {200 * error:.2f} {remark if len(pairs) >= len(SEEDS) else 'few':<4}"
 
 
 def draw_profiles(work: Path, runs: list[dict[str, Any]], root: Path, path: Path) -> None:

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import importlib
 import json
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 from PIL import Image
@@ -14,7 +17,49 @@ from PIL import Image
 ROOT = Path(__file__).resolve().parents[1]
 
 
-@pytest.mark.skipif(not (ROOT / "bench").is_dir(), reason="bench is not there")
+needs_bench = pytest.mark.skipif(not (ROOT / "bench").is_dir(), reason="bench is not there")
+
+
+@needs_bench
+def test_pilot_plans_and_compares(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Protects what decides the losses' defaults: every arm once, the best of each term with a warm-up, then five
+    seeds, nothing twice; and signs and verdicts of the paired differences."""
+    monkeypatch.syspath_prepend(str(ROOT / "bench"))
+    pilot = importlib.import_module("pilot")
+    challenger = "2 CPG3"
+    runs: list[dict[str, Any]] = []
+    for arm, seed in pilot.plan(runs, [challenger]):
+        score = 0.4 + 0.01 * seed + 0.05 * (arm.name in ("0.4 BCL flipped, step 1+2", "1.5 CPG7"))
+        score += 0.002 * (1 + seed % 2) * (arm.name == pilot.DEFAULT.name)
+        scores = {**dict.fromkeys(pilot.SCORES, score), "selected": 0.01}
+        runs.append({"arm": arm.name, "seed": seed, **scores, "gradient_share": {"last epoch": {"ce": 1.0}}})
+    names = [run["arm"] for run in runs if run["seed"] == 0]
+    assert names[: len(pilot.SINGLE)] == [arm.name for arm in pilot.SINGLE]
+    assert names[len(pilot.SINGLE) :] == [
+        *(f"{best}, warm-up" for best in ("0.4 BCL flipped, step 1+2", "1.5 CPG7")),
+        f"defaults with {challenger}",
+    ]
+    assert len(runs) == len(names) + 4 * 3
+    assert len({(run["arm"], run["seed"]) for run in runs}) == len(runs)
+    assert not list(pilot.plan(runs, [challenger]))
+    arm = pilot.challenger(pilot.ARMS[challenger])
+    assert (arm.bcl, arm.cpg) == (pilot.DEFAULT.bcl, pilot.ARMS[challenger].cpg)
+    assert len(pilot.SINGLE) == 2 + 18 + 7
+    assert {arm.bcl.steps for arm in pilot.SINGLE if arm.bcl} == {(1,), (2,), (1, 2)}
+
+    pairs = [0.002, 0.004, 0.002, 0.004, 0.002]
+    assert pilot.differences(runs, pilot.DEFAULT.name, "CE", "miou") == pytest.approx(pairs)
+    assert pilot.verdict(pairs) == "+0.28 ± 0.10     "
+    assert pilot.verdict([-0.01, 0.01, -0.01, 0.01, 0.01]) == "+0.20 ± 0.98 none"
+    assert pilot.verdict([0.01, 0.02]).endswith("few ")
+    lines = pilot.table(runs).splitlines()
+    from_ce, from_defaults = (index for index, line in enumerate(lines) if line.startswith("minus"))
+    default = next(line for line in lines[from_ce:] if line.startswith(pilot.DEFAULT.name))
+    assert re.search(r" 5 +\+0.28 ± 0.10", default)
+    assert re.search(r" 5 +-0.28 ± 0.10", next(line for line in lines[from_defaults:] if line.startswith("CE ")))
+
+
+@needs_bench
 def test_gpu_script_as_far_as_it_goes_without_one(tmp_path: Path) -> None:
     """Protects bench/gpu.sh: its stages run, their logs and results are where it says, a failure is its exit status."""
     out = tmp_path / "out"

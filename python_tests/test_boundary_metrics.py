@@ -86,11 +86,11 @@ def distances(sites: np.ndarray) -> np.ndarray:
     return np.sqrt(((pixels - where) ** 2).sum(-1).min(1)).reshape(sites.shape)
 
 
-def by_masks(prediction: Tensor, target: Tensor, classes: int) -> dict[str, np.ndarray]:
+def by_masks(prediction: Tensor, target: Tensor, classes: int, ratio: float = 0.005) -> dict[str, np.ndarray]:
     """All scores."""
     band, trimap = np.zeros((3, classes)), np.zeros((3, len(WIDTHS), classes))
     matched, edges = np.zeros((2, len(WIDTHS), classes)), np.zeros((2, 1, classes))
-    reach = max(1, round(0.005 * math.hypot(*target.shape[1:])))
+    reach = max(1, round(ratio * math.hypot(*target.shape[1:])))
     for guess, truth in zip(prediction.numpy(), target.numpy(), strict=True):
         valid = truth != 255
         masks = [((truth == c) & valid, (guess == c) & valid) for c in range(classes)]
@@ -131,7 +131,15 @@ def test_equal_to_mask_by_mask(impl: str, shape: tuple[int, int, int], classes: 
     assert f_score.mean_f_score() == pytest.approx(torch.from_numpy(expected["f"]).nanmean(1).tolist(), nan_ok=True)
 
 
-@pytest.mark.parametrize("shape", [(2, 70, 530), (1, 300, 20)])
+@pytest.mark.parametrize("ratio", [0.03, 0.05, 0.07])
+def test_wider_bands_mask_by_mask(ratio: float) -> None:
+    """Protects bands of 2, 3 and 5 pixels: thin areas, corners, other classes and ignored pixels within them."""
+    prediction, target = drawn_maps(2, 40, 51, 5)
+    band = updated(BoundaryIoU(5, ratio=ratio), prediction, target)
+    np.testing.assert_array_equal(band.iou(), by_masks(prediction, target, 5, ratio)["band"])
+
+
+@pytest.mark.parametrize("shape", [(2, 70, 530), (2, 300, 20)])
 def test_match_within_equals_pytorch(shape: tuple[int, int, int]) -> None:
     """Protects the seams between the kernels' blocks of rows, for any radii, classes and dtypes."""
     if dispatch.why_not("cpu", "cpu"):
@@ -150,7 +158,7 @@ def test_match_within_equals_pytorch(shape: tuple[int, int, int]) -> None:
             for rate in (0.5, 0.02)
         )
         if radii[-1] == 128:  # so that it is not far enough for all, and this test does not take long
-            if shape[0] > 1:
+            if shape[2] > 20:
                 continue
             sites = torch.full(shape, classes)
             sites[0, 3, 5] = 0
@@ -201,6 +209,15 @@ def test_as_ops() -> None:
             op(*wrong)
 
 
+def test_large_maps_are_read_in_parts(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Protects the seams between what threads read."""
+    g = torch.Generator().manual_seed(0)
+    prediction, target = torch.randint(7, (2, 3, 200, 301), generator=g)
+    ours = _counts.read_labels(prediction, target, 5, 2)
+    monkeypatch.setattr(dispatch, "why_not", lambda impl, device: "asked not to")
+    torch.testing.assert_close(ours, _counts.read_labels(prediction, target, 5, 2), rtol=0, atol=0)
+
+
 @pytest.mark.parametrize("classes", [3, 255, 256])
 def test_read_and_count_equal_pytorch(monkeypatch: pytest.MonkeyPatch, classes: int) -> None:
     """Protects every pair of integer dtypes, their limits, and ids that a narrower type would take for others: ignored
@@ -220,6 +237,7 @@ def test_read_and_count_equal_pytorch(monkeypatch: pytest.MonkeyPatch, classes: 
                 read = _counts.read_labels(ids[0].to(pair[0]), ids[1].to(pair[1]), classes, ignored)
                 found.append((impl, *read, _counts.count_pairs(*read[:2], classes, classes)))
                 found.append((impl, *read, _counts.count_pairs(read[0].byte(), read[1].int(), 2, classes - 1)))
+                found.append((impl, *read, _counts.count_pairs(*read[:2], classes + 1, classes + 1)))
     ours, theirs = ([read[1:] for read in found if read[0] == impl] for impl in ("cpu", "torch"))
     torch.testing.assert_close(ours, theirs, rtol=0, atol=0)
 
@@ -302,7 +320,7 @@ def test_boundaries_suffer_first(shift: int) -> None:
 
 @every_kind
 def test_ignored_pixels_change_nothing(impl: str, kind: Callable[..., Counts]) -> None:
-    """Whatever is predicted in an ignored region, and however it is labelled beneath, scores stay the same."""
+    """Whatever is predicted in an ignored region, scores stay the same; and its border is no boundary."""
     prediction, target = drawn_maps(1, 40, 50, 4)
     target[:, 10:30, 15:40] = 255
     other = torch.where(target == 255, (prediction + 1) % 4, prediction)
@@ -329,7 +347,9 @@ def test_bands_are_of_masks_not_of_ids() -> None:
 
 def test_the_band_grows_with_the_image() -> None:
     """d is 0.5 % of the diagonal, 11 pixels at 1024×2048, and at least 1; `ratio` changes it."""
-    for size, ratio, distance in (((1024, 2048), 0.005, 11), ((40, 30), 0.005, 1), ((200, 100), 0.02, 4)):
+    sizes = ((1024, 2048), 0.005, 11), ((40, 30), 0.005, 1), ((200, 100), 0.02, 4)
+    rounded = ((300, 420), 0.005, 3), ((300, 400), 0.005, 2), ((180, 240), 0.005, 2)  # 2.58; 2.5 and 1.5, to even
+    for size, ratio, distance in (*sizes, *rounded):
         target = torch.zeros(1, *size, dtype=torch.uint8)
         metric = updated(BoundaryIoU(1, ratio=ratio), target, target)
         inner = (size[0] - 2 * distance) * (size[1] - 2 * distance)
@@ -381,14 +401,16 @@ def test_wrong_inputs(kind: Callable[..., Counts]) -> None:
             metric.update(prediction, target)
     with pytest.raises(TypeError, match="take the arg-max first"):
         metric.update(map.float(), map)
+    with pytest.raises(ValueError, match="prediction is on meta and target on cpu: move one of them"):
+        metric.update(map.to("meta"), map)
     assert metric._counts.sum() == 0
 
 
 @pytest.mark.parametrize("kind", [BoundaryFScore, TrimapIoU])
 def test_wrong_widths(kind: Callable[..., Counts]) -> None:
     """Widths ascend from a pixel to as many as the kernel has room for."""
-    for widths in ((), (0, 1), (3, 3), (5, 3), (1, 129)):
-        with pytest.raises(ValueError, match="widths are ascending numbers of pixels"):
+    for widths in ((), (0, 1), (3, 3), (5, 3), (1, 129), (1.5, 3)):
+        with pytest.raises(ValueError, match="widths are ascending whole numbers of pixels"):
             kind(3, widths=widths)
 
 
@@ -408,10 +430,11 @@ def test_cuda(kind: Callable[..., Counts]) -> None:
         pytest.skip("no CUDA device")
     prediction, target = drawn_maps(2, 100, 150, 19)
     on_gpu = prediction.cuda(), target.cuda()
-    metric = kind(19, device="cuda")
-    torch.cuda.set_sync_debug_mode("error")
-    try:
-        metric.update(*on_gpu)
-    finally:
-        torch.cuda.set_sync_debug_mode("default")
-    assert torch.equal(metric._counts.cpu(), updated(kind(19), prediction, target)._counts)
+    for device in ("cuda", None):
+        metric = kind(19, device=device)
+        torch.cuda.set_sync_debug_mode("error")
+        try:
+            metric.update(*on_gpu)
+        finally:
+            torch.cuda.set_sync_debug_mode("default")
+        assert torch.equal(metric._counts.cpu(), updated(kind(19), prediction, target)._counts)

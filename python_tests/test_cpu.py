@@ -45,7 +45,8 @@ def test_kernels_use_torch_threads() -> None:
 
 @pytest.mark.parametrize("capability", ["default", "avx2", "avx512"])
 def test_every_instruction_set(capability: str) -> None:
-    """Protects the variants that this machine would not choose: each gives the reference's value and gradient."""
+    """Protects the variants that this machine would not choose: each gives the reference's value and gradient, and
+    the metrics' distances."""
     code = (
         "import torch, bcmf_ext\n"
         "from bcmf_ext.metrics import upsample_argmax\n"
@@ -73,6 +74,14 @@ def test_every_instruction_set(capability: str) -> None:
         "    grads = [torch.autograd.grad(v, logits)[0] for v in values]\n"
         "    torch.testing.assert_close(*grads, rtol=2 * torch.finfo(dtype).eps + 2e-5, atol=1e-6)\n"
         "    assert torch.equal(upsample_argmax(logits, (7, 9)), upsample_argmax(logits.double(), (7, 9)))\n"
+        "from bcmf_ext.metrics import boundary\n"
+        "near, far = torch.rand(2, 1, 150, 70, generator=g)\n"
+        "for classes, radii in ((7, (1, 3, 12)), (1, (1, 3, 12)), (7, (20,)), (1, (20,))):\n"
+        "    labels = torch.randint(0, classes, (2, 1, 150, 70), generator=g, dtype=torch.uint8)\n"
+        "    maps = labels[0].where(near < 0.3, 255), labels[1].where(far < 0.02, 255)\n"
+        "    for given in (maps, [map.int() for map in maps]):\n"
+        "        found = [f(*given, classes, radii) for f in (boundary.match_within, boundary._match_within)]\n"
+        "        assert torch.equal(*found) and len(found[0].unique()) == len(radii) + 1\n"
         "print(bcmf_ext.dispatch.EXTENSION.build_info()['cpu_capability'].lower())\n"
     )
     if capability == "avx512" and "AVX512" not in torch.backends.cpu.get_cpu_capability():

@@ -55,3 +55,11 @@ def test_kernels_are_clean_under_sanitizers(tmp_path: Path) -> None:
     emulator.compile_sanitized("sanitized.cpp", tmp_path / "sanitized")
     done = run(tmp_path / "sanitized")
     assert (done.returncode, done.stdout) == (0, "clean\n"), done.stderr
+
+
+def test_match_within_is_clean_under_sanitizers(tmp_path: Path) -> None:
+    """Protects the metrics' CPU kernels, with the widest vectors, from accesses out of bounds at any size, radius and
+    label; and their distances."""
+    emulator.compile_sanitized("sanitized_match.cpp", tmp_path / "match", include="serial")
+    done = run(tmp_path / "match")
+    assert (done.returncode, done.stdout) == (0, "clean\n"), done.stderr

@@ -25,7 +25,8 @@ from bcmf_ext.data.cityscapes import CLASSES as CITYSCAPES_CLASSES
 from bcmf_ext.data.cityscapes import PALETTE as CITYSCAPES_PALETTE
 from bcmf_ext.errors import UserError
 from bcmf_ext.inference import Predictor
-from bcmf_ext.metrics import ConfusionMatrix
+from bcmf_ext.metrics import BoundaryFScore, BoundaryIoU, ConfusionMatrix, TrimapIoU
+from bcmf_ext.report import metrics_record
 
 PALETTE = np.array([(128, 0, 0), (0, 128, 0), (0, 0, 200)], np.uint8)
 
@@ -103,21 +104,35 @@ def test_scores(tmp_path: Path, root: Path, capsys: pytest.CaptureFixture[str]) 
     """Dataset and folder come from the checkpoint; the scores are those of the predictions, at the labels' size."""
     checkpoint = write_checkpoint(tmp_path, data_root=str(root))
     dataset = open_dataset("folder", root, "val")
-    confusion = ConfusionMatrix(3)
+    metrics = confusion, *_ = ConfusionMatrix(3), BoundaryIoU(3), BoundaryFScore(3), TrimapIoU(3)
     for index in range(len(dataset)):
         image, label = dataset.pair(index)
-        confusion.update(torch.from_numpy(predicted(checkpoint, image)), torch.from_numpy(label))
+        for metric in metrics:
+            metric.update(torch.from_numpy(predicted(checkpoint, image)), torch.from_numpy(label))
     evaluate.main(["--checkpoint", str(checkpoint), "--workers", "1", "--device", "cpu"])
     out = capsys.readouterr().out
     assert f"mIoU {confusion.mean_iou():.4f}, pixel accuracy {confusion.pixel_accuracy():.4f}" in out
     written = json.loads((tmp_path / "metrics.json").read_text())
     assert (written["dataset"], written["split"], written["images"]) == ("folder", "val", 3)
-    assert written["mean"]["iou"] == confusion.mean_iou()
-    assert list(written["classes"]) == list(CLASSES)
+    expected = metrics_record(metrics, CLASSES)
+    assert (written["mean"], written["classes"]) == (expected["mean"], expected["classes"])
     assert {"boundary_iou", "boundary_f_1px", "trimap_iou_12px"} <= written["classes"]["floor"].keys()
+    assert 0 < written["mean"]["boundary_f_3px"] < 1
     assert "val: 3 images" in out
     evaluate.main(["--checkpoint", str(checkpoint), "--split", "train", "--workers", "0", "--device", "cpu"])
     assert "train: 9 images" in capsys.readouterr().out
+
+
+def test_scores_that_cannot_be_written(tmp_path: Path, root: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """That is said before any image is scored, with the flag that helps."""
+    checkpoint = write_checkpoint(tmp_path, data_root=str(root))
+    for wrong in (tmp_path, checkpoint / "metrics.json"):
+        with pytest.raises(UserError, match=r"cannot be written to .*: name another file with --metrics"):
+            evaluate.main(["--checkpoint", str(checkpoint), "--metrics", str(wrong), "--device", "cpu"])
+    assert "images" not in capsys.readouterr().out
+    given = tmp_path / "new folder" / "scores.json"
+    evaluate.main(["--checkpoint", str(checkpoint), "--metrics", str(given), "--device", "cpu", "-j", "0"])
+    assert json.loads(given.read_text())["images"] == 3
 
 
 def test_saved_predictions(tmp_path: Path, root: Path) -> None:

@@ -121,9 +121,10 @@ def test_loss_warmup_and_gradient_shares(
         share.keys() == {"ce", "bcl", "cpg"} and math.isclose(sum(share.values()), 1, rel_tol=1e-5) for share in shares
     )
     out = capsys.readouterr().out
-    assert "BCL and CPG gain their weights in 5 iterations" in out
+    assert "BCL and CPG gain weight in 5 iterations\n" in out
     assert ", gradient ce " in out
-    train.main([*flags, "--epochs", "1", "--name", "y"])
+    train.main([*flags, "--epochs", "1", "--name", "y", "--bcl", "0", "--loss-warmup", "500"])
+    assert "CPG gain weight in 500 iterations, more than there are\n" in capsys.readouterr().out
     assert "grad_share" not in log(run.with_name("y"))[0]
     with pytest.raises(UserError, match="--loss-warmup is -1, but must be at least 0"):
         train.main([*flags, "--loss-warmup", "-1"])

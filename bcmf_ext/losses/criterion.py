@@ -123,7 +123,10 @@ class SegmentationCriterion(nn.Module):
 
         As forward takes them; one forward and backward of the loss for each term, and none of the network.
         """
-        main = logits[0] if isinstance(logits, (tuple, list)) else logits
+        with torch.enable_grad():
+            return self._gradient_shares(logits[0] if isinstance(logits, (tuple, list)) else logits, target)
+
+    def _gradient_shares(self, main: Tensor, target: Tensor) -> dict[str, Tensor]:
         main = main.detach().to(acc_dtype(main)).requires_grad_()  # gradients of means are too small for fp16
         terms = {"ce": cross_entropy(main, target, **self._first_term, **self._common)}
         if self.bcl is not None:

@@ -37,7 +37,8 @@ class Counts:
         """Count the pixels of ``prediction`` and ``target``: class ids of any integer dtype on one device, (N, H, W) or
         (H, W); of any one shape for ConfusionMatrix.
 
-        Raises TypeError for floating-point tensors, ValueError for other shapes and (CPU) ids out of range.
+        Raises TypeError for floating-point tensors, ValueError for other shapes, tensors on two devices and (CPU) ids
+        out of range.
         """
         prediction, target, outside = self._read(prediction, target)
         self._add(self._count(prediction, target), outside)
@@ -73,13 +74,16 @@ class Counts:
                 f"prediction {tuple(prediction.shape)} and target {tuple(target.shape)} differ in shape: resample the "
                 "logits to the target's size before the arg-max."
             )
+        if prediction.device != target.device:
+            raise ValueError(f"prediction is on {prediction.device} and target on {target.device}: move one of them.")
         guess, truth, outside = read_labels(prediction, target, self.num_classes, self.ignore_index)
         if outside.device.type == "cpu" and outside:
             self._raise_out_of_range(prediction, target)
         return guess, truth, outside
 
     def _add(self, counts: Tensor, outside: Tensor) -> None:
-        self._bins = self._bins.to(counts.device) + torch.cat([counts.flatten(), outside.view(1)])
+        bins = self._bins.to(counts.device, non_blocking=True)  # at most once, and without waiting for a GPU
+        self._bins = bins + torch.cat([counts.flatten(), outside.view(1)])
 
     @property
     def _counts(self) -> Tensor:
@@ -130,7 +134,7 @@ def count_pairs(a: Tensor, b: Tensor, rows: int, columns: int) -> Tensor:
     left out. Never waits for a GPU."""
     if by_kernels(a):
         return torch.ops.bcmf.count_pairs(a, b, rows, columns)
-    ids = a.long().clamp(max=rows) * (columns + 1) + b.clamp(max=columns)
+    ids = a.long().clamp(max=rows) * (columns + 1) + b.long().clamp(max=columns)  # wider: torch has bounds in the type
     counts = torch.zeros((rows + 1) * (columns + 1), dtype=torch.int64, device=a.device)
     counts.scatter_add_(0, ids.flatten(), torch.ones_like(ids).flatten())
     return counts.view(rows + 1, columns + 1)[:-1, :-1]

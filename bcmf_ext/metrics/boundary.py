@@ -63,7 +63,7 @@ class BoundaryIoU(Counts):
 class _ByWidth(Counts):
     """Counts for several widths in pixels, each of the pixels that no smaller one reaches; and of those that none does.
 
-    Raises ValueError for widths that do not ascend from at least 1 to at most 128.
+    Raises ValueError for widths that are no whole numbers ascending from at least 1 to at most 128.
     """
 
     _kinds: int
@@ -75,8 +75,9 @@ class _ByWidth(Counts):
         device: torch.device | str | None = None,
         widths: Sequence[int] = WIDTHS,
     ) -> None:
-        if not widths or any(a >= b for a, b in pairwise((0, *widths, MOST + 1))):
-            raise ValueError(f"widths are ascending numbers of pixels from 1 to {MOST}, not {tuple(widths)}.")
+        whole = all(isinstance(width, int) for width in widths)
+        if not widths or not whole or any(a >= b for a, b in pairwise((0, *widths, MOST + 1))):
+            raise ValueError(f"widths are ascending whole numbers of pixels from 1 to {MOST}, not {tuple(widths)}.")
         super().__init__(num_classes, ignore_index, device, (self._kinds, len(widths) + 1, num_classes))
         self.widths = tuple(widths)
 

@@ -31,10 +31,10 @@ def why_not() -> str | None:
     return f"{' and '.join(missing)} not found" if missing else None
 
 
-def compile_sanitized(source: str, executable: Path) -> None:
-    """Compiles a program of this folder with AddressSanitizer and UndefinedBehaviorSanitizer."""
-    flags = ["-std=c++20", "-O1", "-g", "-Wno-unknown-pragmas", "-fsanitize=address,undefined"]
-    includes = ["-I", str(HERE / "include"), *(f"-isystem{folder}" for folder in cpp_extension.include_paths())]
+def compile_sanitized(source: str, executable: Path, include: str = "include") -> None:
+    """Compiles a program of this folder with AddressSanitizer and UndefinedBehaviorSanitizer; include: its folder."""
+    flags = ["-std=c++20", "-O1", "-g", "-Wno-unknown-pragmas", "-Wno-psabi", "-fsanitize=address,undefined"]
+    includes = ["-I", str(HERE / include), *(f"-isystem{folder}" for folder in cpp_extension.include_paths())]
     command = ["g++", *flags, "-fno-sanitize-recover=all", *includes, str(HERE / source), "-o", str(executable)]
     subprocess.run(command, check=True)
 
