@@ -25,6 +25,7 @@ import matplotlib.pyplot as plt
 import numpy as np
 import torch
 from kernels import RESULTS, about
+from matplotlib.axes import Axes
 from PIL import Image
 
 from bcmf_ext import BCL, CPG, SegmentationCriterion
@@ -42,7 +43,7 @@ SEEDS = range(5)
 SCHEDULE = {"epochs": 10, "batch_size": 8, "crop_size": (180, 240), "scale_range": (0.75, 1.5)}
 SCORES = {"miou": "mIoU", "boundary_iou": "Boundary IoU", "boundary_f_1px": "F 1 px", "boundary_f_3px": "F 3 px"}
 WARMUP = 150  # iterations of 450
-REACH = 10  # pixels to either side of a pole
+REACH = 10  # pixels to either side of a pole or an edge
 
 
 class Arm(NamedTuple):
@@ -116,7 +117,7 @@ def main() -> None:
     print(table(record["runs"]))
     print(path)
     if {CE.name, "1 CPG3"} <= {done["arm"] for done in record["runs"] if (arguments.work / done["folder"]).is_dir()}:
-        picture = path.with_name("pilot-pole.png")
+        picture = path.with_name("pilot-profiles.png")
         draw_profiles(arguments.work, record["runs"], root, picture)
         print(picture)
 
@@ -233,40 +234,62 @@ def verdict(pairs: list[float]) -> str:
 
 
 def draw_profiles(work: Path, runs: list[dict[str, Any]], root: Path, path: Path) -> None:
-    """Probabilities of "pole" along rows that cross one of three pixels, its middle at 0: CE beside CE + CPG (figure 6
-    of the CPG paper)."""
+    """CE beside CE + CPG (as figure 6 of the CPG paper): the probability of "pole" along rows that cross a pole of
+    three pixels, and below that of the class to the right along rows that cross an edge between any two."""
     folders = {done["arm"]: work / done["folder"] for done in runs if done["seed"] == 0}
     pair = {"CE": folders[CE.name], "CE + 1 CPG3": folders["1 CPG3"]}
     val_set = open_dataset("camvid", str(root), "val")
-    figure, axes = plt.subplots(1, 2, figsize=(9, 3.4), sharey=True, constrained_layout=True)
-    for axis, (title, folder) in zip(axes, pair.items(), strict=True):
-        profiles = np.stack(list(crossings(Predictor(folder / "last.pt", "cpu"), val_set)))
-        offsets = np.arange(-REACH, REACH + 1)
-        for low, high, shade in ((10, 90, 0.15), (25, 75, 0.3)):
-            band = np.percentile(profiles, (low, high), axis=0)
-            axis.fill_between(offsets, *band, color="tab:blue", alpha=shade, lw=0, label=f"{low}–{high} %")
-        axis.plot(offsets, profiles.mean(0), color="tab:blue", label="mean")
-        axis.step(offsets, abs(offsets) <= 1, where="mid", color="black", lw=1, label="truth")
-        axis.set(title=f"{title}, {len(profiles)} rows", xlabel="pixels from the pole's middle")
-        axis.spines[["top", "right"]].set_visible(False)
-    axes[0].set_ylabel("probability of pole")
-    axes[0].legend(frameon=False)
+    figure, grid = plt.subplots(2, 2, figsize=(9, 6.4), sharey=True, constrained_layout=True)
+    for axes, (title, folder) in zip(grid.T, pair.items(), strict=True):
+        images = list(probabilities(Predictor(folder / "last.pt", "cpu"), val_set))
+        pole = val_set.classes.index("pole")
+        poles = np.concatenate([across_poles(p, label, pole) for p, label in images])
+        edges = np.concatenate([across_edges(p, label) for p, label in images])
+        middle, pixels = np.arange(-REACH, REACH + 1), np.arange(-REACH, REACH) + 0.5
+        draw_profile(axes[0], poles, middle, abs(middle) <= 1, f"{title}: {len(poles):,} rows across poles")
+        draw_profile(axes[1], edges, pixels, pixels > 0, f"{title}: {len(edges):,} rows across edges")
+        axes[0].set_xlabel("pixels from the pole's middle")
+        axes[1].set_xlabel("pixels from the edge")
+    grid[0, 0].set_ylabel("probability of pole")
+    grid[1, 0].set_ylabel("probability of the class to the right")
+    grid[0, 0].legend(frameon=False)
     figure.savefig(path, dpi=110)
     plt.close(figure)
 
 
-def crossings(predictor: Predictor, val_set: SegmentationDataset) -> Iterator[np.ndarray]:
-    pole = val_set.classes.index("pole")
+def draw_profile(axis: Axes, profiles: np.ndarray, offsets: np.ndarray, truth: np.ndarray, title: str) -> None:
+    for low, high, shade in ((10, 90, 0.15), (25, 75, 0.3)):
+        band = np.percentile(profiles, (low, high), axis=0)
+        axis.fill_between(offsets, *band, color="tab:blue", alpha=shade, lw=0, label=f"{low}–{high} % of the rows")
+    axis.plot(offsets, profiles.mean(0), color="tab:blue", label="mean")
+    axis.step(offsets, truth, where="mid", color="black", lw=1, label="truth")
+    axis.set_title(title)
+    axis.spines[["top", "right"]].set_visible(False)
+
+
+def probabilities(predictor: Predictor, val_set: SegmentationDataset) -> Iterator[tuple[np.ndarray, np.ndarray]]:
+    """Of each image: (C, H, W), and its labels."""
     for index in range(len(val_set)):
         image, label = val_set.pair(index)
         logits = predictor.logits(torch.from_numpy(image).permute(2, 0, 1)[None])
-        probability = resample(logits.float(), label.shape).softmax(1)[0, pole].numpy()
-        width = 2 * REACH + 1
-        windows = np.lib.stride_tricks.sliding_window_view(label == pole, width, axis=1)
-        exact = (windows == (abs(np.arange(-REACH, REACH + 1)) <= 1)).all(-1)
-        valid = np.lib.stride_tricks.sliding_window_view(label != 255, width, axis=1).all(-1)
-        for y, x in np.argwhere(exact & valid):
-            yield probability[y, x : x + width]
+        yield resample(logits.float(), label.shape).softmax(1)[0].numpy(), label
+
+
+def across_poles(p: np.ndarray, label: np.ndarray, pole: int) -> np.ndarray:
+    """The probability of pole along each piece of a row in whose middle, and nowhere else, are three pixels of it."""
+    windows = np.lib.stride_tricks.sliding_window_view(label, 2 * REACH + 1, axis=1)
+    exact = ((windows == pole) == (abs(np.arange(-REACH, REACH + 1)) <= 1)).all(-1) & (windows != 255).all(-1)
+    return np.lib.stride_tricks.sliding_window_view(p[pole], 2 * REACH + 1, axis=1)[exact]
+
+
+def across_edges(p: np.ndarray, label: np.ndarray) -> np.ndarray:
+    """The probability of the class to the right along each piece of a row that is of one class to the left of its
+    middle, and of another to the right."""
+    windows = np.lib.stride_tricks.sliding_window_view(label, 2 * REACH, axis=1)
+    left, right = windows[..., :REACH], windows[..., REACH:]
+    plain = (left == left[..., :1]).all(-1) & (right == right[..., :1]).all(-1) & (left[..., 0] != right[..., 0])
+    y, x = np.nonzero(plain & (windows != 255).all(-1))
+    return p[right[y, x, 0][:, None], y[:, None], x[:, None] + np.arange(2 * REACH)]
 
 
 if __name__ == "__main__":
