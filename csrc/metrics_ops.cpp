@@ -23,6 +23,8 @@ void check_labels(const Tensor& labels, const char* name) {
                    " are uint8 or int32, not ", labels.scalar_type(), ".");
 }
 
+bool is_wide(const Tensor& labels) { return labels.scalar_type() == at::kInt; }
+
 void check_same_shape(const Tensor& first, const Tensor& other, const char* names) {
   TORCH_CHECK_VALUE(first.sizes() == other.sizes(), names, " have the same shape, not ", first.sizes(), " and ",
                     other.sizes(), ".");
@@ -35,8 +37,11 @@ std::tuple<Tensor, Tensor, Tensor> read_labels_cpu(const Tensor& prediction, con
   check_classes(num_classes);
   const auto options = target.options().dtype(num_classes <= 255 ? at::kByte : at::kInt);
   const Tensor guess = at::empty(target.sizes(), options), truth = at::empty(target.sizes(), options);
+  const Tensor from = prediction.contiguous(), labels = target.contiguous();
   const int64_t outside =
-      cpu::read_labels(prediction.contiguous(), target.contiguous(), num_classes, ignore_index, guess, truth);
+      cpu::read_labels({labels.numel(), num_classes, ignore_index, from.const_data_ptr(), labels.const_data_ptr(),
+                        label_type(from.scalar_type(), "prediction"), label_type(labels.scalar_type(), "target"),
+                        guess.mutable_data_ptr(), truth.mutable_data_ptr(), is_wide(guess)});
   return {guess, truth, at::full({}, outside, target.options().dtype(at::kLong))};
 }
 
@@ -49,7 +54,9 @@ Tensor count_pairs_cpu(const Tensor& a, const Tensor& b, int64_t rows, int64_t c
   check_classes(columns);
   TORCH_CHECK_VALUE((rows + 1) * (columns + 1) < int64_t{1} << 31, rows, " × ", columns, " counts are too many.");
   const Tensor pairs = at::zeros({rows, columns}, a.options().dtype(at::kLong));
-  cpu::count_pairs(a.contiguous(), b.contiguous(), pairs);
+  const Tensor first = a.contiguous(), second = b.contiguous();
+  cpu::count_pairs({first.numel(), rows, columns, first.const_data_ptr(), second.const_data_ptr(), is_wide(first),
+                    is_wide(second), pairs.mutable_data_ptr<int64_t>()});
   return pairs;
 }
 
@@ -67,7 +74,7 @@ Tensor match_within_cpu(const Tensor& queries, const Tensor& sites, int64_t num_
   const Tensor found = at::empty(queries.sizes(), queries.options().dtype(at::kByte));
   if (found.numel() > 0)
     cpu::match_within({from.size(0), from.size(1), from.size(2), num_classes, from.data_ptr(), to.data_ptr(),
-                       from.scalar_type() == at::kInt, radii.data(), static_cast<int64_t>(radii.size()),
+                       is_wide(from), radii.data(), static_cast<int64_t>(radii.size()),
                        found.mutable_data_ptr<uint8_t>()});
   return found;
 }

@@ -29,25 +29,10 @@ namespace {
 
 using at::Tensor;
 
-LabelType label_type(at::ScalarType type) {
-  switch (type) {
-    case at::kByte:
-      return LabelType::u8;
-    case at::kShort:
-      return LabelType::i16;
-    case at::kInt:
-      return LabelType::i32;
-    case at::kLong:
-      return LabelType::i64;
-    default:
-      TORCH_CHECK_TYPE(false, "target holds class ids (uint8, int16, int32 or int64), not ", type, ".");
-  }
-}
-
 at::TensorOptions acc_options(const Tensor& logits) { return logits.options().dtype(acc_type(logits)); }
 
 LabelView label_view(const Tensor& t) {
-  return {t.data_ptr(), label_type(t.scalar_type()), t.stride(0), t.stride(1), t.stride(2)};
+  return {t.data_ptr(), label_type(t.scalar_type(), "target"), t.stride(0), t.stride(1), t.stride(2)};
 }
 
 // What is asked of bcmf::loss beside tensors; the order is that of the schemas in bcmf_ext/ops.py.

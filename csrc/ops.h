@@ -23,6 +23,21 @@ inline FloatType float_type(at::ScalarType type, const char* name) {
   }
 }
 
+inline LabelType label_type(at::ScalarType type, const char* name) {
+  switch (type) {
+    case at::kByte:
+      return LabelType::u8;
+    case at::kShort:
+      return LabelType::i16;
+    case at::kInt:
+      return LabelType::i32;
+    case at::kLong:
+      return LabelType::i64;
+    default:
+      TORCH_CHECK_TYPE(false, name, " holds class ids (uint8, int16, int32 or int64), not ", type, ".");
+  }
+}
+
 inline MapView map_view(const at::Tensor& t, const char* name) {
   return {t.data_ptr(), float_type(t.scalar_type(), name), t.stride(0), t.stride(1), t.stride(2), t.stride(3)};
 }

@@ -213,7 +213,10 @@ def test_large_maps_are_read_in_parts(monkeypatch: pytest.MonkeyPatch) -> None:
     """Protects the seams between what threads read."""
     g = torch.Generator().manual_seed(0)
     prediction, target = torch.randint(7, (2, 3, 200, 301), generator=g)
+    threads = torch.get_num_threads()
+    torch.set_num_threads(3)
     ours = _counts.read_labels(prediction, target, 5, 2)
+    torch.set_num_threads(threads)
     monkeypatch.setattr(dispatch, "why_not", lambda impl, device: "asked not to")
     torch.testing.assert_close(ours, _counts.read_labels(prediction, target, 5, 2), rtol=0, atol=0)
 

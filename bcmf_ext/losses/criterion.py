@@ -118,15 +118,13 @@ class SegmentationCriterion(nn.Module):
         aux = cross_entropy(auxiliary, target, **self._first_term, **self._common)
         return CriterionLoss(loss.total + self.aux_weight * aux, *loss[1:], aux=aux.detach())
 
+    @torch.enable_grad()
     def gradient_shares(self, logits: Tensor | tuple[Tensor, Tensor], target: Tensor) -> dict[str, Tensor]:
         """How much each term pulls at the main logits Z: λ‖∂L/∂Z‖ of ce, bcl and cpg, over the sum of these; scalars.
 
         As forward takes them; one forward and backward of the loss for each term, and none of the network.
         """
-        with torch.enable_grad():
-            return self._gradient_shares(logits[0] if isinstance(logits, (tuple, list)) else logits, target)
-
-    def _gradient_shares(self, main: Tensor, target: Tensor) -> dict[str, Tensor]:
+        main = logits[0] if isinstance(logits, (tuple, list)) else logits
         main = main.detach().to(acc_dtype(main)).requires_grad_()  # gradients of means are too small for fp16
         terms = {"ce": cross_entropy(main, target, **self._first_term, **self._common)}
         if self.bcl is not None:

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from .. import dispatch, ops
 
-_KERNEL_DTYPES = (torch.uint8, torch.int8, torch.int16, torch.int32, torch.int64)
+LABEL_DTYPES = (torch.uint8, torch.int16, torch.int32, torch.int64)  # that the kernels read
 
 
 class Counts:
@@ -119,7 +119,7 @@ def read_labels(
     """Both as uint8 (int32 of more than 255 classes) with num_classes where a pixel does not count, because it is
     ignored or out of range; and how many are out of range, () int64. Never waits for a GPU."""
     if by_kernels(target):
-        widened = (ids if ids.dtype in _KERNEL_DTYPES else ids.long() for ids in (prediction, target))
+        widened = (ids if ids.dtype in LABEL_DTYPES else ids.long() for ids in (prediction, target))
         return torch.ops.bcmf.read_labels(*widened, num_classes, ignore_index)
     prediction, target = prediction.long(), target.long()
     valid = target != ignore_index

@@ -8,9 +8,7 @@ import torch
 from torch import Tensor
 
 from .. import dispatch, ops, reference
-from ._counts import Counts, count_pairs, iou
-
-_LABEL_DTYPES = (torch.uint8, torch.int16, torch.int32, torch.int64)  # that the kernels read
+from ._counts import LABEL_DTYPES, Counts, count_pairs, iou
 
 
 def upsample_argmax(logits: Tensor, size: Sequence[int], align_corners: bool = False) -> Tensor:
@@ -67,7 +65,7 @@ class ConfusionMatrix(Counts):
         if target.dim() != 3 or target.shape[0] != logits.shape[0]:
             expected = f"(N, H, W) with the logits' N = {logits.shape[0]}"
             raise ValueError(f"target has the shape {expected}, not {tuple(target.shape)}.")
-        if not (_impl(logits) == "cpu" and target.device.type == "cpu" and target.dtype in _LABEL_DTYPES):
+        if not (_impl(logits) == "cpu" and target.device.type == "cpu" and target.dtype in LABEL_DTYPES):
             prediction = upsample_argmax(logits, target.shape[1:], align_corners)
             self.update(prediction, target)
             return prediction

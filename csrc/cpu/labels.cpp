@@ -1,6 +1,5 @@
 #include "labels.h"
 
-#include <ATen/Dispatch.h>
 #include <ATen/Parallel.h>
 
 #include <algorithm>
@@ -13,7 +12,8 @@ namespace {
 
 constexpr int64_t kGrain = 1 << 15;  // pixels
 
-// Which values of a type are classes, and which is ignored.
+// Which labels are classes, and which are ignored: as classify_label (common.cuh), but in the labels' own type, so that
+// eight times as many uint8 are compared at once.
 template <typename Id>
 struct Ids {
   Id last, ignored;
@@ -57,7 +57,10 @@ struct Places<uint8_t> {
 };
 
 template <typename A, typename B>
-void count_all(const A* a, const B* b, int64_t count, int64_t rows, int64_t columns, int64_t* pairs) {
+void count_all(const CountPairsArgs& args) {
+  const auto* const a = static_cast<const A*>(args.a);
+  const auto* const b = static_cast<const B*>(args.b);
+  const int64_t rows = args.rows, columns = args.columns;
   const Places<A> row_place{rows, columns + 1};
   const Places<B> column_place{columns, 1};
   // Neighbours are mostly the same pair, and adding to a count waits for the last sum: four counts take turns.
@@ -65,53 +68,60 @@ void count_all(const A* a, const B* b, int64_t count, int64_t rows, int64_t colu
   std::vector<int64_t> found(copies * bins);
   int64_t* turns[4];
   for (int64_t turn = 0; turn < 4; ++turn) turns[turn] = found.data() + turn % copies * bins;
-  for (int64_t i = 0; i < count; ++i) ++turns[i % 4][row_place(a[i]) + column_place(b[i])];
+  for (int64_t i = 0; i < args.count; ++i) ++turns[i % 4][row_place(a[i]) + column_place(b[i])];
   for (int64_t copy = 0; copy < copies; ++copy)
     for (int64_t row = 0; row < rows; ++row)
       for (int64_t column = 0; column < columns; ++column)
-        pairs[row * columns + column] += found[copy * bins + row * (columns + 1) + column];
+        args.pairs[row * columns + column] += found[copy * bins + row * (columns + 1) + column];
 }
 
+// Calls f(a null pointer to labels of this type).
 template <typename F>
-void for_type(const at::Tensor& labels, F f) {
-  labels.scalar_type() == at::kByte ? f(uint8_t{}) : f(int32_t{});
+void for_type(LabelType type, F f) {
+  switch (type) {
+    case LabelType::u8:
+      return f(static_cast<const uint8_t*>(nullptr));
+    case LabelType::i16:
+      return f(static_cast<const int16_t*>(nullptr));
+    case LabelType::i32:
+      return f(static_cast<const int32_t*>(nullptr));
+    case LabelType::i64:
+      return f(static_cast<const int64_t*>(nullptr));
+  }
+}
+
+template <typename Guess, typename Truth, typename Out>
+int64_t read_all(const ReadLabelsArgs& args) {
+  const auto* const prediction = static_cast<const Guess*>(args.prediction);
+  const auto* const target = static_cast<const Truth*>(args.target);
+  const Ids<Guess> guesses(args.classes, args.ignore_index);
+  const Ids<Truth> truths(args.classes, args.ignore_index);
+  std::atomic<int64_t> outside = 0;
+  at::parallel_for(0, args.count, kGrain, [&](int64_t begin, int64_t end) {
+    outside +=
+        read_range(prediction + begin, target + begin, end - begin, guesses, truths, static_cast<Out>(args.classes),
+                   static_cast<Out*>(args.guess) + begin, static_cast<Out*>(args.truth) + begin);
+  });
+  return outside;
 }
 
 }  // namespace
 
-int64_t read_labels(const at::Tensor& prediction, const at::Tensor& target, int64_t classes, int64_t ignore_index,
-                    const at::Tensor& guess, const at::Tensor& truth) {
-  std::atomic<int64_t> outside = 0;
-  AT_DISPATCH_INTEGRAL_TYPES(prediction.scalar_type(), "read_labels", [&] {
-    using Guess = scalar_t;
-    AT_DISPATCH_INTEGRAL_TYPES(target.scalar_type(), "read_labels", [&] {
-      using Truth = scalar_t;
-      for_type(guess, [&](auto out) {
-        using Out = decltype(out);
-        const Guess* const from = prediction.const_data_ptr<Guess>();
-        const Truth* const labels = target.const_data_ptr<Truth>();
-        Out *const to = guess.mutable_data_ptr<Out>(), *const to_truth = truth.mutable_data_ptr<Out>();
-        const Ids<Guess> guesses(classes, ignore_index);
-        const Ids<Truth> truths(classes, ignore_index);
-        at::parallel_for(0, target.numel(), kGrain, [&](int64_t begin, int64_t end) {
-          outside += read_range(from + begin, labels + begin, end - begin, guesses, truths, static_cast<Out>(classes),
-                                to + begin, to_truth + begin);
-        });
-      });
+int64_t read_labels(const ReadLabelsArgs& args) {
+  int64_t outside = 0;
+  for_type(args.prediction_type, [&]<typename Guess>(const Guess*) {
+    for_type(args.target_type, [&]<typename Truth>(const Truth*) {
+      outside = args.wide ? read_all<Guess, Truth, int32_t>(args) : read_all<Guess, Truth, uint8_t>(args);
     });
   });
   return outside;
 }
 
-void count_pairs(const at::Tensor& a, const at::Tensor& b, const at::Tensor& pairs) {
-  for_type(a, [&](auto first) {
-    for_type(b, [&](auto second) {
-      using A = decltype(first);
-      using B = decltype(second);
-      count_all(a.const_data_ptr<A>(), b.const_data_ptr<B>(), a.numel(), pairs.size(0), pairs.size(1),
-                pairs.mutable_data_ptr<int64_t>());
-    });
-  });
+void count_pairs(const CountPairsArgs& args) {
+  if (args.a_wide)
+    args.b_wide ? count_all<int32_t, int32_t>(args) : count_all<int32_t, uint8_t>(args);
+  else
+    args.b_wide ? count_all<uint8_t, int32_t>(args) : count_all<uint8_t, uint8_t>(args);
 }
 
 }  // namespace bcmf::cpu

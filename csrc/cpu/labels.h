@@ -1,14 +1,29 @@
 #pragma once
 
-#include <ATen/core/Tensor.h>
+#include <cstdint>
+
+#include "../device/common.cuh"
 
 namespace bcmf::cpu {
 
-// Writes label maps with `classes` in place of what does not count, and returns how many pixels are out of range.
-int64_t read_labels(const at::Tensor& prediction, const at::Tensor& target, int64_t classes, int64_t ignore_index,
-                    const at::Tensor& guess, const at::Tensor& truth);
+// Arguments of bcmf::read_labels. Maps are contiguous.
+struct ReadLabelsArgs {
+  int64_t count, classes, ignore_index;
+  const void *prediction, *target;
+  LabelType prediction_type, target_type;
+  void *guess, *truth;  // uint8, or int32 if wide: `classes` where a pixel does not count
+  bool wide;
+};
 
-// Adds to pairs (rows, columns): how many pixels have which a and b; neither below rows or columns.
-void count_pairs(const at::Tensor& a, const at::Tensor& b, const at::Tensor& pairs);
+// Arguments of bcmf::count_pairs.
+struct CountPairsArgs {
+  int64_t count, rows, columns;
+  const void *a, *b;  // uint8, or int32 if wide
+  bool a_wide, b_wide;
+  int64_t* pairs;  // (rows, columns), added to
+};
+
+int64_t read_labels(const ReadLabelsArgs& args);  // how many pixels are out of range
+void count_pairs(const CountPairsArgs& args);
 
 }  // namespace bcmf::cpu
