@@ -85,7 +85,7 @@ class Config:
         const=0.9,
         metavar="THETA",
     )
-    bcl: float = knob("weight of the boundary corrected loss; 0: off", 0.4, type=float, metavar="LAMBDA")
+    bcl: float = knob("weight of the boundary corrected loss; 0: off", 0.1, type=float, metavar="LAMBDA")
     cpg: float | None = knob(
         "weight of the CPG loss; 0: off; 1, 0.4, 0.35 for kernel size 3, 5, 7 when left out",
         type=float,

@@ -21,25 +21,38 @@ needs_bench = pytest.mark.skipif(not (ROOT / "bench").is_dir(), reason="bench is
 
 
 @needs_bench
-def test_pilot_plans_and_compares(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_pilot_plans_and_compares(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     """Protects what decides the losses' defaults: every arm once, the best of each term with a warm-up, then five
-    seeds, nothing twice; and signs and verdicts of the paired differences."""
+    seeds, nothing twice, in whatever slices; and signs and verdicts of the paired differences."""
     monkeypatch.syspath_prepend(str(ROOT / "bench"))
     pilot = importlib.import_module("pilot")
     challenger = "2 CPG3"
-    runs: list[dict[str, Any]] = []
-    for arm, seed in pilot.plan(runs, [challenger]):
+
+    def run(arm: Any, seed: int, *_: Any) -> dict[str, Any]:
         score = 0.4 + 0.01 * seed + 0.05 * (arm.name in ("0.4 BCL flipped, step 1+2", "1.5 CPG7"))
         score += 0.002 * (1 + seed % 2) * (arm.name == pilot.DEFAULT.name)
         scores = {**dict.fromkeys(pilot.SCORES, score), "selected": 0.01}
-        runs.append({"arm": arm.name, "seed": seed, **scores, "gradient_share": {"last epoch": {"ce": 1.0}}})
+        shares = {"last epoch": {"ce": 1.0}}
+        return {"arm": arm.name, "seed": seed, "folder": "deleted", **scores, "gradient_share": shares}
+
+    monkeypatch.setattr(pilot, "run", run)
+    monkeypatch.setattr(pilot, "halve", lambda source, target: source)
+    for minutes in ("0", "1", "1"):
+        flags = ["--data", "camvid", "--minutes", minutes, "--output", str(tmp_path), "--challenger", challenger]
+        monkeypatch.setattr(sys, "argv", ["pilot.py", *flags])
+        pilot.main()
+    printed = capsys.readouterr().out
+    runs = json.loads((tmp_path / "pilot.json").read_text())["runs"]
+    assert printed.count("---") == len(runs)
     names = [run["arm"] for run in runs if run["seed"] == 0]
     assert names[: len(pilot.SINGLE)] == [arm.name for arm in pilot.SINGLE]
     assert names[len(pilot.SINGLE) :] == [
         *(f"{best}, warm-up" for best in ("0.4 BCL flipped, step 1+2", "1.5 CPG7")),
         f"defaults with {challenger}",
     ]
-    assert len(runs) == len(names) + 4 * 3
+    assert len(runs) == len(names) + 4 * 4
     assert len({(run["arm"], run["seed"]) for run in runs}) == len(runs)
     assert not list(pilot.plan(runs, [challenger]))
     arm = pilot.challenger(pilot.ARMS[challenger])
@@ -53,7 +66,7 @@ def test_pilot_plans_and_compares(monkeypatch: pytest.MonkeyPatch) -> None:
     assert pilot.verdict([-0.01, 0.01, -0.01, 0.01, 0.01]) == "+0.20 ± 0.98 none"
     assert pilot.verdict([0.01, 0.02]).endswith("few ")
     lines = pilot.table(runs).splitlines()
-    from_ce, from_defaults = (index for index, line in enumerate(lines) if line.startswith("minus"))
+    from_ce, _, from_defaults = (index for index, line in enumerate(lines) if line.startswith("minus"))
     default = next(line for line in lines[from_ce:] if line.startswith(pilot.DEFAULT.name))
     assert re.search(r" 5 +\+0.28 ± 0.10", default)
     assert re.search(r" 5 +-0.28 ± 0.10", next(line for line in lines[from_defaults:] if line.startswith("CE ")))

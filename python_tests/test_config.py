@@ -39,7 +39,7 @@ def test_defaults_are_the_specs() -> None:
     assert (config.dataset, config.model, config.batch_size, config.scale_range) == ("demo", "bcmfnet", 8, (0.75, 1.5))
     assert config.crop_size == open_dataset("demo", None, "val").image(0).shape[:2]
     assert (config.momentum, config.weight_decay, config.power, config.warmup) == (0.9, 5e-4, 0.9, None)
-    assert (config.ohem, config.bcl, config.cpg, config.cpg_kernel, config.aux_weight) == (None, 0.4, None, 3, 0.4)
+    assert (config.ohem, config.bcl, config.cpg, config.cpg_kernel, config.aux_weight) == (None, 0.1, None, 3, 0.4)
 
 
 def test_every_dataset_has_a_recipe() -> None:

@@ -245,10 +245,11 @@ def test_criterion_is_the_weighted_sum_of_its_terms() -> None:
 
 
 def test_default_weights_and_floats() -> None:
-    """Protects the defaults of the spec: λ by kernel size, floats for θ and λ, and 255 as ignore_index everywhere."""
+    """Protects the defaults of the spec, but of the pilot for BCL: λ by kernel size, floats for θ and λ, and 255 as
+    ignore_index everywhere."""
     assert [CPG(kernel_size=k).weight for k in (3, 5, 7)] == [1.0, 0.4, 0.35]
     assert CPG(weight=2.0, kernel_size=7).weight == 2.0
-    assert (OHEM(), BCL()) == (OHEM(0.9, 131072), BCL(0.4, 2, "original", 0.5, 0.5, 0.7, 3))
+    assert (OHEM(), BCL()) == (OHEM(0.9, 131072), BCL(0.1, 2, "original", 0.5, 0.5, 0.7, 3))
     assert reference.resolve_options(0.7, 0.1, 0.2) == (OHEM(0.7), BCL(0.1), CPG(0.2))
     assert reference.resolve_options(None, np.float32(0.5), 1) == (None, BCL(0.5), CPG(1.0))
     for name in ("cross_entropy", "boundary_corrected_loss", "cpg_loss", "cpg_loss_sparse", "segmentation_loss"):

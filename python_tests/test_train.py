@@ -140,7 +140,7 @@ def test_a_run(flags: list[str], run: Path, capsys: pytest.CaptureFixture[str]) 
         "train: 9 images",
         "val: 3 images",
         f"{STEPS} steps of 2 images; the short last batch, of 1, is left out",
-        "CE + 0.4 BCL + 1 CPG3, and 0.4 CE of the auxiliary head; impl " + ("cpu" if dispatch.EXTENSION else "torch"),
+        "CE + 0.1 BCL + 1 CPG3, and 0.4 CE of the auxiliary head; impl " + ("cpu" if dispatch.EXTENSION else "torch"),
         "12 iterations",
         str(run),
         "--weight-decay 0.0005",

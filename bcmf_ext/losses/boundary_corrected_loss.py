@@ -22,7 +22,7 @@ def boundary_corrected_loss(
     align_corners: bool = False,
     impl: str = "auto",
 ) -> Tensor:
-    """The boundary term of BCMFNet, to be added to a cross-entropy with a weight λ (0.4).
+    """The boundary term of BCMFNet, to be added to a cross-entropy with a weight λ (0.1).
 
     Yʳ and Yᶜ are the labels with neighbouring groups of ``step`` rows, or columns, swapped; the logits are never
     flipped. A pixel's score is q = max(ℓ[Y], ℓ[Yʳ], ℓ[Yᶜ]), ℓ[y] = −log p[y], where all three labels are valid. S are
