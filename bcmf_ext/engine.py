@@ -107,6 +107,11 @@ def lr_factor(iteration: int, iterations: int, power: float = 0.9, warmup: int =
     return ramp * max(0.0, 1 - iteration / iterations) ** power
 
 
+def loss_ramp(iteration: int, warmup: int = 0) -> float:
+    """How much of their weights BCL and CPG have at an iteration (from 0): from 0 to 1 in `warmup` iterations."""
+    return min(1.0, iteration / warmup) if warmup else 1.0
+
+
 @dataclass
 class TrainState:
     """Everything that changes while training: what `last.pt` holds, and all that is needed to go on exactly.
@@ -199,7 +204,7 @@ def train_one_epoch(
     for images, labels in batches:
         outputs, target = compute.run(state.model, images), labels.to(compute.device, non_blocking=True)
         iteration = state.scheduler.last_epoch
-        criterion.ramp = min(1.0, iteration / loss_warmup) if loss_warmup else 1.0
+        criterion.ramp = loss_ramp(iteration, loss_warmup)
         # Outside autocast: the losses compute in fp32 themselves.
         losses = criterion(outputs, target)
         logged = log_grad_share and iteration % log_grad_share == 0

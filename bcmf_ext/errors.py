@@ -14,7 +14,8 @@ class UserError(ValueError):
 def run_command(main: Callable[[], None]) -> None:
     """Runs a command's `main`: a `UserError` becomes `error: <sentence>` on stderr with exit status 2."""
     if isinstance(sys.stdout, io.TextIOWrapper):
-        sys.stdout.reconfigure(line_buffering=True)  # a log file shows each epoch when it ends
+        # A log file shows each epoch when it ends; and a terminal of few characters shows "?" for the others.
+        sys.stdout.reconfigure(line_buffering=True, errors="replace")
     try:
         main()
     except UserError as error:

@@ -46,7 +46,7 @@ def main(argv: Sequence[str] | None = None) -> None:
             f"{name} {args.split} has no labels, so there is no mIoU: write the predictions with --save-preds DIR, or "
             "score --split val."
         )
-    metrics = metrics_file(args.checkpoint) if args.metrics is None else Path(args.metrics)
+    metrics = metrics_file(args.checkpoint) if args.metrics_file is None else Path(args.metrics_file)
     if dataset.has_labels:
         check_writable(metrics)
     print(dataset.protocol)
@@ -68,9 +68,9 @@ def main(argv: Sequence[str] | None = None) -> None:
             "images": len(dataset),
             **score(predictor, dataset, args.workers, save),
         }
-        print(metrics_table(record))
         with atomic_write(metrics) as file:
             file.write(json.dumps(record, indent=1).encode() + b"\n")
+        print(metrics_table(record))
         print(f"metrics {metrics}")
     else:
         for index in tqdm(range(len(dataset)), "predicting", unit=" images", disable=None):
@@ -86,11 +86,14 @@ def score(
     device, classes = predictor.device, len(dataset.classes)
     loader = make_loader(EvalSamples(dataset), choose_workers(workers, device), device)
     samples = tqdm(loader, "evaluating", unit=" images", disable=None)
-    boundary = [kind(classes, device=device) for kind in (BoundaryIoU, BoundaryFScore, TrimapIoU)]
+    band = BoundaryIoU(classes, device=device)
+    others = BoundaryFScore(classes, device=device), TrimapIoU(classes, device=device)
     corners = predictor.align_corners
-    confusion = evaluate(predictor.logits, samples, device, classes, save, align_corners=corners, metrics=boundary)
-    accuracy = {"pixel_accuracy": none_for_nan(confusion.pixel_accuracy())}
-    return {**accuracy, **metrics_record([confusion, *boundary], dataset.classes)}
+    confusion = evaluate(
+        predictor.logits, samples, device, classes, save, align_corners=corners, metrics=[band, *others]
+    )
+    about = {"pixel_accuracy": none_for_nan(confusion.pixel_accuracy()), "boundary_iou_ratio": band.ratio}
+    return {**about, **metrics_record([confusion, band, *others], dataset.classes)}
 
 
 def metrics_file(checkpoint: str) -> Path:
@@ -103,7 +106,7 @@ def check_writable(path: Path) -> None:
     """Before all images are scored; `UserError` if they would be so in vain."""
     folder = next(folder for folder in path.absolute().parents if folder.exists())
     if path.is_dir() or not folder.is_dir() or not os.access(folder, os.W_OK):
-        raise UserError(f"The scores cannot be written to {path}: name another file with --metrics.")
+        raise UserError(f"The scores cannot be written to {path}: name another file with --metrics-file.")
 
 
 def parse_flags(argv: Sequence[str] | None) -> argparse.Namespace:
@@ -119,7 +122,7 @@ def parse_flags(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--data-root", metavar="DIR", help="the dataset's folder; as in training when left out")
     parser.add_argument("--split", default="val", choices=("train", "val", "test"), help="its split (%(default)s)")
     parser.add_argument(
-        "--metrics",
+        "--metrics-file",
         metavar="FILE",
         help="where to write all scores, as JSON, over an older file; metrics.json beside the checkpoint when left out",
     )

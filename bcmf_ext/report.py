@@ -38,7 +38,11 @@ def loss_line(record: Mapping[str, Any], epochs: int) -> str:
     loss = dict(record["loss"])
     terms = f"loss {loss.pop('total'):.3f} ({', '.join(f'{name} {value:.3f}' for name, value in loss.items())})"
     if record.get("grad_share"):
-        terms += f", gradient {', '.join(f'{name} {share:.0%}' for name, share in record['grad_share'].items())}"
+        shares = ", ".join(f"{name} {share:.0%}" for name, share in record["grad_share"].items())
+        terms += f", shares of the gradient: {shares}"
+    if record.get("loss_ramp", 1) < 1 and {"bcl", "cpg"} & loss.keys():
+        ramped = " and ".join(name.upper() for name in ("bcl", "cpg") if name in loss)
+        terms += f", {ramped} at {record['loss_ramp']:.0%} of the weight"
     speed = f"{record['images_per_second']:.1f} images/s, {record['seconds']:.0f} s"
     return f"epoch {record['epoch']}/{epochs}: {terms}, lr {record['lr']:.2g}, {speed}"
 

@@ -37,6 +37,7 @@ from .engine import (
     choose_dtype,
     choose_workers,
     evaluate,
+    loss_ramp,
     lr_factor,
     make_loader,
     train_one_epoch,
@@ -230,8 +231,11 @@ class Trainer:
             "seconds": state.seconds,
             "images_per_second": state.step * self.config.batch_size / state.seconds,
         }
-        if state.share_steps:
-            record["grad_share"] = {name: total / state.share_steps for name, total in state.share_sums.items()}
+        if self.config.loss_warmup:
+            record["loss_ramp"] = loss_ramp(state.scheduler.last_epoch - 1, self.config.loss_warmup)
+        if self.config.log_grad_share:  # None of no iteration
+            shares = {name: total / state.share_steps for name, total in state.share_sums.items()}
+            record["grad_share"] = shares or None
         lines = loss_line(record, self.config.epochs)
         if confusion is not None:
             record |= scores(confusion, self.val_set.classes)
@@ -293,8 +297,10 @@ class Trainer:
     def _loss_warmup(self) -> str:
         warmup, criterion = self.config.loss_warmup, self.criterion
         ramped = " and ".join(name.upper() for name in ("bcl", "cpg") if getattr(criterion, name) is not None)
-        if not warmup or not ramped:
+        if not warmup:
             return ""
+        if not ramped:
+            return "; --loss-warmup changes nothing without BCL and CPG"
         longer = ", more than there are" if warmup >= self.iterations else ""
         return f"; {ramped} gain weight in {warmup} iterations{longer}"
 

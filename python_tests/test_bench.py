@@ -32,7 +32,7 @@ def test_pilot_plans_and_compares(
 
     def run(arm: Any, seed: int, *_: Any) -> dict[str, Any]:
         score = 0.4 + 0.01 * seed + 0.05 * (arm.name in ("0.4 BCL flipped, step 1+2", "1.5 CPG7"))
-        score += 0.002 * (1 + seed % 2) * (arm.name == pilot.DEFAULT.name)
+        score += 0.002 * (1 + seed % 2) * (arm.name == pilot.SPEC.name)
         scores = {**dict.fromkeys(pilot.SCORES, score), "selected": 0.01}
         shares = {"last epoch": {"ce": 1.0}}
         return {"arm": arm.name, "seed": seed, "folder": "deleted", **scores, "gradient_share": shares}
@@ -50,26 +50,26 @@ def test_pilot_plans_and_compares(
     assert names[: len(pilot.SINGLE)] == [arm.name for arm in pilot.SINGLE]
     assert names[len(pilot.SINGLE) :] == [
         *(f"{best}, warm-up" for best in ("0.4 BCL flipped, step 1+2", "1.5 CPG7")),
-        f"defaults with {challenger}",
+        f"CE + 0.4 BCL + {challenger}",
     ]
     assert len(runs) == len(names) + 4 * 4
     assert len({(run["arm"], run["seed"]) for run in runs}) == len(runs)
     assert not list(pilot.plan(runs, [challenger]))
     arm = pilot.challenger(pilot.ARMS[challenger])
-    assert (arm.bcl, arm.cpg) == (pilot.DEFAULT.bcl, pilot.ARMS[challenger].cpg)
+    assert (arm.bcl, arm.cpg) == (pilot.SPEC.bcl, pilot.ARMS[challenger].cpg)
     assert len(pilot.SINGLE) == 2 + 18 + 7
     assert {arm.bcl.steps for arm in pilot.SINGLE if arm.bcl} == {(1,), (2,), (1, 2)}
 
     pairs = [0.002, 0.004, 0.002, 0.004, 0.002]
-    assert pilot.differences(runs, pilot.DEFAULT.name, "CE", "miou") == pytest.approx(pairs)
+    assert pilot.differences(runs, pilot.SPEC.name, "CE", "miou") == pytest.approx(pairs)
     assert pilot.verdict(pairs) == "+0.28 ± 0.10     "
     assert pilot.verdict([-0.01, 0.01, -0.01, 0.01, 0.01]) == "+0.20 ± 0.98 none"
     assert pilot.verdict([0.01, 0.02]).endswith("few ")
     lines = pilot.table(runs).splitlines()
-    from_ce, _, from_defaults = (index for index, line in enumerate(lines) if line.startswith("minus"))
-    default = next(line for line in lines[from_ce:] if line.startswith(pilot.DEFAULT.name))
+    from_ce, _, from_spec = (index for index, line in enumerate(lines) if line.startswith("minus"))
+    default = next(line for line in lines[from_ce:] if line.startswith(pilot.SPEC.name))
     assert re.search(r" 5 +\+0.28 ± 0.10", default)
-    assert re.search(r" 5 +-0.28 ± 0.10", next(line for line in lines[from_defaults:] if line.startswith("CE ")))
+    assert re.search(r" 5 +-0.28 ± 0.10", next(line for line in lines[from_spec:] if line.startswith("CE ")))
 
 
 @needs_bench

@@ -412,9 +412,33 @@ def test_wrong_inputs(kind: Callable[..., Counts]) -> None:
 @pytest.mark.parametrize("kind", [BoundaryFScore, TrimapIoU])
 def test_wrong_widths(kind: Callable[..., Counts]) -> None:
     """Widths ascend from a pixel to as many as the kernel has room for."""
-    for widths in ((), (0, 1), (3, 3), (5, 3), (1, 129), (1.5, 3)):
+    for widths in ((), (0, 1), (3, 3), (5, 3), (1, 129), (1.5, 3), (True, 3), 3):
         with pytest.raises(ValueError, match="widths are ascending whole numbers of pixels"):
             kind(3, widths=widths)
+
+
+@every_kind
+def test_an_ignored_class_has_no_score(impl: str, kind: Callable[..., Counts]) -> None:
+    """`ignore_index` may be one of the classes, such as background: a prediction of it is wrong, but no score of 0 that
+    would be in the mean."""
+    target = torch.zeros(1, 20, 30, dtype=torch.uint8)
+    target[:, 3:9, 3:20], target[:, 12:18, 3:20] = 1, 2
+    prediction = target.clone()
+    prediction[:, 3, 3] = 0
+    for score in updated(kind(3, ignore_index=0), prediction, target).scores().values():
+        assert score[0].isnan()
+        assert 0 < score[1] < 1 or kind in (BoundaryFScore, TrimapIoU)
+
+
+@every_kind
+def test_wrong_options(kind: Callable[..., Counts]) -> None:
+    """Sentences, too."""
+    with pytest.raises(ValueError, match="at least 1, not 0"):
+        kind(0)
+    with pytest.raises(TypeError, match="not None"):
+        kind(3, ignore_index=None)
+    with pytest.raises(ValueError, match="share of the image's diagonal, from 0 to 1, not -1"):
+        BoundaryIoU(3, ratio=-1)
 
 
 @every_kind

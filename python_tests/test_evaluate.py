@@ -118,6 +118,7 @@ def test_scores(tmp_path: Path, root: Path, capsys: pytest.CaptureFixture[str]) 
     assert (written["mean"], written["classes"]) == (expected["mean"], expected["classes"])
     assert {"boundary_iou", "boundary_f_1px", "trimap_iou_12px"} <= written["classes"]["floor"].keys()
     assert 0 < written["mean"]["boundary_f_3px"] < 1
+    assert written["boundary_iou_ratio"] == 0.005
     assert "val: 3 images" in out
     evaluate.main(["--checkpoint", str(checkpoint), "--split", "train", "--workers", "0", "--device", "cpu"])
     assert "train: 9 images" in capsys.readouterr().out
@@ -127,11 +128,11 @@ def test_scores_that_cannot_be_written(tmp_path: Path, root: Path, capsys: pytes
     """That is said before any image is scored, with the flag that helps."""
     checkpoint = write_checkpoint(tmp_path, data_root=str(root))
     for wrong in (tmp_path, checkpoint / "metrics.json"):
-        with pytest.raises(UserError, match=r"cannot be written to .*: name another file with --metrics"):
-            evaluate.main(["--checkpoint", str(checkpoint), "--metrics", str(wrong), "--device", "cpu"])
+        with pytest.raises(UserError, match=r"cannot be written to .*: name another file with --metrics-file"):
+            evaluate.main(["--checkpoint", str(checkpoint), "--metrics-file", str(wrong), "--device", "cpu"])
     assert "images" not in capsys.readouterr().out
     given = tmp_path / "new folder" / "scores.json"
-    evaluate.main(["--checkpoint", str(checkpoint), "--metrics", str(given), "--device", "cpu", "-j", "0"])
+    evaluate.main(["--checkpoint", str(checkpoint), "--metrics-file", str(given), "--device", "cpu", "-j", "0"])
     assert json.loads(given.read_text())["images"] == 3
 
 

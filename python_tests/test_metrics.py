@@ -210,6 +210,16 @@ def test_equals_torchmetrics() -> None:
     metric = confusion(prediction, target, 19)
     assert metric.iou().numpy() == pytest.approx(theirs(prediction, target).numpy(), abs=1e-6)
     assert metric.mean_iou() == pytest.approx(macro(prediction, target).item(), abs=1e-6)
+    target[target == 255] = 0
+    macro = classification.MulticlassJaccardIndex(19, ignore_index=0)
+    assert confusion(prediction, target, 19, 0).mean_iou() == pytest.approx(macro(prediction, target).item(), abs=1e-6)
+
+
+def test_the_matrix_is_a_copy() -> None:
+    """Whoever clears its diagonal to look at what is confused does not change the scores."""
+    metric = confusion(torch.tensor([0, 1, 1]), torch.tensor([0, 1, 0]), 2)
+    metric.matrix.fill_diagonal_(0)
+    assert metric.mean_iou() == 0.5
 
 
 # What others got wrong, one test for each

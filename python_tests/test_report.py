@@ -57,11 +57,19 @@ def test_scores_and_lines() -> None:
     assert math.isclose(record["miou"], 0.5)
     assert "mIoU 0.5000 (best), pixel accuracy 0.6667" in score_lines(record, " (best)")
     loss = {"total": 1.5, "ce": 1.0, "bcl": 0.25}
-    line = loss_line({"epoch": 2, "loss": loss, "lr": 0.01, "images_per_second": 8.0, "seconds": 5.0}, 7)
-    assert line == "epoch 2/7: loss 1.500 (ce 1.000, bcl 0.250), lr 0.01, 8.0 images/s, 5 s"
     record = {"epoch": 2, "loss": loss, "lr": 0.01, "images_per_second": 8.0, "seconds": 5.0}
-    line = loss_line({**record, "grad_share": {"ce": 0.75, "bcl": 0.25}}, 7)
-    assert line == "epoch 2/7: loss 1.500 (ce 1.000, bcl 0.250), gradient ce 75%, bcl 25%, lr 0.01, 8.0 images/s, 5 s"
+    start, end = "epoch 2/7: loss 1.500 (ce 1.000, bcl 0.250)", ", lr 0.01, 8.0 images/s, 5 s"
+    share = {"grad_share": {"ce": 0.75, "bcl": 0.25}}
+    for more, shown in (
+        ({}, ""),
+        ({"grad_share": None}, ""),
+        (share, ", shares of the gradient: ce 75%, bcl 25%"),
+        ({**share, "loss_ramp": 0.5}, ", shares of the gradient: ce 75%, bcl 25%, BCL at 50% of the weight"),
+        ({"loss_ramp": 1.0}, ""),
+    ):
+        assert loss_line({**record, **more}, 7) == start + shown + end
+    assert "BCL and CPG at 50% of" in loss_line({**record, "loss": {**loss, "cpg": 0.1}, "loss_ramp": 0.5}, 7)
+    assert loss_line({**record, "loss": {"total": 1.0, "ce": 1.0}, "loss_ramp": 0.5}, 7).count("weight") == 0
 
 
 def test_metrics_table() -> None:

@@ -122,10 +122,16 @@ def test_loss_warmup_and_gradient_shares(
     )
     out = capsys.readouterr().out
     assert "BCL and CPG gain weight in 5 iterations\n" in out
-    assert ", gradient ce " in out
-    train.main([*flags, "--epochs", "1", "--name", "y", "--bcl", "0", "--loss-warmup", "500"])
+    assert ", shares of the gradient: ce " in out
+    assert [record["loss_ramp"] for record in log(run)] == [min(1, (epoch * STEPS - 1) / 5) for epoch in (1, 2)]
+    late = ["--log-grad-share", "500", "--loss-warmup", "500"]
+    train.main([*flags, "--epochs", "1", "--name", "y", "--bcl", "0", *late])
     assert "CPG gain weight in 500 iterations, more than there are\n" in capsys.readouterr().out
-    assert "grad_share" not in log(run.with_name("y"))[0]
+    # Of the epoch's iterations the first alone counts; of the next epochs none.
+    assert log(run.with_name("y"))[0]["grad_share"].keys() == {"ce", "cpg"}
+    train.main([*flags, "--epochs", "1", "--name", "z", "--bcl", "0", "--cpg", "0", "--loss-warmup", "5"])
+    assert "; --loss-warmup changes nothing without BCL and CPG\n" in capsys.readouterr().out
+    assert "grad_share" not in log(run.with_name("z"))[0]
     with pytest.raises(UserError, match="--loss-warmup is -1, but must be at least 0"):
         train.main([*flags, "--loss-warmup", "-1"])
 

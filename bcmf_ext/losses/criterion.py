@@ -108,9 +108,7 @@ class SegmentationCriterion(nn.Module):
 
     def forward(self, logits: Tensor | tuple[Tensor, Tensor], target: Tensor) -> CriterionLoss:
         """logits (N, C, h, w), or (main, auxiliary) logits; target (N, H, W)."""
-        if isinstance(logits, (tuple, list)) and len(logits) != 2:
-            raise TypeError(f"logits are a tensor, or (main, auxiliary) logits, not {len(logits)} of them.")
-        main, auxiliary = logits if isinstance(logits, (tuple, list)) else (logits, None)
+        main, auxiliary = _main_and_auxiliary(logits)
         bcl, cpg = self._ramped(self.bcl), self._ramped(self.cpg)
         loss = segmentation_loss(main, target, bcl=bcl, cpg=cpg, **self._first_term, **self._common)
         if auxiliary is None:
@@ -122,9 +120,10 @@ class SegmentationCriterion(nn.Module):
     def gradient_shares(self, logits: Tensor | tuple[Tensor, Tensor], target: Tensor) -> dict[str, Tensor]:
         """How much each term pulls at the main logits Z: λ‖∂L/∂Z‖ of ce, bcl and cpg, over the sum of these; scalars.
 
-        As forward takes them; one forward and backward of the loss for each term, and none of the network.
+        As forward takes them; one forward and backward of the loss for each term, and none of the network. The
+        auxiliary head's loss has no part in it.
         """
-        main = logits[0] if isinstance(logits, (tuple, list)) else logits
+        main, _ = _main_and_auxiliary(logits)
         main = main.detach().to(acc_dtype(main)).requires_grad_()  # gradients of means are too small for fp16
         terms = {"ce": cross_entropy(main, target, **self._first_term, **self._common)}
         if self.bcl is not None:
@@ -153,6 +152,12 @@ class SegmentationCriterion(nn.Module):
     @property
     def _common(self) -> dict[str, Any]:
         return {"ignore_index": self.ignore_index, "align_corners": self.align_corners, "impl": self.impl}
+
+
+def _main_and_auxiliary(logits: Tensor | tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor | None]:
+    if isinstance(logits, (tuple, list)) and len(logits) != 2:
+        raise TypeError(f"logits are a tensor, or (main, auxiliary) logits, not {len(logits)} of them.")
+    return logits if isinstance(logits, (tuple, list)) else (logits, None)
 
 
 def _check_flipped_against_weights(bcl: BCL, weight: Tensor) -> None:

@@ -16,17 +16,24 @@ LABEL_DTYPES = (torch.uint8, torch.int16, torch.int32, torch.int64)  # that the 
 class Counts:
     """Pixel counts over a data set, on the tensors' device. ``update`` of a subclass adds to them.
 
-    num_classes: C. ignore_index: pixels with this label are left out, whatever is predicted there.
+    num_classes: C. ignore_index: pixels with this label are left out, whatever is predicted there; if it is one of
+        the classes 0..C-1, that class has no score, and no mean counts it.
     device: where the empty counts lie; they follow the tensors of ``update``. Only ``all_reduce`` on a process that
         saw no image depends on it.
 
     A label other than ignore_index, or a prediction, outside 0..C-1 raises ValueError: on the CPU in ``update``, before
     anything is counted; on other devices, which ``update`` never waits for, when the counts are next read.
+
+    Raises ValueError for numbers of classes below 1, and TypeError for an ignore_index that is no integer.
     """
 
     def __init__(
         self, num_classes: int, ignore_index: int, device: torch.device | str | None, shape: tuple[int, ...]
     ) -> None:
+        if num_classes < 1:
+            raise ValueError(f"num_classes is a number of classes, at least 1, not {num_classes}.")
+        if not isinstance(ignore_index, int):
+            raise TypeError(f"ignore_index is the label to ignore (-1 where there is none), not {ignore_index}.")
         self.num_classes = num_classes
         self.ignore_index = ignore_index
         self._shape = shape
@@ -96,6 +103,16 @@ class Counts:
             )
         return self._bins[:-1].view(self._shape)
 
+    def _iou(self, hits: Tensor, truth: Tensor, guess: Tensor) -> Tensor:
+        """TP / (TP + FP + FN) from the pixels of both, of truth and of prediction, by class: float64 on the CPU."""
+        hits, truth, guess = (count.cpu() for count in (hits, truth, guess))
+        return self._scored(hits.double() / (truth + guess - hits).double())
+
+    def _scored(self, score: Tensor) -> Tensor:
+        """NaN (as 0 / 0 is) also for a class that is ignored: there would be false positives alone."""
+        ignored = torch.arange(self.num_classes) == self.ignore_index
+        return score.masked_fill(ignored, math.nan)
+
     def _raise_out_of_range(self, prediction: Tensor, target: Tensor) -> None:
         valid = target.long() != self.ignore_index
         classes = range(self.num_classes)
@@ -148,9 +165,3 @@ def differ(a: Tensor, b: Tensor | int) -> Tensor:
 def keep(labels: Tensor, mask: Tensor, none: int) -> Tensor:
     """The labels where the mask, 0 or 1 in their dtype, is 1, elsewhere ``none``."""
     return (labels - none).mul_(mask).add_(none)
-
-
-def iou(hits: Tensor, truth: Tensor, guess: Tensor) -> Tensor:
-    """TP / (TP + FP + FN) from the pixels of both, of truth and of prediction: float64 on the CPU; NaN of none."""
-    hits, truth, guess = (count.cpu() for count in (hits, truth, guess))
-    return hits.double() / (truth + guess - hits).double()

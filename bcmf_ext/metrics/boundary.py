@@ -14,7 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ._counts import Counts, by_kernels, count_pairs, differ, iou, keep
+from ._counts import Counts, by_kernels, count_pairs, differ, keep
 
 WIDTHS = (1, 3, 5, 9, 12)  # pixels (spec section 10)
 MOST = 128  # pixels of a width: squared, it has to fit into 16 bits of the kernels
@@ -27,6 +27,7 @@ class BoundaryIoU(Counts):
     beyond the image there is no mask. Intersections and unions are summed over the data set. (Cheng et al., Boundary
     IoU, CVPR 2021: there for instances, with a ratio of 0.005 for Cityscapes' sizes, and of 0.02 for COCO's.)
 
+    ratio: the bands' width d, as a share of the image's diagonal, from 0 to 1.
     num_classes, ignore_index, device, and ids out of range: see `Counts`.
     """
 
@@ -38,6 +39,8 @@ class BoundaryIoU(Counts):
         ratio: float = 0.005,
     ) -> None:
         super().__init__(num_classes, ignore_index, device, (3, num_classes))
+        if not 0 <= ratio <= 1:
+            raise ValueError(f"ratio is a share of the image's diagonal, from 0 to 1, not {ratio}.")
         self.ratio = ratio
 
     def _count(self, guess: Tensor, truth: Tensor) -> Tensor:
@@ -49,7 +52,7 @@ class BoundaryIoU(Counts):
 
     def iou(self) -> Tensor:
         """Of each class, float64 (C,) on the CPU; NaN for a class that is in neither truth nor prediction."""
-        return iou(*self._counts)
+        return self._iou(*self._counts)
 
     def scores(self) -> dict[str, Tensor]:
         """boundary_iou."""
@@ -75,9 +78,11 @@ class _ByWidth(Counts):
         device: torch.device | str | None = None,
         widths: Sequence[int] = WIDTHS,
     ) -> None:
-        whole = all(isinstance(width, int) for width in widths)
-        if not widths or not whole or any(a >= b for a, b in pairwise((0, *widths, MOST + 1))):
-            raise ValueError(f"widths are ascending whole numbers of pixels from 1 to {MOST}, not {tuple(widths)}.")
+        whole = isinstance(widths, (tuple, list)) and all(type(width) is int for width in widths)
+        if not whole or not widths or any(a >= b for a, b in pairwise((0, *widths, MOST + 1))):
+            raise ValueError(
+                f"widths are ascending whole numbers of pixels from 1 to {MOST}, such as (1, 3), not {widths}."
+            )
         super().__init__(num_classes, ignore_index, device, (self._kinds, len(widths) + 1, num_classes))
         self.widths = tuple(widths)
 
@@ -93,6 +98,7 @@ class BoundaryFScore(_ByWidth):
     the image, is no neighbour. A boundary pixel is matched if the other map's boundary of the same class has a pixel
     within the width (Euclidean distance). Matched pixels and all are summed over the data set.
 
+    widths: whole numbers of pixels, ascending, from 1 to 128.
     num_classes, ignore_index, device, and ids out of range: see `Counts`.
     """
 
@@ -132,7 +138,7 @@ class BoundaryFScore(_ByWidth):
 
     def _matched(self) -> Tensor:
         counts = self._counts.cpu().double()
-        return counts.cumsum(1)[:, :-1] / counts.sum(1, keepdim=True)
+        return self._scored(counts.cumsum(1)[:, :-1] / counts.sum(1, keepdim=True))
 
 
 class TrimapIoU(_ByWidth):
@@ -141,6 +147,7 @@ class TrimapIoU(_ByWidth):
     Near are valid pixels within the width (Euclidean distance) of a pixel that has one of another class among its four
     neighbours in the truth.
 
+    widths: whole numbers of pixels, ascending, from 1 to 128.
     num_classes, ignore_index, device, and ids out of range: see `Counts`.
     """
 
@@ -155,7 +162,7 @@ class TrimapIoU(_ByWidth):
 
     def iou(self) -> Tensor:
         """By width and class: float64 (widths, C) on the CPU; NaN for a class in neither truth nor prediction there."""
-        return iou(*self._counts.cumsum(1)[:, :-1])
+        return self._iou(*self._counts.cumsum(1)[:, :-1])
 
     def scores(self) -> dict[str, Tensor]:
         """trimap_iou_1px and so on."""

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from .. import dispatch, ops, reference
-from ._counts import LABEL_DTYPES, Counts, count_pairs, iou
+from ._counts import LABEL_DTYPES, Counts, count_pairs
 
 
 def upsample_argmax(logits: Tensor, size: Sequence[int], align_corners: bool = False) -> Tensor:
@@ -79,13 +79,13 @@ class ConfusionMatrix(Counts):
 
     @property
     def matrix(self) -> Tensor:
-        """Pixel counts, int64 (C, C): rows are the truth, columns the prediction."""
-        return self._counts
+        """A copy of the pixel counts, int64 (C, C): rows are the truth, columns the prediction."""
+        return self._counts.clone()
 
     def iou(self) -> Tensor:
         """TP / (TP + FP + FN) of each class, float64 (C,) on the CPU; NaN for a class without any such pixel."""
         matrix = self.matrix
-        return iou(matrix.diagonal(), matrix.sum(1), matrix.sum(0))
+        return self._iou(matrix.diagonal(), matrix.sum(1), matrix.sum(0))
 
     def scores(self) -> dict[str, Tensor]:
         """iou."""
