@@ -108,6 +108,7 @@ MIXES = tuple(
         "segmentation_loss flipped low-resolution",
     )
 )
+SLOWEST = MIXES[-1]  # by far, in an interpreter
 WIDE = make_case("segmentation_loss wide", bcl=BCL(0.7), cpg=CPG(0.6))
 WIDE_OHEM = make_case("cross_entropy weighted wide", ohem=OHEM(0.01, 6_000))
 SIZES = (  # of logits and labels: every ratio, up and down, and single pixels

@@ -17,6 +17,7 @@ from cases import (
     MIXES,
     SHAPES,
     SIZES,
+    SLOWEST,
     WIDE,
     WIDE_OHEM,
     Backend,
@@ -67,6 +68,8 @@ def test_not_less_exact_than_eager(backend: Backend, case: Case, dtype: torch.dt
     classes."""
     if backend.interpreted and shape not in SHAPES[:2] and (dtype != torch.float32 or case not in MIXES):
         pytest.skip("interpreted: large shapes in fp32 and some mixes only")
+    if backend.interpreted and shape == (3, 5, 64, 33) and case is SLOWEST:
+        pytest.skip("interpreted: the largest shape with the quicker mixes")
     assert_not_less_exact(case, backend, *problem(shape, dtype, backend.device, logits=case.logits))
 
 
@@ -79,6 +82,8 @@ def test_any_layout(backend: Backend, case: Case, dtype: torch.dtype, shape: tup
     read several pixels at once; 12 classes in fp32 are just what a block may have of shared memory unasked."""
     if backend.interpreted and (shape[1] == 12 or dtype not in (torch.float32, torch.bfloat16)):
         pytest.skip("interpreted: no kernel here reads the second shape otherwise, nor other dtypes")
+    if backend.name == "emulated" and dtype != torch.float32 and case not in MIXES:
+        pytest.skip("emulated: some mixes in every dtype")
     z, y, w = problem(shape, dtype, backend.device, logits=case.logits)
     views = layouts(z)
     for name in ("channels_last", "slice", "transposed") if backend.interpreted else views:  # an offset is a slice's
@@ -287,7 +292,9 @@ def test_rows_wider_than_a_tile(backend: Backend, case: Case, size: tuple[int, i
     """Protects the seams where a row of labels is cut, and all that is kept from one piece to the next."""
     if backend.interpreted and case is WIDE and size[1] > 1450:
         pytest.skip("interpreted: one size with many columns")
-    z, y, w = problem((1, 3, 12, 1450), torch.float32, backend.device, logits=lambda *_: size)
+    height = 6 if backend.interpreted else 12
+    rows, columns = min(size[0], height), size[1]
+    z, y, w = problem((1, 3, height, 1450), torch.float32, backend.device, logits=lambda *_: (rows, columns))
     y = y[:, ::3, ::5].repeat_interleave(3, 1).repeat_interleave(5, 2).contiguous()
     assert_not_less_exact(case, backend, z, y, w)
 
@@ -382,6 +389,8 @@ def backward_of(op: Any) -> Any:
 def test_opcheck(backend: Backend, case: Case) -> None:
     """Protects schema, fake kernels and autograd registration (torch.library.opcheck), forward and backward."""
     z, y, w = problem((2, 5, 6, 7), torch.float32, backend.device, logits=case.logits)
+    if backend.interpreted and case is SLOWEST:
+        pytest.skip("interpreted: schema and fake kernels are those of the other mixes")
     others = () if backend.interpreted else (z, z.double())
     for logits in (*others, z.bfloat16().contiguous(memory_format=torch.channels_last)):
         recorder = record(case, backend, logits.detach().requires_grad_(), y, w)
