@@ -303,6 +303,8 @@ def test_rows_wider_than_a_tile(backend: Backend, case: Case, size: tuple[int, i
 @pytest.mark.parametrize("scale", [1e4, 1e8, 1e30])
 def test_huge_logits(backend: Backend, case: Case, scale: float) -> None:
     """Protects differences of resampled logits: rounded in another order, they are far from 0 where logits are huge."""
+    if backend.interpreted and scale == 1e8:
+        pytest.skip("interpreted: the smallest and the largest")
     z, y, w = problem((2, 5, 20, 24), torch.float32, backend.device, logits=case.logits)
     y = y[:, ::4, ::4].repeat_interleave(4, 1).repeat_interleave(4, 2).contiguous()
     assert_not_less_exact(case, backend, scale * z, y, w)
@@ -347,7 +349,7 @@ def test_bit_identical_from_run_to_run(backend: Backend, case: Case) -> None:
     z, y, w = problem(shape, torch.float32, backend.device, logits=case.logits)
     threads, results = torch.get_num_threads(), []
     try:
-        for count in (threads, 1, 3, 2):
+        for count in (threads, 3) if backend.interpreted else (threads, 1, 3, 2):
             torch.set_num_threads(count)
             torch.use_deterministic_algorithms(count == 3)
             results.append(value_and_grad(lambda z: case(z, y, w, backend.impl), z))
