@@ -23,8 +23,9 @@ from bcmf_ext import dispatch
 
 def mend_the_interpreter() -> None:
     """Of Triton's interpreter: it cuts fp32 off to bf16, where GPUs round to nearest; and half of its time goes into
-    wrapping triton.language anew for each call of a jitted function by another, and into looking for overflow in each
-    sum of integers (tests of 64-bit offsets have that put on again)."""
+    wrapping triton.language anew for each call of a jitted function by another, into building a table of dtypes for
+    each look into it, and into looking for overflow in each sum of integers (tests of 64-bit offsets have that put on
+    again)."""
     import triton.language as tl
     from triton.runtime import interpreter
 
@@ -60,7 +61,17 @@ def mend_the_interpreter() -> None:
         scope.restore = restore_and_forget
         return scope
 
+    by_name: dict[str, np.dtype] = {}
+    look_up = interpreter._get_np_dtype
+
+    def np_dtype(kind: Any) -> np.dtype:
+        name = kind.scalar.name
+        if name not in by_name:
+            by_name[name] = look_up(kind)
+        return by_name[name]
+
     builder.cast_impl, interpreter._patch_lang = cast_exactly, wrap_once
+    interpreter._get_np_dtype = np_dtype
     look_for_overflow(False)
 
 
