@@ -46,7 +46,8 @@ from kernels import AA_LIMIT, LEAST_ROUNDS, RESULTS, about, device_name, peak_ab
 from bcmf_ext.checkpoint import Run
 from bcmf_ext.config import NETWORKS, make_config
 from bcmf_ext.data import MEAN, STD, normalise
-from bcmf_ext.engine import choose_dtype
+from bcmf_ext.engine import choose_device, choose_dtype
+from bcmf_ext.errors import run_command
 from bcmf_ext.inference import Predictor
 
 CLASSES = 19
@@ -208,6 +209,7 @@ def main() -> None:
     arguments = parser.parse_args()
     if arguments.rounds < 2:
         parser.error("--rounds is at least 2")
+    choose_device(arguments.device)
     path = arguments.output / f"inference-{device_name(arguments.device)}.json"
     path.parent.mkdir(parents=True, exist_ok=True)
     included = "a uint8 image on the device → normalise, network, bilinear upsampling, arg-max → labels on the device"
@@ -225,4 +227,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    run_command(main)

@@ -52,6 +52,8 @@ from problem import OURS, Contender, Problem, missing_impls
 
 from bcmf_ext import dispatch, info
 from bcmf_ext.data import open_dataset
+from bcmf_ext.engine import choose_device
+from bcmf_ext.errors import run_command
 
 ROOT = Path(__file__).resolve().parents[1]
 RESULTS = ROOT / "bench" / "results"
@@ -366,7 +368,7 @@ def main() -> None:
     flags.add_argument("--output", type=Path, default=RESULTS, metavar="DIR", help="where the results go")
     arguments = flags.parse_args()
     n, c, height, width = arguments.size
-    labels = make_labels(arguments.labels, n, height, width).to(arguments.device)
+    labels = make_labels(arguments.labels, n, height, width).to(choose_device(arguments.device))
 
     some = arguments.op if set(arguments.op) < set(OPS) else []
     path = arguments.output / f"{'-'.join(['kernels', *some, device_name(arguments.device)])}.json"
@@ -387,4 +389,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    run_command(main)

@@ -33,6 +33,8 @@ from inference import latency
 from kernels import AA_LIMIT, LEAST_ROUNDS, RESULTS, ROUNDS, about, device_name, make_labels
 
 from bcmf_ext import dispatch
+from bcmf_ext.engine import choose_device
+from bcmf_ext.errors import run_command
 from bcmf_ext.metrics import BoundaryFScore, BoundaryIoU, ConfusionMatrix, Counts, TrimapIoU
 from bcmf_ext.metrics._counts import by_kernels
 
@@ -121,7 +123,10 @@ def main() -> None:
         parser.error("--rounds is at least 2")
     torch.set_num_threads(1)
     n, classes, height, width = arguments.size
-    target = make_labels(arguments.labels, n, height, width).to(arguments.device)
+    target = make_labels(arguments.labels, n, height, width).to(choose_device(arguments.device))
+    found = target[target != 255].unique().tolist()
+    if found and found[-1] >= classes:
+        parser.error(f"--size says {classes} classes, and the labels hold {found[-1]}: at least {found[-1] + 1}.")
     path = arguments.output / f"metrics-{device_name(arguments.device)}.json"
     path.parent.mkdir(parents=True, exist_ok=True)
     source = "CamVid" if arguments.labels else "drawn scenes"
@@ -133,4 +138,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    run_command(main)

@@ -18,7 +18,6 @@ import json
 import math
 import shutil
 import statistics
-import sys
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -35,7 +34,7 @@ from bcmf_ext import BCL, CPG, SegmentationCriterion
 from bcmf_ext.checkpoint import atomic_write
 from bcmf_ext.config import make_config
 from bcmf_ext.data import SegmentationDataset, open_dataset
-from bcmf_ext.errors import UserError
+from bcmf_ext.errors import UserError, run_command
 from bcmf_ext.inference import Predictor
 from bcmf_ext.metrics import BoundaryFScore, BoundaryIoU, ConfusionMatrix
 from bcmf_ext.ops import LOSS, LossOptions
@@ -109,9 +108,12 @@ def main() -> None:
     arguments = parser.parse_args()
     path = arguments.output / "pilot.json"
     schedule = json.loads(json.dumps(SCHEDULE))
-    record = json.loads(path.read_text()) if path.is_file() else {"schedule": schedule, "runs": []}
-    if record["schedule"] != schedule:
-        parser.error(f"{path} holds runs of another schedule, {record['schedule']}: move it away.")
+    try:
+        record = json.loads(path.read_text()) if path.is_file() else {"schedule": schedule, "runs": []}
+    except ValueError as error:
+        raise UserError(f"{path} is not what was written there ({error}): move it away, or mend it.") from error
+    if record.get("schedule") != schedule:
+        raise UserError(f"{path} holds runs of another schedule, {record.get('schedule')}: move it away.")
     root = halve(arguments.data, arguments.work / "camvid-half")
     began = time.monotonic()
     for arm, seed in plan(record["runs"], arguments.challenger):
@@ -155,11 +157,9 @@ def halve(source: str, target: Path) -> Path:
     done = target / "done"
     if done.is_file() and done.read_text() == source:
         return target
-    try:
-        for split in ("train", "val"):
-            open_dataset("camvid", source, split)
-    except UserError as error:
-        sys.exit(f"error: {error}")
+    for split in ("train", "val"):
+        open_dataset("camvid", source, split)  # before anything is written: all of it has to be there
+    shutil.rmtree(target, ignore_errors=True)  # of another source
     for file in sorted(Path(source).rglob("*.*")):
         folder = file.parent.name
         if folder not in ("train", "val", "trainannot", "valannot"):
@@ -311,4 +311,4 @@ def across_edges(p: np.ndarray, label: np.ndarray) -> np.ndarray:
 
 
 if __name__ == "__main__":
-    main()
+    run_command(main)

@@ -12,6 +12,9 @@ from problem import OURS
 from torch.autograd import DeviceType
 from torch.profiler import ProfilerActivity, profile
 
+from bcmf_ext.engine import choose_device
+from bcmf_ext.errors import run_command
+
 STEPS = 5
 SHOWN = 8
 
@@ -20,7 +23,7 @@ def main() -> None:
     arguments = parser(__doc__).parse_args()
     cuda = arguments.device == "cuda"
     n, c, height, width = arguments.size
-    labels = make_labels(arguments.labels, n, height, width).to(arguments.device)
+    labels = make_labels(arguments.labels, n, height, width).to(choose_device(arguments.device))
     activities = [ProfilerActivity.CUDA] if cuda else [ProfilerActivity.CPU]
     for op in arguments.op:
         for problem in OPS[op](labels, c):
@@ -45,4 +48,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    run_command(main)

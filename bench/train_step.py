@@ -24,7 +24,8 @@ from tqdm import tqdm
 from bcmf_ext import SegmentationCriterion
 from bcmf_ext.config import NETWORKS, RECIPES
 from bcmf_ext.data import Augmentation, EpochSampler, TrainSamples, open_dataset
-from bcmf_ext.engine import Compute, choose_dtype
+from bcmf_ext.engine import Compute, choose_device, choose_dtype
+from bcmf_ext.errors import run_command
 
 PHASES = ("data", "forward", "loss", "backward", "optimizer")
 WARM_UP = 2
@@ -34,7 +35,7 @@ class Step:
     """One network and optimizer, and the loss of each impl."""
 
     def __init__(self, arguments: argparse.Namespace) -> None:
-        self.device = torch.device(arguments.device)
+        self.device = choose_device(arguments.device)
         self.clock = Clock(arguments.device)
         dtype, self.why = choose_dtype(arguments.amp, self.device)
         self.compute = Compute(self.device, dtype)
@@ -120,4 +121,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    run_command(main)

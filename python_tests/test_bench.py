@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from PIL import Image
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -109,3 +110,21 @@ def test_gpu_script_as_far_as_it_goes_without_one(tmp_path: Path) -> None:
     assert "GB/s on its bytes" in (out / "profile.log").read_text()
     unknown = subprocess.run([ROOT / "bench" / "gpu.sh", out, "dance"], env=env, capture_output=True, text=True)
     assert unknown.returncode == 2
+
+
+@needs_bench
+@pytest.mark.parametrize("bench", ["kernels", "metrics", "inference", "train_step", "pilot"])
+def test_wrong_flags_are_sentences(bench: str, tmp_path: Path) -> None:
+    """No data, no GPU: one line, status 2, and nothing written."""
+    wrong = {
+        "pilot": ["--data", str(tmp_path / "absent"), "--work", str(tmp_path / "work")],
+        "inference": ["--device", "cuda"],
+        "train_step": ["--data", str(tmp_path / "absent")],
+    }.get(bench, ["--labels", str(tmp_path / "absent")])
+    if torch.cuda.is_available() and bench == "inference":
+        pytest.skip("a GPU is there")
+    command = [sys.executable, ROOT / "bench" / f"{bench}.py", *wrong, "--output", str(tmp_path / "results")]
+    done = subprocess.run(command, capture_output=True, text=True)
+    assert (done.returncode, len(done.stderr.splitlines())) == (2, 1), done.stderr
+    assert done.stderr.startswith("error: ")
+    assert not list(tmp_path.iterdir())

@@ -422,12 +422,15 @@ def test_an_ignored_class_has_no_score(impl: str, kind: Callable[..., Counts]) -
     """`ignore_index` may be one of the classes, such as background: a prediction of it is wrong, but no score of 0 that
     would be in the mean."""
     target = torch.zeros(1, 20, 30, dtype=torch.uint8)
-    target[:, 3:9, 3:20], target[:, 12:18, 3:20] = 1, 2
+    target[:, 3:9, 3:20], target[:, 9:15, 3:20] = 1, 2  # an edge between them
     prediction = target.clone()
-    prediction[:, 3, 3] = 0
-    for score in updated(kind(3, ignore_index=0), prediction, target).scores().values():
+    prediction[:, 8, 8:16] = 0
+    metric = updated(kind(3, ignore_index=0), prediction, target)
+    for score in metric.scores().values():
         assert score[0].isnan()
-        assert 0 < score[1] < 1 or kind in (BoundaryFScore, TrimapIoU)
+        assert 0 < score[1] < 1 or (kind is BoundaryFScore and score[1] == 1)
+    if isinstance(metric, BoundaryFScore):
+        assert metric.precision()[:, 0].isnan().all()
 
 
 @every_kind

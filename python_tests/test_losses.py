@@ -81,6 +81,8 @@ def test_modules_equal_the_functions() -> None:
     with pytest.raises(TypeError, match="class weights are a tensor, not a list"):
         bcmf_ext.SegmentationCriterion(weight=[1.0, 2.0])
     with pytest.raises(TypeError, match="not 3 of them"):
+        SegmentationCriterion().gradient_shares((z, z, z), y)  # type: ignore[arg-type]
+    with pytest.raises(TypeError, match="not 3 of them"):
         bcmf_ext.SegmentationCriterion()((torch.zeros(1, 2, 4, 4),) * 3, torch.zeros(1, 4, 4).long())
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 import math
 import os
@@ -125,10 +126,11 @@ def test_loss_warmup_and_gradient_shares(
     assert ", shares of the gradient: ce " in out
     assert [record["loss_ramp"] for record in log(run)] == [min(1, (epoch * STEPS - 1) / 5) for epoch in (1, 2)]
     late = ["--log-grad-share", "500", "--loss-warmup", "500"]
-    train.main([*flags, "--epochs", "1", "--name", "y", "--bcl", "0", *late])
+    train.main([*flags, "--epochs", "2", "--name", "y", "--bcl", "0", *late])
     assert "CPG gain weight in 500 iterations, more than there are\n" in capsys.readouterr().out
-    # Of the epoch's iterations the first alone counts; of the next epochs none.
-    assert log(run.with_name("y"))[0]["grad_share"].keys() == {"ce", "cpg"}
+    first, second = (record["grad_share"] for record in log(run.with_name("y")))  # only of the run's first iteration
+    assert first.keys() == {"ce", "cpg"}
+    assert second is None
     train.main([*flags, "--epochs", "1", "--name", "z", "--bcl", "0", "--cpg", "0", "--loss-warmup", "5"])
     assert "; --loss-warmup changes nothing without BCL and CPG\n" in capsys.readouterr().out
     assert "grad_share" not in log(run.with_name("z"))[0]
@@ -473,6 +475,14 @@ def test_stops_before_training(changes: str, message: str, flags: list[str], run
     with pytest.raises(UserError, match=message):
         train.main([*flags, *changes.split()])
     assert not run.exists()
+
+
+def test_a_terminal_of_few_characters(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What it cannot show is a "?", and no reason to stop."""
+    shown = io.BytesIO()
+    monkeypatch.setattr(sys, "stdout", io.TextIOWrapper(shown, encoding="ascii"))
+    run_command(lambda: print("3 × 4"))
+    assert shown.getvalue() == b"3 ? 4\n"
 
 
 @pytest.mark.usefixtures("tiny")
