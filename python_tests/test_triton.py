@@ -26,7 +26,7 @@ pytest.importorskip("triton")
 import races as races_module
 import triton
 import triton.language as tl
-from conftest import look_for_overflow
+from interpreter import look_for_overflow
 from races import Races, look_for_races
 from triton.runtime.autotuner import Autotuner
 from triton.runtime.errors import InterpreterError
