@@ -31,10 +31,10 @@ class Races:
 
     def access(self, builder: Any, pointers: Any, mask: Any, writes: bool) -> None:
         addresses = np.atleast_1d(pointers.data)
-        active = np.broadcast_to(mask.data, addresses.shape).reshape(-1)
-        for lane in np.flatnonzero(active):
-            address = int(addresses.reshape(-1)[lane])
-            me = (tuple(builder.grid_idx), self.epoch, addresses.shape, int(lane))
+        lanes = np.flatnonzero(np.broadcast_to(mask.data, addresses.shape))
+        here = (tuple(builder.grid_idx), self.epoch, addresses.shape)
+        for lane, address in zip(lanes.tolist(), addresses.reshape(-1)[lanes].tolist(), strict=True):
+            me = (*here, lane)
             self.compare(me, self.written.get(address), "written")
             if writes:
                 self.compare(me, self.read.get(address), "read")
