@@ -110,10 +110,11 @@ def main() -> None:
     schedule = json.loads(json.dumps(SCHEDULE))
     try:
         record = json.loads(path.read_text()) if path.is_file() else {"schedule": schedule, "runs": []}
-    except ValueError as error:
+        found, _ = record["schedule"], record["runs"]
+    except (ValueError, LookupError, TypeError) as error:
         raise UserError(f"{path} is not what was written there ({error}): move it away, or mend it.") from error
-    if record.get("schedule") != schedule:
-        raise UserError(f"{path} holds runs of another schedule, {record.get('schedule')}: move it away.")
+    if found != schedule:
+        raise UserError(f"{path} holds runs of another schedule, {found}: move it away.")
     root = halve(arguments.data, arguments.work / "camvid-half")
     began = time.monotonic()
     for arm, seed in plan(record["runs"], arguments.challenger):

@@ -1,5 +1,5 @@
-"""Triton's interpreter, mended for the tests: it cuts fp32 off to bf16, where GPUs round to nearest; and two thirds of
-its time go into what it makes anew for each operation."""
+"""Triton's interpreter, mended for the tests: it cuts fp32 off to bf16, where GPUs round to nearest; and most of its
+time goes into what it makes anew for each operation."""
 
 from __future__ import annotations
 

@@ -128,3 +128,16 @@ def test_wrong_flags_are_sentences(bench: str, tmp_path: Path) -> None:
     assert (done.returncode, len(done.stderr.splitlines())) == (2, 1), done.stderr
     assert done.stderr.startswith("error: ")
     assert not list(tmp_path.iterdir())
+
+
+@needs_bench
+@pytest.mark.parametrize("held", ["[]", '{"schedule": ', '{"schedule": {"epochs": 1}, "runs": []}'])
+def test_pilot_leaves_what_it_cannot_go_on_from(held: str, tmp_path: Path) -> None:
+    """Protects hours of runs: a broken record, or one of another schedule, is a sentence, and stays as it was."""
+    record = tmp_path / "pilot.json"
+    record.write_text(held)
+    command = [sys.executable, ROOT / "bench" / "pilot.py", "--output", str(tmp_path), "--work", str(tmp_path / "work")]
+    done = subprocess.run([*command, "--data", str(tmp_path)], capture_output=True, text=True)
+    assert (done.returncode, len(done.stderr.splitlines())) == (2, 1), done.stderr
+    assert f"error: {record}" in done.stderr
+    assert record.read_text() == held

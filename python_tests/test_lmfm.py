@@ -378,8 +378,6 @@ def test_opcheck(backend: Backend, case: Case, training: bool, channels_last: bo
     forward and backward."""
     if backend.interpreted and not (channels_last and training):
         pytest.skip("interpreted: in one mode and layout")
-    if backend.name == "emulated" and not training:
-        pytest.skip("emulated: in training, which writes more")
     maps, norms = case.make(2, (6, 8), torch.bfloat16, backend.device)
     layout = torch.channels_last if channels_last else torch.contiguous_format
     maps = [None if map is None else map.contiguous(memory_format=layout).requires_grad_() for map in maps]
