@@ -181,6 +181,8 @@ def describe_bad_labels(target: Tensor, num_classes: int, ignore_index: int) -> 
     """The sentence for labels that are neither a class nor ignore_index."""
     values = torch.unique(target.long())
     bad = [v for v in values.tolist() if v != ignore_index and not 0 <= v < num_classes]
+    if not bad:  # somebody else writes to it
+        return "target held ids that are neither a class nor ignore_index; it has changed since."
     shown = ", ".join(map(str, bad[:8])) + (", …" if len(bad) > 8 else "")
     sentence = (
         f"target holds {shown}, but the logits have classes 0..{num_classes - 1} and ignore_index is {ignore_index}"
@@ -337,7 +339,8 @@ def select_maxima(q: Tensor, valid3: Tensor, options: BCL) -> Tensor:
     """S: where the scores q (N, H, W) are maxima of their neighbourhood and exceed the threshold, bool (N, H, W). A NaN
     score is never left out silently."""
     q = torch.where(valid3, q, 0.0)
-    pooled = F.max_pool2d(q, options.nms_size, stride=1, padding=options.nms_size // 2) if q.numel() else q
+    radius = min(options.nms_size // 2, max(q.shape[1:]))
+    pooled = F.max_pool2d(q, 2 * radius + 1, stride=1, padding=radius) if q.numel() else q
     return valid3 & ((q == pooled) & (q > -math.log(options.threshold)) | q.isnan())
 
 

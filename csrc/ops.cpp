@@ -114,7 +114,7 @@ LossInputs::LossInputs(const Tensor& logits, const Tensor& target, const std::op
     if (args.bcl_flipped) args.bcl_alpha = bcl_flipped[0], args.bcl_beta = bcl_flipped[1];
     args.bcl_weight = bcl_weight;
     args.bcl_cutoff = nll_of(bcl_threshold, "BCL");
-    args.bcl_nms_radius = bounded(bcl_nms_size / 2);
+    args.bcl_nms_radius = static_cast<int>(std::min(bcl_nms_size / 2, std::max(args.H, args.W)));
   }
   if (cpg_kernel_size != 0) {
     TORCH_CHECK_VALUE(cpg_kernel_size == 3 || cpg_kernel_size == 5 || cpg_kernel_size == 7,
@@ -170,6 +170,11 @@ struct LossOutputs {
 
   std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> as_tuple() const {
     return {total, terms, stats, selected, summary};
+  }
+  // Of no pixels.
+  std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> as_zeros() const {
+    for (const Tensor& t : {total, terms, summary}) t.zero_();
+    return as_tuple();
   }
 };
 
@@ -233,6 +238,7 @@ std::string describe_bad_labels(const Tensor& target, int64_t num_classes, int64
     const int64_t label = labels.const_data_ptr<int64_t>()[i];
     if (classify_label(label, num_classes, ignore_index) == kBad) bad.insert(label);
   }
+  if (bad.empty()) return "target held ids that are neither a class nor ignore_index; it has changed since.";
   std::ostringstream text;
   text << "target holds ";
   int shown = 0;
@@ -256,6 +262,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> loss_cpu(const Tensor& logits
                                                             const std::optional<Tensor>& weight, BCMF_LOSS_OPTIONS) {
   LossInputs in(logits, target, weight, BCMF_PASS_LOSS_OPTIONS);
   LossOutputs out(logits, in.args);
+  if (target.numel() == 0) return out.as_zeros();
   const int64_t bad_labels = cpu::loss_forward(in.args);
   TORCH_CHECK_VALUE(bad_labels == 0, describe_bad_labels(target, logits.size(1), ignore_index));
   return out.as_tuple();
@@ -266,6 +273,7 @@ Tensor loss_backward_cpu(const Tensor& grad_total, const Tensor& logits, const T
                          const Tensor& summary, BCMF_LOSS_OPTIONS) {
   LossInputs in(logits, target, weight, BCMF_PASS_LOSS_OPTIONS);
   const LossGradient out(grad_total, logits, stats, selected, summary, in.args);
+  if (target.numel() == 0) return out.grad.zero_();
   cpu::loss_backward(in.args);
   return out.grad;
 }
@@ -273,7 +281,7 @@ Tensor loss_backward_cpu(const Tensor& grad_total, const Tensor& logits, const T
 Tensor upsample_argmax_cpu(const Tensor& logits, int64_t height, int64_t width, bool align_corners) {
   const LossArgs args = upsample_args(logits, height, width, align_corners);
   const Tensor classes = empty_classes(logits, args);
-  cpu::upsample_argmax(args, classes.data_ptr(), nullptr);
+  if (classes.numel() > 0) cpu::upsample_argmax(args, classes.data_ptr(), nullptr);
   return classes;
 }
 
@@ -286,8 +294,8 @@ std::tuple<Tensor, Tensor> upsample_confusion_cpu(const Tensor& logits, const Te
   args.labels = label_view(target);
   args.ignore_index = ignore_index;
   const Tensor classes = empty_classes(logits, args);
-  const Tensor bins = at::empty({args.C * args.C + 2}, logits.options().dtype(at::kLong));
-  cpu::upsample_argmax(args, classes.data_ptr(), bins.mutable_data_ptr<int64_t>());
+  const Tensor bins = at::zeros({args.C * args.C + 2}, logits.options().dtype(at::kLong));
+  if (classes.numel() > 0) cpu::upsample_argmax(args, classes.data_ptr(), bins.mutable_data_ptr<int64_t>());
   return {classes, bins};
 }
 #endif
@@ -298,6 +306,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> loss_cuda(const Tensor& logit
   const c10::cuda::CUDAGuard guard(logits.device());
   LossInputs in(logits, target, weight, BCMF_PASS_LOSS_OPTIONS);
   LossOutputs out(logits, in.args);
+  if (target.numel() == 0) return out.as_zeros();
   const Tensor scratch = make_scratch(logits, cuda::loss_forward_scratch(in.args));
   check_launch(cuda::loss_forward(in.args, scratch.data_ptr(), c10::cuda::getCurrentCUDAStream().stream()));
   return out.as_tuple();
@@ -309,6 +318,7 @@ Tensor loss_backward_cuda(const Tensor& grad_total, const Tensor& logits, const 
   const c10::cuda::CUDAGuard guard(logits.device());
   LossInputs in(logits, target, weight, BCMF_PASS_LOSS_OPTIONS);
   const LossGradient out(grad_total, logits, stats, selected, summary, in.args);
+  if (target.numel() == 0) return out.grad.zero_();
   const Tensor scratch = make_scratch(logits, cuda::loss_backward_scratch(in.args));
   check_launch(cuda::loss_backward(in.args, scratch.data_ptr(), c10::cuda::getCurrentCUDAStream().stream()));
   return out.grad;
@@ -318,6 +328,7 @@ Tensor upsample_argmax_cuda(const Tensor& logits, int64_t height, int64_t width,
   const c10::cuda::CUDAGuard guard(logits.device());
   const LossArgs args = upsample_args(logits, height, width, align_corners);
   const Tensor classes = empty_classes(logits, args);
+  if (classes.numel() == 0) return classes;
   check_launch(cuda::upsample_argmax(args, classes.data_ptr(), c10::cuda::getCurrentCUDAStream().stream()));
   return classes;
 }

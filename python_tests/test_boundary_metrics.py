@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import math
+import time
 from collections.abc import Callable
 from typing import Any
 
@@ -388,6 +389,16 @@ def test_many_classes(impl: str, kind: Callable[..., Counts]) -> None:
     many = updated(kind(300, ignore_index=255), prediction * 70, wide).scores()
     for a, b in zip(few.values(), many.values(), strict=True):
         assert torch.equal(a.nan_to_num(-1), b[:281:70].nan_to_num(-1))
+
+
+@pytest.mark.skipif(dispatch.EXTENSION is None, reason="no extension")
+def test_classes_that_do_not_occur_cost_nothing() -> None:
+    """Protects from work for each of 65,536 classes in each of many small images, which took minutes."""
+    ids = torch.arange(2000, dtype=torch.int32).mul(32).view(2000, 1, 1)
+    began = time.monotonic()
+    found = torch.ops.bcmf.match_within(ids, ids, 2**16, [0, 128])
+    assert torch.equal(found, torch.zeros_like(found))
+    assert time.monotonic() - began < 3
 
 
 @every_kind

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import shutil
+import time
 from typing import Any
 
 import emulator
@@ -513,6 +514,57 @@ def test_direct_calls_are_memory_safe(backend: Backend) -> None:
 # What only a GPU can show
 
 gpu_kernels = pairs(tuple(b for b in KERNELS if b.device == "cuda"))
+
+
+@pairs(KERNELS)
+@pytest.mark.parametrize("dtype", [torch.uint8, torch.int16, torch.int64], ids=str)
+def test_the_backward_believes_nothing(backend: Backend, case: Case, dtype: torch.dtype) -> None:
+    """Protects memory that is not the op's: labels that a loader has refilled since the forward, statistics and
+    selections that anybody may have written, give some gradient of the right form. (What is done out of bounds shows
+    under AddressSanitizer, in test_hostile.py.)"""
+    z, y, w = problem((2, 5, 9, 11), torch.float32, backend.device, logits=case.logits)
+    recorder = record(case, backend, z, y.to(dtype), w)
+    _, labels, weight, *options = recorder.arguments
+    total, _, stats, selected, summary = recorder.results
+    selected.fill_(255)  # also the bits of steps that there are not
+    for id in (255, -1, torch.iinfo(dtype).max, torch.iinfo(dtype).min):  # as uint8 some are the same
+        labels.random_(0, 5).masked_fill_(
+            torch.rand(labels.shape, device=labels.device) < 0.5, id & 255 if id < 0 else id
+        )
+        for odd in (math.nan, math.inf, -1e38, 0.0):
+            grad = backward_of(recorder.op)(
+                total, z, labels, weight, stats.fill_(odd), selected, summary.fill_(odd), *options
+            )
+            assert (grad.shape, grad.dtype) == (z.shape, z.dtype)
+
+
+@every_backend
+def test_windows_larger_than_the_image(backend: Backend) -> None:
+    """Protects from loops over what is not there: an nms_size beyond the image is that of the image."""
+    z, y, _ = problem((1, 4, 6, 9), torch.float32, backend.device)
+    losses = [
+        value_and_grad(lambda z, size=size: bcmf_ext.boundary_corrected_loss(z, y, nms_size=size, impl=backend.impl), z)
+        for size in (19, 2**31 - 1, 2**62 + 1)
+    ]
+    for value, grad in losses[1:]:
+        assert torch.equal(value, losses[0][0])
+        assert torch.equal(grad, losses[0][1])
+
+
+@every_backend
+def test_no_pixel_of_long_sides(backend: Backend) -> None:
+    """Protects from work that no pixel asked for: without one, neither sides nor options of any size take time or
+    memory."""
+    began = time.monotonic()
+    z = torch.zeros(4, 2, 1, 1, device=backend.device, requires_grad=True)
+    y = torch.zeros(4, 2**25, 0, dtype=torch.uint8, device=backend.device)
+    for labels in (y, y.transpose(1, 2)):
+        loss = bcmf_ext.segmentation_loss(z, labels, bcl=BCL(0.1, 2**20), cpg=CPG(), impl=backend.impl).total
+        assert torch.equal(torch.autograd.grad(loss, z)[0], torch.zeros_like(z))
+    if backend.impl != "torch":
+        size = 2**28, 0
+        assert ops.UPSAMPLE_ARGMAX[backend.impl](z.detach(), *size, False).shape == (4, *size)
+    assert time.monotonic() - began < (30 if backend.interpreted else 3)
 
 
 @pytest.mark.gpu

@@ -46,6 +46,8 @@ def upsample_argmax(logits: Tensor, height: int, width: int, align_corners: bool
         raise ValueError(f"logits of the size {tuple(logits.shape)} cannot be resampled to {height}x{width}.")
     check_sides(*logits.shape[1:], height, width)
     classes = logits.new_empty((logits.shape[0], height, width), dtype=argmax_dtype(logits))
+    if classes.numel() == 0:
+        return classes
     with on_device(logits):
         geometry = Geometry(logits, height, width, align_corners)
         run(argmax, geometry.dense_tiles, geometry.arguments, **geometry.tile._asdict(), classes=classes)

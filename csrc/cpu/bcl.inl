@@ -61,18 +61,30 @@ BCMF_INLINE Acc larger(Acc a, Acc b) {
   return b > a || b != b ? b : a;
 }
 
-// Of the columns xa..xb of a row of scores: the largest of each neighbourhood, clipped at the border.
+// Of the columns xa..xb of a row of scores: the largest of each neighbourhood, clipped at the border. The largest of
+// each column is found first, then of the columns beside it: the cost grows with the radius, not with its square.
 template <typename Acc>
 static void pool_scores(const LossArgs& args, const Acc* scores, int64_t row, int64_t xa, int64_t xb, Acc* pooled) {
+  constexpr int64_t kColumns = kMaxTilePixels + 32;  // a whole tile with a usual radius around it
   const int64_t radius = args.bcl_nms_radius, y = row % args.H;
   const int64_t top = y < radius ? 0 : y - radius, bottom = args.H - 1 - y < radius ? args.H - 1 : y + radius;
+  const int64_t left = xa < radius ? 0 : xa - radius, right = args.W - xb < radius ? args.W : xb + radius;
   const Acc* own = scores + row * args.W;
   for (int64_t x = xa; x < xb; ++x) pooled[x - xa] = own[x];
-  for (int64_t v = top; v <= bottom; ++v) {
-    const Acc* other = own + (v - y) * args.W;
-    for (int64_t u = -radius; u <= radius; ++u) {
-      const int64_t from = xa + u < 0 ? -u : xa, to = xb + u > args.W ? args.W - u : xb;
-      for (int64_t x = from; x < to; ++x) pooled[x - xa] = larger(pooled[x - xa], other[x + u]);
+  for (int64_t begin = left; begin < right; begin += kColumns) {
+    const int64_t end = right - begin < kColumns ? right : begin + kColumns;
+    Acc column[kColumns];
+    for (int64_t x = begin; x < end; ++x) column[x - begin] = own[x];
+    for (int64_t v = top; v <= bottom; ++v) {
+      const Acc* other = own + (v - y) * args.W;
+      for (int64_t x = begin; x < end; ++x) column[x - begin] = larger(column[x - begin], other[x]);
+    }
+    // Offsets from one of the pixels to one of the columns.
+    const int64_t first = begin - xb + 1 < -radius ? -radius : begin - xb + 1;
+    const int64_t last = end - 1 - xa > radius ? radius : end - 1 - xa;
+    for (int64_t u = first; u <= last; ++u) {
+      const int64_t from = begin - u < xa ? xa : begin - u, to = end - u > xb ? xb : end - u;
+      for (int64_t x = from; x < to; ++x) pooled[x - xa] = larger(pooled[x - xa], column[x + u - begin]);
     }
   }
 }
@@ -104,7 +116,9 @@ static void select_from(const LossArgs& args, const LossWork<Acc>& work, int ind
       for (int64_t x = xa; x < xb; ++x) {
         if (!hits[x - xa]) continue;
         const int64_t pixel = row * args.W + x;
-        const auto loss = [&](uint16_t id) {
+        // The scores come from another reading of the labels, which may have changed: there may be no class here now.
+        const auto loss = [&](uint16_t id) -> Acc {
+          if (id == kIgnoredId) return 0;
           return (max_logit[pixel] - source.entry(row / args.H, row % args.H, x, id)) + log_sum[pixel];
         };
         partial.sum += args.bcl_flipped ? alpha * loss(flipped.by_rows[x]) + beta * loss(flipped.by_columns(x))
@@ -149,8 +163,10 @@ static void subtract_flipped(const LossArgs& args, const LossWork<Acc>& work, in
       for (int64_t x = t.xa; x < t.xb; ++x) {
         const int64_t i = k * (t.xb - t.xa) + x - t.xa;
         if (!(selected[i] >> s & 1)) continue;
-        z[flipped.by_rows[x] * work.pitch + i] -= alpha;
-        z[flipped.by_columns(x) * work.pitch + i] -= beta;
+        // The forward selected by another reading of the labels.
+        const uint16_t by_rows = flipped.by_rows[x], by_columns = flipped.by_columns(x);
+        if (by_rows != kIgnoredId) z[by_rows * work.pitch + i] -= alpha;
+        if (by_columns != kIgnoredId) z[by_columns * work.pitch + i] -= beta;
       }
     }
 }

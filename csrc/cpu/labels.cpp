@@ -7,6 +7,8 @@
 #include <limits>
 #include <vector>
 
+#include "read_once.h"
+
 namespace bcmf::cpu {
 namespace {
 
@@ -30,13 +32,21 @@ struct Ids {
 template <typename Guess, typename Truth, typename Out>
 int64_t read_range(const Guess* prediction, const Truth* target, int64_t count, Ids<Guess> guesses, Ids<Truth> truths,
                    Out none, Out* __restrict guess, Out* __restrict truth) {
+  constexpr int64_t kTogether = 512;
+  Guess guess_ids[kTogether];
+  Truth truth_ids[kTogether];
   int64_t outside = 0;
-  for (int64_t i = 0; i < count; ++i) {
-    const bool valid = truths.is_valid(target[i]);
-    const bool right = guesses.is_class(prediction[i]) & truths.is_class(target[i]);
-    guess[i] = valid & right ? static_cast<Out>(prediction[i]) : none;
-    truth[i] = valid & right ? static_cast<Out>(target[i]) : none;
-    outside += valid & !right;
+  for (int64_t begin = 0; begin < count; begin += kTogether) {
+    const int64_t length = std::min(count - begin, kTogether);
+    copy_once(prediction + begin, 1, length, guess_ids);
+    copy_once(target + begin, 1, length, truth_ids);
+    for (int64_t i = 0; i < length; ++i) {
+      const bool valid = truths.is_valid(truth_ids[i]);
+      const bool right = guesses.is_class(guess_ids[i]) & truths.is_class(truth_ids[i]);
+      guess[begin + i] = valid & right ? static_cast<Out>(guess_ids[i]) : none;
+      truth[begin + i] = valid & right ? static_cast<Out>(truth_ids[i]) : none;
+      outside += valid & !right;
+    }
   }
   return outside;
 }
@@ -68,7 +78,7 @@ void count_all(const CountPairsArgs& args) {
   std::vector<int64_t> found(copies * bins);
   int64_t* turns[4];
   for (int64_t turn = 0; turn < 4; ++turn) turns[turn] = found.data() + turn % copies * bins;
-  for (int64_t i = 0; i < args.count; ++i) ++turns[i % 4][row_place(a[i]) + column_place(b[i])];
+  for (int64_t i = 0; i < args.count; ++i) ++turns[i % 4][row_place(read_once(a + i)) + column_place(read_once(b + i))];
   for (int64_t copy = 0; copy < copies; ++copy)
     for (int64_t row = 0; row < rows; ++row)
       for (int64_t column = 0; column < columns; ++column)

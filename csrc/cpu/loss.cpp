@@ -64,7 +64,7 @@ class Work {
     view.nll = args.ohem ? static_cast<Acc*>(args.nll) : nullptr;
     view.pitch = tile_pixels(args.C);
     view.strip = std::min(view.pitch, args.W);
-    view.rows_per_tile = args.resampled() || args.W == 0 ? 1 : std::max<int64_t>(1, view.pitch / args.W);
+    view.rows_per_tile = args.resampled() ? 1 : std::max<int64_t>(1, view.pitch / args.W);
     if (args.resampled()) {
       vertical_ = std::make_unique<Axis<Acc>>(args.h, args.H, args.align_corners);
       horizontal_ = std::make_unique<Axis<Acc>>(args.w, args.W, args.align_corners);
@@ -143,7 +143,7 @@ class Work {
  private:
   void cut_into_blocks() {
     const int64_t most = args_.resampled() ? kMaxBlockRows : view.rows_per_tile;
-    for (int64_t y = 0; y < args_.H && args_.W > 0; ++y) {  // rows without pixels make no block
+    for (int64_t y = 0; y < args_.H; ++y) {
       const bool parts = args_.resampled() && y > 0 && view.vertical.first[y] != view.vertical.first[y - 1];
       if (row_.empty() || parts || y - row_.back() == most) row_.push_back(y);
     }
@@ -328,7 +328,6 @@ template <typename Acc>
 void find_classes(const LossArgs& args, void* classes, int64_t* bins) {
   const Work<Acc> work(args);
   const int64_t size = bins ? args.C * args.C + 2 : 0;
-  std::fill(bins, bins + size, int64_t{0});
   std::mutex merging;  // of integers: the order does not matter
   work.for_blocks(0, args.N, [&](int64_t begin, int64_t end, Acc* scratch) {
     std::vector<int64_t> counts(size);

@@ -7,6 +7,7 @@
 #include "entries.h"
 #include "loss_kernel.h"
 #include "math.h"
+#include "read_once.h"
 
 namespace bcmf::cpu {
 namespace BCMF_ISA {
@@ -42,13 +43,11 @@ BCMF_INLINE void for_tiles(const LossArgs& args, const LossWork<Acc>& work, int6
 template <typename Label>
 static void load_labels_as(const LossArgs& args, int64_t n, Tile t, int* __restrict labels) {
   const LabelView& v = args.labels;
+  Label ids[kMaxTilePixels];
   for (int64_t y = t.y; y < t.y + t.rows; ++y, labels += t.xb - t.xa) {
     const Label* row = static_cast<const Label*>(v.data) + n * v.stride_n + y * v.stride_h + t.xa * v.stride_w;
-    if (v.stride_w == 1)
-      for (int64_t i = 0; i < t.xb - t.xa; ++i) labels[i] = classify_label(row[i], args.C, args.ignore_index);
-    else
-      for (int64_t i = 0; i < t.xb - t.xa; ++i)
-        labels[i] = classify_label(row[i * v.stride_w], args.C, args.ignore_index);
+    copy_once(row, v.stride_w, t.xb - t.xa, ids);
+    for (int64_t i = 0; i < t.xb - t.xa; ++i) labels[i] = classify_label(ids[i], args.C, args.ignore_index);
   }
 }
 

@@ -3,13 +3,25 @@
 #include <ATen/Parallel.h>
 
 #include <algorithm>
+#include <cstdlib>
 #include <memory>
+#include <new>
 #include <vector>
 
 #include "isa.h"
 #include "match_kernel.h"
 
 namespace bcmf::cpu {
+namespace {
+
+// Zeros that take memory only where something is written: of many classes few occur.
+std::unique_ptr<uint16_t, decltype(&std::free)> allocate_zeros(int64_t count) {
+  auto* const zeros = static_cast<uint16_t*>(std::calloc(count, sizeof(uint16_t)));
+  if (!zeros) throw std::bad_alloc();
+  return {zeros, &std::free};
+}
+
+}  // namespace
 
 void match_within(const MatchArgs& args) {
   constexpr int64_t kRows = 128;  // what a block sees beyond its own rows is a small part
@@ -23,15 +35,15 @@ void match_within(const MatchArgs& args) {
   const int64_t stride = (args.W + 2 * most + 2 * kMatchLanes - 1) / kMatchLanes * kMatchLanes;
   const bool one = args.classes == 1;
   at::parallel_for(0, args.N * blocks, 1, [&](int64_t begin, int64_t end) {
-    std::vector<uint16_t> rows((one ? kRows + 1 : args.classes) * stride);
+    const auto rows = allocate_zeros((one ? kRows + 1 : args.classes) * stride);
     const int64_t asked = one ? 0 : kRows, around = one ? 0 : kRows + 2 * most;
-    const auto sites = std::make_unique_for_overwrite<int32_t[]>(around * args.W + 1);
-    const auto queries = std::make_unique_for_overwrite<int32_t[]>(asked * args.W + 1);
+    const auto sites = std::make_unique_for_overwrite<MatchPixel[]>(around * args.W + 1);
+    const auto queries = std::make_unique_for_overwrite<MatchPixel[]>(asked * args.W + 1);
     std::vector<int64_t> site_starts(around + 1), query_starts(asked + 1);
     const MatchWork work = {squares.data(),
                             reaches.data(),
                             stride,
-                            rows.data(),
+                            rows.get(),
                             {sites.get(), site_starts.data()},
                             {queries.get(), query_starts.data()}};
     for (int64_t task = begin; task < end; ++task) {

@@ -7,10 +7,15 @@ namespace bcmf::cpu {
 
 constexpr int64_t kMatchLanes = 32;  // columns are read by so many, or fewer
 
-// Columns of the pixels of any class, row after row.
-struct MatchColumns {
-  int32_t* x;       // with room for one more
-  int64_t* starts;  // where those of a row begin, and where the last row's end
+// A pixel of a row that has a class, and the class.
+struct MatchPixel {
+  int32_t x, label;
+};
+
+// The pixels of any class, row after row.
+struct MatchPixels {
+  MatchPixel* list;  // with room for one more
+  int64_t* starts;   // where those of a row begin, and where the last row's end
 };
 
 // What a thread works in; distances have 16 bits, squared, too.
@@ -19,9 +24,9 @@ struct MatchWork {
   const uint16_t* reaches;  // (count): squared radii
   int64_t stride;           // columns of a row below, of which `most` are left of the image
   // Of one class, (rows of a block + 1, stride): how many rows it is to the nearest site in a column. Of several,
-  // (classes, stride): when a pass last saw a site of this class in this column, 0 for never.
+  // (classes, stride): when a pass last saw a site of this class in this column, 0 for never, and before and after it.
   uint16_t* rows;
-  MatchColumns sites, queries;  // of a block, of several classes
+  MatchPixels sites, queries;  // of a block, of several classes
 };
 
 // Rows top..bottom of image n, of one class or of several.

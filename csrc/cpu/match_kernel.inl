@@ -4,6 +4,7 @@
 
 #include "match_kernel.h"
 #include "math.h"
+#include "read_once.h"
 
 namespace bcmf::cpu {
 namespace BCMF_ISA {
@@ -97,26 +98,27 @@ static void find_one_class(const MatchArgs& args, const MatchWork& work, int64_t
 // --------------------------------------------------------------------------------------------------------------------
 // Several classes: of the pixels that ask
 
-// Lists the columns of the pixels of any class in rows top..bottom.
+// Lists the pixels of any class in rows top..bottom, with the class that was checked: labels may change at any time.
 template <typename Label>
-static void list_columns(const MatchArgs& args, const void* map, int64_t n, int64_t top, int64_t bottom,
-                         MatchColumns columns) {
+static void list_pixels(const MatchArgs& args, const void* map, int64_t n, int64_t top, int64_t bottom,
+                        MatchPixels pixels) {
   int64_t count = 0;
   for (int64_t y = top; y < bottom; ++y) {
     const Label* const row = row_of<Label>(args, map, n, y);
-    columns.starts[y - top] = count;
+    pixels.starts[y - top] = count;
     for (int64_t xa = 0; xa < args.W; xa += kMatchLanes) {
       const int64_t xb = args.W - xa < kMatchLanes ? args.W : xa + kMatchLanes;
       bool some = false;
       for (int64_t x = xa; x < xb; ++x) some |= is_class(args, row[x]);
       if (!some) continue;
       for (int64_t x = xa; x < xb; ++x) {
-        columns.x[count] = static_cast<int32_t>(x);
-        count += is_class(args, row[x]);
+        const int64_t label = read_once(row + x);
+        pixels.list[count] = {static_cast<int32_t>(x), static_cast<int32_t>(label)};
+        count += is_class(args, label);
       }
     }
   }
-  columns.starts[bottom - top] = count;
+  pixels.starts[bottom - top] = count;
 }
 
 // Squared rows between `now` and when kLanes columns saw a site; (most + 1)² where that is too long ago.
@@ -144,28 +146,29 @@ template <typename Label>
 static void find_classes(const MatchArgs& args, const MatchWork& work, int64_t n, int64_t top, int64_t bottom) {
   const int64_t most = args.radii[args.count - 1];
   const int64_t above = top < most ? 0 : top - most, below = args.H - bottom < most ? args.H : bottom + most;
-  list_columns<Label>(args, args.sites, n, above, below, work.sites);
-  list_columns<Label>(args, args.queries, n, top, bottom, work.queries);
+  list_pixels<Label>(args, args.sites, n, above, below, work.sites);
+  list_pixels<Label>(args, args.queries, n, top, bottom, work.queries);
   const auto pass = [&](bool down) {
-    for (int64_t i = 0; i < args.classes * work.stride; ++i) work.rows[i] = 0;
     auto now = static_cast<uint16_t>(most + 1);  // more than `most` after 0
     for_rows(args, most, top, bottom, down, [&](int64_t y, bool asked) {
-      const Label* const sites = row_of<Label>(args, args.sites, n, y);
       for (int64_t i = work.sites.starts[y - above]; i < work.sites.starts[y - above + 1]; ++i) {
-        const int64_t x = work.sites.x[i];
-        work.rows[sites[x] * work.stride + most + x] = now;
+        const MatchPixel site = work.sites.list[i];
+        work.rows[site.label * work.stride + most + site.x] = now;
       }
       if (asked) {
-        const Label* const queries = row_of<Label>(args, args.queries, n, y);
         uint8_t* const found = args.found + (n * args.H + y) * args.W;
         for (int64_t i = work.queries.starts[y - top]; i < work.queries.starts[y - top + 1]; ++i) {
-          const int64_t x = work.queries.x[i];
-          const uint8_t index = reach(args, work, most, work.rows + queries[x] * work.stride + x, now);
-          found[x] = index < found[x] ? index : found[x];
+          const MatchPixel query = work.queries.list[i];
+          const uint8_t index = reach(args, work, most, work.rows + query.label * work.stride + query.x, now);
+          found[query.x] = index < found[query.x] ? index : found[query.x];
         }
       }
       ++now;
     });
+    for (int64_t i = 0; i < work.sites.starts[below - above]; ++i) {
+      const MatchPixel site = work.sites.list[i];
+      work.rows[site.label * work.stride + most + site.x] = 0;
+    }
   };
   pass(true);
   pass(false);

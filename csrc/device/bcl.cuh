@@ -66,7 +66,9 @@ __global__ void __launch_bounds__(kThreads, 2)
     const Acc* image = scores + s * pixels + tile.n * args.H * args.W;
     double sums[2] = {};
     const auto supervise = [&](int k) {
-      const auto loss = [&](int c) {
+      // The scores come from another reading of the labels, which may have changed: there may be no class here now.
+      const auto loss = [&](int c) -> Acc {
+        if (c == kIgnored) return 0;
         const Acc* m = static_cast<const Acc*>(args.stats) + tile.pixel(k);
         return (m[0] - entries.at(tile.n, tile.y(k), tile.x(k), c)) + m[pixels];
       };
@@ -90,6 +92,11 @@ __global__ void __launch_bounds__(kThreads, 2)
     store_partials(sums, partials + 2 * s * static_cast<int64_t>(gridDim.x));
   }
   tile.store(selected, static_cast<uint8_t*>(args.selected));
+}
+
+// The steps that selected a pixel, a bit each; whoever wrote them, there are no others.
+__device__ __forceinline__ unsigned steps_of(const LossArgs& args, int64_t pixel) {
+  return static_cast<const uint8_t*>(args.selected)[pixel] & ((1u << args.bcl_steps) - 1);
 }
 
 // Derivative of the total by a selected pixel's loss; `count` is what its step is averaged over.

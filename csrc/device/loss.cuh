@@ -214,9 +214,8 @@ __device__ __forceinline__ Acc pull_of(const LossArgs& args, int64_t pixel, int 
   // The forward's own arithmetic, so that the same pixels are kept.
   if (args.ohem && key_of(loss_of_class(label)) < key_of(summary[kCutoff])) pull = 0;
   if (args.bcl_steps > 0 && !args.bcl_flipped) {
-    const uint8_t selected = static_cast<const uint8_t*>(args.selected)[pixel];
 #pragma unroll 1
-    for (unsigned steps = selected; steps != 0; steps &= steps - 1)
+    for (unsigned steps = steps_of(args, pixel); steps != 0; steps &= steps - 1)
       pull += bcl_scale<Acc>(args, summary[kSelected + __ffs(static_cast<int>(steps)) - 1]);
   }
   return pull;
@@ -326,7 +325,7 @@ __global__ void __launch_bounds__(kThreads, 3) sparse_gradient_tiles(const __gri
   Window<Acc>& window = memory.window;
   const auto selected_at = [&](int row, int column) -> unsigned {
     const int64_t pixel = (tile.n * tile.H + tile.top + row) * tile.W + tile.left + column;
-    return args.bcl_flipped ? static_cast<const uint8_t*>(args.selected)[pixel] : 0;
+    return args.bcl_flipped ? steps_of(args, pixel) : 0;
   };
   const auto p_of = [&](int row, int column, int c) {
     const int y = tile.top + row, x = tile.left + column;
