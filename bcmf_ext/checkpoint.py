@@ -1,148 +1,249 @@
-"""A run's folder, and files in it that are whole whenever the process dies.
+"""Checkpoints: what they hold, and how they are written and read.
 
 `last.pt` holds everything needed to go on, `best.pt` the weights of the best epoch. Both also hold what predicting
 needs: the configuration, classes, palette, mean, std and align_corners. Both load with `weights_only=True`.
+
+Nothing in a file is believed: the sums of its bytes (the CRC-32s of its zip, which `torch.load` does not look at) have
+to be right, and each field what `ABOUT`, `PROGRESS` and `RECORD` say.
 """
 
 from __future__ import annotations
 
-import itertools
-import json
-import os
-from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+import io
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 from pathlib import Path
-from typing import IO, Any
+from typing import Any
 
 import torch
+from torch import Tensor, nn
 
+from .config import read_saved_config
 from .errors import UserError
+from .files import damaged_entry, write_file
 
 VERSION = 1
 
 
-@contextmanager
-def atomic_write(path: Path, *, sync: bool = False) -> Iterator[IO[bytes]]:
-    """Opens a file that takes the place of `path` in one step once it is complete; `UserError` if that fails.
-
-    That survives the death of the process. sync: and that of the machine; it waits for the disk.
-    """
-    temporary = path.with_name(path.name + ".tmp")
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with open(temporary, "wb") as file:
-            yield file
-            if sync:
-                file.flush()
-                os.fsync(file.fileno())
-        os.replace(temporary, path)
-    except OSError as error:
-        raise UserError(
-            f"{path} cannot be written ({error.strerror or error}): check the folder and the disk."
-        ) from error
-    finally:
-        with suppress(OSError):
-            temporary.unlink(missing_ok=True)  # left by an error, or by a second Ctrl-C
+# --------------------------------------------------------------------------------------------------------------------
+# What a checkpoint holds
 
 
-def save_checkpoint(path: Path, content: dict[str, Any]) -> None:
-    """Writes a checkpoint atomically."""
-    with atomic_write(path, sync=True) as file:
-        torch.save(content, file)
+@dataclass(frozen=True)
+class Field:
+    """What a field must be, in words and as a test; optional: it may be missing, as in files of older versions."""
+
+    must: str
+    holds: Callable[[Any], bool]
+    optional: bool = False
+
+
+def _is_count(value: Any) -> bool:
+    return type(value) is int and 0 <= value < 2**63
+
+
+def _is_number(value: Any) -> bool:
+    return type(value) in (int, float) and abs(value) < 2**63  # not NaN, and no endless integer
+
+
+def _is_tensor(value: Any) -> bool:
+    return isinstance(value, Tensor) and value.layout == torch.strided and value.device.type == "cpu"
+
+
+def _is_tensors(value: Any) -> bool:
+    return isinstance(value, dict) and all(isinstance(key, str) and _is_tensor(v) for key, v in value.items())
+
+
+def _is_numbers(value: Any) -> bool:
+    return isinstance(value, dict) and all(isinstance(key, str) and _is_number(v) for key, v in value.items())
+
+
+def _is_names(value: Any) -> bool:
+    return isinstance(value, list) and 0 < len(value) <= 255 and all(isinstance(name, str) for name in value)
+
+
+def _is_channels(value: Any) -> bool:
+    return isinstance(value, (list, tuple)) and len(value) == 3 and all(map(_is_number, value))
+
+
+def _is_palette(value: Any) -> bool:
+    return _is_tensor(value) and value.dtype == torch.uint8 and value.dim() == 2 and value.shape[1] == 3
+
+
+def _is_optimizer(value: Any) -> bool:
+    """As SGD's: momentum by the parameter's number, and one group of parameters."""
+    if not isinstance(value, dict) or not {"state", "param_groups"} <= value.keys():
+        return False
+    state, groups = value["state"], value["param_groups"]
+    return (
+        isinstance(state, dict)
+        and all(_is_count(key) and isinstance(entry, dict) for key, entry in state.items())
+        and all(v is None or _is_tensor(v) for entry in state.values() for v in [entry.get("momentum_buffer")])
+        and isinstance(groups, list)
+        and len(groups) == 1
+        and isinstance(groups[0], dict)
+        and all(_is_number(groups[0].get(rate)) for rate in ("lr", "initial_lr"))
+    )
+
+
+def _is_scheduler(value: Any) -> bool:
+    return (
+        isinstance(value, dict)
+        and all(_is_count(value.get(name)) for name in ("last_epoch", "_step_count"))
+        and all(
+            isinstance(value.get(name), list) and len(value[name]) == 1 and _is_number(value[name][0])
+            for name in ("base_lrs", "_last_lr")
+        )
+    )
+
+
+COUNT = Field("a whole number of at least 0", _is_count)
+NUMBER = Field("a finite number", _is_number)
+WEIGHTS = Field("tensors by name", _is_tensors)
+NUMBERS = Field("finite numbers by name", _is_numbers)
+
+ABOUT: Mapping[str, Field] = {  # of last.pt and best.pt
+    "version": COUNT,
+    "config": Field("the settings by name", lambda v: isinstance(v, dict) and all(isinstance(k, str) for k in v)),
+    "classes": Field("1 to 255 names", _is_names),
+    "palette": Field("a uint8 tensor (classes, 3)", _is_palette),
+    "mean": Field("three numbers", _is_channels),
+    "std": Field("three numbers above 0", lambda v: _is_channels(v) and min(v) > 0),
+    "align_corners": Field("True or False", lambda v: isinstance(v, bool)),
+    "train_images": COUNT,
+    "model": WEIGHTS,
+}
+PROGRESS: Mapping[str, Field] = {  # of last.pt
+    "optimizer": Field("the state of an SGD optimiser", _is_optimizer),
+    "scheduler": Field("the state of a scheduler", _is_scheduler),
+    "scaler": NUMBERS,
+    "epoch": COUNT,
+    "step": COUNT,
+    "loss_sums": NUMBERS,
+    "share_sums": Field(NUMBERS.must, NUMBERS.holds, optional=True),
+    "share_steps": Field(COUNT.must, COUNT.holds, optional=True),
+    "seconds": Field("a number of at least 0", lambda v: _is_number(v) and v >= 0),
+    "best_miou": NUMBER,
+    "best_epoch": Field("a whole number of at least -1", lambda v: _is_count(v) or v == -1),
+    "saved": Field(NUMBER.must, NUMBER.holds, optional=True),
+}
+RECORD: Mapping[str, Field] = {  # a line of log.jsonl
+    "epoch": Field("a whole number of at least 1", lambda v: _is_count(v) and v >= 1),
+    "step": COUNT,
+    "lr": NUMBER,
+    "loss": Field("finite numbers by name, with a total", lambda v: _is_numbers(v) and "total" in v),
+    "seconds": Field("a number of at least 0", lambda v: _is_number(v) and v >= 0),
+    "images_per_second": NUMBER,
+    "loss_ramp": Field(NUMBER.must, NUMBER.holds, optional=True),
+    "grad_share": Field("finite numbers by name, or null", lambda v: v is None or _is_numbers(v), optional=True),
+    "miou": Field(NUMBER.must, NUMBER.holds, optional=True),
+    "pixel_accuracy": Field(NUMBER.must, NUMBER.holds, optional=True),
+    "iou": Field(
+        "numbers by name, or null",
+        lambda v: isinstance(v, dict) and all(entry is None or _is_number(entry) for entry in v.values()),
+        optional=True,
+    ),
+}
+
+
+def what_is_wrong(content: Any, fields: Mapping[str, Field]) -> str | None:
+    """The first field that is not as it must be, in words; None if all are."""
+    if not isinstance(content, dict):
+        return "it holds no fields"
+    for name, field in fields.items():
+        if name not in content:
+            if not field.optional:
+                return f"the field {name} is missing"
+        elif not field.holds(content[name]):
+            return f"the field {name} is {_briefly(content[name])}, but must be {field.must}"
+    return None
+
+
+def _briefly(value: Any) -> str:
+    """A value of a file in few words, whatever it is."""
+    if isinstance(value, Tensor):
+        return f"a tensor {tuple(value.shape)} {str(value.dtype).removeprefix('torch.')}"
+    if isinstance(value, (dict, list, tuple, str)) and len(value) > 4:
+        return f"a {type(value).__name__} of {len(value)}"
+    text = repr(value) if not isinstance(value, int) or abs(value) < 2**64 else "an endless number"
+    return text if len(text) <= 40 else text[:40] + " …"
+
+
+# --------------------------------------------------------------------------------------------------------------------
+# Writing and reading
+
+
+class Damaged(UserError):
+    """A file that is no checkpoint, or whose bytes are not those that were written."""
+
+
+def save_checkpoint(path: Path, content: dict[str, Any], older: Path | None = None) -> None:
+    """Writes a checkpoint; older: see `write_file`."""
+    # Not straight to the file: of a full disk, or Ctrl-C, torch's writer makes an error of its own.
+    buffer = io.BytesIO()
+    torch.save(content, buffer)
+    write_file(path, buffer.getbuffer(), sync=True, older=older)
 
 
 def load_checkpoint(path: Path) -> dict[str, Any]:
-    """Reads a `last.pt` or `best.pt` to the CPU; `UserError` if it is neither."""
-    if not path.is_file():
-        raise UserError(f"There is no checkpoint {path}: check the path.")
-    try:
-        content = torch.load(path, map_location="cpu", weights_only=True)
-    except Exception as error:  # the unpickler raises whatever the bytes lead it to
-        raise UserError(f"{path} cannot be read as a checkpoint: it is damaged, or another kind of file.") from error
+    """Reads a `last.pt` or `best.pt` to the CPU. `UserError` if it is neither, or a field is not what it must be;
+    `Damaged`, which is one, if it cannot be read at all."""
+    content = read_zip(path)
     if not isinstance(content, dict) or not {"version", "config", "classes", "model"} <= content.keys():
         raise UserError(
             f"{path} is not a checkpoint of this trainer (last.pt, best.pt): weights from elsewhere can be trained "
             "further with --pretrained."
         )
-    if content["version"] > VERSION:
+    if _is_count(content["version"]) and content["version"] > VERSION:
         raise UserError(f"{path} was written by a newer bcmf_ext: update the package.")
-    return content
-
-
-class Run:
-    """The folder of a run.
-
-    folder: where. about: what each checkpoint tells beside the weights. records: the lines of log.jsonl, one per epoch.
-    """
-
-    def __init__(self, folder: Path, about: dict[str, Any], epochs: int = 0) -> None:
-        self.folder, self.about = folder, {"version": VERSION, **about}
-        self.records = read_log(folder / "log.jsonl", epochs)
-
-    @property
-    def last(self) -> Path:
-        return self.folder / "last.pt"
-
-    @property
-    def best(self) -> Path:
-        return self.folder / "best.pt"
-
-    def log(self, record: dict[str, Any]) -> None:
-        """Adds a record; the file is written anew, so that it never ends in half a line."""
-        self.records.append(record)
-        with atomic_write(self.folder / "log.jsonl", sync=True) as file:
-            file.writelines(f"{json.dumps(record)}\n".encode() for record in self.records)
-
-    def save_last(self, state: dict[str, Any]) -> None:
-        save_checkpoint(self.last, {**self.about, **state})
-
-    def save_best(self, model: dict[str, Any], epoch: int, miou: float) -> None:
-        save_checkpoint(self.best, {**self.about, "model": model, "epoch": epoch, "miou": miou})
-
-
-def read_log(path: Path, epochs: int) -> list[dict[str, Any]]:
-    """The records of the first `epochs` epochs. What a crash left of a line is passed over."""
-    records = []
-    for line in path.read_text(encoding="utf-8", errors="replace").splitlines() if path.is_file() else ():
-        try:
-            records.append(json.loads(line))
-        except json.JSONDecodeError:
-            continue
-    return [record for record in records if record["epoch"] <= epochs]
-
-
-def new_folder(output_dir: str, name: str | None, default_name: str) -> Path:
-    """Makes the folder of a new run: `name`, or the first free one of default_name, default_name-2, …"""
-    names = [name] if name is not None else (default_name + (f"-{n}" if n > 1 else "") for n in itertools.count(1))
-    for candidate in names:
-        folder = Path(output_dir, candidate)
-        try:
-            folder.mkdir(parents=True)
-            return folder
-        except FileExistsError:
-            continue
-        except OSError as error:
-            raise UserError(
-                f"{folder} cannot be made ({error.strerror}): choose another place with --output-dir."
-            ) from error
-    raise UserError(f"{folder} exists already: choose another --name, or go on with that run by adding --resume.")
-
-
-def find_checkpoint(resume: str, output_dir: str, name: str | None, default_name: str | None) -> Path:
-    """What `--resume` means: a file, a folder with a last.pt, or "auto", the run that was saved last.
-
-    That is the run `name`; without one, of those called `default_name`, default_name-2, …; without either, of all.
-    """
-    if resume != "auto":
-        path = Path(resume)
-        return path / "last.pt" if path.is_dir() else path
-    first = Path(output_dir, name or default_name or "*", "last.pt")
-    pattern = f"{default_name}-[0-9]*/last.pt" if default_name else "*/last.pt"
-    more = Path(output_dir).glob(pattern) if name is None else ()
-    found = [path for path in (first, *more) if path.is_file()]
-    if not found:
+    wrong = what_is_wrong(content, {**ABOUT, **PROGRESS} if "optimizer" in content else ABOUT)
+    if wrong is not None:
+        raise UserError(f"In {path} {wrong}: take the file as the trainer wrote it.")
+    if len(content["palette"]) != len(content["classes"]):
         raise UserError(
-            f"There is no run to resume, {first} does not exist: say which with --resume PATH, or leave --resume out "
-            "to begin one."
+            f"In {path} the field palette has {len(content['palette'])} colours for {len(content['classes'])} classes: "
+            "take the file as the trainer wrote it."
         )
-    return max(found, key=lambda path: path.stat().st_mtime)
+    check_finite(content["model"], path)
+    return {**content, "config": read_saved_config(content["config"], path)}
+
+
+def read_zip(path: Path) -> Any:
+    """What `torch.save` wrote, without running code, if its bytes are those that were written."""
+    if not path.is_file():
+        raise Damaged(f"There is no checkpoint {path}: check the path.")
+    try:
+        with open(path, "rb") as file:  # once: the trainer may write another meanwhile
+            if (damaged := damaged_entry(file)) is not None:
+                raise Damaged(f"{path} is damaged, the bytes of {damaged} are not those that were written.")
+            file.seek(0)
+            return torch.load(file, map_location="cpu", weights_only=True)
+    except OSError as error:
+        raise UserError(f"{path} cannot be opened ({error.strerror or error}): check its permissions.") from error
+    except Damaged:
+        raise
+    except Exception as error:  # the unpickler raises whatever the bytes lead it to
+        raise Damaged(f"{path} cannot be read as a checkpoint: it is damaged, or another kind of file.") from error
+
+
+def check_finite(weights: Mapping[str, Tensor], path: Path) -> None:
+    """`UserError` if a weight is NaN or infinite: such a network gives class 0 everywhere, as if it knew."""
+    odd = [name for name, tensor in weights.items() if tensor.is_floating_point() and not tensor.isfinite().all()]
+    if odd:
+        more = f" and {len(odd) - 1} more" if len(odd) > 1 else ""
+        raise UserError(
+            f"The weights in {path} are not finite ({odd[0]}{more}): nothing can be computed with them, take a "
+            "checkpoint from before."
+        )
+
+
+def load_weights(network: nn.Module, saved: Mapping[str, Any], path: Path) -> None:
+    """Gives a network, made as the checkpoint says, its weights. `UserError` if they are those of another one."""
+    try:
+        network.load_state_dict(saved["model"])
+    except RuntimeError as error:
+        reason = " ".join(str(error).splitlines()[1].split()).rstrip(".")
+        raise UserError(
+            f"{path} says that it holds a {saved['config']['model']} of {len(saved['classes'])} classes, but its "
+            f"weights are others ({reason}): take the file as the trainer wrote it."
+        ) from error

@@ -9,7 +9,8 @@ import textwrap
 from collections.abc import Mapping, Sequence
 from dataclasses import MISSING, Field, asdict, dataclass, field, fields
 from pathlib import Path
-from typing import Any
+from types import UnionType
+from typing import Any, get_args, get_origin, get_type_hints
 
 from .errors import UserError
 from .models import bcmfnet, ddrnet_s
@@ -225,10 +226,50 @@ def make_config(flags: Mapping[str, Any]) -> Config:
     return Config(**config)
 
 
+def read_saved_config(saved: Mapping[str, Any], path: Path) -> dict[str, Any]:
+    """The settings that a checkpoint holds, complete: knobs may have joined since it was saved. `UserError` if one is
+    not what it can be, or unknown, as in a file of a newer version."""
+    hints = get_type_hints(Config)
+    unknown = saved.keys() - hints.keys()
+    if unknown:
+        raise UserError(
+            f"{path} was written by a newer bcmf_ext, which has a setting {min(unknown)!r}: update the package."
+        )
+    for entry in fields(Config):
+        if entry.name not in saved and entry.name != "dataset":
+            continue
+        value, choices = saved.get(entry.name), entry.metadata["argument"].get("choices")
+        if not _is_of(value, hints[entry.name]):
+            must = getattr(hints[entry.name], "__name__", hints[entry.name])
+        elif choices is not None and value not in choices:
+            must = "one of " + ", ".join(map(str, choices))
+        else:
+            continue
+        raise UserError(
+            f"In {path} the setting {entry.name} is {str(value)[:40]!r}, but must be {must}: take the file as the "
+            "trainer wrote it."
+        )
+    config = asdict(make_config({"dataset": saved["dataset"]})) | dict(saved)
+    try:
+        Config(**config)
+    except UserError as error:
+        raise UserError(f"The settings in {path} cannot be: {error}") from error
+    return config
+
+
+def _is_of(value: Any, hint: Any) -> bool:
+    """Whether a value is what a field of `Config` is annotated with."""
+    options = get_args(hint)
+    if get_origin(hint) is UnionType:
+        return any(_is_of(value, option) for option in options)
+    if get_origin(hint) is tuple:
+        return isinstance(value, tuple) and len(value) == len(options) and all(map(_is_of, value, options))
+    return type(value) in ((int, float) if hint is float else (hint,))
+
+
 def resumed_config(saved: Mapping[str, Any], flags: Mapping[str, Any], run: Path) -> Config:
     """The configuration of a run that goes on: as saved, but for what may change without changing what is learnt."""
     given = _knobs(flags)
-    saved = asdict(make_config({"dataset": saved["dataset"]})) | dict(saved)  # knobs may have joined since it was saved
     for entry in fields(Config):
         old, new = saved[entry.name], given.get(entry.name, saved[entry.name])
         if entry.metadata["resumable"] or new == old:

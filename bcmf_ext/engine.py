@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import contextlib
 import math
 import os
 import signal
+import threading
 import time
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
+from types import FrameType
 from typing import Any
 
 import torch
@@ -17,6 +21,7 @@ from torch.optim.lr_scheduler import LambdaLR
 from torch.utils.data import DataLoader, Dataset
 from tqdm import tqdm
 
+from .checkpoint import load_weights
 from .data import normalise
 from .errors import UserError
 from .losses.criterion import SegmentationCriterion
@@ -91,14 +96,75 @@ def make_loader(samples: Dataset, workers: int, device: torch.device, **options:
         num_workers=workers,
         persistent_workers=workers > 0,
         pin_memory=device.type == "cuda",
-        worker_init_fn=_ignore_ctrl_c,
+        worker_init_fn=_outlive_first_signal,
         **options,
     )
 
 
-def _ignore_ctrl_c(worker: int) -> None:
-    """A terminal sends Ctrl-C to every process; the trainer still needs its batch to finish the step."""
+def _outlive_first_signal(worker: int) -> None:
+    """A terminal sends Ctrl-C, and SLURM SIGTERM, to every process; the trainer still needs its batch to finish the
+    step. The second SIGTERM is the trainer's own, to one that it no longer needs."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
+    signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    signal.signal(signal.SIGTERM, lambda number, frame: signal.signal(number, signal.SIG_DFL))
+
+
+class LoadingProcessDied(Exception):
+    """A process that loads data has ended: most often the system killed it for want of memory."""
+
+
+def loaded(batches: Iterable[Any]) -> Iterator[Any]:
+    """The batches of a loader. `LoadingProcessDied` where one does not come, and nowhere else.
+
+    PyTorch's own error would come wherever the program is at that moment, also in the middle of a step: it is raised by
+    a handler of SIGCHLD. Without it the loader finds out within five seconds, while it waits for a batch.
+    """
+    before = signal.getsignal(signal.SIGCHLD)
+    iterator = iter(batches)
+    if before is not None and threading.current_thread() is threading.main_thread():
+        signal.signal(signal.SIGCHLD, before)
+    try:
+        yield from iterator
+    except RuntimeError as error:
+        if not str(error).startswith("DataLoader worker"):
+            raise
+        raise LoadingProcessDied(str(error).splitlines()[0].rstrip(".")) from error
+
+
+class StopSignals:
+    """While active, the first Ctrl-C (SIGINT), SIGTERM (of SLURM and others) or SIGHUP (a closed terminal) only makes
+    `stopped()` true, for the loop to stop at a good place; a second one stops at once. What the process was started to
+    ignore, as by nohup, stays ignored.
+
+    number: of the signal that came, or None.
+    """
+
+    SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
+
+    def __init__(self) -> None:
+        self.number: int | None = None
+
+    def __call__(self) -> bool:
+        return self.number is not None
+
+    def __enter__(self) -> StopSignals:
+        before = {number: signal.getsignal(number) for number in self.SIGNALS}
+        self._before = {number: handler for number, handler in before.items() if handler is not signal.SIG_IGN}
+        for number in self._before:
+            signal.signal(number, self._ask)
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        for number, handler in self._before.items():
+            signal.signal(number, handler)
+
+    def _ask(self, number: int, frame: FrameType | None) -> None:
+        self.number = number
+        for other in self._before:
+            signal.signal(other, signal.default_int_handler if other == signal.SIGINT else signal.SIG_DFL)
+        with contextlib.suppress(OSError):  # a closed terminal
+            # Not print: this may run in the middle of one.
+            os.write(2, b"\nstopping after this step; a second signal stops at once, without saving\n")
 
 
 def lr_factor(iteration: int, iterations: int, power: float = 0.9, warmup: int = 0) -> float:
@@ -137,12 +203,32 @@ class TrainState:
     def state_dict(self) -> dict[str, Any]:
         return {name: v.state_dict() if hasattr(v, "state_dict") else v for name, v in vars(self).items()}
 
-    def load_state_dict(self, saved: dict[str, Any]) -> None:
+    def load_state_dict(self, saved: dict[str, Any], path: Path) -> None:
+        """Takes the content of a `last.pt`, whose fields are those of `checkpoint.PROGRESS`. `UserError` if it belongs
+        to another network."""
+        load_weights(self.model, saved, path)
+        self._load_momentum(saved["optimizer"], path)
+        # Of the schedule the place alone: all else follows from the settings, and its names change with torch.
+        places = {name: saved["scheduler"][name] for name in ("last_epoch", "_step_count", "base_lrs", "_last_lr")}
+        self.scheduler.load_state_dict({**self.scheduler.state_dict(), **places})
+        scaler = self.scaler.state_dict()
+        self.scaler.load_state_dict({name: saved["scaler"].get(name, value) for name, value in scaler.items()})
         for name, value in vars(self).items():
-            if hasattr(value, "load_state_dict"):
-                value.load_state_dict(saved[name])
-            else:
+            if not hasattr(value, "load_state_dict"):
                 setattr(self, name, saved.get(name, value))  # some have joined since older files
+
+    def _load_momentum(self, saved: dict[str, Any], path: Path) -> None:
+        parameters, state = list(self.model.parameters()), self.optimizer.state_dict()
+        for number, entry in saved["state"].items():
+            momentum = entry.get("momentum_buffer")
+            if number >= len(parameters) or (momentum is not None and momentum.shape != parameters[number].shape):
+                raise UserError(
+                    f"In {path} the field optimizer belongs to another network: take the file as the trainer wrote it."
+                )
+            state["state"][number] = {"momentum_buffer": momentum}
+        for rate in ("lr", "initial_lr"):
+            state["param_groups"][0][rate] = saved["param_groups"][0][rate]
+        self.optimizer.load_state_dict(state)
 
     def begin_next_epoch(self) -> None:
         self.epoch, self.step, self.loss_sums, self.seconds = self.epoch + 1, 0, {}, 0.0
@@ -196,40 +282,46 @@ def train_one_epoch(
     their weights. log_grad_share: every how many iterations the terms' shares of the gradient are taken; 0: never.
 
     Raises `NonFiniteLoss`, at the latest one step late: the weights have then taken the bad step, so nothing must be
-    saved from them.
+    saved from them. `LoadingProcessDied`: between two steps, the state is good.
     """
     state.model.train()
     began = time.perf_counter() - state.seconds
     pending: StepLosses | None = None
-    for images, labels in batches:
-        outputs, target = compute.run(state.model, images), labels.to(compute.device, non_blocking=True)
-        iteration = state.scheduler.last_epoch
-        criterion.ramp = loss_ramp(iteration, loss_warmup)
-        # Outside autocast: the losses compute in fp32 themselves.
-        losses = criterion(outputs, target)
-        logged = log_grad_share and iteration % log_grad_share == 0
-        shares = criterion.gradient_shares(outputs, target) if logged else {}
-        state.optimizer.zero_grad()
-        state.scaler.scale(losses.total).backward()
-        state.scaler.step(state.optimizer)
-        state.scaler.update()
-        lr = float(state.scheduler.get_last_lr()[0])
-        state.scheduler.step()
+    died: LoadingProcessDied | None = None
+    try:
+        for images, labels in loaded(batches):
+            outputs, target = compute.run(state.model, images), labels.to(compute.device, non_blocking=True)
+            iteration = state.scheduler.last_epoch
+            criterion.ramp = loss_ramp(iteration, loss_warmup)
+            # Outside autocast: the losses compute in fp32 themselves.
+            losses = criterion(outputs, target)
+            logged = log_grad_share and iteration % log_grad_share == 0
+            shares = criterion.gradient_shares(outputs, target) if logged else {}
+            state.optimizer.zero_grad()
+            state.scaler.scale(losses.total).backward()
+            state.scaler.step(state.optimizer)
+            state.scaler.update()
+            lr = float(state.scheduler.get_last_lr()[0])
+            state.scheduler.step()
 
-        previous, pending = pending, StepLosses(state.step, lr, losses, shares, (images, labels))
-        state.step += 1
-        state.seconds = time.perf_counter() - began
-        if previous is not None:
-            _note(state, previous, bar, images_per_second=state.step * len(images) / state.seconds)
-        bar.update()
-        if interrupted():
-            break
+            previous, pending = pending, StepLosses(state.step, lr, losses, shares, (images, labels))
+            state.step += 1
+            state.seconds = time.perf_counter() - began
+            if previous is not None:
+                _note(state, previous, bar, images_per_second=state.step * len(images) / state.seconds)
+            bar.update()
+            if interrupted():
+                break
+    except LoadingProcessDied as error:
+        died = error
     if pending is not None:
         _note(state, pending, bar)
         # Finite losses, but infinite gradients in the last step: the next loss would show it, and comes too late.
         if not _finite(state.model):
             raise NonFiniteLoss(state, pending)
     state.seconds = time.perf_counter() - began
+    if died is not None:
+        raise died
 
 
 def _note(state: TrainState, losses: StepLosses, bar: tqdm, images_per_second: float | None = None) -> None:
@@ -268,10 +360,10 @@ def evaluate(
 
     logits_of: uint8 images (1, 3, H, W) to logits (1, C, h, w) on the device. samples: batches of one image, and uint8
     labels (1, H, W). visit: is called with each one's position and prediction, (H, W) uint8 on the device. metrics: are
-    updated, too. Stops early if `interrupted()`: the counts are then incomplete.
+    updated, too. Stops early if `interrupted()`: the counts are then incomplete. Raises `LoadingProcessDied`.
     """
     confusion = ConfusionMatrix(num_classes, device=device)
-    for index, (images, labels) in enumerate(samples):
+    for index, (images, labels) in enumerate(loaded(samples)):
         labels = labels.to(device, non_blocking=True)
         prediction = confusion.update_from_logits(logits_of(images), labels, align_corners)
         for metric in metrics:

@@ -1,28 +1,77 @@
-"""The one exception that the commands show as a sentence instead of a traceback."""
+"""What the commands say to people: errors and warnings as sentences, and no byte that a terminal would obey."""
 
 from __future__ import annotations
 
+import contextlib
+import errno
 import io
+import os
+import re
 import sys
 from collections.abc import Callable
+
+from tqdm import tqdm
+
+# File names and classes may hold any character; these move the cursor, change colours or send keys.
+_CONTROL = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f]")
+# What writing to a closed pipe, a closed terminal, or a file on a full disk ends in.
+_OUTPUT_GONE = (errno.EPIPE, errno.EIO, errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EBADF)
 
 
 class UserError(ValueError):
     """Something the user can mend: what was wrong, where, and what to do, in one sentence."""
 
 
+def printable(text: str) -> str:
+    r"""The text with control characters spelt out (\x1b), but for line breaks and tabs."""
+    return _CONTROL.sub(lambda found: f"\\x{ord(found[0]):02x}", text)
+
+
+def warn(sentence: str) -> None:
+    """Says on stderr what went wrong, and goes on."""
+    with contextlib.suppress(OSError):  # whoever closed it does not want to know
+        tqdm.write(f"warning: {printable(sentence)}", sys.stderr)
+
+
+class _PrintableText(io.TextIOWrapper):
+    """Standard output, for people. A log file shows each line when it ends, and a terminal of few characters shows "?"
+    for the others."""
+
+    def __init__(self, stream: io.TextIOWrapper) -> None:
+        super().__init__(stream.buffer, encoding=stream.encoding, errors="replace", line_buffering=True)
+
+    def write(self, text: str) -> int:
+        return super().write(printable(text))
+
+
 def run_command(main: Callable[[], None]) -> None:
     """Runs a command's `main`: a `UserError` becomes `error: <sentence>` on stderr with exit status 2."""
-    if isinstance(sys.stdout, io.TextIOWrapper):
-        # A log file shows each epoch when it ends; and a terminal of few characters shows "?" for the others.
-        sys.stdout.reconfigure(line_buffering=True, errors="replace")
+    stdout = sys.stdout
+    if isinstance(stdout, io.TextIOWrapper):
+        sys.stdout = _PrintableText(stdout)
     try:
         main()
+        sys.stdout.flush()
     except UserError as error:
         # Raised in a DataLoader worker it arrives with that worker's traceback as its text; the sentence stands last.
-        sentence = str(error).rpartition("UserError: ")[2].strip()
-        print(f"error: {sentence}", file=sys.stderr)
-        sys.exit(2)
+        _leave(2, f"error: {str(error).rpartition('UserError: ')[2].strip()}")
     except KeyboardInterrupt:
-        print("interrupted", file=sys.stderr)
-        sys.exit(130)
+        _leave(130, "interrupted")
+    except OSError as error:
+        if error.filename is not None or error.errno not in _OUTPUT_GONE:
+            raise
+        # Everything that is worth it was saved before it was printed.
+        with contextlib.suppress(OSError, ValueError):
+            os.dup2(os.open(os.devnull, os.O_WRONLY), stdout.fileno())  # Python flushes it once more at the end
+        _leave(141, f"error: what is printed has nowhere to go any more ({error.strerror}); what was saved is whole.")
+    finally:
+        if isinstance(sys.stdout, _PrintableText):
+            with contextlib.suppress(OSError):
+                sys.stdout.detach()  # without closing what it writes to
+            sys.stdout = stdout
+
+
+def _leave(status: int, sentence: str) -> None:
+    with contextlib.suppress(OSError):
+        print(printable(sentence), file=sys.stderr)
+    sys.exit(status)

@@ -13,15 +13,17 @@ import numpy as np
 from torch import Tensor
 from tqdm import tqdm
 
-from .checkpoint import atomic_write
 from .config import RECIPES
 from .data import EvalSamples, SegmentationDataset, open_dataset
 from .data.cityscapes import TRAIN_ID_TO_LABEL_ID
-from .engine import choose_workers, evaluate, make_loader
+from .engine import LoadingProcessDied, choose_workers, evaluate, make_loader
 from .errors import UserError, run_command
+from .files import LONGEST_NAME, check_replaceable, write_file
 from .inference import Predictor
 from .metrics import BoundaryFScore, BoundaryIoU, TrimapIoU
 from .report import metrics_record, metrics_table, none_for_nan, save_png
+
+COMMAND = "bcmf_ext.evaluate"
 
 
 def main(argv: Sequence[str] | None = None) -> None:
@@ -47,8 +49,12 @@ def main(argv: Sequence[str] | None = None) -> None:
             "score --split val."
         )
     metrics = metrics_file(args.checkpoint) if args.metrics_file is None else Path(args.metrics_file)
+    predictions = [] if args.save_preds is None else prediction_files(dataset, Path(args.save_preds))
     if dataset.has_labels:
         check_writable(metrics)
+    if not args.overwrite:
+        check_replaceable([metrics] if dataset.has_labels else [], COMMAND, "--metrics-file")
+        check_replaceable(predictions, COMMAND, "--save-preds")
     print(dataset.protocol)
 
     # Predictions are written in the ids of the dataset's own label files.
@@ -58,18 +64,18 @@ def main(argv: Sequence[str] | None = None) -> None:
 
     def save(index: int, prediction: Tensor | np.ndarray) -> None:
         if args.save_preds is not None:
-            save_png(Path(args.save_preds, f"{dataset.stem(index)}.png"), ids[np.asarray(prediction)])
+            save_png(predictions[index], ids[np.asarray(prediction)], COMMAND)
 
     if dataset.has_labels:
         record = {
+            "software": COMMAND,
             "checkpoint": str(args.checkpoint),
             "dataset": name,
             "split": args.split,
             "images": len(dataset),
             **score(predictor, dataset, args.workers, save),
         }
-        with atomic_write(metrics) as file:
-            file.write(json.dumps(record, indent=1).encode() + b"\n")
+        write_file(metrics, json.dumps(record, indent=1).encode() + b"\n")
         print(metrics_table(record))
         print(f"metrics {metrics}")
     else:
@@ -89,11 +95,28 @@ def score(
     band = BoundaryIoU(classes, device=device)
     others = BoundaryFScore(classes, device=device), TrimapIoU(classes, device=device)
     corners = predictor.align_corners
-    confusion = evaluate(
-        predictor.logits, samples, device, classes, save, align_corners=corners, metrics=[band, *others]
-    )
+    try:
+        confusion = evaluate(
+            predictor.logits, samples, device, classes, save, align_corners=corners, metrics=[band, *others]
+        )
+    except LoadingProcessDied as death:
+        raise UserError(
+            f"A process that loads data died ({death}), often for want of memory: use fewer --workers."
+        ) from death
     about = {"pixel_accuracy": none_for_nan(confusion.pixel_accuracy()), "boundary_iou_ratio": band.ratio}
     return {**about, **metrics_record([confusion, band, *others], dataset.classes)}
+
+
+def prediction_files(dataset: SegmentationDataset, folder: Path) -> list[Path]:
+    """Where the predictions go, by index. `UserError` if that is among the images or labels, or a name is too long."""
+    for taken in dataset.folders:
+        if taken.resolve() in (folder.resolve(), *folder.resolve().parents):
+            raise UserError(f"--save-preds {folder} lies in {taken}, which holds the data: choose another folder.")
+    files = [folder / f"{dataset.stem(index)}.png" for index in range(len(dataset))]
+    for index, path in enumerate(files):
+        if len(os.fsencode(path.name)) > LONGEST_NAME:
+            raise UserError(f"{dataset.source(index)} has too long a name for --save-preds: shorten it.")
+    return files
 
 
 def metrics_file(checkpoint: str) -> Path:
@@ -132,6 +155,9 @@ def parse_flags(argv: Sequence[str] | None) -> argparse.Namespace:
     )
     parser.add_argument("--amp", choices=("auto", "bf16", "fp16", "off"), help="autocast; as in training when left out")
     parser.add_argument("--device", help="cpu, cuda, cuda:1, …; the first GPU, or the CPU, when left out")
+    parser.add_argument(
+        "--overwrite", action="store_true", help="replace files of the results' names that this command has not made"
+    )
     return parser.parse_args(argv)
 
 

@@ -15,11 +15,10 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils.fusion import fuse_conv_bn_eval
 
-from .checkpoint import load_checkpoint
+from .checkpoint import load_checkpoint, load_weights
 from .config import NETWORKS
 from .data.transforms import of_bytes
 from .engine import choose_device, choose_dtype
-from .errors import UserError
 from .metrics import upsample_argmax
 
 
@@ -89,18 +88,8 @@ def read_checkpoint(path: str | Path) -> dict:
 
 def load_network(saved: dict[str, Any], path: str | Path, **options: Any) -> nn.Module:
     """The network of a checkpoint, made with these options, with its weights. `UserError` if they do not fit."""
-    name, classes = saved["config"].get("model"), len(saved["classes"])
-    if name not in NETWORKS:
-        raise UserError(f"{path} holds a network {name}, which bcmf_ext does not know: {', '.join(NETWORKS)}.")
-    network = NETWORKS[name](classes, **options)
-    try:
-        network.load_state_dict(saved["model"])
-    except RuntimeError as error:
-        reason = " ".join(str(error).splitlines()[1].split()).rstrip(".")
-        raise UserError(
-            f"{path} says that it holds a {name} of {classes} classes, but its weights are others ({reason}): take the "
-            "file as the trainer wrote it."
-        ) from error
+    network = NETWORKS[saved["config"]["model"]](len(saved["classes"]), **options)
+    load_weights(network, saved, Path(path))
     return network
 
 

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import argparse
+import os
 import re
-import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
@@ -15,10 +15,12 @@ from .data import read_image
 from .data.cityscapes import CLASSES as CITYSCAPES_CLASSES
 from .data.cityscapes import TRAIN_ID_TO_LABEL_ID
 from .data.dataset import IMAGE_ENDINGS, find_files
-from .errors import UserError, run_command
+from .errors import UserError, run_command, warn
+from .files import LONGEST_NAME, check_replaceable
 from .inference import Predictor
 from .report import blend, save_png
 
+COMMAND = "bcmf_ext.predict"
 ENDINGS = {  # of what is written for an image, by --format
     "both": ("_label.png", "_overlay.png"),
     "labels": ("_label.png",),
@@ -49,36 +51,50 @@ def main(argv: Sequence[str] | None = None) -> None:
         "--amp", choices=("auto", "bf16", "fp16", "off"), help="precision; as in training when left out"
     )
     parser.add_argument("--device", help="cpu, cuda, cuda:1, …; the first GPU, or the CPU, when left out")
+    parser.add_argument(
+        "--overwrite", action="store_true", help="replace files of the results' names that this command has not made"
+    )
     args = parser.parse_args(argv)
 
-    output = Path(args.output)
+    output, endings = Path(args.output), ENDINGS[args.format]
     images = find_images(args.images, output)
     predictor = Predictor(args.checkpoint, args.device, args.amp)
     if args.format == "cityscapes":
         images = official_names(images, predictor.classes)
-    check_not_overwritten(images, output, ENDINGS[args.format])
-    unreadable = []
+    check_not_overwritten(images, output, endings)
+    if not args.overwrite:
+        results = (output / f"{key}{ending}" for key in images for ending in endings)
+        check_replaceable(results, COMMAND, "--output")
+    left_out = []
     for key, path in tqdm(images.items(), "predicting", unit=" images", disable=None):
         try:
+            check_name(key, path, endings)
             image = read_image(path)
         except UserError as error:
-            tqdm.write(f"left out: {error}", sys.stderr)
-            unreadable.append(path)
+            warn(f"left out: {error}")
+            left_out.append(path)
             continue
         label = predict_one(predictor, image, path)
-        for ending in ENDINGS[args.format]:
+        for ending in endings:
             if ending == ".png":
-                save_png(output / f"{key}.png", TRAIN_ID_TO_LABEL_ID[label])
+                save_png(output / f"{key}.png", TRAIN_ID_TO_LABEL_ID[label], COMMAND)
             elif ending == "_label.png":
-                save_png(output / f"{key}_label.png", label, predictor.palette)
+                save_png(output / f"{key}_label.png", label, COMMAND, predictor.palette)
             else:
-                save_png(output / f"{key}_overlay.png", blend(image, predictor.palette[label]))
-    if len(images) > len(unreadable):
-        print(summary(args.format, output, len(images) - len(unreadable)))
-        if "_label.png" in ENDINGS[args.format]:
+                save_png(output / f"{key}_overlay.png", blend(image, predictor.palette[label]), COMMAND)
+    if len(images) > len(left_out):
+        print(summary(args.format, output, len(images) - len(left_out)))
+        if "_label.png" in endings:
             print("classes: " + ", ".join(f"{index} {name}" for index, name in enumerate(predictor.classes)))
-    if unreadable:
-        raise UserError(f"{len(unreadable)} of {len(images)} images could not be read, such as {unreadable[0]}.")
+    if left_out:
+        raise UserError(f"{len(left_out)} of {len(images)} images had to be left out, such as {left_out[0]}.")
+
+
+def check_name(key: str, path: Path, endings: Sequence[str]) -> None:
+    """`UserError` if no file system has room for the name of a result."""
+    name = max((f"{Path(key).name}{ending}" for ending in endings), key=len)
+    if len(os.fsencode(name)) > LONGEST_NAME:
+        raise UserError(f"{path} has too long a name for {name[:20]}…{name[-20:]} to be written: shorten it.")
 
 
 def predict_one(predictor: Predictor, image: np.ndarray, path: Path) -> np.ndarray:

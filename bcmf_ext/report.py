@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import math
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
@@ -11,15 +12,15 @@ from typing import Any
 import matplotlib
 import numpy as np
 from matplotlib.figure import Figure
-from PIL import Image, ImageDraw, ImageFont
+from PIL import Image, ImageDraw, ImageFont, PngImagePlugin
 
-from .checkpoint import atomic_write
 from .data import IGNORE_INDEX
+from .files import write_file
 from .metrics import ConfusionMatrix, Counts
 
 IGNORED_COLOUR = (0, 0, 0)
 WRONG_COLOUR = (230, 30, 30)
-PANEL = 480  # width of each of the four panels, in pixels
+PANEL = 480  # width of each of the four panels, in pixels; they are at most twice as high
 FONT = ImageFont.truetype(str(Path(matplotlib.get_data_path(), "fonts", "ttf", "DejaVuSans.ttf")), 14)
 
 
@@ -118,13 +119,16 @@ def absent_line(pixels: np.ndarray, classes: Sequence[str]) -> str:
     return f"  no pixel of {', '.join(absent)}: check the ids if that is not meant\n" if absent else ""
 
 
-def save_png(path: Path, pixels: np.ndarray, palette: np.ndarray | None = None) -> None:
-    """Writes (H, W) or (H, W, 3) uint8; with a palette (C, 3), (H, W) as indices into it. Makes the folder."""
+def save_png(path: Path, pixels: np.ndarray, command: str, palette: np.ndarray | None = None) -> None:
+    """Writes (H, W) or (H, W, 3) uint8; with a palette (C, 3), (H, W) as indices into it. Makes the folder. command:
+    the mark by which it knows its file again, see `files.mark_of`."""
     picture = Image.fromarray(pixels)
     if palette is not None:
         picture.putpalette(palette.tobytes())
-    with atomic_write(path) as file:
-        picture.save(file, format="png")
+    mark, buffer = PngImagePlugin.PngInfo(), io.BytesIO()
+    mark.add_text("Software", command)
+    picture.save(buffer, format="png", pnginfo=mark)
+    write_file(path, buffer.getbuffer())
 
 
 def colourise(label: np.ndarray, palette: np.ndarray) -> np.ndarray:
@@ -174,22 +178,28 @@ def draw_sample(
     legend += [("wrong", WRONG_COLOUR), ("ignored", IGNORED_COLOUR)]
 
     gap, line = 8, 24
-    width = PANEL
-    height = round(width * label.shape[0] / label.shape[1])
-    entries, legend_bottom = _flow(legend, 4 * (width + gap) - gap, top=line + height + gap, line=line)
-    canvas = Image.new("RGB", (4 * (width + gap) + gap, legend_bottom + gap), "white")
+    scale = min(PANEL / label.shape[1], 2 * PANEL / label.shape[0])
+    height, width = (max(1, round(scale * side)) for side in label.shape)
+    entries, legend_bottom = _flow(legend, 4 * (PANEL + gap) - gap, top=line + height + gap, line=line)
+    canvas = Image.new("RGB", (4 * (PANEL + gap) + gap, legend_bottom + gap), "white")
     draw = ImageDraw.Draw(canvas)
-    enlarged = width >= label.shape[1]
     for column, (name, pixels) in enumerate(panels.items()):
-        left = gap + column * (width + gap)
-        draw.text((left, line // 2), name, "black", FONT, anchor="lm")
-        resampling = Image.Resampling.NEAREST if enlarged else Image.Resampling.BOX
+        left = gap + column * (PANEL + gap)
+        draw.text((left, line // 2), _cut(name), "black", FONT, anchor="lm")
+        resampling = Image.Resampling.NEAREST if scale >= 1 else Image.Resampling.BOX
         canvas.paste(Image.fromarray(pixels).resize((width, height), resampling), (left, line))
     for x, y, name, colour in entries:
         draw.rectangle((gap + x, y + 5, gap + x + 20, y + line - 7), colour, "grey")
         draw.text((gap + x + 26, y + line // 2), name, "black", FONT, anchor="lm")
-    with atomic_write(path) as file:
-        canvas.save(file, format="png")
+    save_png(path, np.asarray(canvas), "bcmf_ext.train")
+
+
+def _cut(title: str) -> str:
+    """As much of a title as a panel has room for; the end says which picture it is of many."""
+    cut = title
+    while FONT.getlength(cut) > PANEL:
+        cut = "…" + cut[2:]
+    return cut
 
 
 def _flow(
@@ -233,5 +243,6 @@ def draw_curves(path: Path, records: Sequence[dict[str, Any]]) -> None:
     for axes in (above, below):
         axes.grid(alpha=0.3)
         axes.spines[["top", "right"]].set_visible(False)
-    with atomic_write(path) as file:
-        figure.savefig(file, format="png")
+    buffer = io.BytesIO()
+    figure.savefig(buffer, format="png", metadata={"Software": "bcmf_ext.train"})
+    write_file(path, buffer.getbuffer())

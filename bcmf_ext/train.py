@@ -5,18 +5,16 @@ A run lives in one folder: last.pt (to go on from), best.pt (to use), log.jsonl,
 
 from __future__ import annotations
 
+import contextlib
 import math
-import os
 import shlex
-import signal
 import sys
 import warnings
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from datetime import timedelta
 from functools import partial
 from pathlib import Path
-from types import FrameType
 from typing import Any
 
 import numpy as np
@@ -26,12 +24,14 @@ from torch.optim.lr_scheduler import LambdaLR
 from tqdm import tqdm
 
 from . import dispatch
-from .checkpoint import Run, find_checkpoint, load_checkpoint, new_folder, save_checkpoint
+from .checkpoint import save_checkpoint
 from .config import NETWORKS, Config, command_line, make_config, parse_flags, resumed_config
 from .data import MEAN, STD, Augmentation, EpochSampler, EvalSamples, SegmentationDataset, TrainSamples, open_dataset
 from .engine import (
     Compute,
+    LoadingProcessDied,
     NonFiniteLoss,
+    StopSignals,
     TrainState,
     choose_device,
     choose_dtype,
@@ -42,14 +42,17 @@ from .engine import (
     make_loader,
     train_one_epoch,
 )
-from .errors import UserError, run_command
+from .errors import UserError, run_command, warn
+from .files import short_name
 from .losses.criterion import SegmentationCriterion
 from .metrics import ConfusionMatrix
 from .models import load_pretrained
 from .reference import BCL, CPG, OHEM
 from .report import absent_line, draw_curves, draw_sample, loss_line, score_lines, scores, share_lines
+from .run import Run, begin_run, resume_run
 
 PICTURES = 4  # val samples drawn after each evaluation
+Evaluation = tuple[ConfusionMatrix, dict[int, np.ndarray]]
 BAR = "{desc} |{bar:8}| {n_fmt}/{total_fmt} [{elapsed}<{remaining}{postfix}]"
 
 
@@ -57,18 +60,23 @@ def main(argv: Sequence[str] | None = None) -> None:
     """Reads the flags, checks the data, and trains. `UserError` for what the user can mend."""
     flags = parse_flags(argv)
     config = make_config(flags)
-    saved = None
-    if "resume" in flags:
-        named = config.default_name if {"dataset", "model"} & flags.keys() else None
-        last = find_checkpoint(flags["resume"], config.output_dir, config.name, named)
-        saved = load_checkpoint(last)
-        if "optimizer" not in saved:
-            raise UserError(f"{last} holds weights only: resume from last.pt, or train them further with --pretrained.")
-        config = resumed_config(saved["config"], flags, last.parent)
-        if saved["epoch"] == config.epochs and "check_data" not in flags:
-            print(f"{last.parent} is finished, all {config.epochs} epochs are done: best mIoU {saved['best_miou']:.3f}")
-            return
+    if "resume" not in flags:
+        return train(config, flags)
+    named = config.default_name if {"dataset", "model"} & flags.keys() else None
+    run, saved = resume_run(flags["resume"], config.output_dir, config.name, named)
+    with contextlib.closing(run):
+        config = resumed_config(saved["config"], flags, run.folder)
+        if saved["epoch"] < config.epochs or "check_data" in flags:
+            return train(config, flags, run, saved)
+        print(f"{run.folder} is finished, all {config.epochs} epochs are done: best mIoU {saved['best_miou']:.3f}")
+        if wrong := run.what_is_wrong_with_best():
+            print(f"but its weights are gone: {wrong.rstrip('.')}; {run.last} has those of the last epoch.")
 
+
+def train(
+    config: Config, flags: Mapping[str, Any], run: Run | None = None, saved: dict[str, Any] | None = None
+) -> None:
+    """Checks the data and trains: a new run, or one that goes on from what was saved."""
     train_set, val_set = (
         open_dataset(config.dataset, config.data_root, split, reduce_zero_label=config.reduce_zero_label)
         for split in ("train", "val")
@@ -82,15 +90,16 @@ def main(argv: Sequence[str] | None = None) -> None:
     if "check_data" in flags:
         print("all images and labels can be used")
         return
-    trainer = Trainer(config, train_set, val_set, saved)
-    print(trainer.describe())
-    trainer.train()
+    trainer = Trainer(config, train_set, val_set, run, saved)
+    with contextlib.closing(trainer.run):
+        print(trainer.describe())
+        trainer.train()
 
 
 class Trainer:
     """A run: network, loss, optimiser, data and folder, and the loop over them.
 
-    saved: the content of a `last.pt`, from which the run goes on exactly.
+    run, saved: a run's folder and the content of its `last.pt`, from which it goes on exactly; a new one if None.
     """
 
     def __init__(
@@ -98,6 +107,7 @@ class Trainer:
         config: Config,
         train_set: SegmentationDataset,
         val_set: SegmentationDataset,
+        run: Run | None = None,
         saved: dict[str, Any] | None = None,
     ) -> None:
         self.config, self.train_set, self.val_set = config, train_set, val_set
@@ -127,17 +137,21 @@ class Trainer:
             "align_corners": self.criterion.align_corners,
             "train_images": len(train_set),
         }
-        if saved is None:
+        if run is None or saved is None:
             self.weights = f"random, seed {config.seed} (--pretrained PATH would start from public DDRNet weights)"
             if config.pretrained is not None:
                 self.weights = str(load_pretrained(model, config.pretrained))
-            self.run = Run(new_folder(config.output_dir, config.name, config.default_name), about)
+            self.run = begin_run(config.output_dir, config.name, config.default_name)
+            self.run.about = about
             self.run.save_last(self.state.state_dict())
         else:
-            self.run = Run(Path(config.output_dir, str(config.name)), about, saved["epoch"])
-            check_same_data(saved, about, self.run.last)
-            self.state.load_state_dict(saved)
-            self.weights = f"{self.run.last}, after {self.state.epoch} epochs and {self.state.step} steps"
+            self.run = run
+            self.run.about = about
+            check_same_data(saved, about, run.last)
+            check_place(saved, len(self.sampler), run.last)
+            self.state.load_state_dict(saved, run.last)
+            self.weights = f"{run.last}, after {self.state.epoch} epochs and {self.state.step} steps"
+            self._miss_best()
         if config.compile:
             model.compile()  # in place: the names of the weights stay
 
@@ -151,15 +165,28 @@ class Trainer:
             warnings.filterwarnings("ignore", "Detected call of `lr_scheduler.step", UserWarning)
         return TrainState(model, optimizer, scheduler, scaler)
 
+    def _miss_best(self) -> None:
+        """Says so where best.pt is damaged or gone; the best epoch from now on is kept then."""
+        if self.state.best_epoch < 0:
+            return
+        if wrong := self.run.what_is_wrong_with_best():
+            warn(
+                f"{wrong.rstrip('.')}; the weights of epoch {self.state.best_epoch + 1}, the best so far, are gone, "
+                "and those of the best epoch from now on will be kept."
+            )
+            self.state.best_miou, self.state.best_epoch = -1.0, -1
+
     def train(self) -> None:
-        """Trains until the last epoch is done, or until Ctrl-C, which saves the run where it stands and exits."""
+        """Trains until the last epoch is done, or until a signal asks to stop (see `StopSignals`), which saves the run
+        where it stands and exits."""
         config, state = self.config, self.state
         done = state.epoch * len(self.sampler) + state.step
         bar = tqdm(total=self.iterations, initial=done, bar_format=BAR, smoothing=0, disable=None)
-        with CtrlC() as interrupted, bar:
+        with StopSignals() as stopped, bar:
             while state.epoch < config.epochs:
                 bar.set_description_str(f"epoch {state.epoch + 1}/{config.epochs}")
                 self.sampler.set_epoch(state.epoch, start=state.step)
+                evaluation = None
                 try:
                     train_one_epoch(
                         state,
@@ -167,10 +194,19 @@ class Trainer:
                         self.train_loader,
                         self.compute,
                         bar,
-                        interrupted,
+                        stopped,
                         config.loss_warmup,
                         config.log_grad_share,
                     )
+                    due = (state.epoch + 1) % config.eval_interval == 0 or state.epoch + 1 == config.epochs
+                    if due and not stopped():
+                        evaluation = self._evaluate(stopped, bar)
+                except LoadingProcessDied as death:
+                    self.run.save_last(state.state_dict())
+                    raise UserError(
+                        f"A process that loads data died ({death}), often for want of memory; the run is saved: go on "
+                        f"with --resume {shlex.quote(str(self.run.folder))} and fewer --workers than {self.workers}."
+                    ) from death
                 except NonFiniteLoss as stop:
                     raise self._explanation(stop) from stop
                 except torch.OutOfMemoryError as error:
@@ -184,22 +220,19 @@ class Trainer:
                         raise
                     reason = " ".join(str(error).strip().split("\n\n")[0].split())  # advice to developers follows
                     raise UserError(f"torch.compile failed ({reason}): --no-compile trains without it.") from error
-                confusion = None
-                due = (state.epoch + 1) % config.eval_interval == 0 or state.epoch + 1 == config.epochs
-                if due and not interrupted():
-                    confusion = self._evaluate(interrupted, bar)
-                if interrupted():
+                if stopped():
                     break
-                self._finish_epoch(confusion)
+                self._finish_epoch(evaluation)
+            if state.epoch < config.epochs:
+                self.run.save_last(state.state_dict())
         if state.epoch < config.epochs:
-            self.run.save_last(state.state_dict())
             print(f"stopped in epoch {state.epoch + 1} after {state.step} of {len(self.sampler)} steps; to go on:")
             print(f"  python -m bcmf_ext.train --resume {shlex.quote(str(self.run.folder))}")
-            sys.exit(130)
+            sys.exit(128 + (stopped.number or 0))
         print(self.result())
 
-    def _evaluate(self, interrupted: CtrlC, bar: tqdm) -> ConfusionMatrix:
-        """Evaluates on the val split and draws some of it."""
+    def _evaluate(self, stopped: StopSignals, bar: tqdm) -> Evaluation:
+        """Evaluates on the val split; also returns some predictions, by their indices, to be drawn."""
         pictured = {int(index) for index in np.linspace(0, len(self.val_set) - 1, PICTURES)}
         predictions: dict[int, np.ndarray] = {}
 
@@ -210,18 +243,27 @@ class Trainer:
             if index in pictured:
                 predictions[index] = prediction.cpu().numpy()
 
-        classes, palette = self.val_set.classes, self.val_set.palette
         logits_of = partial(self.compute.run, self.state.model.eval())
-        confusion = evaluate(logits_of, self.val_loader, self.compute.device, len(classes), keep, interrupted)
-        for index, prediction in predictions.items():
-            stem = self.val_set.stem(index)
-            path = self.run.folder / "pictures" / f"{stem}.png"
-            title = f"{stem}, epoch {self.state.epoch + 1}"
-            draw_sample(path, *self.val_set.pair(index), prediction, classes, palette, title)
-        return confusion
+        device, classes = self.compute.device, len(self.val_set.classes)
+        return evaluate(logits_of, self.val_loader, device, classes, keep, stopped), predictions
 
-    def _finish_epoch(self, confusion: ConfusionMatrix | None) -> None:
-        """Reports the epoch and saves the run at the beginning of the next one."""
+    def _draw(self, predictions: Mapping[int, np.ndarray], epoch: int) -> None:
+        """Draws curves and predictions. Whatever is in the way, no picture ends a run."""
+        for index in (None, *predictions):
+            try:
+                if index is None:
+                    draw_curves(self.run.folder / "curves.png", self.run.records)
+                    continue
+                stem, (image, label) = self.val_set.stem(index), self.val_set.pair(index)
+                path = self.run.pictures / short_name(stem, ".png")
+                classes, palette = self.val_set.classes, self.val_set.palette
+                draw_sample(path, image, label, predictions[index], classes, palette, f"{stem}, epoch {epoch}")
+            except Exception as error:
+                what = "curves.png" if index is None else f"the picture of {self.val_set.source(index)}"
+                warn(f"{what} could not be drawn ({str(error).rstrip('.') or type(error).__name__}); the run goes on.")
+
+    def _finish_epoch(self, evaluation: Evaluation | None) -> None:
+        """Saves the run at the beginning of the next epoch, and then reports this one."""
         state, run = self.state, self.run
         record: dict[str, Any] = {
             "epoch": state.epoch + 1,
@@ -237,17 +279,17 @@ class Trainer:
             shares = {name: total / state.share_steps for name, total in state.share_sums.items()}
             record["grad_share"] = shares or None
         lines = loss_line(record, self.config.epochs)
-        if confusion is not None:
-            record |= scores(confusion, self.val_set.classes)
+        if evaluation is not None:
+            record |= scores(evaluation[0], self.val_set.classes)
             if record["miou"] > state.best_miou:
                 state.best_miou, state.best_epoch = record["miou"], state.epoch
                 run.save_best(state.model.state_dict(), state.epoch + 1, state.best_miou)
             lines += "\n" + score_lines(record, f" (best {state.best_miou:.4f}, epoch {state.best_epoch + 1})")
-        tqdm.write(lines)
         run.log(record)
-        draw_curves(run.folder / "curves.png", run.records)
         state.begin_next_epoch()
         run.save_last(state.state_dict())
+        tqdm.write(lines)  # where it is printed may be gone
+        self._draw(evaluation[1] if evaluation is not None else {}, record["epoch"])
 
     def _explanation(self, stop: NonFiniteLoss) -> UserError:
         """Saves the batch, and says what happened."""
@@ -308,11 +350,14 @@ class Trainer:
         """How the run ended, where its pictures are, and what to type next."""
         run, state = self.run, self.state
         took = timedelta(seconds=round(sum(record["seconds"] for record in run.records)))
-        best = shlex.quote(str(run.best))
+        wrong = run.what_is_wrong_with_best()
+        if wrong:
+            warn(f"{wrong.rstrip('.')}; {run.last} has the weights of the last epoch.")
+        best = shlex.quote(str(run.last if wrong else run.best))
         return (
             f"mIoU {run.records[-1]['miou']:.3f} after epoch {state.epoch}, best {state.best_miou:.3f} in epoch "
             f"{state.best_epoch + 1}; {took} of training\n"
-            f"pictures  {run.folder / 'pictures'}, {run.folder / 'curves.png'}\n"
+            f"pictures  {run.pictures}, {run.folder / 'curves.png'}\n"
             f"next      python -m bcmf_ext.evaluate --checkpoint {best}\n"
             f"          python -m bcmf_ext.predict --checkpoint {best} IMAGES…"
         )
@@ -360,29 +405,6 @@ def choose_impl(criterion: SegmentationCriterion, device: torch.device) -> str:
     return f"{impl} ({device.type}: {reason})" if reason else impl
 
 
-class CtrlC:
-    """While active, the first Ctrl-C only makes `interrupted()` true, for the loop to stop at a good place."""
-
-    def __init__(self) -> None:
-        self._asked = False
-
-    def __call__(self) -> bool:
-        return self._asked
-
-    def __enter__(self) -> CtrlC:
-        self._before = signal.signal(signal.SIGINT, self._ask)
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        signal.signal(signal.SIGINT, self._before)
-
-    def _ask(self, number: int, frame: FrameType | None) -> None:
-        self._asked = True
-        signal.signal(signal.SIGINT, signal.default_int_handler)
-        # Not print: this may run in the middle of one.
-        os.write(2, b"\nstopping after this step; Ctrl-C again stops at once, without saving\n")
-
-
 def check_same_data(saved: dict[str, Any], about: dict[str, Any], last: Path) -> None:
     """`UserError` if a run would go on with other classes or another number of images: it would not be the same run."""
     if saved["classes"] != about["classes"]:
@@ -391,6 +413,16 @@ def check_same_data(saved: dict[str, Any], about: dict[str, Any], last: Path) ->
     if saved["train_images"] != about["train_images"]:
         old, new = saved["train_images"], about["train_images"]
         raise UserError(f"{last} was trained on {old} images, but the training split has {new} now: start another run.")
+
+
+def check_place(saved: dict[str, Any], steps: int, last: Path) -> None:
+    """`UserError` if the place where a run stands is none that it can have, of so many steps an epoch."""
+    epoch, step, iteration = saved["epoch"], saved["step"], saved["scheduler"]["last_epoch"]
+    if step > steps or iteration != epoch * steps + step:
+        raise UserError(
+            f"{last} is in epoch {epoch + 1} after {step} of {steps} steps, but its schedule is at iteration "
+            f"{iteration}: take the file as the trainer wrote it."
+        )
 
 
 if __name__ == "__main__":

@@ -31,10 +31,10 @@ from matplotlib.axes import Axes
 from PIL import Image
 
 from bcmf_ext import BCL, CPG, SegmentationCriterion
-from bcmf_ext.checkpoint import atomic_write
 from bcmf_ext.config import make_config
 from bcmf_ext.data import SegmentationDataset, open_dataset
 from bcmf_ext.errors import UserError, run_command
+from bcmf_ext.files import write_file
 from bcmf_ext.inference import Predictor
 from bcmf_ext.metrics import BoundaryFScore, BoundaryIoU, ConfusionMatrix
 from bcmf_ext.ops import LOSS, LossOptions
@@ -122,8 +122,7 @@ def main() -> None:
             break
         print(f"--- {arm.name}, seed {seed}", flush=True)
         record["runs"].append({**about(), **run(arm, seed, root, arguments.work)})
-        with atomic_write(path) as file:
-            file.write(json.dumps(record, indent=1).encode() + b"\n")
+        write_file(path, json.dumps(record, indent=1).encode() + b"\n")
     print(table(record["runs"]))
     print(path)
     if {CE.name, WITHOUT_BCL.name} <= {

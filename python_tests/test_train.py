@@ -162,7 +162,7 @@ def test_a_run(flags: list[str], run: Path, capsys: pytest.CaptureFixture[str]) 
 
     files = {str(path.relative_to(run)) for path in run.rglob("*") if path.is_file()}
     pictures = {f"pictures/val{index}.png" for index in range(3)}
-    assert files == {"last.pt", "best.pt", "log.jsonl", "curves.png"} | pictures
+    assert files == {"last.pt", "last-1.pt", "best.pt", "log.jsonl", "curves.png", ".lock"} | pictures
     for name in ("curves.png", *pictures):
         Image.open(run / name).verify()
 

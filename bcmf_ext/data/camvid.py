@@ -60,6 +60,7 @@ class CamVid(FileDataset):
         if split not in SPLITS:
             raise UserError(f"CamVid has no split {split!r}: choose one of {', '.join(SPLITS)}.")
         self.split = split
+        self.folders = tuple(root / name for kind in SPLITS for name in (kind, f"{kind}annot"))
         folder, label_folder = root / split, root / f"{split}annot"
         for needed in (folder, label_folder):
             if not needed.is_dir():

@@ -63,7 +63,7 @@ class Cityscapes(FileDataset):
     def __init__(self, root: Path, split: str) -> None:
         if split not in SPLITS:
             raise UserError(f"Cityscapes has no split {split!r}: choose one of {', '.join(SPLITS)}.")
-        self.split = split
+        self.split, self.folders = split, (root / "leftImg8bit", root / "gtFine")
         folder = root / "leftImg8bit" / split
         if not folder.is_dir():
             raise UserError(

@@ -17,7 +17,7 @@ import numpy as np
 from PIL import Image, ImageOps
 from tqdm import tqdm
 
-from ..errors import UserError
+from ..errors import UserError, warn
 
 IGNORE_INDEX = 255
 IMAGE_ENDINGS = (".png", ".jpg", ".jpeg", ".bmp", ".tif", ".tiff", ".webp")
@@ -36,6 +36,7 @@ class SegmentationDataset:
         palette: (C, 3) uint8, the colour of each class in pictures.
         protocol: one line for the log: how many images in which layout, which classes, what is ignored.
         has_labels: False for a test split without public labels; `label` then raises `UserError`.
+        folders: those that hold its images and labels, where nothing of ours is to be written.
     """
 
     name: str
@@ -44,6 +45,7 @@ class SegmentationDataset:
     palette: np.ndarray
     protocol: str
     has_labels: bool = True
+    folders: tuple[Path, ...] = ()
 
     def __len__(self) -> int:
         raise NotImplementedError
@@ -230,14 +232,16 @@ def _decode(path: Path) -> Image.Image:
 
 
 def find_files(folder: Path, endings: tuple[str, ...]) -> dict[str, Path]:
-    """All files below `folder` (links followed, hidden ones left out) whose names end so, upper case or lower.
+    """All files below `folder` (links followed, hidden ones left out) whose names end so, upper case or lower. What is
+    called so and is no ordinary file is passed over with a word: to open a FIFO waits for ever.
 
     Returns {path below `folder` without the ending, with forward slashes: path}, sorted. `UserError` if two files share
-    a key (a.jpg beside a.png).
+    a key (a.jpg beside a.png), or a folder cannot be read.
     """
     found: dict[str, Path] = {}
     visited: set[str] = set()
-    for parent, subfolders, names in os.walk(folder, followlinks=True):
+    passed_over: list[Path] = []
+    for parent, subfolders, names in os.walk(folder, followlinks=True, onerror=_cannot_be_read):
         if os.path.realpath(parent) in visited:  # by a link that points upwards
             subfolders.clear()
             continue
@@ -248,11 +252,24 @@ def find_files(folder: Path, endings: tuple[str, ...]) -> dict[str, Path]:
             if ending is None or name.startswith("."):
                 continue
             path = Path(parent, name)
+            if path.exists() and not path.is_file():
+                passed_over.append(path)
+                continue
             key = path.relative_to(folder).as_posix()[: -len(ending)]
             if key in found:
                 raise UserError(f"{found[key]} and {path} differ only in their extension: remove one of them.")
             found[key] = path
+    if passed_over:
+        more = _and_more(len(passed_over) - 1, "path", "paths")
+        warn(f"{passed_over[0]}{more} is no ordinary file, and passed over.")
     return dict(sorted(found.items()))
+
+
+def _cannot_be_read(error: OSError) -> None:
+    raise UserError(
+        f"The folder {error.filename} cannot be read ({error.strerror}), so files would be missing: check its "
+        "permissions."
+    ) from error
 
 
 def match_files(images: dict[str, Path], labels: dict[str, Path], label_of: str) -> list[Files]:

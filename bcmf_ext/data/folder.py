@@ -14,6 +14,7 @@ does).
 from __future__ import annotations
 
 import hashlib
+import os
 from pathlib import Path
 
 import numpy as np
@@ -46,7 +47,7 @@ class Folder(FileDataset):
     def __init__(self, root: Path, split: str, *, reduce_zero_label: bool = False) -> None:
         if split not in SPLITS:
             raise UserError(f"A folder has no split {split!r}: choose one of {', '.join(SPLITS)}.")
-        self.split = split
+        self.split, self.folders = split, (root / "images", root / "labels")
         if not (root / "images").is_dir():
             raise UserError(
                 f"{root / 'images'} does not exist: the data root must hold images/, labels/ and classes.txt."
@@ -116,7 +117,7 @@ def _match(images: dict[str, Path], labels: Path) -> list[Files]:
 def _hold_out(keys: list[str]) -> set[str]:
     """One key in five, at least one, none of a single one: those with the smallest hashes."""
     count = min(max(1, len(keys) // _HOLD_OUT_ONE_IN), len(keys) - 1)
-    return set(sorted(keys, key=lambda key: hashlib.blake2b(key.encode()).digest())[:count])
+    return set(sorted(keys, key=lambda key: hashlib.blake2b(os.fsencode(key)).digest())[:count])
 
 
 def _read_classes(root: Path, files: list[Files]) -> tuple[tuple[str, ...], np.ndarray]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import zipfile
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
@@ -15,6 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from ..errors import UserError
+from ..files import damaged_entry
 
 # Where trainers keep the state dict, the averaged weights first: they are the better start.
 _WRAPPERS = ("ema", "state_dict", "model")
@@ -108,8 +110,15 @@ def _read(path: Path) -> object:
     if not path.is_file():
         raise UserError(f"There is no checkpoint file {path}: check the path.")
     try:
-        with torch.serialization.safe_globals(_NUMPY_SCALAR):
-            return torch.load(path, map_location="cpu", weights_only=True)
+        with open(path, "rb") as file, torch.serialization.safe_globals(_NUMPY_SCALAR):
+            if zipfile.is_zipfile(file) and (damaged := damaged_entry(file)) is not None:
+                raise UserError(
+                    f"{path} is damaged, the bytes of {damaged} are not those that were written: get the file again."
+                )
+            file.seek(0)
+            return torch.load(file, map_location="cpu", weights_only=True)
+    except UserError:
+        raise
     except OSError as error:
         raise UserError(f"The checkpoint {path} cannot be opened ({error.strerror}): check its permissions.") from error
     except Exception as error:  # the unpickler raises whatever the bytes lead it to

@@ -1,0 +1,246 @@
+"""The folder of a run: who may write to it, what is in it, and which one `--resume` means."""
+
+from __future__ import annotations
+
+import errno
+import fcntl
+import itertools
+import json
+import os
+import re
+import socket
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from .checkpoint import RECORD, VERSION, Damaged, load_checkpoint, save_checkpoint, what_is_wrong
+from .errors import UserError, warn
+from .files import TEMPORARY, remove_temporaries, write_file
+
+LAST, OLDER, BEST, LOCK = "last.pt", "last-1.pt", "best.pt", ".lock"
+
+
+class Lock:
+    """The right to write to a run's folder, which one process has at a time.
+
+    It is a POSIX record lock on `.lock`: the system gives it back when the process ends, however it ends, and processes
+    that load data, which are forked, do not have it (of `flock` they would keep it after a kill of the trainer). It is
+    lost when the process closes any descriptor of the file, so the file is opened once, here.
+
+    Raises `UserError` if another process has it, and says which.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        path = folder / LOCK
+        try:
+            self._descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW, 0o666)
+        except OSError as error:
+            raise UserError(f"{path} cannot be opened ({error.strerror}): check the folder's permissions.") from error
+        try:
+            fcntl.lockf(self._descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError as error:
+            if error.errno in (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP):
+                warn(
+                    f"the file system of {folder} has no locks ({error.strerror}), so take care that one process alone "
+                    "trains there."
+                )
+                return
+            holder = os.pread(self._descriptor, 200, 0).decode(errors="replace").strip() or "another process"
+            self.release()
+            raise UserError(f"{folder} is being trained by {holder}: wait until that ends, or stop it.") from error
+        os.ftruncate(self._descriptor, 0)
+        os.pwrite(self._descriptor, f"process {os.getpid()} on {socket.gethostname()}\n".encode(), 0)
+
+    def release(self) -> None:
+        """Gives it back, once."""
+        if self._descriptor >= 0:
+            os.close(self._descriptor)
+        self._descriptor = -1
+
+
+class Run:
+    """A run's folder, which this process alone writes to. Made by `begin_run` and `resume_run`.
+
+    records: the lines of log.jsonl, one per epoch. about: what each checkpoint tells beside the weights and the state.
+    """
+
+    def __init__(self, folder: Path, lock: Lock) -> None:
+        self.folder, self._lock = folder, lock
+        self.about: dict[str, Any] = {}
+        self.records: list[dict[str, Any]] = []
+        self._last_is_whole = False
+        for place in (folder, self.pictures):
+            remove_temporaries(place)
+
+    @property
+    def last(self) -> Path:
+        return self.folder / LAST
+
+    @property
+    def best(self) -> Path:
+        return self.folder / BEST
+
+    @property
+    def pictures(self) -> Path:
+        return self.folder / "pictures"
+
+    def log(self, record: dict[str, Any]) -> None:
+        """Adds a record; the file is written anew, so that it never ends in half a line."""
+        self.records.append(record)
+        lines = "".join(f"{json.dumps(entry)}\n" for entry in self.records)
+        write_file(self.folder / "log.jsonl", lines.encode(), sync=True)
+
+    def save_last(self, state: dict[str, Any]) -> None:
+        """Writes last.pt; the one before becomes last-1.pt, unless it is damaged: then that stays what it is."""
+        older = self.folder / OLDER if self._last_is_whole else None
+        save_checkpoint(self.last, {"version": VERSION, **self.about, **state, "saved": time.time()}, older)
+        self._last_is_whole = True
+
+    def save_best(self, model: dict[str, Any], epoch: int, miou: float) -> None:
+        weights = {"model": model, "epoch": epoch, "miou": miou}
+        save_checkpoint(self.best, {"version": VERSION, **self.about, **weights})
+
+    def what_is_wrong_with_best(self) -> str | None:
+        """Why best.pt cannot be used, as a sentence; None if it can."""
+        try:
+            load_checkpoint(self.best)
+        except UserError as error:
+            return str(error)
+        return None
+
+    def load_last(self, path: Path) -> dict[str, Any]:
+        """The state to go on from: that of `path` or, if this is a last.pt that is damaged or gone, of last-1.pt."""
+        try:
+            saved = load_checkpoint(path)
+        except Damaged as damage:
+            older = self.folder / OLDER
+            if path.name != LAST or not older.is_file():
+                raise
+            saved = load_checkpoint(older)
+            warn(f"{str(damage).rstrip('.')}; the run goes on from {older}, one save earlier.")
+        else:
+            self._last_is_whole = path.name == LAST
+        if "optimizer" not in saved:
+            raise UserError(f"{path} holds weights only: resume from last.pt, or train them further with --pretrained.")
+        self.records = read_log(self.folder / "log.jsonl", saved["epoch"])
+        return saved
+
+    def close(self) -> None:
+        """Lets others write to the folder."""
+        self._lock.release()
+
+
+def read_log(path: Path, epochs: int) -> list[dict[str, Any]]:
+    """The records of the first `epochs` epochs. Lines that are none are passed over: half a line that a crash left
+    without, others with a word."""
+    records = []
+    lines = path.read_text(encoding="utf-8", errors="replace").splitlines() if path.is_file() else []
+    for number, line in enumerate(lines, 1):
+        try:
+            record = json.loads(line)
+        except (ValueError, RecursionError):  # not JSON, or a number or a nesting without end
+            continue
+        wrong = what_is_wrong(record, RECORD)
+        if wrong is not None:
+            warn(f"{path}, line {number} is no record of an epoch ({wrong}); it is passed over.")
+        elif record["epoch"] <= epochs:
+            records.append(record)
+    return records
+
+
+# --------------------------------------------------------------------------------------------------------------------
+# Which folder
+
+
+def begin_run(output_dir: str, name: str | None, default_name: str) -> Run:
+    """Makes the folder of a new run: `name`, or the first free one of default_name, default_name-2, … A folder that a
+    process has died in before it could save anything is free. `UserError` if `name` is not, or cannot be made."""
+    names = [name] if name is not None else (default_name + (f"-{n}" if n > 1 else "") for n in itertools.count(1))
+    for candidate in names:
+        folder = Path(output_dir, candidate)
+        try:
+            folder.mkdir(parents=True)
+        except FileExistsError:
+            if not _is_free(folder):
+                continue
+        except OSError as error:
+            raise UserError(
+                f"{folder} cannot be made ({error.strerror}): choose another place with --output-dir."
+            ) from error
+        try:
+            lock = Lock(folder)
+        except UserError:  # a run that begins at this moment
+            if name is not None:
+                raise
+            continue
+        if _is_free(folder):
+            return Run(folder, lock)
+        lock.release()  # it has begun, and ended, since we looked
+    raise UserError(f"{folder} exists already: choose another --name, or go on with that run by adding --resume.")
+
+
+def _is_free(folder: Path) -> bool:
+    """Whether a folder holds nothing but what a run has before it saves for the first time."""
+    try:
+        return all(name == LOCK or TEMPORARY.fullmatch(name) for name in os.listdir(folder))
+    except OSError:  # a file, or nothing that we may read
+        return False
+
+
+def resume_run(resume: str, output_dir: str, name: str | None, default_name: str | None) -> tuple[Run, dict[str, Any]]:
+    """The run that `--resume` means, see `find_checkpoint`, and its state. `UserError` if there is none, another
+    process trains it, or nothing in it is whole."""
+    path = find_checkpoint(resume, output_dir, name, default_name)
+    if not path.is_file() and not (path.name == LAST and path.with_name(OLDER).is_file()):
+        begun = path.name == LAST and path.with_name(LOCK).exists() and _is_free(path.parent)
+        hint = "the run ended before it saved anything, begin it again without --resume" if begun else "check the path"
+        raise UserError(f"There is no checkpoint {path}: {hint}.")
+    run = Run(path.parent, Lock(path.parent))
+    try:
+        return run, run.load_last(path)
+    except UserError:
+        run.close()
+        raise
+
+
+def find_checkpoint(resume: str, output_dir: str, name: str | None, default_name: str | None) -> Path:
+    """What `--resume` means: a file, a folder with a last.pt, or "auto", the run that was saved last.
+
+    That is the run `name`; without one, of those called `default_name`, default_name-2, …; without either, of all. A
+    run that can go on comes before a finished one; when it was saved says the file itself, not its time.
+    """
+    if resume != "auto":
+        path = Path(resume)
+        path = path / LAST if path.is_dir() else path
+        return path if path.parent.name not in ("", "..") else Path(os.path.abspath(path))  # from within the folder
+    folders = [Path(output_dir, name)] if name is not None else _folders_of(Path(output_dir), default_name)
+    found = [folder for folder in folders if any((folder / file).is_file() for file in (LAST, OLDER))]
+    if not found:
+        first = Path(output_dir, name or default_name or "*", LAST)
+        raise UserError(
+            f"There is no run to resume, {first} does not exist: say which with --resume PATH, or leave --resume out "
+            "to begin one."
+        )
+    return (found[0] if len(found) == 1 else max(found, key=_age)) / LAST
+
+
+def _folders_of(output_dir: Path, default_name: str | None) -> Iterator[Path]:
+    """The folders that runs of this name are called by default; without a name, all. In the order of their numbers."""
+    pattern = re.compile(rf"{re.escape(default_name)}(?:-(\d+))?" if default_name else r".*?(?:-(\d+))?")
+    named = ((pattern.fullmatch(folder.name), folder) for folder in output_dir.glob("*/"))
+    numbered = [(int(match[1] or 1), folder.name, folder) for match, folder in named if match]
+    return (folder for _, _, folder in sorted(numbered))
+
+
+def _age(folder: Path) -> tuple[bool, float]:
+    """Whether a run can go on, and when it was saved, for choosing among several: without reading the weights."""
+    for name in (LAST, OLDER):
+        try:
+            saved = torch.load(folder / name, map_location="cpu", weights_only=True, mmap=True)
+            return saved["epoch"] < saved["config"]["epochs"], float(saved.get("saved", 0))
+        except Exception:  # it is looked at closely, and complained of, if it is chosen
+            continue
+    return False, -1.0
