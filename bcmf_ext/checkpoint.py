@@ -110,10 +110,10 @@ ABOUT: Mapping[str, Field] = {  # of last.pt and best.pt
     "mean": Field("three numbers", _is_channels),
     "std": Field("three numbers above 0", lambda v: _is_channels(v) and min(v) > 0),
     "align_corners": Field("True or False", lambda v: isinstance(v, bool)),
-    "train_images": COUNT,
     "model": WEIGHTS,
 }
 PROGRESS: Mapping[str, Field] = {  # of last.pt
+    "train_images": COUNT,
     "optimizer": Field("the state of an SGD optimiser", _is_optimizer),
     "scheduler": Field("the state of a scheduler", _is_scheduler),
     "scaler": NUMBERS,
@@ -124,7 +124,7 @@ PROGRESS: Mapping[str, Field] = {  # of last.pt
     "share_steps": Field(COUNT.must, COUNT.holds, optional=True),
     "seconds": Field("a number of at least 0", lambda v: _is_number(v) and v >= 0),
     "best_miou": NUMBER,
-    "best_epoch": Field("a whole number of at least -1", lambda v: _is_count(v) or v == -1),
+    "best_epoch": Field("a whole number of at least -1", lambda v: _is_count(v) or (type(v) is int and v == -1)),
     "saved": Field(NUMBER.must, NUMBER.holds, optional=True),
 }
 RECORD: Mapping[str, Field] = {  # a line of log.jsonl

@@ -43,7 +43,7 @@ import matplotlib.pyplot as plt
 sys.path.insert(0, str(Path(__file__).parent))
 from kernels import AA_LIMIT, LEAST_ROUNDS, RESULTS, about, device_name, peak_above
 
-from bcmf_ext.checkpoint import Run
+from bcmf_ext.checkpoint import VERSION, save_checkpoint
 from bcmf_ext.config import NETWORKS, make_config
 from bcmf_ext.data import MEAN, STD, normalise
 from bcmf_ext.engine import choose_device, choose_dtype
@@ -79,18 +79,20 @@ def predict(images: Tensor, network: Callable[[Tensor], Tensor], layout: torch.m
 
 def make_predictor(name: str, network: nn.Module, device: str, amp: str) -> Predictor:
     """By way of a checkpoint, as users make it."""
-    about_run = {
+    content = {
+        "version": VERSION,
         "config": asdict(make_config({"dataset": "folder", "model": name})),
         "classes": [str(index) for index in range(CLASSES)],
         "palette": torch.zeros(CLASSES, 3, dtype=torch.uint8),
         "mean": MEAN,
         "std": STD,
         "align_corners": False,
+        "model": network.state_dict(),
     }
     with tempfile.TemporaryDirectory() as folder:
-        run = Run(Path(folder), about_run)
-        run.save_best(network.state_dict(), 1, 0.0)
-        return Predictor(run.best, device, amp)
+        path = Path(folder, "best.pt")
+        save_checkpoint(path, content)
+        return Predictor(path, device, amp)
 
 
 def make_rows(name: str, device: str, compiled: bool) -> dict[str, Row]:

@@ -1,10 +1,13 @@
-"""Files that survive the death of the process, and what is said about files that did not."""
+"""Checkpoints: whole ones come back, and each kind of other file is a sentence."""
 
 from __future__ import annotations
 
-import json
+import errno
+import math
 import os
+import random
 import signal
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -12,81 +15,54 @@ import pytest
 import torch
 
 from bcmf_ext import checkpoint
-from bcmf_ext.checkpoint import Run, atomic_write, find_checkpoint, load_checkpoint, new_folder, save_checkpoint
+from bcmf_ext.checkpoint import (
+    ABOUT,
+    PROGRESS,
+    RECORD,
+    VERSION,
+    Damaged,
+    load_checkpoint,
+    save_checkpoint,
+    what_is_wrong,
+)
+from bcmf_ext.config import make_config
 from bcmf_ext.errors import UserError
 
-CONTENT: dict[str, Any] = {"version": 1, "config": {"lr": 0.1}, "classes": ["a", "b"], "model": {"w": torch.ones(3)}}
-
-
-# Writing
-
-
-def test_killed_while_writing(tmp_path: Path) -> None:
-    """kill −9 in the middle of writing leaves the previous checkpoint whole."""
-    path = tmp_path / "last.pt"
-    save_checkpoint(path, CONTENT)
-    child = os.fork()
-    if child == 0:
-        with atomic_write(path) as file:
-            file.write(b"half of a new checkpoint")
-            file.flush()
-            os.kill(os.getpid(), signal.SIGKILL)
-    assert os.waitpid(child, 0)[1] == signal.SIGKILL
-    assert load_checkpoint(path)["config"] == {"lr": 0.1}
-    save_checkpoint(path, {**CONTENT, "config": {"lr": 0.2}})
-    assert load_checkpoint(path)["config"] == {"lr": 0.2}
-    assert [p.name for p in tmp_path.iterdir()] == ["last.pt"]
-
-
-def test_reaches_the_disk_before_the_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The bytes are flushed to the disk before the file takes its name: a power cut leaves the old or the new file."""
-    events: list[str] = []
-    sync, replace = os.fsync, os.replace
-    monkeypatch.setattr(os, "fsync", lambda file: (events.append("sync"), sync(file)))
-    monkeypatch.setattr(os, "replace", lambda old, new: (events.append("replace"), replace(old, new)))
-    save_checkpoint(tmp_path / "last.pt", CONTENT)
-    assert events == ["sync", "replace"]
-
-
-def test_cannot_write(tmp_path: Path) -> None:
-    """A place that cannot be written to is one sentence with the path."""
-    (tmp_path / "file").touch()
-    with pytest.raises(UserError, match=r"file/last\.pt cannot be written \(.+\)"):
-        save_checkpoint(tmp_path / "file" / "last.pt", CONTENT)
-    with pytest.raises(UserError, match=r"cannot be made .*--output-dir"):
-        new_folder(str(tmp_path / "file"), None, "demo")
-
-
-@pytest.mark.skipif(not Path("/dev/full").exists(), reason="needs /dev/full")
-def test_disk_full(tmp_path: Path) -> None:
-    """A full disk is a sentence too, and the old file stays."""
-    save_checkpoint(tmp_path / "last.pt", CONTENT)
-    (tmp_path / "last.pt.tmp").symlink_to("/dev/full")
-    with pytest.raises(UserError, match="No space left"):
-        save_checkpoint(tmp_path / "last.pt", {**CONTENT, "model": {"w": torch.ones(100_000)}})
-    assert load_checkpoint(tmp_path / "last.pt")["model"]["w"].numel() == 3
-
-
-# Reading
-
-
-def test_not_a_checkpoint(tmp_path: Path) -> None:
-    """Each kind of wrong file gets its own sentence, with its path."""
-    good, path = tmp_path / "good.pt", tmp_path / "a file.pt"
-    save_checkpoint(good, CONTENT)
-    with pytest.raises(UserError, match=r"There is no checkpoint .*a file\.pt"):
-        load_checkpoint(path)
-    for damaged in (b"", b"no checkpoint at all", b"a\nb\nc\n", b"hello", good.read_bytes()[:-100]):
-        path.write_bytes(damaged)
-        with pytest.raises(UserError, match=r"a file\.pt cannot be read"):
-            load_checkpoint(path)
-    for other in ({"state_dict": {}}, [1, 2]):
-        torch.save(other, path)
-        with pytest.raises(UserError, match="--pretrained"):
-            load_checkpoint(path)
-    torch.save({**CONTENT, "version": checkpoint.VERSION + 1}, path)
-    with pytest.raises(UserError, match="newer"):
-        load_checkpoint(path)
+CONTENT: dict[str, Any] = {
+    "version": VERSION,
+    "config": asdict(make_config({})),
+    "classes": ["a", "b"],
+    "palette": torch.zeros(2, 3, dtype=torch.uint8),
+    "mean": (0.5, 0.5, 0.5),
+    "std": (0.2, 0.2, 0.2),
+    "align_corners": False,
+    "model": {"w": torch.ones(300), "count": torch.tensor(3)},
+}
+STATE: dict[str, Any] = {
+    "train_images": 9,
+    "optimizer": {
+        "state": {0: {"momentum_buffer": torch.zeros(300)}},
+        "param_groups": [{"lr": 0.1, "initial_lr": 0.1, "params": [0]}],
+    },
+    "scheduler": {"last_epoch": 6, "_step_count": 7, "base_lrs": [0.1], "_last_lr": [0.1]},
+    "scaler": {},
+    "epoch": 1,
+    "step": 2,
+    "loss_sums": {"total": 1.5},
+    "seconds": 0.5,
+    "best_miou": 0.3,
+    "best_epoch": 0,
+}
+RECORDED: dict[str, Any] = {
+    "epoch": 1,
+    "step": 4,
+    "lr": 0.1,
+    "loss": {"total": 1.5, "ce": 1.0},
+    "seconds": 0.5,
+    "images_per_second": 16.0,
+    "miou": 0.4,
+    "iou": {"a": 0.4, "b": None},
+}
 
 
 def test_runs_no_code(tmp_path: Path) -> None:
@@ -102,47 +78,135 @@ def test_runs_no_code(tmp_path: Path) -> None:
     assert not (tmp_path / "trapped").exists()
 
 
-# The run's folder
+def test_ctrl_c_while_saving(tmp_path: Path) -> None:
+    """Ctrl-C inside torch.save is Ctrl-C, not an error of torch's writer; the old file stays."""
+
+    class Pressed:
+        def __reduce__(self) -> tuple[Any, ...]:
+            os.kill(os.getpid(), signal.SIGINT)
+            return int, ()
+
+    save_checkpoint(tmp_path / "last.pt", CONTENT)
+    with pytest.raises(KeyboardInterrupt):
+        save_checkpoint(tmp_path / "last.pt", {**CONTENT, "classes": ["c", "d"], "extra": Pressed()})
+    assert load_checkpoint(tmp_path / "last.pt")["classes"] == ["a", "b"]
+    assert os.listdir(tmp_path) == ["last.pt"]
 
 
-def test_log(tmp_path: Path) -> None:
-    """Records come back; half a line of a crash, and epochs later than the checkpoint, do not."""
-    run = Run(tmp_path, {})
-    for epoch in (1, 2, 3):
-        run.log({"epoch": epoch, "miou": epoch / 10})
-    lines = (tmp_path / "log.jsonl").read_text().splitlines()
-    assert [json.loads(line)["epoch"] for line in lines] == [1, 2, 3]
+def test_disk_full_while_saving(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """So is a full disk, whose error torch's writer would hide."""
 
-    (tmp_path / "log.jsonl").write_text("\n".join(lines) + '\n{"epoch": 4, "mi')
-    run = Run(tmp_path, {}, epochs=2)
-    assert [record["epoch"] for record in run.records] == [1, 2]
-    run.log({"epoch": 3, "miou": 0.5})
-    assert len((tmp_path / "log.jsonl").read_text().splitlines()) == 3
+    def full(_: int) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(os, "fsync", full)
+    with pytest.raises(UserError, match=r"last\.pt cannot be written \(No space left on device\)"):
+        save_checkpoint(tmp_path / "last.pt", CONTENT)
 
 
-def test_new_runs_never_overwrite(tmp_path: Path) -> None:
-    """Default names count up; a name that is taken is refused."""
-    output = str(tmp_path / "runs")
-    names = [new_folder(output, None, "demo-bcmfnet").name for _ in range(3)]
-    assert names == ["demo-bcmfnet", "demo-bcmfnet-2", "demo-bcmfnet-3"]
-    assert new_folder(output, "mine", "demo-bcmfnet").name == "mine"
-    with pytest.raises(UserError, match=r"mine exists already: .*--name.*--resume"):
-        new_folder(output, "mine", "demo-bcmfnet")
+def test_not_a_checkpoint(tmp_path: Path) -> None:
+    """Each kind of wrong file gets its own sentence, with its path."""
+    good, path = tmp_path / "good.pt", tmp_path / "a file.pt"
+    save_checkpoint(good, CONTENT)
+    with pytest.raises(Damaged, match=r"There is no checkpoint .*a file\.pt"):
+        load_checkpoint(path)
+    for damaged in (b"", b"no checkpoint at all", b"a\nb\nc\n", b"hello", good.read_bytes()[:-100]):
+        path.write_bytes(damaged)
+        with pytest.raises(Damaged, match=r"a file\.pt cannot be read"):
+            load_checkpoint(path)
+    for other in ({"state_dict": {}}, [1, 2]):
+        torch.save(other, path)
+        with pytest.raises(UserError, match="--pretrained"):
+            load_checkpoint(path)
+    torch.save({**CONTENT, "version": checkpoint.VERSION + 1}, path)
+    with pytest.raises(UserError, match="newer"):
+        load_checkpoint(path)
+    os.mkfifo(tmp_path / "fifo.pt")
+    with pytest.raises(UserError, match="There is no checkpoint"):
+        load_checkpoint(tmp_path / "fifo.pt")
 
 
-def test_what_resume_means(tmp_path: Path) -> None:
-    """A file, a folder, or without a path the newest run of that name, and of no other."""
-    for age, name in enumerate(("demo-bcmfnet-2", "demo-bcmfnet", "demo-bcmfnet-old", "camvid-bcmfnet", "mine")):
-        (tmp_path / name).mkdir()
-        (tmp_path / name / "last.pt").touch()
-        os.utime(tmp_path / name / "last.pt", (1000 - age, 1000 - age))
-    output = str(tmp_path)
-    assert find_checkpoint("auto", output, None, "demo-bcmfnet") == tmp_path / "demo-bcmfnet-2" / "last.pt"
-    assert find_checkpoint("auto", output, "mine", "demo-bcmfnet") == tmp_path / "mine" / "last.pt"
-    assert find_checkpoint(str(tmp_path / "mine"), output, None, "demo-bcmfnet") == tmp_path / "mine" / "last.pt"
-    assert find_checkpoint("some.pt", output, None, "demo-bcmfnet") == Path("some.pt")
-    assert find_checkpoint("auto", output, None, None) == min(
-        tmp_path.glob("*/last.pt"), key=lambda path: -path.stat().st_mtime
-    )
-    with pytest.raises(UserError, match=r"no run to resume, .*demo-ddrnet_s"):
-        find_checkpoint("auto", output, None, "demo-ddrnet_s")
+def test_flipped_bytes(tmp_path: Path) -> None:
+    """Bytes of the weights that are not those that were written: torch.load does not notice, and the network would
+    predict something."""
+    save_checkpoint(tmp_path / "best.pt", CONTENT)
+    written = (tmp_path / "best.pt").read_bytes()
+    weights = written.index(torch.ones(300).numpy().tobytes())
+    for seed in range(20):
+        odd, places = bytearray(written), random.Random(seed).sample(range(1200), 20)
+        for place in places:
+            odd[weights + place] ^= 0x10
+        (tmp_path / "best.pt").write_bytes(odd)
+        with pytest.raises(Damaged, match=r"the bytes of .* are not those that were written"):
+            load_checkpoint(tmp_path / "best.pt")
+
+
+@pytest.mark.parametrize("odd", [math.nan, math.inf])
+def test_weights_that_are_not_finite(tmp_path: Path, odd: float) -> None:
+    """A network of NaN gives class 0 everywhere: every command that reads the file refuses it."""
+    save_checkpoint(tmp_path / "best.pt", {**CONTENT, "model": {"w": torch.tensor([1.0, odd]), "v": torch.ones(1)}})
+    with pytest.raises(UserError, match=r"The weights in .*best\.pt are not finite \(w\)"):
+        load_checkpoint(tmp_path / "best.pt")
+
+
+# What fields may hold
+
+ODD: tuple[Any, ...] = (
+    *(None, True, -2, 2**70, 10**5000, 1.5, math.nan, -math.inf, "x", b"x", [], [None], {}, {1: 2}, {"a": None}, ()),
+    *(
+        torch.zeros(2),
+        torch.zeros(2, 2).to_sparse(),
+        torch.zeros(2, device="meta"),
+        [1, 2, 3],
+        ["a", 1],
+        {"total": "x"},
+    ),
+)
+
+
+@pytest.mark.parametrize("name", [*ABOUT, *PROGRESS])
+def test_odd_fields(tmp_path: Path, name: str) -> None:
+    """Whatever another program wrote into a field: it is what it must be, or the sentence names file and field."""
+    path, whole, field = tmp_path / "last.pt", {**CONTENT, **STATE}, (ABOUT | PROGRESS)[name]
+    save_checkpoint(path, whole)
+    assert load_checkpoint(path).keys() == whole.keys()
+    for odd in ODD:
+        torch.save({**whole, name: odd}, path)
+        if field.holds(odd) and name != "config":
+            assert load_checkpoint(path)[name] is not None
+            continue
+        with pytest.raises(
+            UserError, match=f"last.pt (the field {name} is .{{1,60}}, but must be|the setting dataset is)"
+        ):
+            load_checkpoint(path)
+    assert sum(map(field.holds, ODD)) < len(ODD) / 2
+
+
+@pytest.mark.parametrize("name", [*ABOUT, *PROGRESS])
+def test_missing_fields(tmp_path: Path, name: str) -> None:
+    """A field that is not there, too, but for those that older versions had not."""
+    whole = {**CONTENT, **STATE}
+    torch.save({key: value for key, value in whole.items() if key != name}, tmp_path / "last.pt")
+    if name == "optimizer" or (ABOUT | PROGRESS)[name].optional:  # without an optimiser it is a best.pt
+        load_checkpoint(tmp_path / "last.pt")
+        return
+    with pytest.raises(UserError, match=f"the field {name} is missing|is not a checkpoint of this trainer"):
+        load_checkpoint(tmp_path / "last.pt")
+
+
+def test_fields_that_contradict_each_other(tmp_path: Path) -> None:
+    """As many colours as classes."""
+    save_checkpoint(tmp_path / "best.pt", {**CONTENT, "palette": torch.zeros(3, 3, dtype=torch.uint8)})
+    with pytest.raises(UserError, match="the field palette has 3 colours for 2 classes"):
+        load_checkpoint(tmp_path / "best.pt")
+
+
+@pytest.mark.parametrize("name", list(RECORD))
+def test_odd_records(name: str) -> None:
+    """The same of a line of the log."""
+    assert what_is_wrong(RECORDED, RECORD) is None
+    refused = [what_is_wrong({**RECORDED, name: odd}, RECORD) for odd in ODD]
+    assert sum(wrong is not None for wrong in refused) > len(ODD) // 2
+    assert all(wrong is None or wrong.startswith(f"the field {name} is ") for wrong in refused)
+    for other in (None, 3, [], "x"):
+        assert what_is_wrong(other, RECORD) == "it holds no fields"

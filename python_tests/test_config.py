@@ -8,7 +8,15 @@ from pathlib import Path
 
 import pytest
 
-from bcmf_ext.config import RECIPES, Config, command_line, make_config, parse_flags, resumed_config
+from bcmf_ext.config import (
+    RECIPES,
+    Config,
+    command_line,
+    make_config,
+    parse_flags,
+    read_saved_config,
+    resumed_config,
+)
 from bcmf_ext.data import DATASETS, open_dataset
 from bcmf_ext.errors import UserError
 
@@ -150,8 +158,28 @@ def test_resume_keeps_the_settings() -> None:
     config = resumed_config(saved, flags, Path("elsewhere/x"))
     place = {"name": "x", "output_dir": "elsewhere"}
     assert asdict(config) == {**saved, "workers": 1, "device": "cpu", **place}
-    del saved["power"]  # as if the knob had joined since
-    assert resumed_config(saved, flags, Path("elsewhere/x")) == config
+
+
+def test_settings_of_a_file() -> None:
+    """What a checkpoint holds is completed, where knobs have joined since, and otherwise refused with file and name:
+    it may be of a newer version, or nobody's."""
+    saved = asdict(configure("--dataset camvid --lr 0.2"))
+    older = {name: value for name, value in saved.items() if name not in ("power", "ohem")}
+    assert read_saved_config(older, Path("last.pt")) == saved
+    for change, message in (
+        ({"a_new_setting": 1}, "last.pt was written by a newer bcmf_ext, which has a setting 'a_new_setting'"),
+        ({"epochs": "x"}, "In last.pt the setting epochs is 'x', but must be int"),
+        ({"epochs": True}, "the setting epochs is 'True', but must be int"),
+        ({"epochs": 0}, "The settings in last.pt cannot be: --epochs is 0, but must be at least 1"),
+        ({"lr": None}, "the setting lr is 'None', but must be float"),
+        ({"crop_size": (64,)}, r"the setting crop_size is '\(64,\)', but must be tuple"),
+        ({"amp": "tf32"}, "the setting amp is 'tf32', but must be one of auto, bf16, fp16, off"),
+        ({"dataset": "ade20k"}, "the setting dataset is 'ade20k', but must be one of demo"),
+    ):
+        with pytest.raises(UserError, match=message):
+            read_saved_config({**saved, **change}, Path("last.pt"))
+    with pytest.raises(UserError, match="the setting dataset is 'None'"):
+        read_saved_config({}, Path("last.pt"))
 
 
 @pytest.mark.parametrize(

@@ -6,6 +6,7 @@ import math
 import os
 import signal
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -164,7 +165,7 @@ def test_loss_warmup_and_gradient_shares() -> None:
     assert ramps == [0, 0.25, 0.5, 0.75, 1, 1]
     saved = state.state_dict()
     del saved["share_sums"]  # as in files of older versions
-    make_state().load_state_dict(saved)
+    make_state().load_state_dict(saved, Path("last.pt"))
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])

@@ -18,7 +18,7 @@ from PIL import Image
 from tiny import CLASSES, TinyNet, one_thread, write_folder  # noqa: F401
 
 from bcmf_ext import evaluate, predict
-from bcmf_ext.checkpoint import Run
+from bcmf_ext.checkpoint import VERSION, save_checkpoint
 from bcmf_ext.config import NETWORKS, make_config
 from bcmf_ext.data import MEAN, STD, open_dataset
 from bcmf_ext.data.cityscapes import CLASSES as CITYSCAPES_CLASSES
@@ -47,17 +47,18 @@ def write_checkpoint(
     """A best.pt with random weights; returns its path."""
     torch.manual_seed(0)
     config = make_config({"dataset": "folder", "amp": "off", **flags})
-    about = {
+    content = {
+        "version": VERSION,
         "config": asdict(config),
         "classes": list(classes),
         "palette": torch.from_numpy(palette),
         "mean": MEAN,
         "std": STD,
         "align_corners": False,
+        "model": TinyNet(len(classes)).state_dict(),
     }
-    run = Run(folder, about)
-    run.save_best(TinyNet(len(classes)).state_dict(), 1, 0.5)
-    return run.best
+    save_checkpoint(folder / "best.pt", content)
+    return folder / "best.pt"
 
 
 def predicted(checkpoint: Path, image: np.ndarray) -> np.ndarray:
@@ -284,7 +285,7 @@ def test_one_bad_image_among_good_ones(tmp_path: Path, root: Path, capsys: pytes
     checkpoint, folder = write_checkpoint(tmp_path / "run"), root / "images" / "val"
     (folder / "val1.png").write_bytes(b"not a picture")
     output = tmp_path / "out"
-    with pytest.raises(UserError, match=r"1 of 3 images could not be read, such as .*val1\.png"):
+    with pytest.raises(UserError, match=r"1 of 3 images had to be left out, such as .*val1\.png"):
         predict.main(["--checkpoint", str(checkpoint), "--device", "cpu", str(folder), "--output", str(output)])
     assert sorted(p.name for p in output.glob("*_label.png")) == ["val0_label.png", "val2_label.png"]
     said = capsys.readouterr()
@@ -314,7 +315,7 @@ def test_what_cannot_be_predicted(tmp_path: Path, root: Path) -> None:
     for arguments, message in (
         ([tmp_path / "none.png"], r"no image or folder .*none\.png"),
         ([tmp_path / "empty"], "empty holds no images"),
-        ([tmp_path / "text.png"], r"1 of 1 images could not be read, such as .*text\.png"),
+        ([tmp_path / "text.png"], r"1 of 1 images had to be left out, such as .*text\.png"),
         ([first, second], "would both be written as val0"),
     ):
         flags = ["--checkpoint", checkpoint, "--output", str(tmp_path / "out"), "--device", "cpu"]

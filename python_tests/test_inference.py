@@ -15,7 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from bcmf_ext.checkpoint import Run
+from bcmf_ext.checkpoint import VERSION, save_checkpoint
 from bcmf_ext.config import NETWORKS, make_config
 from bcmf_ext.data import MEAN, STD, normalise
 from bcmf_ext.errors import UserError
@@ -40,15 +40,17 @@ def trained(name: str, classes: int = 11) -> nn.Module:
 
 def write_run(folder: Path, name: str, network: nn.Module, classes: int = 11, **about: object) -> Path:
     content = {
+        "version": VERSION,
         "config": asdict(make_config({"dataset": "folder", "model": name, "amp": "off"})),
         "classes": [f"class {index}" for index in range(classes)],
         "palette": torch.zeros(classes, 3, dtype=torch.uint8),
         "mean": MEAN,
         "std": STD,
         "align_corners": False,
+        "model": network.state_dict(),
         **about,
     }
-    Run(folder, content).save_best(network.state_dict(), 1, 0.5)
+    save_checkpoint(folder / "best.pt", content)
     return folder
 
 
@@ -228,7 +230,7 @@ def test_weights_that_do_not_fit(tmp_path: Path) -> None:
     for name, classes, message in (
         ("bcmfnet", 12, r"a bcmfnet of 12 classes, but its weights are others \(size mismatch for .*conv2"),
         ("ddrnet_s", 11, r"a ddrnet_s of 11 classes, but its weights are others \(Missing key\(s\).*spp.scale0"),
-        ("unet", 11, "holds a network unet, which bcmf_ext does not know: "),
+        ("unet", 11, "the setting model is 'unet', but must be one of bcmfnet, ddrnet_s"),
     ):
         folder = write_run(tmp_path / f"{name}{classes}", "bcmfnet", network, classes)
         saved = torch.load(folder / "best.pt", weights_only=True)

@@ -109,7 +109,7 @@ def test_colours() -> None:
 
 def test_palette_png(tmp_path: Path) -> None:
     """A predicted label is a palette PNG: its values are the classes, its look the colours."""
-    save_png(tmp_path / "new folder" / "label.png", PREDICTION, PALETTE)
+    save_png(tmp_path / "new folder" / "label.png", PREDICTION, "bcmf_ext.predict", PALETTE)
     picture = Image.open(tmp_path / "new folder" / "label.png")
     assert picture.mode == "P"
     assert np.array_equal(np.array(picture), PREDICTION)
