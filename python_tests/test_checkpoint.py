@@ -175,10 +175,11 @@ def test_odd_fields(tmp_path: Path, name: str) -> None:
         if field.holds(odd) and name != "config":
             assert load_checkpoint(path)[name] is not None
             continue
-        with pytest.raises(
-            UserError, match=f"last.pt (the field {name} is .{{1,60}}, but must be|the setting dataset is)"
-        ):
+        with pytest.raises(UserError, match=r"last\.pt ") as error:
             load_checkpoint(path)
+        said = str(error.value)
+        assert f"the field {name} is " in said or name == "config" or "cannot be read" in said  # endless numbers
+        assert len(said) < 400
     assert sum(map(field.holds, ODD)) < len(ODD) / 2
 
 

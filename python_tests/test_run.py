@@ -118,7 +118,7 @@ def test_new_runs_never_overwrite(tmp_path: Path) -> None:
 
 
 def test_a_run_that_died_before_it_saved(tmp_path: Path) -> None:
-    """Its folder is free for the same name, and cleared of what was half written; that of a run that is about to save is
+    """Its folder is free for the same name, and cleared of what was half written; while it is about to save it is
     not."""
     begin(tmp_path, "x").close()
     half = tmp_path / "x" / f".bcmf_ext-{'a' * 16}.tmp"
