@@ -120,10 +120,10 @@ def loaded(batches: Iterable[Any]) -> Iterator[Any]:
     a handler of SIGCHLD. Without it the loader finds out within five seconds, while it waits for a batch.
     """
     before = signal.getsignal(signal.SIGCHLD)
-    iterator = iter(batches)
-    if before is not None and threading.current_thread() is threading.main_thread():
-        signal.signal(signal.SIGCHLD, before)
     try:
+        iterator = iter(batches)
+        if before is not None and threading.current_thread() is threading.main_thread():
+            signal.signal(signal.SIGCHLD, before)
         yield from iterator
     except RuntimeError as error:
         if not str(error).startswith("DataLoader worker"):

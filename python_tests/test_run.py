@@ -7,6 +7,8 @@ import fcntl
 import json
 import os
 import signal
+import subprocess
+import sys
 import time
 from collections.abc import Iterator
 from contextlib import closing, contextmanager
@@ -236,3 +238,13 @@ def test_resume_leaves_other_folders_alone(tmp_path: Path) -> None:
         with pytest.raises(UserError, match=r"There is no checkpoint .*: check the path"):
             resume_run(str(path), str(tmp_path), None, None)
     assert os.listdir(tmp_path / "photos") == []
+
+
+def test_stopped_at_any_moment() -> None:
+    """Protects whole runs, with and without loading processes: killed, terminated or interrupted at random moments,
+    they end as one that was never stopped, bit for bit. (`kills.py` does as many as asked for.)"""
+    kills = [sys.executable, str(Path(__file__).with_name("kills.py"))]
+    kills += ["--kills", "5", "--terminations", "3", "--interrupts", "2", "--seed", str(time.time_ns())]
+    done = subprocess.run(kills, capture_output=True, text=True, env={**os.environ, "OMP_NUM_THREADS": "1"})
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.count("all equal to one that was not stopped") == 3

@@ -7,6 +7,7 @@ import json
 import math
 import os
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -21,7 +22,7 @@ from PIL import Image
 from tiny import CLASSES, STEPS, TinyNet, one_thread, write_folder  # noqa: F401
 from torch import Tensor
 
-from bcmf_ext import BCL, CPG, OHEM, dispatch, train
+from bcmf_ext import BCL, CPG, OHEM, dispatch, evaluate, predict, train
 from bcmf_ext.config import NETWORKS, parse_flags
 from bcmf_ext.data import Augmentation, open_dataset
 from bcmf_ext.engine import Compute, lr_factor
@@ -96,6 +97,25 @@ def at_loss(
 
 def press_ctrl_c(*_: Any) -> None:
     os.kill(os.getpid(), signal.SIGINT)
+
+
+def in_background(flags: list[str], **options: Any) -> subprocess.Popen[str]:
+    """The command, with the tiny network."""
+    program = (
+        "import sys, torch; sys.path.insert(0, sys.argv.pop(1)); torch.set_num_threads(1)\n"
+        "from tiny import TinyNet; from bcmf_ext import train; from bcmf_ext.config import NETWORKS\n"
+        "NETWORKS['bcmfnet'] = TinyNet\n"
+        "train.run_command(train.main)"
+    )
+    command = [sys.executable, "-c", program, str(Path(__file__).parent), *flags]
+    environment = {**os.environ, "PYTHONPATH": str(Path(train.__file__).parents[1])}
+    return subprocess.Popen(command, env=environment, text=True, stderr=subprocess.PIPE, **options)
+
+
+def wait_for_epoch(process: subprocess.Popen[str], run: Path, epochs: int = 1) -> None:
+    while not (run / "log.jsonl").exists() or len(log(run)) < epochs:
+        assert process.poll() is None
+        time.sleep(0.01)
 
 
 # A run
@@ -362,6 +382,152 @@ def test_ctrl_c_in_training(
     assert_same_run(run, tmp_path / "all runs" / "whole")
 
 
+@pytest.mark.parametrize(("number", "status"), [(signal.SIGTERM, 143), (signal.SIGHUP, 129)])
+def test_other_signals_save_too(
+    number: int, status: int, flags: list[str], run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What SLURM sends before it kills, and a terminal that is closed, save the run as Ctrl-C does, though the loading
+    processes get the signal, too; a second one ends it at once, and under nohup SIGHUP is nothing."""
+    flags = [*flags, "--epochs", "500", "--workers", "1"]
+    process = in_background(flags, start_new_session=True)
+    wait_for_epoch(process, run)
+    os.killpg(process.pid, number)
+    said = process.communicate(timeout=60)[1]
+    assert (process.returncode, "Traceback" in said) == (status, False)
+    saved = load(run / "last.pt")
+    assert len(log(run)) == saved["epoch"] >= 1
+    assert saved["step"] > 0
+
+    resumed = in_background(["--resume", str(run)], start_new_session=True)
+    wait_for_epoch(resumed, run, saved["epoch"] + 1)
+    for _ in range(2):
+        os.kill(resumed.pid, number)
+        time.sleep(0.001)  # two at once would be one
+    resumed.communicate(timeout=60)
+    assert resumed.returncode in (status, -number)
+    assert load(run / "last.pt")["epoch"] >= saved["epoch"]
+
+    monkeypatch.setattr(signal, "getsignal", lambda _: signal.SIG_IGN)
+    with train.StopSignals() as stopped:
+        assert signal.SIGHUP not in stopped._before
+    assert not stopped()
+
+
+def test_closed_output_loses_nothing(flags: list[str], run: Path) -> None:
+    """`train | head`: what was trained is saved before it is printed, and the end is a sentence."""
+    process = in_background([*flags, "--epochs", "4"], stdout=subprocess.PIPE)
+    assert process.stdout is not None
+    process.stdout.readline()
+    process.stdout.close()
+    assert process.wait(60) == 141
+    assert process.stderr is not None
+    assert process.stderr.read().splitlines()[-1].startswith("error: what is printed has nowhere to go any more")
+    assert load(run / "last.pt")["epoch"] == len(log(run)) >= 1
+
+
+@pytest.mark.parametrize("epoch", [1, 2])
+def test_a_killed_loading_process(epoch: int, flags: list[str], run: Path, tmp_path: Path) -> None:
+    """The system kills it when memory is short: a sentence, and a run that goes on where it was, with fewer."""
+    process = in_background([*flags, "--epochs", "300", "--workers", "1"])
+    wait_for_epoch(process, run, epoch)
+    children = Path(f"/proc/{process.pid}/task/{process.pid}/children")
+    if not children.exists():
+        pytest.skip("no /proc to find the loading processes in")
+    for child in children.read_text().split():
+        os.kill(int(child), signal.SIGKILL)
+    said = process.communicate(timeout=60)[1]
+    assert process.returncode == 2, said
+    assert re.search(
+        r"^error: A process that loads data died \(.*\), .* --resume '.*' and fewer --workers than 1\.$", said
+    )
+    saved = load(run / "last.pt")
+    assert (saved["epoch"], saved["scheduler"]["last_epoch"]) == (len(log(run)), saved["epoch"] * STEPS + saved["step"])
+
+
+@pytest.mark.usefixtures("tiny")
+def test_no_picture_ends_a_run(
+    tmp_path: Path, flags: list[str], run: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Images of one row or column, names of 255 bytes, and whatever else goes wrong in drawing: the run goes on."""
+    copy = write_folder(tmp_path / "odd")
+    for kind in ("images", "labels"):
+        for name, size in (("val0", (1, 3000)), ("val1", (1000, 1)), ("val2", (96, 72))):
+            path = copy / kind / "val" / f"{name}.png"
+            Image.open(path).resize(size, Image.Resampling.NEAREST).save(path)
+        path.rename(path.with_name("é" * 125 + ".png"))
+    train.main([*flags, "--data-root", str(copy), "--epochs", "1"])
+    assert capsys.readouterr().err == ""
+    pictures = list((run / "pictures").iterdir())
+    assert len(pictures) == 3
+    for picture in pictures:
+        assert max(Image.open(picture).size) < 2200
+
+    def fail(*_: Any) -> None:
+        raise MemoryError
+
+    for drawing in ("draw_curves", "draw_sample"):
+        monkeypatch.setattr(train, drawing, fail)
+    train.main([*flags, "--name", "y", "--epochs", "2"])
+    said = capsys.readouterr().err
+    assert "warning: curves.png could not be drawn (MemoryError); the run goes on." in said
+    assert "warning: the picture of " in said
+    assert load(run.with_name("y") / "last.pt")["epoch"] == 2
+
+
+@pytest.mark.usefixtures("tiny")
+@pytest.mark.parametrize("damage", ["gone", "cut"])
+def test_best_that_is_damaged(
+    damage: str, flags: list[str], run: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """It is noticed when the run goes on, made anew from then on, and recommended only if it can be used."""
+
+    def spoil() -> None:
+        (run / "best.pt").unlink() if damage == "gone" else (run / "best.pt").write_bytes(b"half")
+
+    with monkeypatch.context() as patch:
+        at_loss(patch, 2 * STEPS, press_ctrl_c)
+        with pytest.raises(SystemExit):
+            train.main(flags)
+    spoil()
+    capsys.readouterr()
+    train.main(["--resume", str(run)])
+    out, err = capsys.readouterr()
+    assert re.search(r"warning: .*best\.pt.*; the weights of epoch \d, the best so far, are gone, and those of", err)
+    assert load(run / "best.pt")["epoch"] == 3
+    assert f"--checkpoint '{run / 'best.pt'}'" in out
+    spoil()
+    train.main(["--resume", str(run)])
+    assert re.search(
+        r"is finished, .*\nbut its weights are gone: .*last\.pt has those of the last", capsys.readouterr().out
+    )
+    monkeypatch.setattr(train.Run, "what_is_wrong_with_best", lambda _: "There is no best.pt.")
+    train.main([*flags, "--name", "y", "--epochs", "1"])
+    assert "--checkpoint '" + str(run.with_name("y") / "last.pt") in capsys.readouterr().out
+
+
+@pytest.mark.usefixtures("tiny")
+def test_a_run_of_version_0_1_0(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A run that version 0.1.0 was stopped in goes on, and ends as that version would have ended it; its best.pt is
+    evaluated and predicts."""
+    monkeypatch.chdir(tmp_path)
+    old = Path(__file__).parent / "data" / "run-0.1.0"
+    run = Path("runs", "stopped")
+    shutil.copytree(old, run)
+    write_folder(Path("data"))
+    checkpoint = ["--checkpoint", str(run / "best.pt"), "--device", "cpu"]
+    evaluate.main([*checkpoint, "--workers", "0"])
+    first, *_ = expected = [json.loads(line) for line in (old / "whole.jsonl").read_text().splitlines()]
+    found = json.loads((run / "metrics.json").read_text())["mean"]["iou"]
+    assert found == pytest.approx(first["miou"], abs=1e-3)
+    predict.main([*checkpoint, "data/images/val"])
+    assert len(list(Path("predictions").iterdir())) == 6
+    train.main(["--resume", str(run)])
+    for ours, theirs in zip(log(run), expected, strict=True):
+        assert ours["loss"] == pytest.approx(theirs["loss"], rel=1e-3)
+        assert ours["grad_share"] == pytest.approx(theirs["grad_share"], rel=1e-3)
+        assert ours["miou"] == pytest.approx(theirs["miou"], abs=0.01)
+
+
 @pytest.mark.usefixtures("tiny")
 def test_ctrl_c_in_evaluation(flags: list[str], run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Ctrl-C during an evaluation loses neither the epoch before it nor the evaluation."""
@@ -416,6 +582,31 @@ def test_resume_by_name_and_finished(flags: list[str], run: Path, capsys: pytest
     train.main([*flags, "--epochs", "1", "--resume"])
     assert "finished" in capsys.readouterr().out
     assert {path: path.read_bytes() for path in run.rglob("*") if path.is_file()} == before
+
+
+@pytest.mark.usefixtures("tiny")
+def test_last_that_contradicts_itself(flags: list[str], run: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A state that no run can have, or of another network, is a sentence, not a traceback hours later."""
+    at_loss(monkeypatch, STEPS, press_ctrl_c)
+    with pytest.raises(SystemExit):
+        train.main(flags)
+    saved = load(run / "last.pt")
+    other = {0: {"momentum_buffer": torch.zeros(3)}}
+    for change, message in (
+        ({"step": 2}, "after 2 of 4 steps, but its schedule is at iteration 5"),
+        ({"step": STEPS + 1}, "after 5 of 4 steps"),
+        ({"optimizer": {**saved["optimizer"], "state": other}}, "the field optimizer belongs to another network"),
+        ({"optimizer": {**saved["optimizer"], "state": {99: other[0]}}}, "the field optimizer belongs to another"),
+        ({"model": TinyNet(4).state_dict()}, "a bcmfnet of 3 classes, but its weights are others"),
+        ({"config": {**saved["config"], "a_new_setting": 1}}, "was written by a newer bcmf_ext, which has a setting"),
+        ({"scheduler": {**saved["scheduler"], "get_lr": 1}}, None),  # another version's, of no use to us
+    ):
+        torch.save({**saved, **change}, run / "last.pt")
+        if message is None:
+            train.main(["--resume", str(run)])
+            continue
+        with pytest.raises(UserError, match=message):
+            train.main(["--resume", str(run)])
 
 
 @pytest.mark.usefixtures("tiny")
