@@ -5,10 +5,13 @@ from __future__ import annotations
 import json
 import os
 import re
+import shutil
+import signal
 import subprocess
 import sys
 from dataclasses import asdict
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -17,16 +20,18 @@ import torch.nn.functional as F
 from PIL import Image
 from tiny import CLASSES, TinyNet, one_thread, write_folder  # noqa: F401
 
-from bcmf_ext import evaluate, predict
+from bcmf_ext import evaluate, export, predict
 from bcmf_ext.checkpoint import VERSION, save_checkpoint
 from bcmf_ext.config import NETWORKS, make_config
 from bcmf_ext.data import MEAN, STD, open_dataset
 from bcmf_ext.data.cityscapes import CLASSES as CITYSCAPES_CLASSES
 from bcmf_ext.data.cityscapes import PALETTE as CITYSCAPES_PALETTE
-from bcmf_ext.errors import UserError
+from bcmf_ext.data.folder import Folder
+from bcmf_ext.errors import UserError, run_command
+from bcmf_ext.files import mark_of
 from bcmf_ext.inference import Predictor
 from bcmf_ext.metrics import BoundaryFScore, BoundaryIoU, ConfusionMatrix, TrimapIoU
-from bcmf_ext.report import metrics_record
+from bcmf_ext.report import metrics_record, save_png
 
 PALETTE = np.array([(128, 0, 0), (0, 128, 0), (0, 0, 200)], np.uint8)
 
@@ -278,6 +283,142 @@ def test_predict_twice_in_one_place(tmp_path: Path, root: Path, monkeypatch: pyt
         assert len(list(Path("predictions").iterdir())) == 2 * 3
     with pytest.raises(UserError, match="is a folder of images to predict: choose another"):
         predict.main(["--checkpoint", checkpoint, "--device", "cpu", ".", "--output", "../val"])
+
+
+def test_only_its_own_files_are_replaced(tmp_path: Path, root: Path) -> None:
+    """A user's mask beside the photo has the name of a result: it is refused before the first image, and so is another
+    command's file; `--overwrite` is for who means it. What predict has made it replaces, with other weights, too."""
+    photo, output = tmp_path / "street.jpg", tmp_path
+    Image.fromarray(np.zeros((64, 96, 3), np.uint8)).save(photo)
+    mask = tmp_path / "street_label.png"
+    flags = ["--checkpoint", str(write_checkpoint(tmp_path)), "--device", "cpu", "--output", str(output), str(photo)]
+    for _ in range(2):
+        predict.main(flags)
+    for theirs in (b"mine", None):
+        if theirs is None:
+            save_png(mask, np.zeros((64, 96), np.uint8), "bcmf_ext.evaluate")
+        else:
+            mask.write_bytes(theirs)
+        (tmp_path / "street_overlay.png").unlink()
+        before = mask.read_bytes()
+        with pytest.raises(UserError, match=r"street_label\.png is there already, .*another --output, .*--overwrite"):
+            predict.main(flags)
+        assert mask.read_bytes() == before
+        assert not (tmp_path / "street_overlay.png").exists()
+        predict.main([*flags, "--overwrite"])
+        assert mark_of(mask) == "bcmf_ext.predict"
+
+
+def test_scores_and_predictions_replace_their_own(tmp_path: Path, root: Path) -> None:
+    """Scoring twice is no trouble; a user's metrics.json, and predictions of another making, are refused before the
+    first image; the folders of images and labels, and all below, are no place for predictions."""
+    checkpoint = write_checkpoint(tmp_path, data_root=str(root))
+    flags = ["--checkpoint", str(checkpoint), "--device", "cpu", "-j", "0"]
+    for _ in range(2):
+        evaluate.main([*flags, "--save-preds", str(tmp_path / "out")])
+    labels = sorted(root.rglob("labels/val/*.png"))
+    before = [path.read_bytes() for path in labels]
+    (tmp_path / "link").symlink_to(root / "labels")
+    for place in (root / "labels" / "val", root / "labels" / "new", root / "images", tmp_path / "link" / "val"):
+        with pytest.raises(UserError, match=r"--save-preds .* lies in .*, which holds the data: choose another folder"):
+            evaluate.main([*flags, "--save-preds", str(place), "--overwrite"])
+    assert [path.read_bytes() for path in labels] == before
+    for path, flag in ((tmp_path / "out" / "val1.png", "--save-preds"), (tmp_path / "metrics.json", "--metrics-file")):
+        path.write_bytes(b"mine")
+        with pytest.raises(UserError, match=rf"{path.name} is there already, .*another {flag}, or replace it"):
+            evaluate.main([*flags, "--save-preds", str(tmp_path / "out")])
+        assert path.read_bytes() == b"mine"
+        evaluate.main([*flags, "--save-preds", str(tmp_path / "out"), "--overwrite"])
+        assert mark_of(path) == "bcmf_ext.evaluate"
+
+
+def test_networks_of_nan(tmp_path: Path, root: Path) -> None:
+    """A training that has failed gives class 0 everywhere, which looks like a result: predict, evaluate and export
+    refuse it."""
+    checkpoint = write_checkpoint(tmp_path, data_root=str(root))
+    saved = torch.load(checkpoint, weights_only=True)
+    saved["model"]["final_layer.weight"][0] = np.nan
+    torch.save(saved, checkpoint)
+    photo = str(root / "images" / "val" / "val0.png")
+    for command in (
+        lambda: predict.main(["--checkpoint", str(checkpoint), "--output", str(tmp_path / "out"), photo]),
+        lambda: evaluate.main(["--checkpoint", str(checkpoint)]),
+        lambda: export.main(["--checkpoint", str(checkpoint), "--format", "torch-export"]),
+    ):
+        with pytest.raises(UserError, match=r"The weights in .*best\.pt are not finite \(final_layer\.weight\)"):
+            command()
+
+
+def test_names_that_files_may_have(tmp_path: Path, root: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """One name without room for an ending costs no other image its prediction; names that are no UTF-8 do; control
+    characters do not reach the terminal."""
+    folder = root / "images" / "val"
+    photo = (folder / "val0.png").read_bytes()
+    (folder / f"{'é' * 124}x.png").write_bytes(photo)
+    odd = os.fsdecode(b"caf\xe9.png"), "\x1b[2J\x07evil.png"
+    for name in odd:
+        (folder / name).write_bytes(photo)
+    (folder / "\x1b[31mred.png").write_bytes(b"no picture")
+    output = tmp_path / "out"
+    flags = ["--checkpoint", str(write_checkpoint(tmp_path)), "--device", "cpu", "--output", str(output), str(folder)]
+    with pytest.raises(SystemExit, match="2"):
+        run_command(lambda: predict.main(flags))
+    said = capsys.readouterr()
+    assert "left out: " in said.err
+    assert "has too long a name for " in said.err
+    assert "error: 2 of 7 images had to be left out" in said.err
+    assert r"\x1b[31mred.png" in said.err
+    assert not any(character in said.out + said.err for character in "\x1b\x07")
+    labels = {path.name for path in output.glob("*_label.png")}
+    assert {f"{name.removesuffix('.png')}_label.png" for name in odd} <= labels
+    assert len(labels) == 5
+    long = write_checkpoint(tmp_path / "long", data_root=str(root))
+    for kind in ("images", "labels"):
+        for path in (root / kind / "val").glob("*"):
+            path.unlink()
+        shutil.copy(root / kind / "train" / "train0.png", root / kind / "val" / f"{'n' * 250}.png")
+    (root / "images" / "val" / f"{'n' * 250}.png").rename(root / "images" / "val" / f"{'n' * 250}.PNG")
+    evaluate.main(["--checkpoint", str(long), "--device", "cpu", "-j", "0", "--save-preds", str(tmp_path / "preds")])
+
+
+def test_what_is_no_ordinary_file(tmp_path: Path, root: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """A FIFO among the images would be waited for for ever: it is passed over with a word."""
+    os.mkfifo(root / "images" / "val" / "pipe.png")
+    (root / "images" / "val" / "folder.png").mkdir()
+    output = tmp_path / "out"
+    flags = ["--checkpoint", str(write_checkpoint(tmp_path)), "--device", "cpu", "--output", str(output)]
+    predict.main([*flags, str(root / "images" / "val")])
+    said = capsys.readouterr()
+    assert "3 images" in said.out
+    assert re.search(r"warning: .*pipe\.png is no ordinary file, and passed over\.", said.err)
+    with pytest.raises(UserError, match=r"no image or folder .*pipe\.png"):
+        predict.main([*flags, str(root / "images" / "val" / "pipe.png")])
+
+
+def test_a_folder_that_cannot_be_read(tmp_path: Path, root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Fewer images than there are would be predicted, or trained on, and nobody would know: an error, before any."""
+    (root / "images" / "val" / "closed").mkdir()
+    scandir = os.scandir
+
+    def refuse(path: str | os.PathLike[str]) -> Any:
+        if "closed" in os.fspath(path):
+            raise PermissionError(13, "Permission denied", os.fspath(path))
+        return scandir(path)
+
+    monkeypatch.setattr(os, "scandir", refuse)
+    flags = ["--checkpoint", str(write_checkpoint(tmp_path)), "--device", "cpu", "--output", str(tmp_path / "out")]
+    with pytest.raises(UserError, match=r"The folder .*closed cannot be read \(Permission denied\)"):
+        predict.main([*flags, str(root / "images" / "val")])
+    with pytest.raises(UserError, match=r"The folder .*closed cannot be read"):
+        open_dataset("folder", root, "val")
+
+
+def test_a_loading_process_that_dies(tmp_path: Path, root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Also in evaluation that is a sentence."""
+    checkpoint = write_checkpoint(tmp_path, data_root=str(root))
+    monkeypatch.setattr(Folder, "image", lambda *_: os.kill(os.getpid(), signal.SIGKILL))
+    with pytest.raises(UserError, match=r"A process that loads data died \(.*\), .* use fewer --workers"):
+        evaluate.main(["--checkpoint", str(checkpoint), "--device", "cpu", "-j", "1"])
 
 
 def test_one_bad_image_among_good_ones(tmp_path: Path, root: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import builtins
 import importlib.util
 import json
+import math
 import subprocess
 import sys
 from pathlib import Path
@@ -18,6 +19,7 @@ from tiny import TinyNet
 from bcmf_ext import export
 from bcmf_ext.config import NETWORKS
 from bcmf_ext.errors import UserError
+from bcmf_ext.files import mark_of
 from bcmf_ext.inference import Predictor
 
 needs_onnx = pytest.mark.skipif(
@@ -100,8 +102,30 @@ def test_another_function_is_refused(tmp_path: Path, logits: bool, monkeypatch: 
     network = export.ExportedNetwork(TinyNet(11), saved, logits).eval()
     assert "100.0000%" in export.compare(network, network, tmp_path) or logits
     wrong = (lambda x: 1.01 * network(x)) if logits else (lambda x: network(x.flip(3)))
-    with pytest.raises(UserError, match="does not compute what the network does"):
-        export.compare(network, wrong, tmp_path)
+    nothing = lambda x: network(x) * math.nan  # noqa: E731
+    for other in (wrong, nothing):
+        with pytest.raises(UserError, match="does not compute what the network does"):
+            export.compare(network, other, tmp_path)
+
+
+@formats
+def test_only_its_own_files_are_replaced(tmp_path: Path, form: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Protects a user's file of that name: before the network is traced it is refused, but for `--overwrite`; what this
+    command has made it replaces."""
+    monkeypatch.setitem(NETWORKS, "bcmfnet", TinyNet)
+    folder = write_run(tmp_path, "bcmfnet", TinyNet(11))
+    path, flags = folder / f"best{export.ENDINGS[form]}", ["--checkpoint", str(folder), "--format", form]
+    for _ in range(2):
+        export.main(flags)
+    assert mark_of(path) == "bcmf_ext.export"
+    path.write_bytes(b"mine")
+    with monkeypatch.context() as patch:
+        patch.setattr(export, "trace", None)
+        with pytest.raises(UserError, match=r"best\..* is there already, .*another --output, or .*--overwrite"):
+            export.main(flags)
+    assert path.read_bytes() == b"mine"
+    export.main([*flags, "--overwrite"])
+    assert mark_of(path) == "bcmf_ext.export"
 
 
 def test_what_cannot_be_exported(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
