@@ -1,14 +1,17 @@
-"""``python -m bcmf_ext.info``: versions, what was built, and which impl runs where, and why not the others."""
+"""Versions, what was built, and which impl runs where, and why not the others: python -m bcmf_ext.info."""
 
 from __future__ import annotations
 
+import argparse
 import importlib.metadata
 import platform
+from collections.abc import Sequence
 from pathlib import Path
 
 import torch
 
 from . import dispatch
+from .errors import run_command
 
 
 def _version(package: str) -> str:
@@ -70,9 +73,12 @@ def impls() -> str:
     return "\n".join(lines)
 
 
-def main() -> None:
+def main(argv: Sequence[str] | None = None) -> None:
+    """Prints it; there are no flags but --help."""
+    parser = argparse.ArgumentParser("python -m bcmf_ext.info", description="What was built, and what runs where.")
+    parser.parse_args(argv)
     print(versions(), build(), "", impls(), sep="\n")
 
 
 if __name__ == "__main__":
-    main()
+    run_command(main)

@@ -184,7 +184,7 @@ def test_debug_checks_labels_where_nobody_else_looks() -> None:
 
 def test_info_says_which_impl_and_why_not_the_others(capsys: pytest.CaptureFixture[str]) -> None:
     """Protects ``python -m bcmf_ext.info``: versions, build, and for each device the choice with reasons."""
-    info.main()
+    info.main([])
     printed = capsys.readouterr().out
     assert f"torch      {torch.__version__}" in printed
     chosen = {device: dispatch.choose("op", "auto", torch.device(device)) for device in ("cpu", "cuda")}
