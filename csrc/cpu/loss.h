@@ -4,13 +4,14 @@
 
 namespace bcmf::cpu {
 
-// Both run on torch's threads and take at least one label pixel. The forward fills stats, total, summary (and nll) and returns the number of bad labels.
+// Both run on torch's threads and take at least one label pixel. The forward fills stats, total, summary (and nll) and
+// returns the number of bad labels.
 int64_t loss_forward(const LossArgs& args);
 void loss_backward(const LossArgs& args);
 
 // Of `args` the sizes and the logits count, and with bins the labels; there is at least one label pixel. classes:
-// (N, H, W) uint8, or int32 of more than 256. bins: null, or zeros, to which are added counts of label * C + class; then
-// of bad labels, and of ignored pixels.
+// (N, H, W) uint8, or int32 of more than 256. bins: null, or zeros, to which are added counts of label * C + class;
+// then of bad labels, and of ignored pixels.
 void upsample_argmax(const LossArgs& args, void* classes, int64_t* bins);
 
 }  // namespace bcmf::cpu

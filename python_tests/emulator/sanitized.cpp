@@ -82,22 +82,30 @@ bcmf::LossArgs arguments(bcmf::FloatType type, Memory& logits, Memory& grad, Mem
   return args;
 }
 
-// Forward and backward of bcmf::loss: the same bits in every order of threads.
+// Tensors of bcmf::loss, and its forward and backward over them.
 template <typename Scalar>
-void check_loss(bcmf::FloatType type, Size size, Options options) {
+struct Loss {
   using Acc = typename bcmf::device::AccOf<Scalar>::type;
-  const int64_t pixels = size.n * size.H * size.W;
-  Memory logits = random_logits<Scalar>(size.n * size.c * size.h * size.w), weight(size.c * sizeof(Acc));
-  Memory labels = random_labels(pixels, size.c, options.bad_labels);
-  for (int64_t i = 0; i < size.c; ++i) static_cast<Acc*>(weight.data())[i] = static_cast<Acc>(1 + i);
-  std::vector<Memory> expected;
-  for (const auto order : {emulator::Order::forward, emulator::Order::reversed, emulator::Order::shuffled}) {
-    emulator::order = order;
-    Memory stats(2 * pixels * sizeof(Acc)), nll(pixels * sizeof(Acc)), total(sizeof(Acc)), grad(logits.size);
-    Memory summary(bcmf::kSummarySize * sizeof(Acc)), terms(bcmf::kTerms * sizeof(Acc)), grad_total(sizeof(Acc));
-    Memory selected(options.bcl_steps > 0 ? pixels : 0);
+  int64_t pixels;
+  Memory logits, weight, labels, stats, nll, total, grad, summary, terms, grad_total, selected;
+  bcmf::LossArgs args;
+
+  Loss(bcmf::FloatType type, Size size, Options options)
+      : pixels(size.n * size.H * size.W),
+        logits(random_logits<Scalar>(size.n * size.c * size.h * size.w)),
+        weight(size.c * sizeof(Acc)),
+        labels(random_labels(pixels, size.c, options.bad_labels)),
+        stats(2 * pixels * sizeof(Acc)),
+        nll(pixels * sizeof(Acc)),
+        total(sizeof(Acc)),
+        grad(logits.size),
+        summary(bcmf::kSummarySize * sizeof(Acc)),
+        terms(bcmf::kTerms * sizeof(Acc)),
+        grad_total(sizeof(Acc)),
+        selected(options.bcl_steps > 0 ? pixels : 0),
+        args(arguments(type, logits, grad, labels, size, options)) {
+    for (int64_t i = 0; i < size.c; ++i) static_cast<Acc*>(weight.data())[i] = static_cast<Acc>(1 + i);
     *static_cast<Acc*>(grad_total.data()) = 2;
-    bcmf::LossArgs args = arguments(type, logits, grad, labels, size, options);
     args.weight = options.weighted ? weight.data() : nullptr;
     args.nll = args.ohem ? nll.data() : nullptr;
     args.stats = stats.data();
@@ -106,19 +114,51 @@ void check_loss(bcmf::FloatType type, Size size, Options options) {
     args.terms = terms.data();
     args.summary = summary.data();
     args.grad_total = grad_total.data();
+  }
+
+  void run() {
     Memory forward_scratch(bcmf::cuda::loss_forward_scratch(args));
     bcmf::cuda::loss_forward(args, forward_scratch.data(), nullptr);
     Memory backward_scratch(bcmf::cuda::loss_backward_scratch(args));
     bcmf::cuda::loss_backward(args, backward_scratch.data(), nullptr);
-    const Acc cutoff = static_cast<Acc*>(summary.data())[bcmf::kCutoff];
-    require(options.threshold != 20 || pixels <= 1 || cutoff < options.threshold, "OHEM's selection did not run");
+  }
+};
+
+// The same bits in every order of threads.
+template <typename Scalar>
+void check_loss(bcmf::FloatType type, Size size, Options options) {
+  const auto before = random_bits;
+  std::vector<Memory> expected;
+  for (const auto order : {emulator::Order::forward, emulator::Order::reversed, emulator::Order::shuffled}) {
+    emulator::order = order;
+    random_bits = before;
+    Loss<Scalar> loss(type, size, options);
+    loss.run();
+    const auto cutoff = static_cast<typename Loss<Scalar>::Acc*>(loss.summary.data())[bcmf::kCutoff];
+    require(options.threshold != 20 || loss.pixels <= 1 || cutoff < options.threshold, "OHEM's selection did not run");
     std::vector<Memory> found;
-    for (Memory* result : {&total, &terms, &summary, &stats, &selected, &grad}) found.push_back(std::move(*result));
+    for (Memory* result : {&loss.total, &loss.terms, &loss.summary, &loss.stats, &loss.selected, &loss.grad})
+      found.push_back(std::move(*result));
     if (expected.empty())
       expected = std::move(found);
     else
       require(found == expected, "bcmf::loss gives other bits in another order of threads");
   }
+}
+
+// Somebody else refills labels, statistics, selections and summaries before each kernel: each finds other ids than the
+// one before it, and some are none. Whatever comes out, no kernel reads or writes outside its tensors.
+template <typename Scalar>
+void check_hostile(bcmf::FloatType type, Size size, Options options) {
+  Loss<Scalar> loss(type, size, options);
+  emulator::before_launch = [&] {
+    memcpy(loss.labels.data(), random_labels(loss.pixels, size.c, true).data(), loss.labels.size);
+    for (Memory* memory : {&loss.stats, &loss.selected, &loss.summary})
+      for (size_t i = 0; i < memory->size; ++i)
+        if (random_bits() % 4 == 0) memory->bytes[i] = static_cast<char>(random_bits());
+  };
+  loss.run();
+  emulator::before_launch = nullptr;
 }
 
 template <typename Scalar>
@@ -146,6 +186,7 @@ void check_loss(bcmf::FloatType type) {
     const Options every = {true, true, 0.5, 2, 1 + radius++ % 3, radius % 2 == 0, radius % 2 == 1};
     check_loss<Scalar>(type, size, every);
     check_loss<Scalar>(type, size, {});
+    for (int repeat = 0; repeat < 4; ++repeat) check_hostile<Scalar>(type, size, every);
   }
 }
 

@@ -189,7 +189,10 @@ inline void run_block() {
   }
 }
 
+inline std::function<void()> before_launch;  // what other programs do in between, if they do anything
+
 inline void launch(Dim3 grid, Dim3 threads, int64_t shared, std::function<void()> kernel) {
+  if (before_launch) before_launch();
   if (grid.count() == 0 || threads.count() == 0 || threads.count() > 1024)
     throw std::runtime_error("a launch of no block, no thread, or more than 1024 threads fails on CUDA");
   grid_size = grid;
