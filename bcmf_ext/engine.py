@@ -10,6 +10,7 @@ import threading
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from types import FrameType
 from typing import Any
@@ -96,14 +97,19 @@ def make_loader(samples: Dataset, workers: int, device: torch.device, **options:
         num_workers=workers,
         persistent_workers=workers > 0,
         pin_memory=device.type == "cuda",
-        worker_init_fn=_outlive_first_signal,
+        worker_init_fn=partial(_begin_to_load, os.getpid()),
         **options,
     )
 
 
-def _outlive_first_signal(worker: int) -> None:
-    """A terminal sends Ctrl-C, and SLURM SIGTERM, to every process; the trainer still needs its batch to finish the
-    step. The second SIGTERM is the trainer's own, to one that it no longer needs."""
+def _begin_to_load(trainer: int, worker: int) -> None:
+    """What a loading process does first.
+
+    A terminal sends Ctrl-C, and SLURM SIGTERM, to every process; the trainer still needs its batch to finish the step.
+    The second SIGTERM is the trainer's own, to one that it no longer needs.
+    """
+    if os.getppid() != trainer:  # killed since the fork: PyTorch looks for its end from a little later on only
+        os._exit(1)
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.signal(signal.SIGHUP, signal.SIG_IGN)
     signal.signal(signal.SIGTERM, lambda number, frame: signal.signal(number, signal.SIG_DFL))

@@ -283,13 +283,28 @@ class Numbers(Dataset[int]):
         return index
 
 
-def test_loading_process_ignores_ctrl_c() -> None:
-    """Ctrl-C reaches the loading processes too; they go on, for the trainer to finish its step."""
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
+def test_loading_process_outlives_a_signal(number: int) -> None:
+    """What stops the trainer reaches the loading processes too; they go on, for it to finish its step."""
     loader = make_loader(Numbers(), 1, CPU)
     iterator = iter(loader)
     assert next(iterator) == 0
-    os.kill(iterator._workers[0].pid, signal.SIGINT)
+    os.kill(iterator._workers[0].pid, number)
     assert [int(next(iterator)) for _ in range(6)] == [1, 2, 3, 4, 5, 6]
+
+
+def test_a_loading_process_without_a_trainer_ends() -> None:
+    """One whose trainer was killed before it looked would wait for work for ever."""
+    loader = make_loader(Numbers(), 1, CPU)
+    begin = loader.worker_init_fn
+    assert begin is not None
+    child = os.fork()
+    if child == 0:
+        if os.fork() == 0:  # its parent is not the process that made the loader
+            begin(0)
+            os._exit(3)
+        os._exit(os.waitstatus_to_exitcode(os.wait()[1]))
+    assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 1
 
 
 def test_number_of_loading_processes() -> None:
