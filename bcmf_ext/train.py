@@ -184,42 +184,7 @@ class Trainer:
         bar = tqdm(total=self.iterations, initial=done, bar_format=BAR, smoothing=0, disable=None)
         with StopSignals() as stopped, bar:
             while state.epoch < config.epochs:
-                bar.set_description_str(f"epoch {state.epoch + 1}/{config.epochs}")
-                self.sampler.set_epoch(state.epoch, start=state.step)
-                evaluation = None
-                try:
-                    train_one_epoch(
-                        state,
-                        self.criterion,
-                        self.train_loader,
-                        self.compute,
-                        bar,
-                        stopped,
-                        config.loss_warmup,
-                        config.log_grad_share,
-                    )
-                    due = (state.epoch + 1) % config.eval_interval == 0 or state.epoch + 1 == config.epochs
-                    if due and not stopped():
-                        evaluation = self._evaluate(stopped, bar)
-                except LoadingProcessDied as death:
-                    self.run.save_last(state.state_dict())
-                    raise UserError(
-                        f"A process that loads data died ({death}), often for want of memory; the run is saved: go on "
-                        f"with --resume {shlex.quote(str(self.run.folder))} and fewer --workers than {self.workers}."
-                    ) from death
-                except NonFiniteLoss as stop:
-                    raise self._explanation(stop) from stop
-                except torch.OutOfMemoryError as error:
-                    height, width = config.crop_size
-                    raise UserError(
-                        f"The GPU has too little memory for --batch-size {config.batch_size} with "
-                        f"--crop-size {height} {width}: lower one of them."
-                    ) from error
-                except RuntimeError as error:
-                    if not config.compile or not isinstance(error, torch._dynamo.exc.TorchDynamoException):
-                        raise
-                    reason = " ".join(str(error).strip().split("\n\n")[0].split())  # advice to developers follows
-                    raise UserError(f"torch.compile failed ({reason}): --no-compile trains without it.") from error
+                evaluation = self._train_epoch(stopped, bar)
                 if stopped():
                     break
                 self._finish_epoch(evaluation)
@@ -230,6 +195,44 @@ class Trainer:
             print(f"  python -m bcmf_ext.train --resume {shlex.quote(str(self.run.folder))}")
             sys.exit(128 + (stopped.number or 0))
         print(self.result())
+
+    def _train_epoch(self, stopped: StopSignals, bar: tqdm) -> Evaluation | None:
+        """Trains what is left of the epoch, and evaluates if that is due. `UserError` for what the user can mend."""
+        config, state = self.config, self.state
+        bar.set_description_str(f"epoch {state.epoch + 1}/{config.epochs}")
+        self.sampler.set_epoch(state.epoch, start=state.step)
+        try:
+            train_one_epoch(
+                state,
+                self.criterion,
+                self.train_loader,
+                self.compute,
+                bar,
+                stopped,
+                config.loss_warmup,
+                config.log_grad_share,
+            )
+            due = (state.epoch + 1) % config.eval_interval == 0 or state.epoch + 1 == config.epochs
+            return self._evaluate(stopped, bar) if due and not stopped() else None
+        except LoadingProcessDied as death:
+            self.run.save_last(state.state_dict())
+            raise UserError(
+                f"A process that loads data died ({death}), often for want of memory; the run is saved: go on "
+                f"with --resume {shlex.quote(str(self.run.folder))} and fewer --workers than {self.workers}."
+            ) from death
+        except NonFiniteLoss as stop:
+            raise self._explanation(stop) from stop
+        except torch.OutOfMemoryError as error:
+            height, width = config.crop_size
+            raise UserError(
+                f"The GPU has too little memory for --batch-size {config.batch_size} with "
+                f"--crop-size {height} {width}: lower one of them."
+            ) from error
+        except RuntimeError as error:
+            if not config.compile or not isinstance(error, torch._dynamo.exc.TorchDynamoException):
+                raise
+            reason = " ".join(str(error).strip().split("\n\n")[0].split())  # advice to developers follows
+            raise UserError(f"torch.compile failed ({reason}): --no-compile trains without it.") from error
 
     def _evaluate(self, stopped: StopSignals, bar: tqdm) -> Evaluation:
         """Evaluates on the val split; also returns some predictions, by their indices, to be drawn."""
