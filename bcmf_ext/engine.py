@@ -106,13 +106,21 @@ def _begin_to_load(trainer: int, worker: int) -> None:
     """What a loading process does first.
 
     A terminal sends Ctrl-C, and SLURM SIGTERM, to every process; the trainer still needs its batch to finish the step.
-    The second SIGTERM is the trainer's own, to one that it no longer needs.
+    So the first SIGTERM is ignored; the trainer ends its loading processes by `close_loader`.
     """
     if os.getppid() != trainer:  # killed since the fork: PyTorch looks for its end from a little later on only
         os._exit(1)
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.signal(signal.SIGHUP, signal.SIG_IGN)
     signal.signal(signal.SIGTERM, lambda number, frame: signal.signal(number, signal.SIG_DFL))
+
+
+def close_loader(loader: DataLoader) -> None:
+    """Ends its processes. After an error the loader would live as long as the error does, until the end of the program,
+    which sends a process that it no longer needs one SIGTERM and then waits for it: see `_begin_to_load`."""
+    iterator = getattr(loader, "_iterator", None)  # of persistent workers
+    if iterator is not None:
+        iterator._shutdown_workers()
 
 
 class LoadingProcessDied(Exception):

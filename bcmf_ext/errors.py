@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import errno
 import io
 import os
 import re
@@ -14,8 +13,6 @@ from tqdm import tqdm
 
 # File names and classes may hold any character; these move the cursor, change colours or send keys.
 _CONTROL = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f]")
-# What writing to a closed pipe, a closed terminal, or a file on a full disk ends in.
-_OUTPUT_GONE = (errno.EPIPE, errno.EIO, errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EBADF)
 
 
 class UserError(ValueError):
@@ -33,41 +30,50 @@ def warn(sentence: str) -> None:
         tqdm.write(f"warning: {printable(sentence)}", sys.stderr)
 
 
-class _PrintableText(io.TextIOWrapper):
+class _Output(io.TextIOWrapper):
     """Standard output, for people. A log file shows each line when it ends, and a terminal of few characters shows "?"
-    for the others."""
+    for the others. Where nobody reads any more (`| head`, a closed terminal, a full disk) the command goes on: what it
+    computes it writes to files."""
 
     def __init__(self, stream: io.TextIOWrapper) -> None:
         super().__init__(stream.buffer, encoding=stream.encoding, errors="replace", line_buffering=True)
 
     def write(self, text: str) -> int:
-        return super().write(printable(text))
+        try:
+            return super().write(printable(text))
+        except OSError as error:
+            self._give_up(error)
+            return len(text)
+
+    def flush(self) -> None:
+        try:
+            super().flush()
+        except OSError as error:
+            self._give_up(error)
+
+    def _give_up(self, error: OSError) -> None:
+        nowhere = os.open(os.devnull, os.O_WRONLY)
+        os.dup2(nowhere, self.fileno())  # takes what is still in the buffer, too
+        os.close(nowhere)
+        warn(f"what is printed has nowhere to go any more ({error.strerror}); the command goes on without.")
 
 
 def run_command(main: Callable[[], None]) -> None:
     """Runs a command's `main`: a `UserError` becomes `error: <sentence>` on stderr with exit status 2."""
     stdout = sys.stdout
     if isinstance(stdout, io.TextIOWrapper):
-        sys.stdout = _PrintableText(stdout)
+        sys.stdout = _Output(stdout)
     try:
         main()
-        sys.stdout.flush()
     except UserError as error:
         # Raised in a DataLoader worker it arrives with that worker's traceback as its text; the sentence stands last.
         _leave(2, f"error: {str(error).rpartition('UserError: ')[2].strip()}")
     except KeyboardInterrupt:
         _leave(130, "interrupted")
-    except OSError as error:
-        if error.filename is not None or error.errno not in _OUTPUT_GONE:
-            raise
-        # Everything that is worth it was saved before it was printed.
-        with contextlib.suppress(OSError, ValueError):
-            os.dup2(os.open(os.devnull, os.O_WRONLY), stdout.fileno())  # Python flushes it once more at the end
-        _leave(141, f"error: what is printed has nowhere to go any more ({error.strerror}); what was saved is whole.")
     finally:
-        if isinstance(sys.stdout, _PrintableText):
-            with contextlib.suppress(OSError):
-                sys.stdout.detach()  # without closing what it writes to
+        if isinstance(sys.stdout, _Output):
+            sys.stdout.flush()
+            sys.stdout.detach()  # without closing what it writes to
             sys.stdout = stdout
 
 

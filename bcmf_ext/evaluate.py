@@ -16,7 +16,7 @@ from tqdm import tqdm
 from .config import RECIPES
 from .data import EvalSamples, SegmentationDataset, open_dataset
 from .data.cityscapes import TRAIN_ID_TO_LABEL_ID
-from .engine import LoadingProcessDied, choose_workers, evaluate, make_loader
+from .engine import LoadingProcessDied, choose_workers, close_loader, evaluate, make_loader
 from .errors import UserError, run_command
 from .files import LONGEST_NAME, check_replaceable, write_file
 from .inference import Predictor
@@ -103,6 +103,8 @@ def score(
         raise UserError(
             f"A process that loads data died ({death}), often for want of memory: use fewer --workers."
         ) from death
+    finally:
+        close_loader(loader)
     about = {"pixel_accuracy": none_for_nan(confusion.pixel_accuracy()), "boundary_iou_ratio": band.ratio}
     return {**about, **metrics_record([confusion, band, *others], dataset.classes)}
 

@@ -48,11 +48,18 @@ class Lock:
                     "trains there."
                 )
                 return
+            if error.errno not in (errno.EACCES, errno.EAGAIN):
+                raise UserError(
+                    f"{path} cannot be locked ({error.strerror}): check the folder and the disk."
+                ) from error
             holder = os.pread(self._descriptor, 200, 0).decode(errors="replace").strip() or "another process"
             self.release()
             raise UserError(f"{folder} is being trained by {holder}: wait until that ends, or stop it.") from error
-        os.ftruncate(self._descriptor, 0)
-        os.pwrite(self._descriptor, f"process {os.getpid()} on {socket.gethostname()}\n".encode(), 0)
+        try:
+            os.ftruncate(self._descriptor, 0)
+            os.pwrite(self._descriptor, f"process {os.getpid()} on {socket.gethostname()}\n".encode(), 0)
+        except OSError as error:
+            raise UserError(f"{path} cannot be written ({error.strerror}): check the folder and the disk.") from error
 
     def release(self) -> None:
         """Gives it back, once."""
@@ -163,13 +170,13 @@ def begin_run(output_dir: str, name: str | None, default_name: str) -> Run:
         folder = Path(output_dir, candidate)
         try:
             folder.mkdir(parents=True)
-        except FileExistsError:
+        except OSError as error:
+            if not os.path.lexists(folder):  # also where --output-dir is a link to nowhere
+                raise UserError(
+                    f"{folder} cannot be made ({error.strerror}): choose another place with --output-dir."
+                ) from error
             if not _is_free(folder):
                 continue
-        except OSError as error:
-            raise UserError(
-                f"{folder} cannot be made ({error.strerror}): choose another place with --output-dir."
-            ) from error
         try:
             lock = Lock(folder)
         except UserError:  # a run that begins at this moment
@@ -238,6 +245,8 @@ def _folders_of(output_dir: Path, default_name: str | None) -> Iterator[Path]:
 def _age(folder: Path) -> tuple[bool, float]:
     """Whether a run can go on, and when it was saved, for choosing among several: without reading the weights."""
     for name in (LAST, OLDER):
+        if not (folder / name).is_file():
+            continue
         try:
             saved = torch.load(folder / name, map_location="cpu", weights_only=True, mmap=True)
             return saved["epoch"] < saved["config"]["epochs"], float(saved.get("saved", 0))

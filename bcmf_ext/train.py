@@ -36,6 +36,7 @@ from .engine import (
     choose_device,
     choose_dtype,
     choose_workers,
+    close_loader,
     evaluate,
     loss_ramp,
     lr_factor,
@@ -182,7 +183,10 @@ class Trainer:
         config, state = self.config, self.state
         done = state.epoch * len(self.sampler) + state.step
         bar = tqdm(total=self.iterations, initial=done, bar_format=BAR, smoothing=0, disable=None)
-        with StopSignals() as stopped, bar:
+        loaders = contextlib.ExitStack()
+        for loader in (self.train_loader, self.val_loader):
+            loaders.callback(close_loader, loader)
+        with StopSignals() as stopped, bar, loaders:
             while state.epoch < config.epochs:
                 evaluation = self._train_epoch(stopped, bar)
                 if stopped():

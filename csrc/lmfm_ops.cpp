@@ -44,6 +44,7 @@ class Call {
 
   Branch& add_branch(int64_t C, at::IntArrayRef in, at::IntArrayRef out) {
     TORCH_CHECK_VALUE(args.branches < kMaxBranches, "at most ", kMaxBranches, " maps are worked on at once.");
+    check_side(C);
     for (const int64_t side : {in[0], in[1], out[0], out[1]}) {
       check_side(side);
       TORCH_CHECK_VALUE(side >= 1, "maps have at least one row and one column.");

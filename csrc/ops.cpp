@@ -138,8 +138,8 @@ Tensor make_tensor(at::IntArrayRef sizes, at::IntArrayRef strides, const at::Ten
 }
 
 Tensor make_maps(int64_t maps, const LossArgs& args, const at::TensorOptions& options) {  // (maps, N, H, W)
-  const int64_t pixels = args.N * args.H * args.W;
-  return make_tensor({maps, args.N, args.H, args.W}, {pixels, args.H * args.W, args.W, 1}, options);
+  const int64_t map = args.H * args.W, pixels = map == 0 ? 0 : args.N * map;  // of no pixel N may be any number
+  return make_tensor({maps, args.N, args.H, args.W}, {pixels, map, args.W, 1}, options);
 }
 
 Tensor make_like(const Tensor& t) {  // strides, too, as empty_like chooses them
@@ -214,12 +214,12 @@ struct LossGradient {
 LossArgs upsample_args(const Tensor& logits, int64_t height, int64_t width, bool align_corners) {
   TORCH_CHECK_VALUE(logits.dim() == 4 && logits.size(1) >= 1 && height >= 0 && width >= 0,
                     "logits have the shape (N, C, h, w), not ", logits.sizes(), ".");
-  TORCH_CHECK_VALUE(logits.numel() > 0 || logits.size(0) * height * width == 0, "logits of the size ", logits.sizes(),
-                    " cannot be resampled to ", height, "x", width, ".");
   LossArgs args = {};
   args.N = logits.size(0), args.C = logits.size(1), args.h = logits.size(2), args.w = logits.size(3);
   args.H = height, args.W = width;
   check_sides(args);
+  TORCH_CHECK_VALUE(logits.numel() > 0 || args.N == 0 || height * width == 0, "logits of the size ", logits.sizes(),
+                    " cannot be resampled to ", height, "x", width, ".");
   args.align_corners = align_corners;
   args.logits = map_view(logits, "logits");
   return args;

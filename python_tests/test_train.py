@@ -414,31 +414,33 @@ def test_other_signals_save_too(
 
 
 def test_closed_output_loses_nothing(flags: list[str], run: Path) -> None:
-    """`train | head`: what was trained is saved before it is printed, and the end is a sentence."""
+    """`train | head`: nobody reads any more, and the run goes on, with a word."""
     process = in_background([*flags, "--epochs", "4"], stdout=subprocess.PIPE)
     assert process.stdout is not None
     process.stdout.readline()
     process.stdout.close()
-    assert process.wait(60) == 141
+    assert process.wait(60) == 0
     assert process.stderr is not None
-    assert process.stderr.read().splitlines()[-1].startswith("error: what is printed has nowhere to go any more")
-    assert load(run / "last.pt")["epoch"] == len(log(run)) >= 1
+    assert (
+        "warning: what is printed has nowhere to go any more (Broken pipe); the command goes on"
+        in process.stderr.read()
+    )
+    assert load(run / "last.pt")["epoch"] == len(log(run)) == 4
 
 
 @pytest.mark.parametrize("epoch", [1, 2])
 def test_a_killed_loading_process(epoch: int, flags: list[str], run: Path, tmp_path: Path) -> None:
     """The system kills it when memory is short: a sentence, and a run that goes on where it was, with fewer."""
-    process = in_background([*flags, "--epochs", "300", "--workers", "1"])
+    process = in_background([*flags, "--epochs", "300", "--workers", "2"])
     wait_for_epoch(process, run, epoch)
     children = Path(f"/proc/{process.pid}/task/{process.pid}/children")
     if not children.exists():
         pytest.skip("no /proc to find the loading processes in")
-    for child in children.read_text().split():
-        os.kill(int(child), signal.SIGKILL)
+    os.kill(int(children.read_text().split()[0]), signal.SIGKILL)  # the other one lives, and must not be waited for
     said = process.communicate(timeout=60)[1]
     assert process.returncode == 2, said
     assert re.search(
-        r"^error: A process that loads data died \(.*\), .* --resume '.*' and fewer --workers than 1\.$", said
+        r"^error: A process that loads data died \(.*\), .* --resume '.*' and fewer --workers than 2\.$", said
     )
     saved = load(run / "last.pt")
     assert (saved["epoch"], saved["scheduler"]["last_epoch"]) == (len(log(run)), saved["epoch"] * STEPS + saved["step"])
