@@ -10,6 +10,7 @@ to be right, and each field what `ABOUT`, `PROGRESS` and `RECORD` say.
 from __future__ import annotations
 
 import io
+import os
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -210,7 +211,7 @@ def load_checkpoint(path: Path) -> dict[str, Any]:
 
 def read_zip(path: Path) -> Any:
     """What `torch.save` wrote, without running code, if its bytes are those that were written."""
-    if not path.is_file():
+    if not os.path.isfile(path):
         raise Damaged(f"There is no checkpoint {path}: check the path.")
     try:
         with open(path, "rb") as file:  # once: the trainer may write another meanwhile

@@ -18,7 +18,7 @@ from .data import EvalSamples, SegmentationDataset, open_dataset
 from .data.cityscapes import TRAIN_ID_TO_LABEL_ID
 from .engine import LoadingProcessDied, choose_workers, close_loader, evaluate, make_loader
 from .errors import UserError, run_command
-from .files import LONGEST_NAME, check_replaceable, write_file
+from .files import LONGEST_NAME, check_replaceable, real, write_file
 from .inference import Predictor
 from .metrics import BoundaryFScore, BoundaryIoU, TrimapIoU
 from .report import metrics_record, metrics_table, none_for_nan, save_png
@@ -111,26 +111,28 @@ def score(
 
 def prediction_files(dataset: SegmentationDataset, folder: Path) -> list[Path]:
     """Where the predictions go, by index. `UserError` if that is among the images or labels, or a name is too long."""
-    for taken in dataset.folders:
-        if taken.resolve() in (folder.resolve(), *folder.resolve().parents):
+    files = [path for item in getattr(dataset, "files", ()) for path in (item.image, item.label) if path is not None]
+    linked = {real(path).parent for path in files}  # labels may be links into another folder
+    for taken in (*dataset.folders, *linked):
+        if real(taken) in (real(folder), *real(folder).parents):
             raise UserError(f"--save-preds {folder} lies in {taken}, which holds the data: choose another folder.")
-    files = [folder / f"{dataset.stem(index)}.png" for index in range(len(dataset))]
-    for index, path in enumerate(files):
+    predictions = [folder / f"{dataset.stem(index)}.png" for index in range(len(dataset))]
+    for index, path in enumerate(predictions):
         if len(os.fsencode(path.name)) > LONGEST_NAME:
             raise UserError(f"{dataset.source(index)} has too long a name for --save-preds: shorten it.")
-    return files
+    return predictions
 
 
 def metrics_file(checkpoint: str) -> Path:
     """metrics.json beside the checkpoint, or in a run's folder."""
     path = Path(checkpoint)
-    return (path if path.is_dir() else path.parent) / "metrics.json"
+    return (path if os.path.isdir(path) else path.parent) / "metrics.json"
 
 
 def check_writable(path: Path) -> None:
     """Before all images are scored; `UserError` if they would be so in vain."""
-    folder = next(folder for folder in path.absolute().parents if folder.exists())
-    if path.is_dir() or not folder.is_dir() or not os.access(folder, os.W_OK):
+    folder = next(folder for folder in path.absolute().parents if os.path.exists(folder))
+    if os.path.isdir(path) or not os.path.isdir(folder) or not os.access(folder, os.W_OK):
         raise UserError(f"The scores cannot be written to {path}: name another file with --metrics-file.")
 
 

@@ -7,6 +7,7 @@ import importlib.util
 import io
 import json
 import logging
+import os
 import re
 import warnings
 from collections.abc import Callable, Sequence
@@ -50,7 +51,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         check_onnx()
 
     checkpoint = Path(args.checkpoint)
-    checkpoint = checkpoint / "best.pt" if checkpoint.is_dir() else checkpoint
+    checkpoint = checkpoint / "best.pt" if os.path.isdir(checkpoint) else checkpoint
     ending = ENDINGS[args.format]
     output = Path(args.output) if args.output else checkpoint.with_suffix(ending)
     if output.suffix != ending:

@@ -107,9 +107,14 @@ def _sync_folder(folder: Path) -> None:
 
 def remove_temporaries(folder: Path) -> None:
     """Removes what a killed process left half written, in a folder that nobody else writes to."""
-    for path in folder.iterdir() if folder.is_dir() else ():
+    for path in folder.iterdir() if os.path.isdir(folder) else ():
         if TEMPORARY.fullmatch(path.name):
             _remove(path)
+
+
+def real(path: Path) -> Path:
+    """Where a path leads. As Path.resolve, which raises for a loop of links."""
+    return Path(os.path.realpath(path))
 
 
 def short_name(stem: str, ending: str) -> str:
@@ -156,7 +161,9 @@ def mark_of(path: Path) -> str | None:
 def check_replaceable(paths: Iterable[Path], command: str, flag: str) -> None:
     """`UserError` if one of these is there already and `command` (such as "bcmf_ext.predict") has not made it: before
     anything is computed. flag: what chooses another place."""
-    foreign = [path for path in paths if os.path.lexists(path) and (not path.is_file() or mark_of(path) != command)]
+    foreign = [
+        path for path in paths if os.path.lexists(path) and (not os.path.isfile(path) or mark_of(path) != command)
+    ]
     if foreign:
         more = f" (and {len(foreign) - 1} more)" if len(foreign) > 1 else ""
         raise UserError(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import threading
 from collections import OrderedDict
 from collections.abc import Sequence
@@ -83,7 +84,7 @@ class Predictor:
 def read_checkpoint(path: str | Path) -> dict:
     """The content of a `best.pt` or `last.pt`, or of the `best.pt` of a run's folder."""
     path = Path(path)
-    return load_checkpoint(path / "best.pt" if path.is_dir() else path)
+    return load_checkpoint(path / "best.pt" if os.path.isdir(path) else path)
 
 
 def load_network(saved: dict[str, Any], path: str | Path, **options: Any) -> nn.Module:

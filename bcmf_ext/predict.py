@@ -16,7 +16,7 @@ from .data.cityscapes import CLASSES as CITYSCAPES_CLASSES
 from .data.cityscapes import TRAIN_ID_TO_LABEL_ID
 from .data.dataset import IMAGE_ENDINGS, find_files
 from .errors import UserError, run_command, warn
-from .files import LONGEST_NAME, check_replaceable
+from .files import LONGEST_NAME, check_replaceable, real
 from .inference import Predictor
 from .report import blend, save_png
 
@@ -111,10 +111,10 @@ def predict_one(predictor: Predictor, image: np.ndarray, path: Path) -> np.ndarr
 
 def check_not_overwritten(images: Mapping[str, Path], output: Path, endings: Sequence[str]) -> None:
     """`UserError` if a result would take the place of an image."""
-    sources = {path.resolve() for path in images.values()}
+    sources = {real(path) for path in images.values()}
     for key in images:
         for ending in endings:
-            if Path(output, f"{key}{ending}").resolve() in sources:
+            if real(output / f"{key}{ending}") in sources:
                 raise UserError(f"{output / key}{ending} is one of the images: choose another --output.")
 
 
@@ -156,17 +156,17 @@ def find_images(arguments: Sequence[str], output: Path) -> dict[str, Path]:
     """
     found: dict[str, Path] = {}
     for argument in map(Path, arguments):
-        if argument.is_dir():
+        if os.path.isdir(argument):
             images = find_files(argument, IMAGE_ENDINGS)
-            if argument.resolve() == output.resolve():
+            if real(argument) == real(output):
                 raise UserError(
                     f"--output {output} is a folder of images to predict: choose another, or results would be taken "
                     "for images next time."
                 )
-            images = {key: path for key, path in images.items() if output.resolve() not in path.resolve().parents}
+            images = {key: path for key, path in images.items() if real(output) not in real(path).parents}
             if not images:
                 raise UserError(f"{argument} holds no images ({' '.join(IMAGE_ENDINGS)}).")
-        elif argument.is_file():
+        elif os.path.isfile(argument):
             images = {argument.stem: argument}
         else:
             raise UserError(f"There is no image or folder {argument}: check the path.")

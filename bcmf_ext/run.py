@@ -124,7 +124,7 @@ class Run:
             saved = load_checkpoint(path)
         except Damaged as damage:
             older = self.folder / OLDER
-            if path.name != LAST or not older.is_file():
+            if path.name != LAST or not os.path.isfile(older):
                 raise
             saved = load_checkpoint(older)
             warn(f"{str(damage).rstrip('.')}; the run goes on from {older}, one save earlier.")
@@ -144,7 +144,7 @@ def read_log(path: Path, epochs: int) -> list[dict[str, Any]]:
     """The records of the first `epochs` epochs. Lines that are none are passed over: half a line that a crash left
     without, others with a word."""
     records = []
-    lines = path.read_text(encoding="utf-8", errors="replace").splitlines() if path.is_file() else []
+    lines = path.read_text(encoding="utf-8", errors="replace").splitlines() if os.path.isfile(path) else []
     for number, line in enumerate(lines, 1):
         try:
             record = json.loads(line)
@@ -201,8 +201,8 @@ def resume_run(resume: str, output_dir: str, name: str | None, default_name: str
     """The run that `--resume` means, see `find_checkpoint`, and its state. `UserError` if there is none, another
     process trains it, or nothing in it is whole."""
     path = find_checkpoint(resume, output_dir, name, default_name)
-    if not path.is_file() and not (path.name == LAST and path.with_name(OLDER).is_file()):
-        begun = path.name == LAST and path.with_name(LOCK).exists() and _is_free(path.parent)
+    if not os.path.isfile(path) and not (path.name == LAST and os.path.isfile(path.with_name(OLDER))):
+        begun = path.name == LAST and os.path.exists(path.with_name(LOCK)) and _is_free(path.parent)
         hint = "the run ended before it saved anything, begin it again without --resume" if begun else "check the path"
         raise UserError(f"There is no checkpoint {path}: {hint}.")
     run = Run(path.parent, Lock(path.parent))
@@ -221,17 +221,18 @@ def find_checkpoint(resume: str, output_dir: str, name: str | None, default_name
     """
     if resume != "auto":
         path = Path(resume)
-        path = path / LAST if path.is_dir() else path
+        path = path / LAST if os.path.isdir(path) else path
         return path if path.parent.name not in ("", "..") else Path(os.path.abspath(path))  # from within the folder
     folders = [Path(output_dir, name)] if name is not None else _folders_of(Path(output_dir), default_name)
-    found = [folder for folder in folders if any((folder / file).is_file() for file in (LAST, OLDER))]
+    found = [folder for folder in folders if any(os.path.isfile(folder / file) for file in (LAST, OLDER))]
     if not found:
         first = Path(output_dir, name or default_name or "*", LAST)
         raise UserError(
             f"There is no run to resume, {first} does not exist: say which with --resume PATH, or leave --resume out "
             "to begin one."
         )
-    return (found[0] if len(found) == 1 else max(found, key=_age)) / LAST
+    # Of files of older versions, which do not say when they were saved, the last number counts.
+    return (found[0] if len(found) == 1 else max(reversed(found), key=_age)) / LAST
 
 
 def _folders_of(output_dir: Path, default_name: str | None) -> Iterator[Path]:
@@ -245,7 +246,7 @@ def _folders_of(output_dir: Path, default_name: str | None) -> Iterator[Path]:
 def _age(folder: Path) -> tuple[bool, float]:
     """Whether a run can go on, and when it was saved, for choosing among several: without reading the weights."""
     for name in (LAST, OLDER):
-        if not (folder / name).is_file():
+        if not os.path.isfile(folder / name):
             continue
         try:
             saved = torch.load(folder / name, map_location="cpu", weights_only=True, mmap=True)

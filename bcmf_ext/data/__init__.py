@@ -68,9 +68,9 @@ def open_dataset(
         hint = " (or set CITYSCAPES_DATASET)" if name == "cityscapes" else ""
         raise UserError(f"--dataset {name} needs the folder of the data: pass --data-root DIR{hint}.")
     root = Path(root).expanduser()
-    if not root.is_dir():
+    if not os.path.isdir(root):
         raise UserError(
-            f"The data root {root} {'is not a folder' if root.exists() else 'does not exist'}: check the path."
+            f"The data root {root} {'is not a folder' if os.path.exists(root) else 'does not exist'}: check the path."
         )
     if name == "cityscapes":
         return Cityscapes(root, split)

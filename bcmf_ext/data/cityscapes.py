@@ -9,6 +9,7 @@ labels are blank, so it is treated as having none.
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 
 import numpy as np
@@ -65,7 +66,7 @@ class Cityscapes(FileDataset):
             raise UserError(f"Cityscapes has no split {split!r}: choose one of {', '.join(SPLITS)}.")
         self.split, self.folders = split, (root / "leftImg8bit", root / "gtFine")
         folder = root / "leftImg8bit" / split
-        if not folder.is_dir():
+        if not os.path.isdir(folder):
             raise UserError(
                 f"{folder} does not exist: the data root must hold leftImg8bit/ and gtFine/ "
                 "(unpack leftImg8bit_trainvaltest.zip and gtFine_trainvaltest.zip there)."

@@ -7,6 +7,7 @@ device-side assertion in the loss.
 
 from __future__ import annotations
 
+import contextlib
 import os
 from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -201,7 +202,9 @@ def read_image(path: Path) -> np.ndarray:
     picture = _decode(path)
     if picture.mode.startswith(("I", "F")):
         raise UserError(f"{path} has more than 8 bits per channel (mode {picture.mode}): convert it to 8 bits.")
-    return np.array(ImageOps.exif_transpose(picture).convert("RGB"))
+    with contextlib.suppress(Exception):  # Pillow raises many types where EXIF is damaged: it is read as it lies then
+        picture = ImageOps.exif_transpose(picture)
+    return np.array(picture.convert("RGB"))
 
 
 def read_label_ids(path: Path) -> np.ndarray:
@@ -252,7 +255,7 @@ def find_files(folder: Path, endings: tuple[str, ...]) -> dict[str, Path]:
             if ending is None or name.startswith("."):
                 continue
             path = Path(parent, name)
-            if path.exists() and not path.is_file():
+            if os.path.exists(path) and not os.path.isfile(path):
                 passed_over.append(path)
                 continue
             key = path.relative_to(folder).as_posix()[: -len(ending)]

@@ -48,7 +48,7 @@ class Folder(FileDataset):
         if split not in SPLITS:
             raise UserError(f"A folder has no split {split!r}: choose one of {', '.join(SPLITS)}.")
         self.split, self.folders = split, (root / "images", root / "labels")
-        if not (root / "images").is_dir():
+        if not os.path.isdir(root / "images"):
             raise UserError(
                 f"{root / 'images'} does not exist: the data root must hold images/, labels/ and classes.txt."
             )
@@ -78,15 +78,15 @@ class Folder(FileDataset):
 
 def _find_split(root: Path, split: str) -> tuple[list[Files], str]:
     """The split's files and a remark for the protocol line."""
-    if any((root / "images" / name).is_dir() for name in ("train", "val")):
+    if any(os.path.isdir(root / "images" / name) for name in ("train", "val")):
         folder, labels = root / "images" / split, root / "labels" / split
-        if not folder.is_dir():
+        if not os.path.isdir(folder):
             raise UserError(f"{folder} does not exist: images/ has folders for other splits, so make one for {split}.")
         images = _find_images(folder)
-        if split == "test" and not labels.is_dir():
+        if split == "test" and not os.path.isdir(labels):
             return [Files(key, path, None) for key, path in images.items()], " without labels"
         return _match(images, labels), ""
-    if split == "test" or (root / "images" / "test").is_dir():
+    if split == "test" or os.path.isdir(root / "images" / "test"):
         raise UserError(
             f"{root / 'images'} has no folders train and val: make them, beside test, or put all images into "
             f"{root / 'images'} itself, of which one in five is then held out as val."
@@ -109,7 +109,7 @@ def _find_images(folder: Path) -> dict[str, Path]:
 
 
 def _match(images: dict[str, Path], labels: Path) -> list[Files]:
-    if not labels.is_dir():
+    if not os.path.isdir(labels):
         raise UserError(f"{labels} does not exist: put one PNG with class indices there for each image, of its name.")
     return match_files(images, find_files(labels, LABEL_ENDINGS), f"{labels}/{{key}}.png")
 
@@ -123,7 +123,7 @@ def _hold_out(keys: list[str]) -> set[str]:
 def _read_classes(root: Path, files: list[Files]) -> tuple[tuple[str, ...], np.ndarray]:
     """Names and (C, 3) uint8 palette of classes.txt; classes without a colour there get one of `palette_for`."""
     path = root / "classes.txt"
-    if not path.is_file():
+    if not os.path.isfile(path):
         raise UserError(
             f"{path} is missing: write one class name per line, line 1 for id 0, line 2 for id 1 and so on"
             f"{_ids_in_use(files)}."

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import re
 import zipfile
 from collections import defaultdict
@@ -107,7 +108,7 @@ def load_pretrained(model: nn.Module, path: str | Path) -> LoadReport:
 
 def _read(path: Path) -> object:
     """The unpickled file, on the CPU."""
-    if not path.is_file():
+    if not os.path.isfile(path):
         raise UserError(f"There is no checkpoint file {path}: check the path.")
     try:
         with open(path, "rb") as file, torch.serialization.safe_globals(_NUMPY_SCALAR):
