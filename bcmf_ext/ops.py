@@ -318,6 +318,12 @@ def _split_norms(grad_norms: Tensor, weights: Sequence[Tensor]) -> list[Tensor]:
     return [*grad_norms[0].split(sizes), *grad_norms[1].split(sizes)]
 
 
+def _check_lengths(what: str, *lists: Sequence[Any]) -> None:
+    """Lists are taken apart by the length of the first: entries of another one would be taken for those of the next."""
+    if len({len(entries) for entries in lists}) > 1:
+        raise ValueError(f"{what} are lists of one length, not of {', '.join(str(len(entries)) for entries in lists)}.")
+
+
 def define_pool_norm_relu(lib: Library, name: str) -> Any:
     """Adds bcmf::pool_norm_relu to a library under this name, and returns it."""
     fakes = _pool_norm_relu_fake, _pool_norm_relu_backward_fake
@@ -345,6 +351,7 @@ def define_pool_norm_relu(lib: Library, name: str) -> Any:
 
     def autograd(x: Tensor, weights: Sequence[Tensor], *arguments: Any) -> tuple[Tensor, ...]:
         biases, means, variances, *options = arguments
+        _check_lengths("weights, biases, means and variances", weights, biases, means, variances)
         return PoolNormRelu.apply(len(weights), *options, x, *weights, *biases, *means, *variances)
 
     lib.impl(name, autograd, "Autograd")
@@ -386,6 +393,8 @@ def define_add_norm_relu(lib: Library, name: str) -> Any:
         resampled: Sequence[Tensor | None], added: Sequence[Tensor | None], weights: Sequence[Tensor], *arguments: Any
     ) -> tuple[Tensor, ...]:
         biases, means, variances, *options = arguments
+        _check_lengths("weights, biases, means and variances", weights, biases, means, variances)
+        _check_lengths("maps that are resampled and added", resampled, added)
         tensors = (*resampled, *added, *weights, *biases, *means, *variances)
         return AddNormRelu.apply(len(added), len(weights), tuple(options), *tensors)
 

@@ -779,3 +779,17 @@ def test_few_launches(backend: Backend, training: bool) -> None:
     kernels = [event.name for event in profile.events() if event.device_type == torch.autograd.DeviceType.CUDA]
     known = ("norm_relu", "pool_forward", "add_forward", "cat", "Cat", "foreach", "multi_tensor", "elementwise")
     assert 0 < sum(any(part in name for part in known) for name in kernels) <= 6, kernels
+
+
+def test_lists_of_different_lengths_are_refused() -> None:
+    """Protects parameters from being taken for running statistics, which training writes to: a list that is too long
+    would shift all that come after it."""
+    maps = [torch.randn(2, 4, 3, 5)]
+    one, two = [torch.ones(4)], [torch.ones(2), torch.ones(2)]
+    for op, given, size in (
+        (torch.ops.bcmf.pool_norm_relu, maps, ()),
+        (torch.ops.bcmf.add_norm_relu, ([None], maps), (3, 5, False, False)),
+    ):
+        with pytest.raises(ValueError, match="are lists of one length, not of 1, 2, 1, 1"):
+            op(*given, one, two, one, one, *size, True, 0.1, 1e-5)
+        assert all(torch.equal(tensor, torch.ones(2)) for tensor in two)
