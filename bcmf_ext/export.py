@@ -153,6 +153,8 @@ def compare(network: nn.Module, run: Run, path: Path) -> str:
     for n, height, width in TRIED:
         images = torch.randint(0, 256, (n, 3, height, width), dtype=torch.uint8, generator=generator)
         expected, found = network(images), run(images)
+        if not network.network(images).isfinite().all():  # the class of such a pixel is 0, there as here
+            raise UserError(f"The network of {path} computes NaN or infinite logits: take a checkpoint from before.")
         if network.logits:
             results.append((found - expected).abs().max() / expected.abs().max())
         else:

@@ -129,11 +129,19 @@ class Run:
             saved = load_checkpoint(older)
             warn(f"{str(damage).rstrip('.')}; the run goes on from {older}, one save earlier.")
         else:
-            self._last_is_whole = path.name == LAST
+            self._last_is_whole = path.name == LAST or self._has_whole_last()
         if "optimizer" not in saved:
             raise UserError(f"{path} holds weights only: resume from last.pt, or train them further with --pretrained.")
         self.records = read_log(self.folder / "log.jsonl", saved["epoch"])
         return saved
+
+    def _has_whole_last(self) -> bool:
+        """Also where the run goes on from another file: a newer last.pt is then kept as last-1.pt."""
+        try:
+            load_checkpoint(self.last)
+        except UserError:
+            return False
+        return True
 
     def close(self) -> None:
         """Lets others write to the folder."""
@@ -141,16 +149,16 @@ class Run:
 
 
 def read_log(path: Path, epochs: int) -> list[dict[str, Any]]:
-    """The records of the first `epochs` epochs. Lines that are none are passed over: half a line that a crash left
-    without, others with a word."""
+    """The records of the first `epochs` epochs. Lines that are none are passed over with a word: the next record takes
+    them out of the file."""
     records = []
     lines = path.read_text(encoding="utf-8", errors="replace").splitlines() if os.path.isfile(path) else []
     for number, line in enumerate(lines, 1):
         try:
             record = json.loads(line)
-        except (ValueError, RecursionError):  # not JSON, or a number or a nesting without end
-            continue
-        wrong = what_is_wrong(record, RECORD)
+            wrong = what_is_wrong(record, RECORD)
+        except (ValueError, RecursionError):  # also a number or a nesting without end
+            wrong = "it is no JSON"
         if wrong is not None:
             warn(f"{path}, line {number} is no record of an epoch ({wrong}); it is passed over.")
         elif record["epoch"] <= epochs:
