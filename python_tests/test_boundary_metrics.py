@@ -417,6 +417,8 @@ def test_wrong_inputs(kind: Callable[..., Counts]) -> None:
         metric.update(map.float(), map)
     with pytest.raises(ValueError, match="prediction is on meta and target on cpu: move one of them"):
         metric.update(map.to("meta"), map)
+    with pytest.raises(ValueError, match="held ids that have changed since, outside"):
+        metric._raise_out_of_range(map, map)  # as where a loader has refilled its buffer meanwhile
     assert metric._counts.sum() == 0
 
 

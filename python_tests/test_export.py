@@ -108,6 +108,16 @@ def test_another_function_is_refused(tmp_path: Path, logits: bool, monkeypatch: 
             export.compare(network, other, tmp_path)
 
 
+def test_logits_that_are_not_finite(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Protects from labels that are equal because both are class 0 everywhere: finite weights may overflow."""
+    monkeypatch.setitem(NETWORKS, "bcmfnet", TinyNet)
+    network = TinyNet(11)
+    network.final_layer.weight.data.fill_(3e38)
+    folder = write_run(tmp_path, "bcmfnet", network)
+    with pytest.raises(UserError, match="computes NaN or infinite logits"):
+        export.main(["--checkpoint", str(folder), "--format", "torch-export"])
+
+
 @formats
 def test_only_its_own_files_are_replaced(tmp_path: Path, form: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """Protects a user's file of that name: before the network is traced it is refused, but for `--overwrite`; what this

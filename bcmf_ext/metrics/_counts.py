@@ -120,6 +120,8 @@ class Counts:
         for name, ids in (("target", target[valid].long()), ("prediction", prediction[valid].long())):
             if wrong := [i for i in ids.unique().tolist() if i not in classes]:
                 found.append(f"{name} holds {', '.join(map(str, wrong[:8]))}{', …' if len(wrong) > 8 else ''}")
+        if not found:  # somebody else writes to them
+            found = ["target or prediction held ids that have changed since"]
         raise ValueError(
             f"{' and '.join(found)}, outside the classes 0..{classes[-1]}, and only the label {self.ignore_index} is "
             "ignored: map the labels to class ids first."
