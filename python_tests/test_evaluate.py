@@ -323,6 +323,11 @@ def test_scores_and_predictions_replace_their_own(tmp_path: Path, root: Path) ->
         with pytest.raises(UserError, match=r"--save-preds .* lies in .*, which holds the data: choose another folder"):
             evaluate.main([*flags, "--save-preds", str(place), "--overwrite"])
     assert [path.read_bytes() for path in labels] == before
+    store = tmp_path / "store"
+    (root / "labels" / "val").rename(store)
+    (root / "labels" / "val").symlink_to(store)
+    with pytest.raises(UserError, match=r"--save-preds .*store lies in .*store, which holds the data"):
+        evaluate.main([*flags, "--save-preds", str(store), "--overwrite"])
     for path, flag in ((tmp_path / "out" / "val1.png", "--save-preds"), (tmp_path / "metrics.json", "--metrics-file")):
         path.write_bytes(b"mine")
         with pytest.raises(UserError, match=rf"{path.name} is there already, .*another {flag}, or replace it"):

@@ -211,7 +211,7 @@ def test_best_that_cannot_be_used(tmp_path: Path) -> None:
 def test_what_resume_means(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """A file, a folder, or without a path the run of that name, and of no other, that was saved last, as its file says,
     not the clock of the file system; one that can go on before one that is finished."""
-    for name, epoch in (("demo-bcmfnet-10", 8), ("demo-bcmfnet", 1), ("demo-bcmfnet-2", 2), ("demo-bcmfnet-old", 3)):
+    for name, epoch in (("demo-bcmfnet", 1), ("demo-bcmfnet-2", 2), ("demo-bcmfnet-old", 3), ("demo-bcmfnet-10", 8)):
         with closing(begin(tmp_path, name)) as run:
             run.save_last(state(epoch))
     with closing(begin(tmp_path, "mine")) as run:
@@ -232,6 +232,14 @@ def test_what_resume_means(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> N
     for name in ("demo-bcmfnet", "demo-bcmfnet-2"):
         (tmp_path / name / "last.pt").unlink()
     assert find_checkpoint("auto", output, None, "demo-bcmfnet") == tmp_path / "demo-bcmfnet-10" / "last.pt"
+
+
+def test_runs_of_older_versions(tmp_path: Path) -> None:
+    """Their files do not say when they were saved: the last number counts, as a number."""
+    for name in ("demo-bcmfnet", "demo-bcmfnet-10", "demo-bcmfnet-2"):
+        (tmp_path / name).mkdir()
+        torch.save({"version": 1, **CONTENT, **state(1)}, tmp_path / name / "last.pt")
+    assert find_checkpoint("auto", str(tmp_path), None, "demo-bcmfnet").parent.name == "demo-bcmfnet-10"
 
 
 def test_resume_leaves_other_folders_alone(tmp_path: Path) -> None:
