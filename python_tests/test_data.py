@@ -539,7 +539,7 @@ def test_every_dataset_keeps_the_interface(name: str, request: pytest.FixtureReq
 def test_a_damaged_exif_is_passed_over(tmp_path: Path) -> None:
     """Protects pictures that viewers show: what is damaged is the note that they are turned, not the pixels."""
     pixels = np.full((8, 12, 3), 100, np.uint8)
-    for number, exif in enumerate((b"Exif\0\0garbage", b"Exif\0\0II*\0\x08\0\0\0\xff\xff", b"Exif\0\0MM\0*")):
-        path = tmp_path / f"{number}.jpg"
+    for number, exif in enumerate((b"garbage", b"Exif\0\0MM\0*\0\0")):
+        path = tmp_path / f"{number}.png"
         Image.fromarray(pixels).save(path, exif=exif)
         assert read_image(path).shape == (8, 12, 3)
