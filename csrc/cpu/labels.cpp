@@ -29,24 +29,18 @@ struct Ids {
   bool is_valid(Id id) const { return !ignores || id != ignored; }
 };
 
+// Labels that change meanwhile may leave anything in the maps: no id is an index here, and the kernels that take the maps
+// check them.
 template <typename Guess, typename Truth, typename Out>
 int64_t read_range(const Guess* prediction, const Truth* target, int64_t count, Ids<Guess> guesses, Ids<Truth> truths,
                    Out none, Out* __restrict guess, Out* __restrict truth) {
-  constexpr int64_t kTogether = 512;
-  Guess guess_ids[kTogether];
-  Truth truth_ids[kTogether];
   int64_t outside = 0;
-  for (int64_t begin = 0; begin < count; begin += kTogether) {
-    const int64_t length = std::min(count - begin, kTogether);
-    copy_once(prediction + begin, 1, length, guess_ids);
-    copy_once(target + begin, 1, length, truth_ids);
-    for (int64_t i = 0; i < length; ++i) {
-      const bool valid = truths.is_valid(truth_ids[i]);
-      const bool right = guesses.is_class(guess_ids[i]) & truths.is_class(truth_ids[i]);
-      guess[begin + i] = valid & right ? static_cast<Out>(guess_ids[i]) : none;
-      truth[begin + i] = valid & right ? static_cast<Out>(truth_ids[i]) : none;
-      outside += valid & !right;
-    }
+  for (int64_t i = 0; i < count; ++i) {
+    const bool valid = truths.is_valid(target[i]);
+    const bool right = guesses.is_class(prediction[i]) & truths.is_class(target[i]);
+    guess[i] = valid & right ? static_cast<Out>(prediction[i]) : none;
+    truth[i] = valid & right ? static_cast<Out>(target[i]) : none;
+    outside += valid & !right;
   }
   return outside;
 }
