@@ -20,10 +20,11 @@ import torch
 from torch import Tensor, nn
 
 from .config import read_saved_config
-from .errors import UserError
+from .errors import UserError, briefly
 from .files import damaged_entry, write_file
 
 VERSION = 1
+DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64, torch.uint8, torch.int32, torch.int64)
 
 
 # --------------------------------------------------------------------------------------------------------------------
@@ -48,7 +49,18 @@ def _is_number(value: Any) -> bool:
 
 
 def _is_tensor(value: Any) -> bool:
-    return isinstance(value, Tensor) and value.layout == torch.strided and value.device.type == "cpu"
+    """One that can be computed with and written to: of a plain dtype, each element in memory of its own."""
+    return (
+        isinstance(value, Tensor)
+        and value.layout == torch.strided
+        and value.device.type == "cpu"
+        and value.dtype in DTYPES
+        and value.numel() * value.element_size() <= value.untyped_storage().nbytes()
+    )
+
+
+def _is_seconds(value: Any) -> bool:
+    return _is_number(value) and 0 <= value < 10**9
 
 
 def _is_tensors(value: Any) -> bool:
@@ -100,6 +112,7 @@ def _is_scheduler(value: Any) -> bool:
 
 COUNT = Field("a whole number of at least 0", _is_count)
 NUMBER = Field("a finite number", _is_number)
+SECONDS = Field("a number of at least 0, and below 10**9", _is_seconds)
 WEIGHTS = Field("tensors by name", _is_tensors)
 NUMBERS = Field("finite numbers by name", _is_numbers)
 
@@ -123,7 +136,7 @@ PROGRESS: Mapping[str, Field] = {  # of last.pt
     "loss_sums": NUMBERS,
     "share_sums": Field(NUMBERS.must, NUMBERS.holds, optional=True),
     "share_steps": Field(COUNT.must, COUNT.holds, optional=True),
-    "seconds": Field("a number of at least 0", lambda v: _is_number(v) and v >= 0),
+    "seconds": SECONDS,
     "best_miou": NUMBER,
     "best_epoch": Field("a whole number of at least -1", lambda v: _is_count(v) or (type(v) is int and v == -1)),
     "saved": Field(NUMBER.must, NUMBER.holds, optional=True),
@@ -133,7 +146,7 @@ RECORD: Mapping[str, Field] = {  # a line of log.jsonl
     "step": COUNT,
     "lr": NUMBER,
     "loss": Field("finite numbers by name, with a total", lambda v: _is_numbers(v) and "total" in v),
-    "seconds": Field("a number of at least 0", lambda v: _is_number(v) and v >= 0),
+    "seconds": SECONDS,
     "images_per_second": NUMBER,
     "loss_ramp": Field(NUMBER.must, NUMBER.holds, optional=True),
     "grad_share": Field("finite numbers by name, or null", lambda v: v is None or _is_numbers(v), optional=True),
@@ -156,18 +169,8 @@ def what_is_wrong(content: Any, fields: Mapping[str, Field]) -> str | None:
             if not field.optional:
                 return f"the field {name} is missing"
         elif not field.holds(content[name]):
-            return f"the field {name} is {_briefly(content[name])}, but must be {field.must}"
+            return f"the field {name} is {briefly(content[name])}, but must be {field.must}"
     return None
-
-
-def _briefly(value: Any) -> str:
-    """A value of a file in few words, whatever it is."""
-    if isinstance(value, Tensor):
-        return f"a tensor {tuple(value.shape)} {str(value.dtype).removeprefix('torch.')}"
-    if isinstance(value, (dict, list, tuple, str)) and len(value) > 4:
-        return f"a {type(value).__name__} of {len(value)}"
-    text = repr(value) if not isinstance(value, int) or abs(value) < 2**64 else "an endless number"
-    return text if len(text) <= 40 else text[:40] + " …"
 
 
 # --------------------------------------------------------------------------------------------------------------------

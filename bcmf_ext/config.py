@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import math
 import shlex
 import textwrap
 from collections.abc import Mapping, Sequence
@@ -12,7 +11,7 @@ from pathlib import Path
 from types import UnionType
 from typing import Any, get_args, get_origin, get_type_hints
 
-from .errors import UserError
+from .errors import UserError, briefly
 from .models import bcmfnet, ddrnet_s
 
 # What suits each dataset (spec section 7); lr is that of the batch size beside it. Everything else has one default, in
@@ -26,7 +25,8 @@ RECIPES: dict[str, dict[str, Any]] = {
     "folder": {"crop_size": (512, 512), "scale_range": (0.5, 2.0), "batch_size": 8, "epochs": 200, "lr": 0.02},
 }
 NETWORKS = {"bcmfnet": bcmfnet, "ddrnet_s": ddrnet_s}
-SMALLEST_CROP = 64  # the deepest feature map is at 1/64
+SMALLEST_CROP, LARGEST_CROP = 64, 1 << 15  # the deepest feature map is at 1/64
+MOST = 1000  # of weights, rates, factors and processes: more can only be a slip
 
 
 def knob(
@@ -137,23 +137,23 @@ class Config:
             ("epochs", self.epochs, self.epochs >= 1, "at least 1"),
             ("batch-size", self.batch_size, self.batch_size >= 2, "at least 2"),
             ("name", self.name, self.name != "", "a name, not empty"),
-            ("lr", self.lr, 0 < self.lr <= 1000, "above 0, and at most 1000"),
-            ("power", self.power, 0 <= self.power < math.inf, "at least 0"),
+            ("lr", self.lr, 0 < self.lr <= MOST, f"above 0, and at most {MOST}"),
+            ("power", self.power, 0 <= self.power <= MOST, f"at least 0, and at most {MOST}"),
             ("warmup", self.warmup, self.warmup is None or self.warmup >= 0, "at least 0"),
             ("momentum", self.momentum, 0 <= self.momentum < 1, "at least 0 and below 1"),
-            ("weight-decay", self.weight_decay, 0 <= self.weight_decay < math.inf, "at least 0"),
+            ("weight-decay", self.weight_decay, 0 <= self.weight_decay <= MOST, f"at least 0, and at most {MOST}"),
             (
                 "crop-size",
                 self.crop_size,
-                min(self.crop_size) >= SMALLEST_CROP,
-                f"at least {SMALLEST_CROP} on each side",
+                all(SMALLEST_CROP <= side <= LARGEST_CROP for side in self.crop_size),
+                f"from {SMALLEST_CROP} to {LARGEST_CROP} on each side",
             ),
-            ("scale-range", self.scale_range, 0 < low <= high < math.inf, "two factors above 0, the lower one first"),
-            ("workers", self.workers, self.workers is None or self.workers >= 0, "at least 0"),
+            ("scale-range", self.scale_range, 0 < low <= high <= MOST, "two factors above 0, the lower one first"),
+            ("workers", self.workers, self.workers is None or 0 <= self.workers <= MOST, f"from 0 to {MOST}"),
             ("ohem", self.ohem, self.ohem is None or 0 < self.ohem < 1, "a probability between 0 and 1"),
-            ("bcl", self.bcl, 0 <= self.bcl < math.inf, "at least 0"),
-            ("cpg", self.cpg, self.cpg is None or 0 <= self.cpg < math.inf, "at least 0"),
-            ("aux-weight", self.aux_weight, 0 <= self.aux_weight < math.inf, "at least 0"),
+            ("bcl", self.bcl, 0 <= self.bcl <= MOST, f"at least 0, and at most {MOST}"),
+            ("cpg", self.cpg, self.cpg is None or 0 <= self.cpg <= MOST, f"at least 0, and at most {MOST}"),
+            ("aux-weight", self.aux_weight, 0 <= self.aux_weight <= MOST, f"at least 0, and at most {MOST}"),
             ("loss-warmup", self.loss_warmup, self.loss_warmup >= 0, "at least 0"),
             ("log-grad-share", self.log_grad_share, self.log_grad_share >= 0, "at least 0"),
             ("seed", self.seed, 0 <= self.seed < 2**63, "at least 0 and below 2**63"),
@@ -241,14 +241,15 @@ def read_saved_config(saved: Mapping[str, Any], path: Path) -> dict[str, Any]:
         value, choices = saved.get(entry.name), entry.metadata["argument"].get("choices")
         if not _is_of(value, hints[entry.name]):
             must = getattr(hints[entry.name], "__name__", hints[entry.name])
-        elif choices is not None and value not in choices:
-            must = "one of " + ", ".join(map(str, choices))
-        else:
-            continue
-        raise UserError(
-            f"In {path} the setting {entry.name} is {str(value)[:40]!r}, but must be {must}: take the file as the "
-            "trainer wrote it."
-        )
+            raise UserError(
+                f"In {path} the setting {entry.name} is {briefly(value)}, but must be {must}: take the file as the "
+                "trainer wrote it."
+            )
+        if choices is not None and value not in choices:
+            raise UserError(
+                f"In {path} the setting {entry.name} is {briefly(value)}, and this version knows only "
+                f"{', '.join(map(str, choices))}: update the package if the file is of a newer one."
+            )
     config = asdict(make_config({"dataset": saved["dataset"]})) | dict(saved)
     try:
         Config(**config)
@@ -264,6 +265,8 @@ def _is_of(value: Any, hint: Any) -> bool:
         return any(_is_of(value, option) for option in options)
     if get_origin(hint) is tuple:
         return isinstance(value, tuple) and len(value) == len(options) and all(map(_is_of, value, options))
+    if isinstance(value, int) and abs(value) >= 2**63:  # which some of those that take it cannot hold
+        return False
     return type(value) in ((int, float) if hint is float else (hint,))
 
 

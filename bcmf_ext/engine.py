@@ -296,12 +296,13 @@ def train_one_epoch(
     their weights. log_grad_share: every how many iterations the terms' shares of the gradient are taken; 0: never.
 
     Raises `NonFiniteLoss`, at the latest one step late: the weights have then taken the bad step, so nothing must be
-    saved from them. `LoadingProcessDied`: between two steps, the state is good.
+    saved from them. `LoadingProcessDied`, and `UserError` for a file that can no longer be read: between two steps, the
+    state is good.
     """
     state.model.train()
     began = time.perf_counter() - state.seconds
     pending: StepLosses | None = None
-    died: LoadingProcessDied | None = None
+    ended: LoadingProcessDied | UserError | None = None
     try:
         for images, labels in loaded(batches):
             outputs, target = compute.run(state.model, images), labels.to(compute.device, non_blocking=True)
@@ -326,16 +327,16 @@ def train_one_epoch(
             bar.update()
             if interrupted():
                 break
-    except LoadingProcessDied as error:
-        died = error
+    except (LoadingProcessDied, UserError) as error:  # of the loader
+        ended = error
     if pending is not None:
         _note(state, pending, bar)
         # Finite losses, but infinite gradients in the last step: the next loss would show it, and comes too late.
         if not _finite(state.model):
             raise NonFiniteLoss(state, pending)
     state.seconds = time.perf_counter() - began
-    if died is not None:
-        raise died
+    if ended is not None:
+        raise ended
 
 
 def _note(state: TrainState, losses: StepLosses, bar: tqdm, images_per_second: float | None = None) -> None:
@@ -356,7 +357,9 @@ def _note(state: TrainState, losses: StepLosses, bar: tqdm, images_per_second: f
 
 
 def _finite(model: nn.Module) -> bool:
-    return bool(torch.stack([parameter.detach().sum() for parameter in model.parameters()]).isfinite().all())
+    """Whether the weights and statistics can be gone on from, as `checkpoint.check_finite` asks."""
+    tensors = [tensor for tensor in model.state_dict().values() if tensor.is_floating_point()]
+    return bool(torch.stack([tensor.isfinite().all() for tensor in tensors]).all())
 
 
 @torch.inference_mode()

@@ -8,7 +8,9 @@ import os
 import re
 import sys
 from collections.abc import Callable
+from typing import Any
 
+from torch import Tensor
 from tqdm import tqdm
 
 # File names and classes may hold any character; these move the cursor, change colours or send keys.
@@ -17,6 +19,21 @@ _CONTROL = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f]")
 
 class UserError(ValueError):
     """Something the user can mend: what was wrong, where, and what to do, in one sentence."""
+
+
+def sentence_of(error: UserError) -> str:
+    """Its sentence alone: from a loading process it arrives with that process's traceback before it."""
+    return str(error).rpartition("UserError: ")[2].strip()
+
+
+def briefly(value: Any) -> str:
+    """A value of a file in few words, whatever it is."""
+    if isinstance(value, Tensor):
+        return f"a tensor {tuple(value.shape)} {str(value.dtype).removeprefix('torch.')}"
+    if isinstance(value, (dict, list, tuple)) and len(value) > 4:
+        return f"a {type(value).__name__} of {len(value)}"
+    text = repr(value) if not isinstance(value, int) or abs(value) < 2**64 else "an endless number"
+    return text if len(text) <= 40 else text[:40] + " …"
 
 
 def printable(text: str) -> str:
@@ -66,8 +83,7 @@ def run_command(main: Callable[[], None]) -> None:
     try:
         main()
     except UserError as error:
-        # Raised in a DataLoader worker it arrives with that worker's traceback as its text; the sentence stands last.
-        _leave(2, f"error: {str(error).rpartition('UserError: ')[2].strip()}")
+        _leave(2, f"error: {sentence_of(error)}")
     except KeyboardInterrupt:
         _leave(130, "interrupted")
     finally:

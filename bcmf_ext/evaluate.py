@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
 from torch import Tensor
 from tqdm import tqdm
 
@@ -19,7 +20,7 @@ from .data.cityscapes import TRAIN_ID_TO_LABEL_ID
 from .engine import LoadingProcessDied, choose_workers, close_loader, evaluate, make_loader
 from .errors import UserError, run_command
 from .files import LONGEST_NAME, check_replaceable, real, write_file
-from .inference import Predictor
+from .inference import Predictor, not_finite
 from .metrics import BoundaryFScore, BoundaryIoU, TrimapIoU
 from .report import metrics_record, metrics_table, none_for_nan, save_png
 
@@ -94,17 +95,23 @@ def score(
     samples = tqdm(loader, "evaluating", unit=" images", disable=None)
     band = BoundaryIoU(classes, device=device)
     others = BoundaryFScore(classes, device=device), TrimapIoU(classes, device=device)
-    corners = predictor.align_corners
+    corners, odd = predictor.align_corners, torch.zeros((), dtype=torch.int64, device=device)
+
+    def logits_of(images: Tensor) -> Tensor:
+        logits = predictor.logits(images)
+        odd.add_(~logits.isfinite().all())  # read at the end: a GPU is not waited for
+        return logits
+
     try:
-        confusion = evaluate(
-            predictor.logits, samples, device, classes, save, align_corners=corners, metrics=[band, *others]
-        )
+        confusion = evaluate(logits_of, samples, device, classes, save, align_corners=corners, metrics=[band, *others])
     except LoadingProcessDied as death:
         raise UserError(
             f"A process that loads data died ({death}), often for want of memory: use fewer --workers."
         ) from death
     finally:
         close_loader(loader)
+    if odd:
+        raise UserError(not_finite(predictor.path, f"{int(odd)} of {len(dataset)} images"))
     about = {"pixel_accuracy": none_for_nan(confusion.pixel_accuracy()), "boundary_iou_ratio": band.ratio}
     return {**about, **metrics_record([confusion, band, *others], dataset.classes)}
 

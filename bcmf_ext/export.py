@@ -20,7 +20,7 @@ from torch.fx.experimental import _config as shape_config
 
 from .errors import UserError, run_command
 from .files import ZIP_MARK, check_replaceable, write_file
-from .inference import InferenceNetwork, load_network, read_checkpoint
+from .inference import InferenceNetwork, load_network, not_finite, read_checkpoint
 from .reference import resample
 
 COMMAND = "bcmf_ext.export"
@@ -62,14 +62,16 @@ def main(argv: Sequence[str] | None = None) -> None:
     network = ExportedNetwork(load_network(saved, checkpoint, impl="torch"), saved, args.logits)
     print("tracing the network …")
     program = trace(network)
-    print(f"writing {output} …")
-    result = "logits" if args.logits else "labels"
+    print("translating the network …")
+    classes = list(saved["classes"])
     if args.format == "onnx":
-        run = save_onnx(program, output, result, list(saved["classes"]))
+        exported, run = to_onnx(program, "logits" if args.logits else "labels", classes)
     else:
-        run = save_program(program, output, list(saved["classes"]))
-    print("running it …")
-    print(f"{output}: " + compare(network, run, output))
+        exported, run = to_program(program, classes)
+    print("running what came out …")
+    equal = compare(network, run, checkpoint)
+    write_file(output, exported)
+    print(f"{output}: {equal}")
 
 
 class ExportedNetwork(nn.Module):
@@ -108,8 +110,8 @@ def check_onnx() -> None:
 Run = Callable[[Tensor], Tensor]
 
 
-def save_onnx(program: torch.export.ExportedProgram, path: Path, result: str, classes: list[str]) -> Run:
-    """Writes the program as ONNX, with the names of the classes in its metadata; returns what runs the file."""
+def to_onnx(program: torch.export.ExportedProgram, result: str, classes: list[str]) -> tuple[bytes, Run]:
+    """The program as an ONNX file, with the names of the classes in its metadata; and what runs it."""
     import onnxruntime
 
     logging.getLogger("torch.onnx").setLevel(logging.ERROR)  # of torchvision's ops, which are not there
@@ -122,9 +124,9 @@ def save_onnx(program: torch.export.ExportedProgram, path: Path, result: str, cl
     entry = model.metadata_props.add()
     entry.key, entry.value = "classes", json.dumps(classes)
     model.producer_name = COMMAND
-    write_file(path, model.SerializeToString())
-    session = onnxruntime.InferenceSession(str(path), providers=["CPUExecutionProvider"])
-    return lambda images: torch.from_numpy(session.run(None, {"images": images.numpy()})[0])
+    file = model.SerializeToString()
+    session = onnxruntime.InferenceSession(file, providers=["CPUExecutionProvider"])
+    return file, lambda images: torch.from_numpy(session.run(None, {"images": images.numpy()})[0])
 
 
 def name_sides(graph: Any) -> None:
@@ -136,17 +138,17 @@ def name_sides(graph: Any) -> None:
                 side.dim_param = re.sub(r"\w+", lambda word: names.get(word[0], word[0]), side.dim_param)
 
 
-def save_program(program: torch.export.ExportedProgram, path: Path, classes: list[str]) -> Run:
-    """The same as a file of `torch.export.load`, with the names of the classes in its extra file classes.json."""
+def to_program(program: torch.export.ExportedProgram, classes: list[str]) -> tuple[bytes, Run]:
+    """The same as a file for `torch.export.load`, with the names of the classes in its extra file classes.json."""
     buffer = io.BytesIO()
     torch.export.save(program, buffer, extra_files={"classes.json": json.dumps(classes), ZIP_MARK: COMMAND})
-    write_file(path, buffer.getbuffer())
-    return torch.export.load(path).module()
+    file = buffer.getvalue()
+    return file, torch.export.load(io.BytesIO(file)).module()
 
 
 @torch.inference_mode()
-def compare(network: nn.Module, run: Run, path: Path) -> str:
-    """How equal the results are. `UserError` if the file computes something else."""
+def compare(network: ExportedNetwork, run: Run, checkpoint: Path) -> str:
+    """How equal the results are. `UserError` if what was exported computes something else."""
     generator = torch.Generator().manual_seed(0)
     sizes = ", ".join(f"{n}×{height}×{width}" for n, height, width in TRIED)
     results = []
@@ -154,7 +156,7 @@ def compare(network: nn.Module, run: Run, path: Path) -> str:
         images = torch.randint(0, 256, (n, 3, height, width), dtype=torch.uint8, generator=generator)
         expected, found = network(images), run(images)
         if not network.network(images).isfinite().all():  # the class of such a pixel is 0, there as here
-            raise UserError(f"The network of {path} computes NaN or infinite logits: take a checkpoint from before.")
+            raise UserError(not_finite(checkpoint, "noise"))
         if network.logits:
             results.append((found - expected).abs().max() / expected.abs().max())
         else:
@@ -162,7 +164,8 @@ def compare(network: nn.Module, run: Run, path: Path) -> str:
     worst = (torch.stack(results).max() if network.logits else torch.stack(results).min()).item()  # NaN, if one is
     if not (worst <= MOST_OFF if network.logits else worst >= LEAST_EQUAL):
         raise UserError(
-            f"{path} does not compute what the network does ({worst:g}): it cannot be used, please report it."
+            f"The export of {checkpoint} does not compute what the network does ({worst:g}), so nothing was written: "
+            "please report it."
         )
     if network.logits:
         return f"logits differ by at most {worst:.0e} of the largest one, at {sizes}"

@@ -167,6 +167,6 @@ def check_replaceable(paths: Iterable[Path], command: str, flag: str) -> None:
     if foreign:
         more = f" (and {len(foreign) - 1} more)" if len(foreign) > 1 else ""
         raise UserError(
-            f"{foreign[0]}{more} is there already, and python -m {command} has not made it: choose another {flag}, or "
-            "replace it with --overwrite."
+            f"{foreign[0]}{more} is there already, without a mark of python -m {command} (results of 0.1.0 have none): "
+            f"choose another {flag}, or replace it with --overwrite."
         )

@@ -20,6 +20,7 @@ from .checkpoint import load_checkpoint, load_weights
 from .config import NETWORKS
 from .data.transforms import of_bytes
 from .engine import choose_device, choose_dtype
+from .errors import UserError
 from .metrics import upsample_argmax
 
 
@@ -43,13 +44,14 @@ class Predictor:
 
     Attributes:
         classes: class names by index. palette: (C, 3) uint8, their colours. config: the run's configuration, a dict.
-        network: an `InferenceNetwork`. device, align_corners: where it runs, and how its logits are resampled.
+        network: an `InferenceNetwork`. path: the checkpoint, as given. device, align_corners: where the network runs,
+        and how its logits are resampled.
 
     Raises `UserError` if the file is no such checkpoint, or the device is not there.
     """
 
     def __init__(self, checkpoint: str | Path, device: str | None = None, amp: str | None = None) -> None:
-        saved = read_checkpoint(checkpoint)
+        saved, self.path = read_checkpoint(checkpoint), checkpoint
         self.config, self.classes = saved["config"], tuple(saved["classes"])
         self.palette: np.ndarray = saved["palette"].numpy()
         self.align_corners: bool = saved["align_corners"]
@@ -74,11 +76,24 @@ class Predictor:
         return upsample_argmax(self.logits(images), images.shape[2:], self.align_corners)
 
     def __call__(self, image: np.ndarray) -> np.ndarray:
-        """The class of each pixel, (H, W) uint8, of an RGB image, (H, W, 3) uint8."""
+        """The class of each pixel, (H, W) uint8, of an RGB image, (H, W, 3) uint8. `UserError` if the network computes
+        NaN or infinite logits for it: its class would be 0 there, as if it knew."""
         if image.ndim != 3 or image.shape[2] != 3 or image.dtype != np.uint8:
             raise ValueError(f"Predictor takes (H, W, 3) uint8 images, not {image.shape} {image.dtype}.")
         pixels = torch.tensor(np.ascontiguousarray(image))  # torch knows no negative strides, as of [..., ::-1]
-        return self.labels(pixels.permute(2, 0, 1)[None])[0].cpu().numpy()
+        logits = self.logits(pixels.permute(2, 0, 1)[None])
+        label = upsample_argmax(logits, image.shape[:2], self.align_corners)[0].cpu().numpy()
+        if not logits.isfinite().all():
+            raise UserError(not_finite(self.path, "this image"))
+        return label
+
+
+def not_finite(checkpoint: str | Path, where: str) -> str:
+    """What to say of NaN or infinite logits: the network's weights are finite, so its arithmetic is not."""
+    return (
+        f"The network of {checkpoint} computes NaN or infinite logits for {where}: try --amp off, or take a checkpoint "
+        "from before."
+    )
 
 
 def read_checkpoint(path: str | Path) -> dict:

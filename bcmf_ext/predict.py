@@ -163,7 +163,8 @@ def find_images(arguments: Sequence[str], output: Path) -> dict[str, Path]:
                     f"--output {output} is a folder of images to predict: choose another, or results would be taken "
                     "for images next time."
                 )
-            images = {key: path for key, path in images.items() if real(output) not in real(path).parents}
+            if real(argument) in real(output).parents:
+                images = {key: path for key, path in images.items() if real(output) not in real(path).parents}
             if not images:
                 raise UserError(f"{argument} holds no images ({' '.join(IMAGE_ENDINGS)}).")
         elif os.path.isfile(argument):

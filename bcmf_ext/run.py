@@ -8,6 +8,7 @@ import itertools
 import json
 import os
 import re
+import shlex
 import socket
 import time
 from collections.abc import Iterator
@@ -126,8 +127,15 @@ class Run:
             older = self.folder / OLDER
             if path.name != LAST or not os.path.isfile(older):
                 raise
-            saved = load_checkpoint(older)
-            warn(f"{str(damage).rstrip('.')}; the run goes on from {older}, one save earlier.")
+            what = str(damage).rstrip(".") if os.path.isfile(path) else f"{path} is gone"
+            try:
+                saved = load_checkpoint(older)
+            except Damaged as second:
+                raise UserError(
+                    f"{what}; and {str(second).rstrip('.')}, so the run cannot go on: start another from its "
+                    f"best weights with --pretrained {shlex.quote(str(self.best))}."
+                ) from second
+            warn(f"{what}; the run goes on from {older}, one save earlier.")
         else:
             self._last_is_whole = path.name == LAST or self._has_whole_last()
         if "optimizer" not in saved:
@@ -197,10 +205,16 @@ def begin_run(output_dir: str, name: str | None, default_name: str) -> Run:
     raise UserError(f"{folder} exists already: choose another --name, or go on with that run by adding --resume.")
 
 
+def _is_ours(lock: Path) -> bool:
+    """Whether it holds what `Lock` writes, or nothing yet: users may have a file of this name, too."""
+    return os.path.isfile(lock) and re.fullmatch(rb"(process \d+ on \S+\n)?", lock.read_bytes()) is not None
+
+
 def _is_free(folder: Path) -> bool:
     """Whether a folder holds nothing but what a run has before it saves for the first time."""
     try:
-        return all(name == LOCK or TEMPORARY.fullmatch(name) for name in os.listdir(folder))
+        names = os.listdir(folder)
+        return all(TEMPORARY.fullmatch(name) or (name == LOCK and _is_ours(folder / LOCK)) for name in names)
     except OSError:  # a file, or nothing that we may read
         return False
 

@@ -43,7 +43,7 @@ from .engine import (
     make_loader,
     train_one_epoch,
 )
-from .errors import UserError, run_command, warn
+from .errors import UserError, run_command, sentence_of, warn
 from .files import short_name
 from .losses.criterion import SegmentationCriterion
 from .metrics import ConfusionMatrix
@@ -224,6 +224,12 @@ class Trainer:
                 f"A process that loads data died ({death}), often for want of memory; the run is saved: go on "
                 f"with --resume {shlex.quote(str(self.run.folder))} and fewer --workers than {self.workers}."
             ) from death
+        except UserError as error:  # a picture that could be read before
+            self.run.save_last(state.state_dict())
+            raise UserError(
+                f"{sentence_of(error).rstrip('.')}; the run is saved: go on with --resume "
+                f"{shlex.quote(str(self.run.folder))} when that is mended."
+            ) from error
         except NonFiniteLoss as stop:
             raise self._explanation(stop) from stop
         except torch.OutOfMemoryError as error:

@@ -157,6 +157,8 @@ ODD: tuple[Any, ...] = (
         torch.zeros(2),
         torch.zeros(2, 2).to_sparse(),
         torch.zeros(2, device="meta"),
+        torch.zeros(1).expand(300),
+        torch.zeros(300).to(torch.float8_e5m2),
         [1, 2, 3],
         ["a", 1],
         {"total": "x"},
@@ -211,3 +213,13 @@ def test_odd_records(name: str) -> None:
     assert all(wrong is None or wrong.startswith(f"the field {name} is ") for wrong in refused)
     for other in (None, 3, [], "x"):
         assert what_is_wrong(other, RECORD) == "it holds no fields"
+
+
+@pytest.mark.parametrize("tensor", [torch.zeros(1).expand(300), torch.zeros(300).to(torch.float8_e5m2)])
+def test_tensors_that_cannot_be_computed_with(tmp_path: Path, tensor: torch.Tensor) -> None:
+    """Weights and momentum in memory that they share, or of a dtype without arithmetic, would end in a traceback."""
+    optimizer = {**STATE["optimizer"], "state": {0: {"momentum_buffer": tensor}}}
+    for change, field in (({"model": {"w": tensor}}, "model"), ({"optimizer": optimizer}, "optimizer")):
+        torch.save({**CONTENT, **STATE, **change}, tmp_path / "last.pt")
+        with pytest.raises(UserError, match=rf"In .*last\.pt the field {field} is "):
+            load_checkpoint(tmp_path / "last.pt")

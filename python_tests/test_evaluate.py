@@ -283,6 +283,8 @@ def test_predict_twice_in_one_place(tmp_path: Path, root: Path, monkeypatch: pyt
         assert len(list(Path("predictions").iterdir())) == 2 * 3
     with pytest.raises(UserError, match="is a folder of images to predict: choose another"):
         predict.main(["--checkpoint", checkpoint, "--device", "cpu", ".", "--output", "../val"])
+    predict.main(["--checkpoint", checkpoint, "--device", "cpu", ".", "--output", ".."])  # above: images all the same
+    assert len(list(Path("..").glob("val*_label.png"))) == 3
 
 
 def test_only_its_own_files_are_replaced(tmp_path: Path, root: Path) -> None:
@@ -354,6 +356,21 @@ def test_networks_of_nan(tmp_path: Path, root: Path) -> None:
             command()
 
 
+def test_logits_of_nan(tmp_path: Path, root: Path) -> None:
+    """Finite weights may overflow, in half precision first: class 0 everywhere, too."""
+    checkpoint = write_checkpoint(tmp_path, data_root=str(root))
+    saved = torch.load(checkpoint, weights_only=True)
+    saved["model"]["final_layer.weight"].fill_(3e38)
+    torch.save(saved, checkpoint)
+    photo = root / "images" / "val" / "val0.png"
+    message = r"The network of .*best\.pt computes NaN or infinite logits for "
+    with pytest.raises(UserError, match=message + "this image"):
+        predict.main(["--checkpoint", str(checkpoint), "--output", str(tmp_path / "out"), str(photo)])
+    with pytest.raises(UserError, match=message + "3 of 3 images"):
+        evaluate.main(["--checkpoint", str(checkpoint), "--device", "cpu", "-j", "0"])
+    assert not (tmp_path / "metrics.json").exists()
+
+
 def test_names_that_files_may_have(tmp_path: Path, root: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """One name without room for an ending costs no other image its prediction; names that are no UTF-8 do; control
     characters do not reach the terminal."""
@@ -396,6 +413,10 @@ def test_what_is_no_ordinary_file(tmp_path: Path, root: Path, capsys: pytest.Cap
     said = capsys.readouterr()
     assert "3 images" in said.out
     assert re.search(r"warning: .*pipe\.png is no ordinary file, and passed over\.", said.err)
+    for name in ("first", "second"):  # a loop of links leads nowhere
+        (root / "images" / "val" / f"{name}.png").symlink_to({"first": "second.png", "second": "first.png"}[name])
+    with pytest.raises(UserError, match=r"2 of 5 images had to be left out, such as .*first\.png"):
+        predict.main([*flags, str(root / "images" / "val")])
     with pytest.raises(UserError, match=r"no image or folder .*pipe\.png"):
         predict.main([*flags, str(root / "images" / "val" / "pipe.png")])
 
@@ -419,8 +440,14 @@ def test_a_folder_that_cannot_be_read(tmp_path: Path, root: Path, monkeypatch: p
 
 
 def test_a_loading_process_that_dies(tmp_path: Path, root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Also in evaluation that is a sentence."""
+    """Also in evaluation that is a sentence; so is what one of them meets, though the other is still there."""
     checkpoint = write_checkpoint(tmp_path, data_root=str(root))
+    broken = root / "images" / "val" / "val1.png"
+    content = broken.read_bytes()
+    broken.write_bytes(b"no picture")
+    with pytest.raises(UserError, match=r"val1\.png cannot be read as a picture"):
+        evaluate.main(["--checkpoint", str(checkpoint), "--device", "cpu", "-j", "2"])
+    broken.write_bytes(content)
     monkeypatch.setattr(Folder, "image", lambda *_: os.kill(os.getpid(), signal.SIGKILL))
     with pytest.raises(UserError, match=r"A process that loads data died \(.*\), .* use fewer --workers"):
         evaluate.main(["--checkpoint", str(checkpoint), "--device", "cpu", "-j", "1"])

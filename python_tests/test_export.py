@@ -106,6 +106,13 @@ def test_another_function_is_refused(tmp_path: Path, logits: bool, monkeypatch: 
     for other in (wrong, nothing):
         with pytest.raises(UserError, match="does not compute what the network does"):
             export.compare(network, other, tmp_path)
+    flags = ["--checkpoint", str(tmp_path), "--format", "torch-export", *(["--logits"] if logits else [])]
+    export.main(flags)
+    good = (tmp_path / "best.pt2").read_bytes()
+    monkeypatch.setattr(export, "to_program", lambda *_: (b"something else", wrong))
+    with pytest.raises(UserError, match=r"so nothing was written"):
+        export.main(flags)
+    assert (tmp_path / "best.pt2").read_bytes() == good
 
 
 def test_logits_that_are_not_finite(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -230,7 +230,7 @@ def test_weights_that_do_not_fit(tmp_path: Path) -> None:
     for name, classes, message in (
         ("bcmfnet", 12, r"a bcmfnet of 12 classes, but its weights are others \(size mismatch for .*conv2"),
         ("ddrnet_s", 11, r"a ddrnet_s of 11 classes, but its weights are others \(Missing key\(s\).*spp.scale0"),
-        ("unet", 11, "the setting model is 'unet', but must be one of bcmfnet, ddrnet_s"),
+        ("unet", 11, "the setting model is 'unet', and this version knows only bcmfnet, ddrnet_s"),
     ):
         folder = write_run(tmp_path / f"{name}{classes}", "bcmfnet", network, classes)
         saved = torch.load(folder / "best.pt", weights_only=True)

@@ -114,6 +114,11 @@ def test_new_runs_never_overwrite(tmp_path: Path) -> None:
     for name in ("demo-bcmfnet", "mine", "file"):
         with pytest.raises(UserError, match=rf"{name} exists already: .*--name.*--resume"):
             begin(tmp_path, name)
+    (tmp_path / "other").mkdir()
+    (tmp_path / "other" / ".lock").write_text("of another program")
+    with pytest.raises(UserError, match="other exists already"):
+        begin(tmp_path, "other")
+    assert (tmp_path / "other" / ".lock").read_text() == "of another program"
     with pytest.raises(UserError, match=r"cannot be made .*--output-dir"):
         begin(tmp_path / "file")
     assert os.listdir(tmp_path / "mine") == ["notes.txt"]
@@ -178,7 +183,9 @@ def test_two_generations(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> 
         spoil()
         run, saved = resume_run(str(tmp_path / "x"), str(tmp_path), None, None)
         assert saved["epoch"] == 2
-        assert "the run goes on from" in capsys.readouterr().err
+        said = capsys.readouterr().err
+        assert "the run goes on from" in said
+        assert "check the path" not in said
         run.about = {key: value for key, value in CONTENT.items() if key != "model"}
         run.save_last(state(3))
         assert [load_checkpoint(path)["epoch"] for path in (last, older)] == [3, 2]
@@ -189,8 +196,11 @@ def test_two_generations(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> 
     run.save_last(state(2))
     assert [load_checkpoint(path)["epoch"] for path in (last, older)] == [2, 3]  # the newer one is not lost
     run.close()
-    older.unlink()
+    older.write_bytes(damaged)
     last.write_bytes(damaged)
+    with pytest.raises(UserError, match=r"last\.pt is damaged, .*; and .*last-1\.pt is damaged, .*--pretrained .*best"):
+        resume_run(str(tmp_path / "x"), str(tmp_path), None, None)
+    older.unlink()
     with pytest.raises(UserError, match=r"last\.pt is damaged"):
         resume_run(str(tmp_path / "x"), str(tmp_path), None, None)
 

@@ -344,10 +344,18 @@ def test_a_network_that_does_not_compile(flags: list[str], monkeypatch: pytest.M
 
 
 @pytest.mark.usefixtures("tiny")
-def test_weights_that_are_not_finite(flags: list[str], run: Path) -> None:
+def test_weights_that_are_not_finite(flags: list[str], run: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """A finite loss with infinite gradients in the last step of an epoch: the weights are named, not the loss."""
+    make = NETWORKS["bcmfnet"]
+
+    def overflowing(*arguments: Any) -> TinyNet:
+        network = make(*arguments)
+        network.final_layer.weight.register_hook(lambda gradient: gradient * math.inf)
+        return network
+
+    monkeypatch.setitem(NETWORKS, "bcmfnet", overflowing)
     with pytest.raises(UserError, match=r"weights are not finite after epoch 1, step \d+, though the loss was"):
-        train.main([*flags, "--epochs", "1", "--batch-size", "9", "--warmup", "0", "--lr", "1000", "--wd", "1e38"])
+        train.main([*flags, "--epochs", "1", "--batch-size", "9"])
 
 
 def test_check_data_only(flags: list[str], run: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -680,14 +688,31 @@ def test_a_terminal_of_few_characters(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.mark.usefixtures("tiny")
 def test_error_in_a_loading_process(
-    flags: list[str], data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    flags: list[str],
+    run: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
 ) -> None:
-    """A file that breaks after the check is one sentence on stderr and status 2, though a loading process meets it."""
+    """A file that breaks after the check is one sentence on stderr and status 2, though a loading process meets it; the
+    steps before are saved, and the run goes on as if nothing had happened when the file is mended."""
     copy = write_folder(tmp_path / "copy")
+    flags = [*flags, "--data-root", str(copy), "--workers", "1", "--epochs", "2"]
+    train.main([*flags, "--name", "whole"])
     broken = copy / "labels" / "train" / "train3.png"
-    monkeypatch.setattr(train.SegmentationDataset, "check", lambda self: [1] * broken.write_bytes(b"no picture"))
-    with pytest.raises(SystemExit, match="2"):
-        run_command(lambda: train.main([*flags, "--data-root", str(copy), "--workers", "1"]))
+    content = broken.read_bytes()
+    with monkeypatch.context() as patch:
+        patch.setattr(train.SegmentationDataset, "check", lambda self: [1] * broken.write_bytes(b"no picture"))
+        capsys.readouterr()
+        with pytest.raises(SystemExit, match="2"):
+            run_command(lambda: train.main(flags))
     error = capsys.readouterr().err
     assert error.startswith(f"error: {broken} cannot be read")
+    assert error.endswith(f"; the run is saved: go on with --resume '{run}' when that is mended.\n")
     assert len(error.splitlines()) == 1
+    saved = load(run / "last.pt")
+    assert saved["scheduler"]["last_epoch"] == saved["epoch"] * STEPS + saved["step"]
+    assert saved["step"] > 0
+    broken.write_bytes(content)
+    train.main(["--resume", str(run)])
+    assert_same_run(run, tmp_path / "all runs" / "whole")
