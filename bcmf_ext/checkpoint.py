@@ -21,7 +21,7 @@ from torch import Tensor, nn
 
 from .config import read_saved_config
 from .errors import UserError, briefly
-from .files import damaged_entry, write_file
+from .files import cannot_be_opened, damaged_entry, write_file
 
 VERSION = 1
 DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64, torch.uint8, torch.int32, torch.int64)
@@ -223,7 +223,7 @@ def read_zip(path: Path) -> Any:
             file.seek(0)
             return torch.load(file, map_location="cpu", weights_only=True)
     except OSError as error:
-        raise UserError(f"{path} cannot be opened ({error.strerror or error}): check its permissions.") from error
+        raise cannot_be_opened(path, error) from error
     except Damaged:
         raise
     except Exception as error:  # the unpickler raises whatever the bytes lead it to

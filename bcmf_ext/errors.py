@@ -77,6 +77,7 @@ class _Output(io.TextIOWrapper):
 
 def run_command(main: Callable[[], None]) -> None:
     """Runs a command's `main`: a `UserError` becomes `error: <sentence>` on stderr with exit status 2."""
+    _open_what_is_closed()
     stdout = sys.stdout
     if isinstance(stdout, io.TextIOWrapper):
         sys.stdout = _Output(stdout)
@@ -91,6 +92,19 @@ def run_command(main: Callable[[], None]) -> None:
             sys.stdout.flush()
             sys.stdout.detach()  # without closing what it writes to
             sys.stdout = stdout
+
+
+def _open_what_is_closed() -> None:
+    """Gives a process that was started without stdin, stdout or stderr (`2>&-`, some daemons) the null device there.
+    Otherwise Python has no stream to write to, and the next file that is opened, such as a checkpoint, takes the number
+    that every library writes its errors to."""
+    for number in range(3):
+        try:
+            os.fstat(number)
+        except OSError:
+            os.open(os.devnull, os.O_RDWR)  # takes the lowest number that is free
+    sys.stdout = sys.stdout or open(os.devnull, "w")  # noqa: SIM115
+    sys.stderr = sys.stderr or open(os.devnull, "w")  # noqa: SIM115
 
 
 def _leave(status: int, sentence: str) -> None:

@@ -60,6 +60,18 @@ def write_file(path: Path, data: bytes | memoryview, *, sync: bool = False, olde
         raise UserError(f"{path} cannot be written ({reason}): check the folder and the disk.") from error
 
 
+def read_text(path: Path, errors: str = "strict") -> str:
+    """The text of a file, UTF-8. `UserError` if it cannot be opened."""
+    try:
+        return path.read_text(encoding="utf-8-sig", errors=errors)
+    except OSError as error:
+        raise cannot_be_opened(path, error) from error
+
+
+def cannot_be_opened(path: Path, error: OSError) -> UserError:
+    return UserError(f"{path} cannot be opened ({error.strerror or error}): check its permissions.")
+
+
 def _temporary_beside(path: Path) -> Path:
     """A name of our own for what is not complete. Short, since `path` may have the longest name there is."""
     return path.with_name(f".bcmf_ext-{secrets.token_hex(8)}.tmp")
@@ -107,9 +119,10 @@ def _sync_folder(folder: Path) -> None:
 
 def remove_temporaries(folder: Path) -> None:
     """Removes what a killed process left half written, in a folder that nobody else writes to."""
-    for path in folder.iterdir() if os.path.isdir(folder) else ():
-        if TEMPORARY.fullmatch(path.name):
-            _remove(path)
+    with contextlib.suppress(OSError):  # there is no such folder, or we may not look into it
+        for name in os.listdir(folder):
+            if TEMPORARY.fullmatch(name):
+                _remove(folder / name)
 
 
 def real(path: Path) -> Path:

@@ -19,7 +19,7 @@ import torch
 
 from .checkpoint import RECORD, VERSION, Damaged, load_checkpoint, save_checkpoint, what_is_wrong
 from .errors import UserError, warn
-from .files import TEMPORARY, remove_temporaries, write_file
+from .files import TEMPORARY, read_text, remove_temporaries, write_file
 
 LAST, OLDER, BEST, LOCK = "last.pt", "last-1.pt", "best.pt", ".lock"
 
@@ -160,7 +160,7 @@ def read_log(path: Path, epochs: int) -> list[dict[str, Any]]:
     """The records of the first `epochs` epochs. Lines that are none are passed over with a word: the next record takes
     them out of the file."""
     records = []
-    lines = path.read_text(encoding="utf-8", errors="replace").splitlines() if os.path.isfile(path) else []
+    lines = read_text(path, errors="replace").splitlines() if os.path.isfile(path) else []
     for number, line in enumerate(lines, 1):
         try:
             record = json.loads(line)

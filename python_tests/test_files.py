@@ -14,7 +14,7 @@ import pytest
 
 from bcmf_ext import files
 from bcmf_ext.errors import UserError
-from bcmf_ext.files import TEMPORARY, check_replaceable, mark_of, remove_temporaries, short_name, write_file
+from bcmf_ext.files import TEMPORARY, check_replaceable, mark_of, read_text, remove_temporaries, short_name, write_file
 from bcmf_ext.report import save_png
 
 
@@ -128,6 +128,20 @@ def test_names_that_are_too_long(tmp_path: Path) -> None:
         assert first.endswith("_picture.png")
         write_file(tmp_path / first, b"")
     assert short_name("street", ".png") == "street.png"
+
+
+def test_files_that_may_not_be_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A log, a classes.txt or a folder of pictures of another user: a sentence, or nothing that matters."""
+
+    def refuse(path: str | os.PathLike[str], *_: object, **__: object) -> None:
+        raise PermissionError(13, "Permission denied", str(path))
+
+    (tmp_path / "log.jsonl").touch()
+    monkeypatch.setattr(Path, "read_text", refuse)
+    monkeypatch.setattr(os, "listdir", refuse)
+    with pytest.raises(UserError, match=r"log\.jsonl cannot be opened \(Permission denied\): check its permissions"):
+        read_text(tmp_path / "log.jsonl")
+    remove_temporaries(tmp_path)
 
 
 # What is ours

@@ -436,6 +436,15 @@ def test_closed_output_loses_nothing(flags: list[str], run: Path) -> None:
     assert load(run / "last.pt")["epoch"] == len(log(run)) == 4
 
 
+def test_no_output_at_all(flags: list[str], run: Path) -> None:
+    """Started with stdout and stderr closed (`>&- 2>&-`) a run does as any other, and no file of it takes their place,
+    which libraries write to."""
+    process = in_background(flags, preexec_fn=lambda: os.closerange(0, 3))
+    assert process.wait(timeout=60) == 0
+    assert load(run / "last.pt")["epoch"] == len(log(run)) == 3
+    assert re.fullmatch(r"process \d+ on \S+\n", (run / ".lock").read_text())
+
+
 @pytest.mark.parametrize("epoch", [1, 2])
 def test_a_killed_loading_process(epoch: int, flags: list[str], run: Path, tmp_path: Path) -> None:
     """The system kills it when memory is short: a sentence, and a run that goes on where it was, with fewer."""

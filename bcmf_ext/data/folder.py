@@ -20,6 +20,7 @@ from pathlib import Path
 import numpy as np
 
 from ..errors import UserError
+from ..files import read_text
 from .dataset import (
     IGNORE_INDEX,
     IMAGE_ENDINGS,
@@ -129,7 +130,7 @@ def _read_classes(root: Path, files: list[Files]) -> tuple[tuple[str, ...], np.n
             f"{_ids_in_use(files)}."
         )
     try:
-        lines = [line.split() for line in path.read_text(encoding="utf-8-sig").rstrip().splitlines()]
+        lines = [line.split() for line in read_text(path).rstrip().splitlines()]
     except UnicodeDecodeError as error:
         raise UserError(f"{path} is not a UTF-8 text file: save it as one ({error.reason}).") from error
     if [] in lines:
