@@ -95,6 +95,8 @@ def main() -> None:
         parser.add_argument(f"--{name}", type=int, default=0)
     parser.add_argument("--seed", type=int, default=0)
     arguments = parser.parse_args()
+    for number in EXITS.keys() - {signal.SIGKILL}:  # a shell lets what it starts with & ignore Ctrl-C
+        signal.signal(number, signal.default_int_handler if number == signal.SIGINT else signal.SIG_DFL)
     torch.set_num_threads(1)
     NETWORKS["bcmfnet"] = TinyNet
     rng, stopped = random.Random(arguments.seed), Counter[str]()
