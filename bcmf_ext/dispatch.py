@@ -21,6 +21,8 @@ from types import ModuleType
 
 import torch
 
+from . import reference
+
 DEBUG = os.environ.get("BCMF_DEBUG") == "1"  # look at labels on CUDA too: a sync, for a sentence
 IMPLS = ("cuda", "triton", "cpu", "torch")
 ORDER = {"cuda": ("cuda", "triton", "torch"), "cpu": ("cpu", "torch")}  # of "auto", by device
@@ -123,9 +125,22 @@ def why_not(impl: str, device: str) -> str | None:
 def choose(op: str, impl: str, device: torch.device) -> str:
     """The impl that runs ``op``: for "auto" the first that can, otherwise the one asked for.
 
-    Where that is not "cuda" on a GPU, the first call says why.
-    Raises ValueError if the impl asked for by name cannot run, and says why.
+    Where that is not "cuda" on a GPU, the first call says why. Under torch.jit.trace and in an ONNX export, which know
+    PyTorch's own ops alone, "auto" is "torch".
+    Raises ValueError if the impl asked for by name cannot run, and says why; NotImplementedError where kernels would
+    run under a transform of torch.func.
     """
+    if impl == "auto" and (torch.jit.is_tracing() or torch.onnx.is_in_onnx_export()):
+        return "torch"
+    chosen = _choose(op, impl, device)
+    if chosen != "torch" and not torch.compiler.is_compiling() and reference.in_torch_func():
+        raise NotImplementedError(
+            f"bcmf_ext's kernels know no torch.func (grad, vmap, jvp, …): use impl='torch' for {op} there."
+        )
+    return chosen
+
+
+def _choose(op: str, impl: str, device: torch.device) -> str:
     if impl == "auto":
         chosen = next(i for i in ORDER.get(device.type, ("torch",)) if why_not(i, device.type) is None)
         if device.type == "cuda" and chosen != "cuda" and not torch.compiler.is_compiling():

@@ -265,11 +265,16 @@ class StepLosses:
     """
 
     def __init__(
-        self, step: int, lr: float, losses: Any, shares: dict[str, Tensor], batch: tuple[Tensor, Tensor]
+        self,
+        step: int,
+        lr: float,
+        terms: dict[str, Tensor],
+        shares: dict[str, Tensor],
+        batch: tuple[Tensor, Tensor],
     ) -> None:
-        terms = {name: value.detach() for name, value in losses._asdict().items() if value is not None}
         self.step, self.lr, self.batch, self.terms, self.shares = step, lr, batch, tuple(terms), tuple(shares)
-        values, on_gpu = torch.stack([*terms.values(), *shares.values()]), losses.total.is_cuda
+        scalars = [value.detach().to(terms["total"].dtype) for value in (*terms.values(), *shares.values())]
+        values, on_gpu = torch.stack(scalars), terms["total"].is_cuda
         self._values = values.to("cpu", non_blocking=on_gpu)
         self._copied = torch.cuda.current_stream(values.device).record_event() if on_gpu else None
 
@@ -307,19 +312,19 @@ def train_one_epoch(
         for images, labels in loaded(batches):
             outputs, target = compute.run(state.model, images), labels.to(compute.device, non_blocking=True)
             iteration = state.scheduler.last_epoch
-            criterion.ramp = loss_ramp(iteration, loss_warmup)
+            ramp = loss_ramp(iteration, loss_warmup)
             # Outside autocast: the losses compute in fp32 themselves.
-            losses = criterion(outputs, target)
+            terms = criterion.terms(outputs, target, ramp)
             logged = log_grad_share and iteration % log_grad_share == 0
-            shares = criterion.gradient_shares(outputs, target) if logged else {}
+            shares = criterion.gradient_shares(outputs, target, ramp) if logged else {}
             state.optimizer.zero_grad()
-            state.scaler.scale(losses.total).backward()
+            state.scaler.scale(terms["total"]).backward()
             state.scaler.step(state.optimizer)
             state.scaler.update()
             lr = float(state.scheduler.get_last_lr()[0])
             state.scheduler.step()
 
-            previous, pending = pending, StepLosses(state.step, lr, losses, shares, (images, labels))
+            previous, pending = pending, StepLosses(state.step, lr, terms, shares, (images, labels))
             state.step += 1
             state.seconds = time.perf_counter() - began
             if previous is not None:

@@ -28,6 +28,16 @@ def _raise_on_double_backward(ctx: Any, *_: Any) -> None:
     )
 
 
+class _Function(torch.autograd.Function):
+    """What the ops' own Functions share."""
+
+    @staticmethod
+    def jvp(ctx: Any, *_: Any) -> None:
+        raise NotImplementedError(
+            "bcmf_ext's kernels have no forward-mode derivative: use impl='torch' where you need one."
+        )
+
+
 def _define(lib: Library, name: str, schema: str, fake: Any, backward_schema: str, backward_fake: Any) -> Any:
     """Adds an op and its backward, ``{name}_backward``, to a library: schemas, fake kernels, and no second derivative.
     Returns both; the autograd of the first is the caller's."""
@@ -111,7 +121,7 @@ def define_loss(lib: Library, name: str) -> Any:
     """Adds bcmf::loss to a library under this name, and returns it. Kernels for devices are the caller's."""
     loss, loss_backward = _define(lib, name, _LOSS, _loss_fake, _LOSS_BACKWARD, _loss_backward_fake)
 
-    class Loss(torch.autograd.Function):
+    class Loss(_Function):
         @staticmethod
         def forward(
             ctx: Any, logits: Tensor, target: Tensor, weight: Tensor | None, *options: Any
@@ -329,7 +339,7 @@ def define_pool_norm_relu(lib: Library, name: str) -> Any:
     fakes = _pool_norm_relu_fake, _pool_norm_relu_backward_fake
     op, op_backward = _define_norm_relu(lib, name, "Tensor x", "", len(POOLS) + 1, *fakes)
 
-    class PoolNormRelu(torch.autograd.Function):
+    class PoolNormRelu(_Function):
         """Lists are taken apart: autograd does not look into them."""
 
         @staticmethod
@@ -365,7 +375,7 @@ def define_add_norm_relu(lib: Library, name: str) -> Any:
     size = "SymInt height, SymInt width, bool channels_last, bool joined, "
     op, op_backward = _define_norm_relu(lib, name, maps, size, 2, *fakes)
 
-    class AddNormRelu(torch.autograd.Function):
+    class AddNormRelu(_Function):
         @staticmethod
         def forward(ctx: Any, branches: int, norms: int, options: Sequence[Any], *rest: Tensor | None) -> Any:
             resampled, added = rest[:branches], rest[branches : 2 * branches]

@@ -3,21 +3,22 @@
 This file is the oracle that every other backend is compared with, the baseline of the benchmarks, and the easiest place
 to read what a loss is. It imports torch alone. Names and defaults are those of the public functions, without ``impl``.
 
-Shapes throughout: logits ``Z (N, C, h, w)`` in fp16, bf16, fp32 or fp64; target ``Y (N, H, W)`` in uint8, int16, int32
-or int64, holding ``0..C-1`` or ``ignore_index``. If (h, w) differs from (H, W), the logits are resampled bilinearly.
+Shapes throughout: logits ``Z (N, C, h, w)`` in fp16, bf16, fp32 or fp64; target ``Y (N, H, W)``, or (N, 1, H, W), bool
+or of any integer dtype, holding ``0..C-1`` or ``ignore_index``. If (h, w) differs from (H, W), the logits are resampled
+bilinearly.
 Arithmetic is fp32 (fp64 for fp64 logits) whatever the logits' dtype, and so is the result, a scalar on the logits'
 device. Where there is nothing to average, a term is 0 with an all-zero gradient, attached to the graph.
 
 Errors: ``TypeError`` for a wrong dtype, ``ValueError`` for a wrong shape, device or option, and for a label that is
-neither a class nor ``ignore_index``. On CUDA tensors such a label makes the loss NaN instead, because looking at it
-would stop the GPU.
+neither a class nor ``ignore_index``. On CUDA tensors, and under torch.compile, torch.func and tracing, such a label
+makes the loss NaN instead: looking at it would stop the GPU, or cannot be done.
 """
 
 from __future__ import annotations
 
 import math
-import numbers
-from collections.abc import Sequence
+import operator
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -27,6 +28,42 @@ from torch import Tensor
 
 # --------------------------------------------------------------------------------------------------------------------
 # Options and results
+
+
+def whole(name: str, value: Any) -> int:
+    """``value`` as an int: NumPy's integers are some, too. TypeError for other numbers, bools and tensors."""
+    if not isinstance(value, (bool, Tensor)):
+        try:
+            return operator.index(value)
+        except TypeError:
+            pass
+    raise TypeError(f"{name} is a whole number, not {value!r} ({type(value).__name__}).")
+
+
+def real(name: str, value: Any) -> float:
+    """``value`` as a float. TypeError for what is no number, and for bools, texts and tensors."""
+    if not isinstance(value, (bool, str, bytes, Tensor)):
+        try:
+            return float(value)
+        except (TypeError, ValueError):
+            pass
+    raise TypeError(f"{name} is a number, not {value!r} ({type(value).__name__}).")
+
+
+def whole_label(ignore_index: Any) -> int:
+    """``ignore_index`` as an int; TypeError."""
+    if ignore_index is None:
+        raise TypeError(
+            "ignore_index is the label that marks ignored pixels, not None: pass -1 (or another that is no class) "
+            "where there are none."
+        )
+    return whole("ignore_index", ignore_index)
+
+
+def _set(option: Any, **values: Any) -> None:
+    """Fields of a frozen dataclass under construction."""
+    for name, value in values.items():
+        object.__setattr__(option, name, value)
 
 
 @dataclass(frozen=True)
@@ -41,14 +78,11 @@ class OHEM:
     min_kept: int = 131072
 
     def __post_init__(self) -> None:
+        _set(self, threshold=real("OHEM's threshold", self.threshold), min_kept=whole("OHEM's min_kept", self.min_kept))
         if not 0 < self.threshold <= 1:
             raise ValueError(f"OHEM's threshold is a probability in (0, 1], not {self.threshold}.")
-        if not _is_integer(self.min_kept) or self.min_kept < 0:
+        if self.min_kept < 0:
             raise ValueError(f"OHEM's min_kept is a number of pixels, at least 0, not {self.min_kept}.")
-
-
-def _is_integer(value: Any) -> bool:
-    return isinstance(value, int) and not isinstance(value, bool)
 
 
 def _check_weight(name: str, weight: float) -> None:
@@ -77,9 +111,15 @@ class BCL:
     nms_size: int = 3
 
     def __post_init__(self) -> None:
+        if isinstance(self.step, (tuple, list)):
+            _set(self, step=tuple(whole("a step of BCL", step) for step in self.step))
+        else:
+            _set(self, step=whole("BCL's step", self.step))
+        for name in ("weight", "alpha", "beta", "threshold"):
+            _set(self, **{name: real(f"BCL's {name}", getattr(self, name))})
+        _set(self, nms_size=whole("BCL's nms_size", self.nms_size))
         _check_weight("BCL", self.weight)
-        steps = tuple(self.step) if isinstance(self.step, (tuple, list)) else (self.step,)
-        if not 1 <= len(steps) <= 8 or any(not _is_integer(step) or step < 1 for step in steps):
+        if not 1 <= len(self.steps) <= 8 or min(self.steps) < 1:
             raise ValueError(
                 f"BCL's step is a positive number of pixels or a tuple of 1 to 8 of them, not {self.step}."
             )
@@ -90,7 +130,7 @@ class BCL:
         for name, share in (("alpha", self.alpha), ("beta", self.beta)):
             if not 0 <= share < math.inf:
                 raise ValueError(f"BCL's {name} is a number of at least 0, not {share}.")
-        if not _is_integer(self.nms_size) or self.nms_size < 1 or self.nms_size % 2 == 0:
+        if self.nms_size < 1 or self.nms_size % 2 == 0:
             raise ValueError(f"BCL's nms_size is an odd number of pixels, not {self.nms_size}.")
         if self.supervise == "flipped" and self.weight * (self.alpha + self.beta) >= 1:
             raise ValueError(
@@ -101,7 +141,7 @@ class BCL:
     @property
     def steps(self) -> tuple[int, ...]:
         """``step`` as a tuple."""
-        return (self.step,) if isinstance(self.step, int) else tuple(self.step)
+        return (self.step,) if isinstance(self.step, int) else self.step
 
 
 @dataclass(frozen=True)
@@ -120,12 +160,14 @@ class CPG:
     ignore_mode: str = "window"
 
     def __post_init__(self) -> None:
+        _set(self, kernel_size=whole("CPG's kernel_size", self.kernel_size))
         if self.kernel_size not in (3, 5, 7):
             raise ValueError(f"CPG's kernel_size is 3, 5 or 7, not {self.kernel_size}.")
         if self.ignore_mode not in ("window", "centre"):
             raise ValueError(f'CPG\'s ignore_mode is "window" or "centre", not {self.ignore_mode!r}.')
         if self.weight is None:
-            object.__setattr__(self, "weight", {3: 1.0, 5: 0.4, 7: 0.35}[self.kernel_size])
+            _set(self, weight={3: 1.0, 5: 0.4, 7: 0.35}[self.kernel_size])
+        _set(self, weight=real("CPG's weight", self.weight))
         _check_weight("CPG", self.weight)
 
 
@@ -142,23 +184,39 @@ class SegmentationLoss(NamedTuple):
 # What every loss does first (spec section 1)
 
 
-def check_inputs(logits: Tensor, target: Tensor, weight: Tensor | None = None) -> None:
-    """Raise TypeError or ValueError unless shapes, dtypes and devices are those of the module's docstring."""
+# Dtypes of labels that kernels read where they are, and what the others are converted to.
+_READ_AS = {torch.bool: torch.uint8, torch.int8: torch.int16, torch.uint16: torch.int32}
+_READ_AS |= {torch.uint32: torch.int64, torch.uint64: torch.int64}
+LABEL_DTYPES = (torch.uint8, torch.int16, torch.int32, torch.int64)
+
+
+def read_labels(target: Tensor) -> Tensor:
+    """Labels as all that follows takes them: (N, H, W), also of (N, 1, H, W), in one of LABEL_DTYPES."""
+    if target.dim() == 4 and target.shape[1] == 1:
+        target = target.squeeze(1)
+    return target.to(_READ_AS.get(target.dtype, target.dtype))
+
+
+def check_inputs(logits: Tensor, target: Tensor, weight: Tensor | None = None) -> Tensor:
+    """The target as `read_labels` gives it. Raises TypeError or ValueError unless shapes, dtypes and devices are those
+    of the module's docstring."""
     if not isinstance(logits, Tensor):
-        hint = ": of (main, auxiliary) logits, SegmentationCriterion makes one loss" * isinstance(logits, (tuple, list))
+        of_heads = isinstance(logits, (tuple, list, Mapping))
+        hint = ": of the outputs of several heads, SegmentationCriterion makes one loss" * of_heads
         raise TypeError(f"logits are a tensor, not a {type(logits).__name__}{hint}.")
     for name, tensor in (("target is", target), ("class weights are", weight)):
         if tensor is not None and not isinstance(tensor, Tensor):
             raise TypeError(f"{name} a tensor, not a {type(tensor).__name__}.")
     if logits.dtype not in (torch.float16, torch.bfloat16, torch.float32, torch.float64):
         raise TypeError(f"logits are floating point (fp16, bf16, fp32, fp64), not {logits.dtype}.")
-    if target.dtype not in (torch.uint8, torch.int16, torch.int32, torch.int64):
-        raise TypeError(f"target holds class ids (uint8, int16, int32 or int64), not {target.dtype}.")
+    shape, target = tuple(target.shape), read_labels(target)
+    if target.dtype not in LABEL_DTYPES:
+        raise TypeError(f"target holds class ids, bool or of an integer dtype, not {target.dtype}.")
     if logits.dim() != 4 or logits.shape[1] < 2:
         raise ValueError(f"logits have the shape (N, C, h, w) with C >= 2, not {tuple(logits.shape)}.")
     if target.dim() != 3 or target.shape[0] != logits.shape[0]:
         raise ValueError(
-            f"target has the shape (N, H, W) with the logits' N = {logits.shape[0]}, not {tuple(target.shape)}."
+            f"target has the shape (N, H, W), or (N, 1, H, W), with the logits' N = {logits.shape[0]}, not {shape}."
         )
     if target.numel() > 0 and logits.numel() == 0:
         raise ValueError(f"logits of the shape {tuple(logits.shape)} cannot be resampled to {tuple(target.shape)}.")
@@ -175,6 +233,7 @@ def check_inputs(logits: Tensor, target: Tensor, weight: Tensor | None = None) -
             raise ValueError("class weights get no gradient: pass weight.detach().")
         if weight.device != logits.device:
             raise ValueError(f"logits are on {logits.device} and class weights on {weight.device}: move one of them.")
+    return target
 
 
 def describe_bad_labels(target: Tensor, num_classes: int, ignore_index: int) -> str:
@@ -194,6 +253,19 @@ def describe_bad_labels(target: Tensor, num_classes: int, ignore_index: int) -> 
     return sentence + "."
 
 
+def is_traced(tensor: Tensor) -> bool:
+    """Whether what is computed must not depend on values: under torch.func, torch.jit.trace and an ONNX export, and of
+    meta tensors, which have none."""
+    if torch.compiler.is_compiling():  # which breaks the graph where a value is asked for
+        return False
+    return tensor.is_meta or torch.jit.is_tracing() or torch.onnx.is_in_onnx_export() or in_torch_func()
+
+
+def in_torch_func() -> bool:
+    """Whether a transform of torch.func is at work: grad, vmap, jvp, …"""
+    return torch._C._functorch.peek_interpreter_stack() is not None
+
+
 def check_labels(target: Tensor, num_classes: int, ignore_index: int) -> None:
     """Raise ValueError if a label is neither a class nor ignore_index. Synchronises on CUDA."""
     labels = target.long()
@@ -202,23 +274,49 @@ def check_labels(target: Tensor, num_classes: int, ignore_index: int) -> None:
 
 
 def resample(logits: Tensor, size: Sequence[int], align_corners: bool = False) -> Tensor:
-    """fp32 (fp64) logits (N, C, H, W) of ``size`` (H, W): bilinear, up or down, as F.interpolate does it."""
-    if logits.dtype != torch.float64:
-        logits = logits.float()
-    if logits.shape[2:] == torch.Size(size):
-        return logits
-    if logits.shape[0] == 0 or 0 in size:  # which F.interpolate refuses
-        return logits.new_zeros(*logits.shape[:2], *size) + 0 * logits.sum()
-    return F.interpolate(logits, size=tuple(size), mode="bilinear", align_corners=align_corners)
+    """fp32 (fp64) logits (N, C, H, W) of ``size`` (H, W): bilinear, up or down.
+
+    What F.interpolate would compute without rounding: positions and weights come from integers, beyond the last centre
+    lie copies of the border, so that equal logits stay equal (BCL's selection depends on it), and an entry of weight 0
+    is not read, whatever it holds.
+    """
+    logits = logits if logits.dtype == torch.float64 else logits.float()
+    for axis in (3, 2):  # columns first: the map is small then, and its rows lie together
+        if logits.shape[axis] != size[axis - 2]:
+            logits = _resample_axis(logits, axis, size[axis - 2], align_corners)
+    return logits
+
+
+def _resample_axis(logits: Tensor, axis: int, length: int, align_corners: bool) -> Tensor:
+    """One axis of it: (1 − weight) · logits[first] + weight · logits[first + 1]."""
+    given = logits.shape[axis]
+    i = torch.arange(length, device=logits.device)
+    if align_corners:
+        numerator, denominator = i * (given - 1), max(length - 1, 1)
+    else:
+        numerator, denominator = ((2 * i + 1) * given - length).clamp(min=0), 2 * length
+    first = numerator // denominator
+    weight = (numerator - first * denominator).to(logits.dtype) / denominator
+    weight = torch.where(first == given - 1, 0.0, weight)
+    second = torch.where(weight == 0, given, first + 1)  # of weight 0: zeros that follow the last entry
+    padded = F.pad(logits, [0, 0] * (3 - axis) + [0, 1])
+    weight = weight.view([-1 if a == axis else 1 for a in range(4)])
+    # In place: the maps are large. Their backward needs the weights alone.
+    return _take(padded, axis, first).mul_(1 - weight).add_(_take(padded, axis, second).mul_(weight))
+
+
+def _take(logits: Tensor, axis: int, index: Tensor) -> Tensor:
+    """index_select; on GPUs by an indexing whose backward adds in a fixed order."""
+    return logits[(slice(None),) * axis + (index,)] if logits.is_cuda else logits.index_select(axis, index)
 
 
 def _widen(logits: Tensor, target: Tensor, ignore_index: int, align_corners: bool) -> tuple[Tensor, Tensor, Tensor]:
     """fp32 (fp64) logits at the target's size, labels (N, H, W) int64 with 0 at ignored pixels, and valid (N, H, W)."""
     logits = resample(logits, target.shape[1:], align_corners)
     labels = target.long()
-    valid = labels != ignore_index
+    valid = labels != whole_label(ignore_index)
     bad = valid & ((labels < 0) | (labels >= logits.shape[1]))
-    if logits.device.type == "cpu" and not torch.compiler.is_compiling():
+    if logits.device.type == "cpu" and not torch.compiler.is_compiling() and not is_traced(logits):
         check_labels(target, logits.shape[1], ignore_index)
     else:
         logits = logits + torch.where(bad, math.nan, 0.0).to(logits.dtype).unsqueeze(1)
@@ -262,9 +360,12 @@ def cross_entropy(
     OHEM keeps S = {ℓ > −ln θ}, or the min_kept largest ℓ with all ties at the last one if those are more, and returns
     Σ_S w_Y ℓ / |S|.
     """
-    check_inputs(logits, target, weight)
+    target = check_inputs(logits, target, weight)
     hard_examples: OHEM | None = _option(ohem, OHEM, "ohem", "threshold")
     logits, labels, valid = _widen(logits, target, ignore_index, align_corners)
+    if weight is not None:
+        # A pixel of weight 0 pulls at nothing, not even by 0·NaN. (The NaN of its logits stays in the value.)
+        logits = torch.where((weight[labels] != 0).unsqueeze(1), logits, logits.detach())
     nll = _nll(_log_softmax(logits, valid), labels)
     selected = valid if hard_examples is None else _hard_pixels(nll.detach(), valid, hard_examples)
     if weight is None:  # not weights of 1: inductor multiplies them away, and then loses the gradient at a graph break
@@ -276,11 +377,14 @@ def cross_entropy(
 def _hard_pixels(nll: Tensor, valid: Tensor, ohem: OHEM) -> Tensor:
     """S of OHEM. Comparisons are negated so that a NaN counts as hard. Chosen on ℓ, not on p: p saturates into ties."""
     hard = valid & ~(nll <= -math.log(ohem.threshold))
-    kept = min(ohem.min_kept, int(valid.sum()))
-    if int(hard.sum()) >= kept:
+    kept = valid.sum().clamp(max=ohem.min_kept)
+    enough = hard.sum() >= kept
+    if nll.numel() == 0 or (not is_traced(nll) and bool(enough)):
         return hard
-    kth_largest = nll[valid].topk(kept).values[-1]
-    return valid & ~(nll < kth_largest)
+    losses = torch.where(valid, nll, -math.inf).flatten()
+    largest = losses.topk(min(max(ohem.min_kept, 1), len(losses))).values
+    kth_largest = largest.gather(0, (kept - 1).clamp(min=0).view(1))
+    return torch.where(enough, hard, valid & ~(nll < kth_largest))
 
 
 # --------------------------------------------------------------------------------------------------------------------
@@ -315,7 +419,7 @@ def boundary_corrected_loss(
     supervise="original": (1/|S|) Σ_S ℓ[Y]. supervise="flipped": (1/|V|) Σ_S (α ℓ[Yʳ] + β ℓ[Yᶜ]). Arguments: see BCL.
     """
     options = BCL(0.0, step, supervise, alpha, beta, threshold, nms_size)
-    check_inputs(logits, target)
+    target = check_inputs(logits, target)
     logits, labels, valid = _widen(logits, target, ignore_index, align_corners)
     losses = [_bcl_of_one_step(logits, labels, valid, step, options) for step in options.steps]
     return torch.stack(losses).mean()
@@ -357,10 +461,6 @@ def sobel_taps(kernel_size: int) -> tuple[Tensor, int]:
     return torch.stack([denominator * v // squared, denominator * u // squared]), denominator
 
 
-def _check_cpg(kernel_size: int, ignore_mode: str) -> None:
-    CPG(kernel_size=kernel_size, ignore_mode=ignore_mode)
-
-
 def _dilate(mask: Tensor, radius: int) -> Tensor:
     """Pixels with a true pixel in their (2·radius + 1)² window, clipped at the border. mask: bool (N, H, W)."""
     if mask.numel() == 0:
@@ -383,8 +483,8 @@ def cpg_loss(
     (``ignore_mode="centre"``: whose own pixel is not ignored). Ignored pixels are the zero vector in the one-hot map;
     borders are replicated. For speed see cpg_loss_sparse.
     """
-    _check_cpg(kernel_size, ignore_mode)
-    check_inputs(logits, target)
+    kernel_size = CPG(0.0, kernel_size, ignore_mode).kernel_size
+    target = check_inputs(logits, target)
     logits, labels, valid = _widen(logits, target, ignore_index, align_corners)
     if labels.numel() == 0:
         return _mean(logits.sum(1), valid)
@@ -423,8 +523,11 @@ def cpg_loss_sparse(
     pixels in the windows of the E edge pixels, and the Sobel taps are summed one after the other over those rows (with
     its backward, faster than embedding_bag, a sparse product or one gather of all windows).
     """
-    _check_cpg(kernel_size, ignore_mode)
-    check_inputs(logits, target)
+    kernel_size = CPG(0.0, kernel_size, ignore_mode).kernel_size
+    target = check_inputs(logits, target)
+    if is_traced(logits):  # which pixels are edge pixels is a question of values
+        options: dict[str, Any] = {"ignore_index": ignore_index, "align_corners": align_corners}
+        return cpg_loss(logits, target, kernel_size=kernel_size, ignore_mode=ignore_mode, **options)
     logits, labels, valid = _widen(logits, target, ignore_index, align_corners)
     if labels.numel() == 0:
         return _mean(logits.sum(1), valid)
@@ -470,15 +573,18 @@ def segmentation_loss(
     ohem: OHEM | float | None = None,
     bcl: BCL | float | None = None,
     cpg: CPG | float | None = None,
+    first: str = "ce",
     ignore_index: int = 255,
     align_corners: bool = False,
+    group: None = None,
 ) -> SegmentationLoss:
     """total = CE (or OHEM) + λ_bcl · BCL + λ_cpg · CPG, and the terms.
 
     ohem, bcl, cpg: their options, or a float for OHEM's threshold, BCL's and CPG's weight; None leaves the term out.
     """
     ohem, bcl, cpg = resolve_options(ohem, bcl, cpg)
-    check_inputs(logits, target, weight)
+    check_not_built(first, group)
+    target = check_inputs(logits, target, weight)
     logits = resample(logits, target.shape[1:], align_corners)  # once for all terms
     common: dict[str, Any] = {"ignore_index": ignore_index}
     ce = cross_entropy(logits, target, weight=weight, ohem=ohem, **common)
@@ -513,9 +619,19 @@ def _option(value: Any, kind: Any, keyword: str, field: str) -> Any:
     """What was passed as ``keyword``: None, a ``kind``, or a number, which stands for ``kind(field=number)``."""
     if value is None or isinstance(value, kind):
         return value
-    if isinstance(value, numbers.Real) and not isinstance(value, bool):
-        return kind(**{field: float(value)})
-    raise TypeError(f"{keyword} is None, a number or {kind.__name__}(…), not {value!r}.")
+    try:
+        number = real(keyword, value)
+    except TypeError:
+        raise TypeError(f"{keyword} is None, a number or {kind.__name__}(…), not {value!r}.") from None
+    return kind(**{field: number})
+
+
+def check_not_built(first: str, group: object) -> None:
+    """ValueError for what the losses' signatures have room for and nothing computes yet."""
+    if first != "ce":
+        raise ValueError(f'The first term is "ce", the cross-entropy (or OHEM), not {first!r}: no other is built yet.')
+    if group is not None:
+        raise ValueError("group is None: means over the pixels of several processes are not built yet.")
 
 
 def resolve_options(

@@ -57,7 +57,7 @@ class Step:
         marks.append(self.clock.mark())
         outputs = self.compute.run(self.model, images)
         marks.append(self.clock.mark())
-        loss = self.criteria[impl](outputs, labels.to(self.device)).total
+        loss = self.criteria[impl](outputs, labels.to(self.device))
         marks.append(self.clock.mark())
         self.optimizer.zero_grad()
         loss.backward()

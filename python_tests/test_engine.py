@@ -32,7 +32,7 @@ from bcmf_ext.engine import (
     train_one_epoch,
 )
 from bcmf_ext.errors import UserError
-from bcmf_ext.losses.criterion import CriterionLoss, SegmentationCriterion
+from bcmf_ext.losses.criterion import SegmentationCriterion
 
 CPU = torch.device("cpu")
 BAR = tqdm(disable=True)
@@ -128,10 +128,10 @@ def test_one_step_by_hand() -> None:
         mean, std = (torch.tensor(v).view(3, 1, 1) for v in (MEAN, STD))
         optimizer.zero_grad()
         loss = criterion(model((images / 255 - mean) / std), labels)
-        loss.total.backward()
+        loss.backward()
         optimizer.step()
         optimizer.param_groups[0]["lr"] = 0.1 * (1 - step / 10) ** 0.9
-        sums += loss.total.item()
+        sums += loss.item()
 
     train_one_epoch(state, criterion, batches(), Compute(CPU), BAR)
     assert state.step == 3
@@ -147,13 +147,13 @@ def test_loss_warmup_and_gradient_shares() -> None:
     """BCL and CPG gain their weights over the run's first iterations, not the epoch's; shares are noted as often as
     asked for, and begin anew with an epoch."""
     state, criterion, ramps = make_state(), SegmentationCriterion(), []
-    forward = criterion.forward
+    terms = criterion.terms
 
-    def watch(*inputs: Any) -> Any:
-        ramps.append(criterion.ramp)
-        return forward(*inputs)
+    def watch(outputs: Any, target: Tensor, ramp: float) -> Any:
+        ramps.append(ramp)
+        return terms(outputs, target, ramp)
 
-    criterion.forward = watch  # type: ignore[method-assign]
+    criterion.terms = watch  # type: ignore[method-assign, assignment]
     for _ in range(2):
         train_one_epoch(state, criterion, batches(), Compute(CPU), BAR, loss_warmup=4, log_grad_share=2)
         assert set(state.share_sums) == {"ce", "bcl", "cpg"}
@@ -173,10 +173,10 @@ def test_half_precision_learns(dtype: torch.dtype) -> None:
     """Under autocast, with the loss scaled for fp16, a few steps lower the loss; the loss itself is not autocast."""
 
     class Watched(SegmentationCriterion):
-        def forward(self, logits: Any, target: Tensor) -> CriterionLoss:
-            assert logits[0].dtype == dtype
+        def terms(self, outputs: Any, target: Tensor, ramp: float = 1.0) -> dict[str, Tensor]:
+            assert outputs[0].dtype == dtype
             assert not torch.is_autocast_enabled("cpu")
-            return super().forward(logits, target)
+            return super().terms(outputs, target, ramp)
 
     state = make_state(lr=0.2, fp16=dtype is torch.float16)
     losses = []
@@ -201,13 +201,13 @@ class Spoilt(SegmentationCriterion):
         super().__init__()
         self.call, self.value = call, value
 
-    def forward(self, logits: Any, target: Tensor) -> CriterionLoss:
-        loss = super().forward(logits, target)
+    def terms(self, outputs: Any, target: Tensor, ramp: float = 1.0) -> dict[str, Tensor]:
+        terms = super().terms(outputs, target, ramp)
         self.call -= 1
         if self.call >= 0:
-            return loss
+            return terms
         self.call = 1000
-        return loss._replace(total=loss.total * self.value, bcl=loss.bcl * self.value)
+        return {**terms, "total": terms["total"] * self.value, "bcl": terms["bcl"] * self.value}
 
 
 @pytest.mark.parametrize("step", [0, 1, 2])

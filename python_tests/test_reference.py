@@ -5,6 +5,7 @@ from __future__ import annotations
 import inspect
 import math
 import shutil
+from fractions import Fraction
 from itertools import product
 
 import numpy as np
@@ -263,7 +264,17 @@ def test_default_weights_and_floats() -> None:
         (lambda z, y: reference.cross_entropy(z, y, ohem="0.9"), "ohem is None, a number"),
         (lambda z, y: reference.segmentation_loss(z, y, bcl=torch.tensor(0.7)), "bcl is None, a number or BCL"),
         (lambda z, y: reference.segmentation_loss((z, z), y), "not a tuple: of .* SegmentationCriterion"),
-        (lambda z, y: reference.cross_entropy({"out": z}, y), "logits are a tensor, not a dict"),
+        (lambda z, y: reference.cross_entropy({"out": z}, y), "not a dict: of .* SegmentationCriterion"),
+        (lambda z, y: BCL(step=1.5), r"BCL's step is a whole number, not 1\.5 \(float\)"),
+        (lambda z, y: BCL(step=(1, True)), "a step of BCL is a whole number, not True"),
+        (lambda z, y: BCL(nms_size=3.0), "BCL's nms_size is a whole number"),
+        (lambda z, y: BCL(weight="0.1"), "BCL's weight is a number, not '0.1' \\(str\\)"),
+        (lambda z, y: CPG(kernel_size=3.0), "CPG's kernel_size is a whole number"),
+        (lambda z, y: OHEM(min_kept=1.5), "OHEM's min_kept is a whole number"),
+        (lambda z, y: OHEM(min_kept=torch.tensor(3)), "OHEM's min_kept is a whole number"),
+        (lambda z, y: reference.cross_entropy(z, y, ignore_index=255.0), "ignore_index is a whole number, not 255.0"),
+        (lambda z, y: reference.cross_entropy(z, y, ignore_index=[255]), "ignore_index is a whole number"),
+        (lambda z, y: reference.cpg_loss(z, y, ignore_index=None), "ignored pixels, not None: pass -1"),
         (lambda z, y: reference.cross_entropy(z, y.numpy()), "target is a tensor, not a ndarray"),
         (lambda z, y: reference.cross_entropy(z, y, weight=[1.0, 2.0]), "class weights are a tensor, not a list"),
     ],
@@ -279,12 +290,10 @@ def test_wrong_types_are_type_errors(wrong, says: str) -> None:
     [
         lambda: BCL(step=()),
         lambda: BCL(step=0),
-        lambda: BCL(step=1.5),
         lambda: BCL(weight=math.nan),
         lambda: CPG(weight=-1.0),
         lambda: BCL(step=(1,) * 9),
         lambda: BCL(nms_size=2),
-        lambda: BCL(nms_size=3.0),
         lambda: BCL(alpha=-0.1),
         lambda: BCL(supervise="flipped", beta=math.nan),
         lambda: BCL(supervise="both"),
@@ -294,7 +303,6 @@ def test_wrong_types_are_type_errors(wrong, says: str) -> None:
         lambda: CPG(ignore_mode="no"),
         lambda: OHEM(threshold=1.5),
         lambda: OHEM(min_kept=-1),
-        lambda: OHEM(min_kept=1.5),
         lambda: reference.resolve_options(0.9, BCL(supervise="flipped"), None),
         lambda: reference.cpg_loss(torch.zeros(1, 2, 3, 3), torch.zeros(1, 3, 3).long(), kernel_size=4),
     ],
@@ -397,12 +405,17 @@ def test_any_ignore_index(loss, ignore_index: int) -> None:
 
 
 @every_loss
-@pytest.mark.parametrize("dtype", [torch.uint8, torch.int16, torch.int32, torch.int64])
+@pytest.mark.parametrize("dtype", [torch.uint8, torch.int16, torch.int32, torch.int64, torch.uint16, torch.uint64])
 def test_label_dtypes(loss, dtype: torch.dtype) -> None:
-    """Protects labels of every integer type: same value, bit for bit."""
+    """Protects labels of every integer type, also with a channel, as many loaders give them: same value, bit for
+    bit."""
     z, y = noise(2, 4, 8, 8), blocks(2, 4, 8, 8, 2)
     y[0, 0] = 255
     assert torch.equal(loss(z, y.to(dtype)), loss(z, y))
+    assert torch.equal(loss(z, y.to(dtype)[:, None]), loss(z, y))
+    small = y.clamp(max=1)
+    assert torch.equal(loss(z, small.to(torch.int8), ignore_index=-1), loss(z, small, ignore_index=-1))
+    assert torch.equal(loss(z, small.bool()), loss(z, small))
 
 
 @every_loss
@@ -421,10 +434,110 @@ def test_half_logits_are_computed_in_fp32(loss, dtype: torch.dtype) -> None:
 @pytest.mark.parametrize("align_corners", [False, True])
 @pytest.mark.parametrize("size", [(3, 4), (7, 5), (20, 33)])
 def test_resampling_is_interpolate(loss, size: tuple[int, int], align_corners: bool) -> None:
-    """Protects low-resolution logits: the loss is that of F.interpolate(bilinear), up or down, at any ratio."""
+    """Protects low-resolution logits: the loss is that of bilinearly resampled ones, up or down, at any ratio."""
     z, y = noise(2, 4, *size), blocks(2, 4, 12, 16, 3)
-    full = F.interpolate(z, size=(12, 16), mode="bilinear", align_corners=align_corners)
+    full = reference.resample(z, (12, 16), align_corners)
     assert torch.equal(loss(z, y, align_corners=align_corners), loss(full, y))
+
+
+def weights_of_axis(given: int, length: int, align_corners: bool) -> Tensor:
+    """(length, given): how much of each entry an entry of the resampled axis is, by the rules of spec section 1."""
+    weights = torch.zeros(length, given, dtype=torch.float64)
+    for i in range(length):
+        if align_corners:
+            position = Fraction(i * (given - 1), max(length - 1, 1))
+        else:
+            position = min(
+                max(Fraction((2 * i + 1) * given, 2 * length) - Fraction(1, 2), Fraction(0)), Fraction(given - 1)
+            )
+        first = math.floor(position)
+        weights[i, first] = float(1 - (position - first))
+        if position > first:
+            weights[i, first + 1] = float(position - first)
+    return weights
+
+
+@pytest.mark.parametrize("align_corners", [False, True])
+@pytest.mark.parametrize("size", [(3, 4), (7, 5), (20, 33), (1, 1), (12, 2), (24, 32)])
+def test_resampling(size: tuple[int, int], align_corners: bool) -> None:
+    """Protects the definition of resampling: weights of exact fractions, copies of the border beyond the last centre,
+    and gradients of all orders; close to what F.interpolate computes."""
+    z = noise(2, 3, *size).requires_grad_()
+    rows, columns = (weights_of_axis(g, n, align_corners) for g, n in zip(size, (12, 16), strict=True))
+    full = reference.resample(z, (12, 16), align_corners)
+    torch.testing.assert_close(full, rows @ z @ columns.T, rtol=1e-14, atol=1e-14)
+    theirs = F.interpolate(z, (12, 16), mode="bilinear", align_corners=align_corners)
+    torch.testing.assert_close(full, theirs, rtol=1e-6, atol=1e-6)
+    gradient = noise(2, 3, 12, 16, seed=1)
+    torch.testing.assert_close(torch.autograd.grad(full, z, gradient)[0], rows.T @ gradient @ columns)
+    for copied, kept in ((rows, 2), (columns, 3)):
+        for i, weights in enumerate(copied):
+            if weights.max() == 1:  # as bits: BCL compares scores
+                resampled = full.select(kept, i)
+                alone = reference.resample(
+                    z.select(kept, int(weights.argmax())).unsqueeze(kept), (12, 16), align_corners
+                )
+                assert torch.equal(resampled, alone.select(kept, 0))
+    few = noise(1, 2, 3, 2).requires_grad_()
+    assert torch.autograd.gradgradcheck(lambda z: reference.resample(z, (5, 4), align_corners).sin(), few)
+
+
+@pytest.mark.parametrize("odd", [math.inf, -math.inf, math.nan])
+def test_resampling_reads_nothing_of_weight_0(odd: float) -> None:
+    """Protects a class that is masked by -inf, and whatever lies beside it: 0·∞ would be NaN."""
+    z = torch.zeros(1, 1, 5, 5)
+    z[0, 0, 2, 2] = odd
+    for size in ((5, 9), (9, 5), (9, 9), (17, 17)):
+        full = reference.resample(z, size, align_corners=True)[0, 0]
+        read = [(torch.arange(n) - (n - 1) / 2).abs() < (n - 1) / 4 for n in size]
+        expected = torch.where(read[0][:, None] & read[1], odd, 0.0)
+        assert torch.equal(full.isfinite(), expected.isfinite())
+        assert torch.equal(full.nan_to_num(7, 8, 9), expected.nan_to_num(7, 8, 9))
+
+
+@every_loss
+def test_per_sample_gradients(loss) -> None:
+    """Protects torch.func: gradients of single images by vmap, directional derivatives, and gradients of gradients, are
+    those that are computed one by one."""
+    z, y = noise(3, 4, 6, 7), blocks(3, 4, 12, 14, 3)
+    y[0, :3] = 255
+
+    def one(image: Tensor, labels: Tensor) -> Tensor:
+        return loss(image[None], labels[None])
+
+    alone = torch.stack([torch.func.grad(one)(image, labels) for image, labels in zip(z, y, strict=True)])
+    torch.testing.assert_close(torch.func.vmap(torch.func.grad(one))(z, y), alone)
+    expected = [torch.autograd.functional.vjp(lambda image: one(image, y[i]), z[i])[1] for i in range(3)]  # noqa: B023
+    torch.testing.assert_close(torch.stack(expected), alone)
+    direction = noise(3, 4, 6, 7, seed=1)
+    _, slope = torch.func.jvp(lambda z: loss(z, y), (z,), (direction,))
+    (gradient,) = torch.autograd.grad(loss(z.requires_grad_(), y), z)
+    torch.testing.assert_close(slope, (gradient * direction).sum())
+    half = z.detach().bfloat16()
+    assert torch.func.grad(lambda z: loss(z, y))(half).dtype == torch.bfloat16
+    y[0, 6, 3] = 77  # beside an edge; and no value may be asked for
+    assert torch.func.grad(lambda z: loss(z, y))(half).isnan().any()
+
+
+@every_loss
+def test_meta_tensors(loss) -> None:
+    """Protects planning without memory: a loss of tensors that have no values has the right shape, and a gradient."""
+    z = torch.empty(2, 4, 6, 7, device="meta", requires_grad=True)
+    value = loss(z, torch.empty(2, 12, 14, dtype=torch.uint8, device="meta"))
+    assert (value.shape, value.device.type) == ((), "meta")
+    value.backward()
+    assert z.grad.shape == z.shape
+
+
+@pytest.mark.parametrize("ohem", [None, OHEM(0.7, 5)])
+def test_a_nan_at_a_pixel_of_weight_0(ohem: OHEM | None) -> None:
+    """Protects agreement with the kernels: the loss shows it, and the gradient does not spread it."""
+    z, y = noise(1, 3, 8, 8), blocks(1, 3, 8, 8, 2)
+    y[0, 0, 0], z[0, :, 0, 0] = 1, math.nan
+    z.requires_grad_()
+    value = reference.cross_entropy(z, y, weight=torch.tensor([1.0, 0.0, 1.0]), ohem=ohem)
+    assert value.isnan()
+    assert torch.autograd.grad(value, z)[0].isfinite().all()
 
 
 @every_loss
@@ -474,7 +587,7 @@ def test_small_losses_keep_their_digits() -> None:
         (torch.zeros(3, 2, 2), torch.zeros(1, 2, 2).long(), ValueError, r"\(N, C, h, w\)"),
         (torch.zeros(1, 1, 2, 2), torch.zeros(1, 2, 2).long(), ValueError, "C >= 2"),
         (torch.zeros(2, 3, 2, 2), torch.zeros(1, 2, 2).long(), ValueError, "N = 2"),
-        (torch.zeros(1, 3, 2, 2), torch.zeros(1, 1, 2, 2).long(), ValueError, r"\(N, H, W\)"),
+        (torch.zeros(1, 3, 2, 2), torch.zeros(1, 2, 2, 2).long(), ValueError, r"\(N, H, W\), or \(N, 1, H, W\)"),
     ],
 )
 def test_wrong_inputs_get_a_sentence(logits: Tensor, target: Tensor, error: type, says: str) -> None:

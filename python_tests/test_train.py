@@ -27,7 +27,7 @@ from bcmf_ext.config import NETWORKS, parse_flags
 from bcmf_ext.data import Augmentation, open_dataset
 from bcmf_ext.engine import Compute, lr_factor
 from bcmf_ext.errors import UserError, run_command
-from bcmf_ext.losses.criterion import CriterionLoss, SegmentationCriterion
+from bcmf_ext.losses.criterion import SegmentationCriterion
 from bcmf_ext.metrics import ConfusionMatrix
 
 TIMINGS = ("seconds", "images_per_second")
@@ -81,18 +81,19 @@ def assert_same_run(run: Path, other: Path) -> None:
     assert (ours["best_miou"], ours["best_epoch"]) == (theirs["best_miou"], theirs["best_epoch"])
 
 
-def at_loss(
-    monkeypatch: pytest.MonkeyPatch, call: int, action: Callable[[CriterionLoss], CriterionLoss | None]
-) -> None:
+Terms = dict[str, Tensor]
+
+
+def at_loss(monkeypatch: pytest.MonkeyPatch, call: int, action: Callable[[Terms], Terms | None]) -> None:
     """In the loss's call of that number, counted over the run, `action` happens, and may change the loss."""
     calls = iter(range(10_000))
-    forward = SegmentationCriterion.forward
+    terms = SegmentationCriterion.terms
 
-    def spied(self: SegmentationCriterion, *args: Any) -> CriterionLoss:
-        loss = forward(self, *args)
+    def spied(self: SegmentationCriterion, *args: Any) -> Terms:
+        loss = terms(self, *args)
         return (action(loss) or loss) if next(calls) == call else loss
 
-    monkeypatch.setattr(SegmentationCriterion, "forward", spied)
+    monkeypatch.setattr(SegmentationCriterion, "terms", spied)
 
 
 def press_ctrl_c(*_: Any) -> None:
@@ -128,13 +129,13 @@ def test_loss_warmup_and_gradient_shares(
     """`--loss-warmup` lets BCL and CPG gain their weights, `--log-grad-share` logs and prints who pulls how much; the
     log of other runs has no shares."""
     ramps = []
-    forward = SegmentationCriterion.forward
+    terms = SegmentationCriterion.terms
 
-    def spied(self: SegmentationCriterion, *args: Any) -> CriterionLoss:
-        ramps.append(self.ramp)
-        return forward(self, *args)
+    def spied(self: SegmentationCriterion, outputs: Any, target: Tensor, ramp: float) -> Terms:
+        ramps.append(ramp)
+        return terms(self, outputs, target, ramp)
 
-    monkeypatch.setattr(SegmentationCriterion, "forward", spied)
+    monkeypatch.setattr(SegmentationCriterion, "terms", spied)
     train.main([*flags, "--epochs", "2", "--loss-warmup", "5", "--log-grad-share", "2"])
     assert ramps == [min(1, i / 5) for i in range(2 * STEPS)]
     shares = [record["grad_share"] for record in log(run)]
@@ -218,13 +219,13 @@ def test_same_seed_same_run(flags: list[str], tmp_path: Path) -> None:
 def test_epochs_differ(flags: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
     """Each epoch has its own order and its own crops."""
     seen = []
-    forward = SegmentationCriterion.forward
+    terms = SegmentationCriterion.terms
 
-    def spied(self: SegmentationCriterion, logits: Any, target: Tensor) -> CriterionLoss:
+    def spied(self: SegmentationCriterion, outputs: Any, target: Tensor, ramp: float) -> Terms:
         seen.append(target.clone())
-        return forward(self, logits, target)
+        return terms(self, outputs, target, ramp)
 
-    monkeypatch.setattr(SegmentationCriterion, "forward", spied)
+    monkeypatch.setattr(SegmentationCriterion, "terms", spied)
     train.main([*flags, "--epochs", "2"])
     assert len(seen) == 2 * STEPS
     labels = torch.cat(seen).flatten(1)
@@ -656,7 +657,7 @@ def test_what_cannot_be_resumed(flags: list[str], run: Path, tmp_path: Path, mon
 @pytest.mark.usefixtures("tiny")
 def test_non_finite_loss(flags: list[str], run: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """A NaN loss stops the run with its terms; the batch is there to look at, and last.pt is from before."""
-    at_loss(monkeypatch, STEPS + 2, lambda loss: loss._replace(total=loss.total * math.nan, cpg=loss.cpg * math.nan))
+    at_loss(monkeypatch, STEPS + 2, lambda loss: {**loss, **{name: loss[name] * math.nan for name in ("total", "cpg")}})
     with pytest.raises(UserError, match=r"epoch 2, step 3 \(total nan, ce [0-9.]+, bcl [0-9.]+, cpg nan, .*last\.pt"):
         train.main(flags)
     stopped = load(run / "nonfinite-batch.pt")

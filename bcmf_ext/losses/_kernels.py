@@ -11,12 +11,15 @@ from .. import dispatch, ops, reference
 from ..reference import BCL, CPG, OHEM
 
 
-def resolve_impl(op: str, impl: str, logits: Tensor, target: Tensor, weight: Tensor | None, ignore_index: int) -> str:
-    """The impl that computes a loss. Raises as ``reference.check_inputs`` and ``dispatch.choose`` do."""
-    reference.check_inputs(logits, target, weight)
+def prepare(
+    op: str, impl: str, logits: Tensor, target: Tensor, weight: Tensor | None, ignore_index: int
+) -> tuple[str, Tensor, int]:
+    """The impl that computes a loss, and labels and ignore_index as it takes them. Raises as
+    ``reference.check_inputs``, ``reference.whole_label`` and ``dispatch.choose`` do."""
+    target, ignore_index = reference.check_inputs(logits, target, weight), reference.whole_label(ignore_index)
     if dispatch.DEBUG and not torch.compiler.is_compiling():
         reference.check_labels(target, logits.shape[1], ignore_index)
-    return dispatch.choose(op, impl, logits.device)
+    return dispatch.choose(op, impl, logits.device), target, ignore_index
 
 
 def fused_loss(
@@ -36,7 +39,7 @@ def fused_loss(
 ) -> tuple[Tensor, Tensor]:
     """total, with these weights of BCL and CPG (not those in their options), and the unweighted terms (3,):
     cross-entropy (or OHEM), BCL, CPG; by the kernels of an impl that can."""
-    options: dict[str, Any] = {"ignore_index": ignore_index, "align_corners": align_corners, "ce": ce}
+    options: dict[str, Any] = {"ignore_index": ignore_index, "align_corners": bool(align_corners), "ce": ce}
     if ohem is not None:
         options |= {"ohem_threshold": ohem.threshold, "ohem_min_kept": ohem.min_kept}
     if bcl is not None:

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 from torch import Tensor, nn
 
 from .. import reference
-from ._kernels import fused_loss, resolve_impl
+from ._kernels import fused_loss, prepare
 
 
 def boundary_corrected_loss(
@@ -31,7 +33,7 @@ def boundary_corrected_loss(
     ℓ[Yᶜ]), V the valid pixels.
 
     logits: (N, C, h, w), fp16, bf16, fp32 or fp64, any strides; resampled bilinearly to (H, W) if h, w differ.
-    target: (N, H, W), uint8, int16, int32 or int64, 0..C-1 or ignore_index.
+    target: (N, H, W) or (N, 1, H, W), bool or of any integer dtype, 0..C-1 or ignore_index.
     step: pixels, or a tuple of 1 to 8 steps, whose losses are averaged. An edge on a multiple of 2·step is invisible to
     it.
     Returns a scalar, fp32 (fp64 for fp64 logits); 0 with a zero gradient if S is empty.
@@ -40,7 +42,7 @@ def boundary_corrected_loss(
     on the CPU for a label out of range (on CUDA the loss becomes NaN: BCMF_DEBUG=1 turns that into the ValueError).
     """
     bcl = reference.BCL(0.0, step, supervise, alpha, beta, threshold, nms_size)
-    impl = resolve_impl("boundary_corrected_loss", impl, logits, target, None, ignore_index)
+    impl, target, ignore_index = prepare("boundary_corrected_loss", impl, logits, target, None, ignore_index)
     if impl != "torch":
         return fused_loss(
             impl, logits, target, ce=False, bcl=bcl, ignore_index=ignore_index, align_corners=align_corners
@@ -77,24 +79,16 @@ class BoundaryCorrectedLoss(nn.Module):
         impl: str = "auto",
     ) -> None:
         super().__init__()
-        reference.BCL(
-            0.0, step, supervise, alpha, beta, threshold, nms_size
-        )  # a bad option shows here, not in training
-        self.step, self.supervise, self.alpha, self.beta = step, supervise, alpha, beta
-        self.threshold, self.nms_size = threshold, nms_size
-        self.ignore_index, self.align_corners, self.impl = ignore_index, align_corners, impl
+        bcl = reference.BCL(0.0, step, supervise, alpha, beta, threshold, nms_size)  # a bad option shows here
+        self.options: dict[str, Any] = {
+            **{name: value for name, value in vars(bcl).items() if name != "weight"},
+            "ignore_index": reference.whole_label(ignore_index),
+            "align_corners": align_corners,
+            "impl": impl,
+        }
 
     def forward(self, logits: Tensor, target: Tensor) -> Tensor:
-        return boundary_corrected_loss(
-            logits,
-            target,
-            step=self.step,
-            supervise=self.supervise,
-            alpha=self.alpha,
-            beta=self.beta,
-            threshold=self.threshold,
-            nms_size=self.nms_size,
-            ignore_index=self.ignore_index,
-            align_corners=self.align_corners,
-            impl=self.impl,
-        )
+        return boundary_corrected_loss(logits, target, **self.options)
+
+    def extra_repr(self) -> str:
+        return ", ".join(f"{name}={value!r}" for name, value in self.options.items())

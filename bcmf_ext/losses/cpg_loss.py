@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 from torch import Tensor, nn
 
 from .. import reference
-from ._kernels import fused_loss, resolve_impl
+from ._kernels import fused_loss, prepare
 
 
 def cpg_loss(
@@ -25,7 +27,7 @@ def cpg_loss(
     exactly, and no ignored pixel in the k×k window; the loss is (1/|M|) Σ_M (G − Ĝ)².
 
     logits: (N, C, h, w), fp16, bf16, fp32 or fp64, any strides; resampled bilinearly to (H, W) if h, w differ.
-    target: (N, H, W), uint8, int16, int32 or int64, 0..C-1 or ignore_index.
+    target: (N, H, W) or (N, 1, H, W), bool or of any integer dtype, 0..C-1 or ignore_index.
     kernel_size: 3, 5 or 7 pixels. Weights beside a cross-entropy: 1.0, 0.4, 0.35 (the paper's 1.0, 8.0, 5.0 belong to a
     mask that rounding had diluted). ignore_mode: "window" as above, or "centre": only the pixel itself must be valid,
     as in the authors' code, where an ignored neighbour makes an edge.
@@ -35,7 +37,7 @@ def cpg_loss(
     on the CPU for a label out of range (on CUDA the loss becomes NaN: BCMF_DEBUG=1 turns that into the ValueError).
     """
     cpg = reference.CPG(0.0, kernel_size, ignore_mode)
-    impl = resolve_impl("cpg_loss", impl, logits, target, None, ignore_index)
+    impl, target, ignore_index = prepare("cpg_loss", impl, logits, target, None, ignore_index)
     if impl != "torch":
         return fused_loss(
             impl, logits, target, ce=False, cpg=cpg, ignore_index=ignore_index, align_corners=align_corners
@@ -63,17 +65,16 @@ class CPGLoss(nn.Module):
         impl: str = "auto",
     ) -> None:
         super().__init__()
-        reference.CPG(kernel_size=kernel_size, ignore_mode=ignore_mode)  # a bad option shows here, not in training
-        self.kernel_size, self.ignore_mode = kernel_size, ignore_mode
-        self.ignore_index, self.align_corners, self.impl = ignore_index, align_corners, impl
+        cpg = reference.CPG(0.0, kernel_size, ignore_mode)  # a bad option shows here
+        self.options: dict[str, Any] = {
+            **{name: value for name, value in vars(cpg).items() if name != "weight"},
+            "ignore_index": reference.whole_label(ignore_index),
+            "align_corners": align_corners,
+            "impl": impl,
+        }
 
     def forward(self, logits: Tensor, target: Tensor) -> Tensor:
-        return cpg_loss(
-            logits,
-            target,
-            kernel_size=self.kernel_size,
-            ignore_mode=self.ignore_mode,
-            ignore_index=self.ignore_index,
-            align_corners=self.align_corners,
-            impl=self.impl,
-        )
+        return cpg_loss(logits, target, **self.options)
+
+    def extra_repr(self) -> str:
+        return ", ".join(f"{name}={value!r}" for name, value in self.options.items())

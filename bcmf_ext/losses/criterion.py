@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -12,7 +13,7 @@ from torch import Tensor, nn
 from .. import reference
 from ..ops import acc_dtype
 from ..reference import BCL, CPG, OHEM, SegmentationLoss, resolve_options
-from ._kernels import fused_loss, resolve_impl
+from ._kernels import fused_loss, prepare
 from .boundary_corrected_loss import boundary_corrected_loss
 from .cpg_loss import cpg_loss
 from .cross_entropy import cross_entropy
@@ -26,16 +27,18 @@ def segmentation_loss(
     ohem: OHEM | float | None = None,
     bcl: BCL | float | None = None,
     cpg: CPG | float | None = None,
+    first: str = "ce",
     ignore_index: int = 255,
     align_corners: bool = False,
     impl: str = "auto",
+    group: None = None,
 ) -> SegmentationLoss:
     """total = CE (or OHEM) + λ_bcl · BCL + λ_cpg · CPG, and the terms for logging.
 
     logits: (N, C, h, w), fp16, bf16, fp32 or fp64, any strides; resampled bilinearly to (H, W) if h, w differ.
-    target: (N, H, W), uint8, int16, int32 or int64, 0..C-1 or ignore_index.
+    target: (N, H, W) or (N, 1, H, W), bool or of any integer dtype, 0..C-1 or ignore_index.
     weight: class weights (C,) of the first term. ohem, bcl, cpg: their options, or a float for OHEM's threshold and for
-    the weight λ of BCL or CPG; None leaves the term out.
+    the weight λ of BCL or CPG; None leaves the term out. first: "ce", and group: None, are all there are so far.
     Returns SegmentationLoss(total, ce, bcl, cpg): scalars, fp32 (fp64 for fp64 logits); the terms are detached and
     unweighted, None if not asked for. Register the named tuple for ``torch.export``.
 
@@ -43,7 +46,8 @@ def segmentation_loss(
     BCL(supervise="flipped").
     """
     ohem, bcl, cpg = resolve_options(ohem, bcl, cpg)
-    impl = resolve_impl("segmentation_loss", impl, logits, target, weight, ignore_index)
+    reference.check_not_built(first, group)
+    impl, target, ignore_index = prepare("segmentation_loss", impl, logits, target, weight, ignore_index)
     common: dict[str, Any] = {
         "weight": weight,
         "ohem": ohem,
@@ -60,24 +64,27 @@ def segmentation_loss(
     return SegmentationLoss(total, ce, bcl_term if bcl else None, cpg_term if cpg else None)
 
 
-class CriterionLoss(NamedTuple):
-    """What SegmentationCriterion returns: SegmentationLoss and ``aux``, the first term of the auxiliary head (or
-    None)."""
-
-    total: Tensor
-    ce: Tensor
-    bcl: Tensor | None
-    cpg: Tensor | None
-    aux: Tensor | None
+ExtraLoss = Callable[[Tensor, Tensor], Tensor]
+Outputs = Tensor | Sequence[Tensor] | Mapping[str, Any]
 
 
 class SegmentationCriterion(nn.Module):
-    """segmentation_loss of the main logits, plus aux_weight times the first term (CE or OHEM) of the auxiliary logits.
+    """The loss of a network's outputs, a scalar as PyTorch's losses are: segmentation_loss of the main logits, plus
+    aux_weight times the first term (CE or OHEM) of the auxiliary logits, plus the losses in ``extra``.
 
-    The constructor takes segmentation_loss's keywords; BCL and CPG are on by default. ``ramp``, an attribute, scales
-    their weights: a trainer that warms them up sets it before each step.
-    Raises ValueError where BCL(supervise="flipped") would outweigh the class weights: λ (α + β) · max w / min{w > 0} ≥
-    1.
+    outputs: main logits (N, C, h, w); (main, auxiliary) logits; or a mapping with "out" or "logits", and "aux", as the
+        networks of torchvision and Transformers return. The two heads may differ in size.
+    target: labels (N, H, W), as segmentation_loss takes them. ramp: how much of their weights BCL, CPG and the extra
+        losses have; a trainer that warms them up passes it with each step.
+    ``criterion(outputs, target, ramp)`` is ``criterion.terms(outputs, target, ramp)["total"]``.
+
+    weight, ohem, bcl, cpg, first, ignore_index, align_corners, impl, group: as in segmentation_loss; BCL and CPG are on
+        by default.
+    extra: {name: (weight, function)}, any ``function(logits, target) -> scalar`` in plain PyTorch. It gets the main
+        logits resampled to the labels' size, fp32 (fp64), and int64 labels (N, H, W) with ignore_index in them.
+
+    Raises TypeError and ValueError as segmentation_loss does; ValueError where BCL(supervise="flipped") would outweigh
+    the class weights, λ (α + β) · max w / min{w > 0} ≥ 1, and for extra losses under names of our own terms.
     """
 
     weight: Tensor | None
@@ -88,62 +95,89 @@ class SegmentationCriterion(nn.Module):
         ohem: OHEM | float | None = None,
         bcl: BCL | float | None = BCL(),  # noqa: B008 (frozen)
         cpg: CPG | float | None = CPG(),  # noqa: B008 (frozen)
+        first: str = "ce",
+        extra: Mapping[str, tuple[float, ExtraLoss]] | None = None,
         aux_weight: float = 0.4,
         ignore_index: int = 255,
         align_corners: bool = False,
         impl: str = "auto",
+        group: None = None,
     ) -> None:
         super().__init__()
         if weight is not None and not isinstance(weight, Tensor):
             raise TypeError(f"class weights are a tensor, not a {type(weight).__name__}.")
-        if not 0 <= aux_weight < math.inf:
-            raise ValueError(f"aux_weight is a number of at least 0, not {aux_weight}.")
         self.ohem, self.bcl, self.cpg = resolve_options(ohem, bcl, cpg)
+        reference.check_not_built(first, group)
         if self.bcl is not None and self.bcl.supervise == "flipped" and weight is not None:
             _check_flipped_against_weights(self.bcl, weight)
         self.register_buffer("weight", weight)
-        self.aux_weight = aux_weight
-        self.ignore_index, self.align_corners, self.impl = ignore_index, align_corners, impl
-        self.ramp = 1.0
+        self.extra = {name: _check_extra(name, entry) for name, entry in (extra or {}).items()}
+        self.extra_modules = nn.ModuleList([f for _, f in self.extra.values() if isinstance(f, nn.Module)])
+        self.aux_weight = reference.real("aux_weight", aux_weight)
+        if not 0 <= self.aux_weight < math.inf:
+            raise ValueError(f"aux_weight is a number of at least 0, not {aux_weight}.")
+        self.ignore_index = reference.whole_label(ignore_index)
+        self.first, self.align_corners, self.impl, self.group = first, align_corners, impl, group
 
-    def forward(self, logits: Tensor | tuple[Tensor, Tensor], target: Tensor) -> CriterionLoss:
-        """logits (N, C, h, w), or (main, auxiliary) logits; target (N, H, W)."""
-        main, auxiliary = _main_and_auxiliary(logits)
-        bcl, cpg = self._ramped(self.bcl), self._ramped(self.cpg)
+    def forward(self, outputs: Outputs, target: Tensor, ramp: float = 1.0) -> Tensor:
+        return self.terms(outputs, target, ramp)["total"]
+
+    def terms(self, outputs: Outputs, target: Tensor, ramp: float = 1.0) -> dict[str, Tensor]:
+        """The loss and what it is made of, scalars: "total", differentiable; and detached, without their weights, those
+        that are on: "ce", "bcl", "cpg", "aux", and the names in ``extra``."""
+        main, auxiliary = main_and_auxiliary(outputs)
+        bcl, cpg = _ramped(self.bcl, ramp), _ramped(self.cpg, ramp)
         loss = segmentation_loss(main, target, bcl=bcl, cpg=cpg, **self._first_term, **self._common)
-        if auxiliary is None:
-            return CriterionLoss(*loss, aux=None)
-        aux = cross_entropy(auxiliary, target, **self._first_term, **self._common)
-        return CriterionLoss(loss.total + self.aux_weight * aux, *loss[1:], aux=aux.detach())
+        total = loss.total
+        terms = {name: term for name, term in loss._asdict().items() if term is not None}
+        if auxiliary is not None:
+            aux = cross_entropy(auxiliary, target, **self._first_term, **self._common)
+            total, terms["aux"] = total + self.aux_weight * aux, aux.detach()
+        for name, value in self._extra_terms(main, target).items():
+            total, terms[name] = total + ramp * self.extra[name][0] * value, value.detach()
+        return {**terms, "total": total}
+
+    def _extra_terms(self, main: Tensor, target: Tensor) -> dict[str, Tensor]:
+        if not self.extra:
+            return {}
+        labels = reference.read_labels(target).long()
+        with torch.autocast(main.device.type, enabled=False):
+            logits = reference.resample(main, labels.shape[1:], self.align_corners)  # once for all of them
+            found = {name: function(logits, labels) for name, (_, function) in self.extra.items()}
+        for name, value in found.items():
+            if not isinstance(value, Tensor) or value.dim() != 0:
+                what = tuple(value.shape) if isinstance(value, Tensor) else type(value).__name__
+                raise TypeError(f"The extra loss {name!r} returns a scalar tensor, not {what}: take the mean.")
+        return found
 
     @torch.enable_grad()
-    def gradient_shares(self, logits: Tensor | tuple[Tensor, Tensor], target: Tensor) -> dict[str, Tensor]:
-        """How much each term pulls at the main logits Z: λ‖∂L/∂Z‖ of ce, bcl and cpg, over the sum of these; scalars.
+    def gradient_shares(self, outputs: Outputs, target: Tensor, ramp: float = 1.0) -> dict[str, Tensor]:
+        """How much each term pulls at the main logits Z: λ‖∂L/∂Z‖ of ce, bcl, cpg and the extra losses, over the sum of
+        these; scalars.
 
         As forward takes them; one forward and backward of the loss for each term, and none of the network. The
         auxiliary head's loss has no part in it.
         """
-        main, _ = _main_and_auxiliary(logits)
+        main, _ = main_and_auxiliary(outputs)
         main = main.detach().to(acc_dtype(main)).requires_grad_()  # gradients of means are too small for fp16
-        terms = {"ce": cross_entropy(main, target, **self._first_term, **self._common)}
-        if self.bcl is not None:
-            options = {name: value for name, value in vars(self.bcl).items() if name != "weight"}
-            terms["bcl"] = boundary_corrected_loss(main, target, **options, **self._common)
-        if self.cpg is not None:
-            options = {name: value for name, value in vars(self.cpg).items() if name != "weight"}
-            terms["cpg"] = cpg_loss(main, target, **options, **self._common)
-        weights = {"bcl": self.bcl, "cpg": self.cpg}
-        pulls = {}
-        for name, term in terms.items():
-            (grad,) = torch.autograd.grad(term, main)
-            option = self._ramped(weights.get(name))
-            pulls[name] = (1.0 if option is None else option.weight) * grad.norm()
+        terms = {"ce": (1.0, cross_entropy(main, target, **self._first_term, **self._common))}
+        for name, option, function in (("bcl", self.bcl, boundary_corrected_loss), ("cpg", self.cpg, cpg_loss)):
+            if option is not None:
+                options = {field: value for field, value in vars(option).items() if field != "weight"}
+                terms[name] = ramp * option.weight, function(main, target, **options, **self._common)
+        for name, value in self._extra_terms(main, target).items():
+            terms[name] = ramp * self.extra[name][0], value
+        pulls = {name: weight * torch.autograd.grad(term, main)[0].norm() for name, (weight, term) in terms.items()}
         total = torch.stack([*pulls.values()]).sum()
         total = total.clamp(min=torch.finfo(total.dtype).tiny)  # where all is ignored, all shares are 0
         return {name: pull / total for name, pull in pulls.items()}
 
-    def _ramped(self, option: Any) -> Any:
-        return option if option is None or self.ramp == 1 else replace(option, weight=self.ramp * option.weight)
+    def extra_repr(self) -> str:
+        names = "ohem", "bcl", "cpg", "first", "extra", "aux_weight", "ignore_index", "align_corners", "impl", "group"
+        weight = None if self.weight is None else self.weight.tolist()
+        return ", ".join(
+            f"{name}={value!r}" for name, value in [("weight", weight), *((n, getattr(self, n)) for n in names)]
+        )
 
     @property
     def _first_term(self) -> dict[str, Any]:
@@ -154,10 +188,33 @@ class SegmentationCriterion(nn.Module):
         return {"ignore_index": self.ignore_index, "align_corners": self.align_corners, "impl": self.impl}
 
 
-def _main_and_auxiliary(logits: Tensor | tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor | None]:
-    if isinstance(logits, (tuple, list)) and len(logits) != 2:
-        raise TypeError(f"logits are a tensor, or (main, auxiliary) logits, not {len(logits)} of them.")
-    return logits if isinstance(logits, (tuple, list)) else (logits, None)
+def _ramped(option: Any, ramp: float) -> Any:
+    return option if option is None or ramp == 1 else replace(option, weight=ramp * option.weight)
+
+
+def main_and_auxiliary(outputs: Outputs) -> tuple[Tensor, Tensor | None]:
+    """The logits of the two heads, from whatever a network returns; TypeError for what is neither."""
+    if isinstance(outputs, Mapping):
+        main = outputs.get("out", outputs.get("logits"))
+        if main is None:
+            raise TypeError(f'outputs hold logits as "out" or "logits", but these have {", ".join(map(str, outputs))}.')
+        return main, outputs.get("aux")
+    if isinstance(outputs, (tuple, list)):
+        if len(outputs) != 2:
+            raise TypeError(f"outputs are logits, or (main, auxiliary) logits, not {len(outputs)} of them.")
+        return outputs[0], outputs[1]
+    return outputs, None  # type: ignore[return-value]  # what is no tensor segmentation_loss refuses
+
+
+def _check_extra(name: str, entry: Any) -> tuple[float, ExtraLoss]:
+    if name in ("total", "ce", "bce", "bcl", "cpg", "aux"):
+        raise ValueError(f"The extra loss {name!r} has the name of a term of ours: choose another.")
+    if not isinstance(entry, (tuple, list)) or len(entry) != 2 or not callable(entry[1]):
+        raise TypeError(f"The extra loss {name!r} is (weight, function), not {entry!r}.")
+    weight = reference.real(f"the weight of the extra loss {name!r}", entry[0])
+    if not 0 <= weight < math.inf:
+        raise ValueError(f"The weight of the extra loss {name!r} is a number of at least 0, not {weight}.")
+    return weight, entry[1]
 
 
 def _check_flipped_against_weights(bcl: BCL, weight: Tensor) -> None:

@@ -8,7 +8,7 @@ from torch import Tensor
 
 from .. import reference
 from ..reference import OHEM, resolve_options
-from ._kernels import fused_loss, resolve_impl
+from ._kernels import fused_loss, prepare
 
 
 def cross_entropy(
@@ -27,7 +27,7 @@ def cross_entropy(
     |S|, S the pixels with ℓ > −ln threshold, at least min_kept of them.
 
     logits: (N, C, h, w), fp16, bf16, fp32 or fp64, any strides; resampled bilinearly to (H, W) if h, w differ.
-    target: (N, H, W), uint8, int16, int32 or int64, 0..C-1 or ignore_index.
+    target: (N, H, W) or (N, 1, H, W), bool or of any integer dtype, 0..C-1 or ignore_index.
     weight: (C,) floating point, on the logits' device. ohem: an OHEM, or a float for ``OHEM(threshold=…)``.
     Returns a scalar, fp32 (fp64 for fp64 logits); 0 with a zero gradient if there is nothing to average.
 
@@ -36,7 +36,7 @@ def cross_entropy(
     Source: spec section 2; OHEM after HRNet.
     """
     ohem, _, _ = resolve_options(ohem, None, None)
-    impl = resolve_impl("cross_entropy", impl, logits, target, weight, ignore_index)
+    impl, target, ignore_index = prepare("cross_entropy", impl, logits, target, weight, ignore_index)
     common: dict[str, Any] = {
         "weight": weight,
         "ohem": ohem,
