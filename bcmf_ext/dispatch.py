@@ -109,6 +109,13 @@ _NO_LAUNCHER = _why_no_launcher()
 _NAMES = {"triton": "Triton", "torch": "PyTorch"}
 
 
+def release_kept_memory() -> None:
+    """Gives the memory back to the system that the CPU's kernels keep for their next call. It would take it back itself
+    whenever it needs it; without an extension there is none."""
+    if EXTENSION is not None:
+        EXTENSION.release_kept_memory()
+
+
 def why_not(impl: str, device: str) -> str | None:
     """Why ``impl`` cannot run ops on tensors of this device type; None if it can."""
     if impl not in IMPLS:

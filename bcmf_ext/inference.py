@@ -13,6 +13,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from PIL import Image
 from torch import Tensor, nn
 from torch.nn.utils.fusion import fuse_conv_bn_eval
 
@@ -63,7 +64,10 @@ class Predictor:
 
     @torch.inference_mode()
     def logits(self, images: Tensor) -> Tensor:
-        """The network's logits (N, C, h, w) for uint8 RGB images (N, 3, H, W) on any device; ValueError for others."""
+        """The network's logits (N, C, h, w) for uint8 RGB images (N, 3, H, W) on any device; TypeError for what is no
+        tensor, ValueError for others."""
+        if not isinstance(images, Tensor):
+            raise TypeError(f"images are a uint8 tensor (N, 3, H, W), not a {type(images).__name__}.")
         if images.dtype != torch.uint8 or images.dim() != 4 or images.shape[1] != 3:
             raise ValueError(f"Predictor takes uint8 images (N, 3, H, W), not {tuple(images.shape)} {images.dtype}.")
         images = images.to(self.device, non_blocking=True).contiguous(memory_format=torch.channels_last)
@@ -75,9 +79,17 @@ class Predictor:
         """The class of each pixel, (N, H, W) uint8 on the predictor's device, of such images."""
         return upsample_argmax(self.logits(images), images.shape[2:], self.align_corners)
 
-    def __call__(self, image: np.ndarray) -> np.ndarray:
-        """The class of each pixel, (H, W) uint8, of an RGB image, (H, W, 3) uint8. `UserError` if the network computes
+    def __call__(self, image: np.ndarray | Image.Image) -> np.ndarray:
+        """The class of each pixel, (H, W) uint8, of an RGB image, (H, W, 3) uint8, or a PIL picture. TypeError and
+        ValueError for anything else; `UserError` if the network computes
         NaN or infinite logits for it: its class would be 0 there, as if it knew."""
+        if isinstance(image, Image.Image):
+            image = np.asarray(image.convert("RGB"))
+        if not isinstance(image, np.ndarray):
+            raise TypeError(
+                f"Predictor takes (H, W, 3) uint8 images, or PIL pictures, not a {type(image).__name__}: "
+                "bcmf_ext.data.read_image reads a file."
+            )
         if image.ndim != 3 or image.shape[2] != 3 or image.dtype != np.uint8:
             raise ValueError(f"Predictor takes (H, W, 3) uint8 images, not {image.shape} {image.dtype}.")
         pixels = torch.tensor(np.ascontiguousarray(image))  # torch knows no negative strides, as of [..., ::-1]

@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 from torch import Tensor
 
 from bcmf_ext import dispatch
@@ -229,7 +230,7 @@ def test_read_and_count_equal_pytorch(monkeypatch: pytest.MonkeyPatch, classes: 
     if dispatch.why_not("cpu", "cpu"):
         pytest.skip(str(dispatch.why_not("cpu", "cpu")))
     g = torch.Generator().manual_seed(0)
-    dtypes = (torch.uint8, torch.int8, torch.int16, torch.int32, torch.int64)
+    dtypes = (torch.uint8, torch.int8, torch.int16, torch.uint16, torch.int32, torch.int64)
     found = []
     for impl in ("cpu", "torch"):
         if impl == "torch":
@@ -238,7 +239,8 @@ def test_read_and_count_equal_pytorch(monkeypatch: pytest.MonkeyPatch, classes: 
             g.manual_seed(0)
             ids = torch.randint(low, high, (2, 3, 50), generator=g)
             for pair in itertools.product(dtypes, dtypes):
-                read = _counts.read_labels(ids[0].to(pair[0]), ids[1].to(pair[1]), classes, ignored)
+                labels = (_counts.as_labels("ids", each.to(dtype)) for each, dtype in zip(ids, pair, strict=False))
+                read = _counts.read_labels(*labels, classes, ignored)
                 found.append((impl, *read, _counts.count_pairs(*read[:2], classes, classes)))
                 found.append((impl, *read, _counts.count_pairs(read[0].byte(), read[1].int(), 2, classes - 1)))
                 found.append((impl, *read, _counts.count_pairs(*read[:2], classes + 1, classes + 1)))
@@ -425,9 +427,48 @@ def test_wrong_inputs(kind: Callable[..., Counts]) -> None:
 @pytest.mark.parametrize("kind", [BoundaryFScore, TrimapIoU])
 def test_wrong_widths(kind: Callable[..., Counts]) -> None:
     """Widths ascend from a pixel to as many as the kernel has room for."""
-    for widths in ((), (0, 1), (3, 3), (5, 3), (1, 129), (1.5, 3), (True, 3), 3):
+    for widths in ((), (0, 1), (3, 3), (5, 3), (1, 129)):
         with pytest.raises(ValueError, match="widths are ascending whole numbers of pixels"):
             kind(3, widths=widths)
+    for widths in ((1.5, 3), (True, 3), 3):
+        with pytest.raises(TypeError, match=r"a width is a whole number|widths are a tuple of whole numbers"):
+            kind(3, widths=widths)
+    assert kind(3, widths=[np.int64(1), 3]).widths == (1, 3)
+
+
+@every_kind
+def test_labels_as_users_have_them(impl: str, kind: Callable[..., Counts]) -> None:
+    """NumPy arrays, also turned round or of two classes, PIL's pictures, and labels with a channel count as the tensors
+    of these numbers; what holds no ids is refused by a sentence."""
+    g = torch.Generator().manual_seed(0)
+    guess, truth = torch.randint(0, 2, (2, 2, 12, 10), generator=g)
+    expected = updated(kind(2), guess, truth)._bins
+    for convert in (
+        Tensor.numpy,
+        lambda ids: np.ascontiguousarray(ids.numpy()[..., ::-1])[..., ::-1],
+        lambda ids: ids.numpy().astype(np.uint16),
+        Tensor.bool,
+        lambda ids: ids[:, None].to(torch.int8),
+    ):
+        assert torch.equal(updated(kind(np.int64(2)), convert(guess), convert(truth))._bins, expected)
+    one = updated(kind(2), guess[0], truth[0])
+    pictures = (Image.fromarray(ids[0].byte().numpy()) for ids in (guess, truth))
+    counted = updated(kind(2), *pictures)
+    assert torch.equal(counted._bins, one._bins)
+    assert counted.compute().keys() == counted.scores().keys()
+    colours = Image.fromarray(np.zeros((12, 10, 3), np.uint8))
+    for wrong, says in (
+        (guess.float(), "integer class ids, not torch.float32: take the arg-max"),
+        (guess.float().numpy(), "integer class ids, not torch.float32"),
+        (np.array(["road"]), "integer class ids, not <U4"),
+        (colours, "a picture of one channel with the class ids, not of mode RGB"),
+        ("label.png", "a tensor, a NumPy array or a PIL picture of class ids, not a str"),
+        (None, "not a NoneType"),
+    ):
+        with pytest.raises(TypeError, match=says):
+            kind(2).update(wrong, truth)
+    with pytest.raises(TypeError, match=r"num_classes is a whole number, not 2\.0"):
+        kind(2.0)
 
 
 @every_kind

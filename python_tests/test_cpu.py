@@ -133,7 +133,7 @@ def test_memory_that_is_kept_belongs_to_one_tensor_at_a_time() -> None:
     del first
     again = gradients()
     assert {grad.data_ptr() for grad in again} == used  # the same memory
-    dispatch.EXTENSION.release_kept_memory()
+    bcmf_ext.release_kept_memory()
     more = gradients()
     for found in (again, more):
         assert all(torch.equal(grad, wanted) for grad, wanted in zip(found, expected, strict=True))

@@ -13,6 +13,7 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
+from PIL import Image
 from torch import Tensor, nn
 
 from bcmf_ext.checkpoint import VERSION, save_checkpoint
@@ -207,6 +208,15 @@ def test_images_as_users_have_them(tmp_path: Path, monkeypatch: pytest.MonkeyPat
     predictor = Predictor(write_run(tmp_path, "bcmfnet", trained("bcmfnet")), "cpu")
     image = picture(64, 96)[0].permute(1, 2, 0).numpy()
     assert np.array_equal(predictor(image[..., ::-1]), predictor(image[..., ::-1].copy()))
+    assert np.array_equal(predictor(Image.fromarray(image)), predictor(image))
+    assert np.array_equal(predictor(Image.fromarray(image).convert("RGBA")), predictor(image))
+    for wrong in ("street.png", picture(64, 96)[0]):
+        with pytest.raises(
+            TypeError, match=r"\(H, W, 3\) uint8 images, or PIL pictures, not a .*read_image reads a file"
+        ):
+            predictor(wrong)
+    with pytest.raises(TypeError, match="not a ndarray"):
+        predictor.labels(image)
     images = picture(64, 96, 2)
     for wrong in (images / 255, images[0], images[:, :1], images.long()):
         with pytest.raises(ValueError, match=r"takes uint8 images \(N, 3, H, W\), not "):

@@ -2,10 +2,15 @@
 
 from __future__ import annotations
 
+import copy
+import importlib.metadata
 import inspect
+from collections import OrderedDict
 
+import numpy as np
 import pytest
 import torch
+from torch.autograd import forward_ad
 
 import bcmf_ext
 from bcmf_ext import BCL, CPG, OHEM, SegmentationCriterion, reference
@@ -258,3 +263,179 @@ def test_training_is_the_same_with_kernels_and_with_pytorch(dtype: torch.dtype, 
         pytest.skip("no extension")
     for ours, theirs in zip(trained("cpu", dtype, steps), trained("torch", dtype, steps), strict=True):
         torch.testing.assert_close(ours, theirs, rtol=tolerance, atol=tolerance)
+
+
+# As users have things
+
+
+def test_outputs_as_networks_return_them() -> None:
+    """Logits, (main, auxiliary) logits, and the mappings of torchvision and Transformers give one loss; what holds no
+    logits is refused by a sentence."""
+    z, y = problem()
+    aux, criterion = z.cos()[:, :, ::2], SegmentationCriterion()
+    pair, alone = criterion((z, aux), y), criterion(z, y)
+    assert pair > alone
+    assert criterion([z, aux], y) == criterion(OrderedDict(out=z, aux=aux), y) == pair
+    assert criterion({"logits": z, "loss": None}, y) == criterion({"out": z, "aux": None}, y) == alone
+    shares = criterion.gradient_shares({"out": z}, y)
+    assert shares == criterion.gradient_shares(z, y)
+    with pytest.raises(TypeError, match='logits as "out" or "logits", but these have last_hidden_state'):
+        criterion({"last_hidden_state": z}, y)
+    with pytest.raises(TypeError, match="logits are a tensor, not a NoneType"):
+        criterion(None, y)  # type: ignore[arg-type]
+
+
+def test_labels_as_loaders_give_them() -> None:
+    """Labels with a channel, bool ones, and every integer dtype, by kernels as by PyTorch."""
+    z, y = problem()
+    for impl in ("auto", "torch"):
+        criterion = SegmentationCriterion(impl=impl)
+        expected = criterion(z, y)
+        for labels in (y[:, None], y.byte()[:, None], y.to(torch.uint16), y.to(torch.uint32), y.to(torch.uint64)):
+            assert criterion(z, labels) == expected
+        few = y.clamp(max=1)
+        assert criterion(z, few.bool()) == criterion(z, few.to(torch.int8)) == criterion(z, few)
+
+
+def test_numbers_as_users_have_them() -> None:
+    """NumPy's numbers are numbers; what is none is a sentence of the constructor, and never an op's schema."""
+    z, y = problem()
+    criterion = SegmentationCriterion(
+        ohem=OHEM(np.float32(0.5), np.prod((4, 4))),
+        bcl=BCL(np.float64(0.1), np.int64(2), nms_size=np.int8(3)),
+        cpg=CPG(kernel_size=np.int32(3)),
+        aux_weight=np.float16(0.5),
+        ignore_index=np.uint8(255),
+    )
+    plain = SegmentationCriterion(ohem=OHEM(0.5, 16), bcl=0.1, aux_weight=0.5)
+    assert criterion((z, z), y) == plain((z, z), y)
+    assert criterion.bcl == BCL(0.1)
+    for wrong, says in (
+        ({"ignore_index": None}, "ignored pixels, not None: pass -1"),
+        ({"ignore_index": 255.0}, r"ignore_index is a whole number, not 255.0 \(float\)"),
+        ({"ignore_index": [255]}, "ignore_index is a whole number"),
+        ({"aux_weight": "0.4"}, "aux_weight is a number, not '0.4'"),
+        ({"aux_weight": None}, "aux_weight is a number, not None"),
+        ({"cpg": True}, "cpg is None, a number or CPG"),
+    ):
+        with pytest.raises(TypeError, match=says):
+            SegmentationCriterion(**wrong)
+    for make in (bcmf_ext.CPGLoss, bcmf_ext.BoundaryCorrectedLoss):
+        with pytest.raises(TypeError, match=r"ignore_index is a whole number, not 255\.0"):
+            make(ignore_index=255.0)
+    for function in FUNCTIONS:
+        with pytest.raises(TypeError, match="ignored pixels, not None"):
+            getattr(bcmf_ext, function)(z, y, ignore_index=None)
+
+
+def test_what_is_not_built_yet() -> None:
+    """Room in the signatures is no promise: a sentence says what is not there."""
+    z, y = problem()
+    for wrong, says in (({"first": "bce"}, "not 'bce': no other is built yet"), ({"group": True}, "group is None")):
+        for call in (lambda w: SegmentationCriterion(**w), lambda w: bcmf_ext.segmentation_loss(z, y, **w)):
+            with pytest.raises(ValueError, match=says):
+                call(wrong)
+
+
+class Dice(torch.nn.Module):
+    """With a parameter, as learnt losses have."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.scale = torch.nn.Parameter(torch.tensor(2.0, dtype=torch.float64))
+
+    def forward(self, logits: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
+        return self.scale * logits.softmax(1).square().mean()
+
+
+@pytest.mark.parametrize("impl", ["auto", "torch"])
+def test_extra_losses(impl: str) -> None:
+    """Protects losses of others beside ours: they get logits of the labels' size in fp32, outside autocast, and int64
+    labels with what is ignored; their weights and the ramp count; modules move with the criterion."""
+    z, y = problem()
+    given = []
+
+    def focal(logits: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
+        given.append((logits, target))
+        assert not torch.is_autocast_enabled("cpu")
+        return torch.nn.functional.cross_entropy(logits, target, ignore_index=255).square()
+
+    dice = Dice()
+    criterion = SegmentationCriterion(extra={"focal": (0.5, focal), "dice": (2, dice)}, impl=impl)
+    plain = SegmentationCriterion(impl=impl)
+    with torch.autocast("cpu", torch.bfloat16):
+        terms = criterion.terms((z, z), y[:, None].to(torch.int16), ramp=0.5)
+    logits, labels = given.pop()
+    assert logits.shape == (*z.shape[:2], *y.shape[1:])
+    assert torch.equal(labels, y)
+    assert labels.dtype == torch.int64
+    full = reference.resample(z, y.shape[1:])
+    torch.testing.assert_close(terms["focal"], focal(full, y))
+    torch.testing.assert_close(terms["dice"], dice(full, y).detach())
+    ours = plain((z, z), y, ramp=0.5)
+    torch.testing.assert_close(terms["total"], ours + 0.25 * terms["focal"] + terms["dice"])
+    terms["total"].backward()
+    torch.testing.assert_close(dice.scale.grad, terms["dice"] / dice.scale.detach())
+    assert list(criterion.parameters()) == [dice.scale]
+    assert [name for name, term in terms.items() if term.requires_grad] == ["total"]
+    assert set(criterion.gradient_shares(z, y)) == {"ce", "bcl", "cpg", "focal", "dice"}
+    half = SegmentationCriterion(extra={"focal": (0.5, focal)}, impl=impl)(z.bfloat16(), y)
+    assert half.dtype == given.pop()[0].dtype == torch.float32
+    assert copy.deepcopy(criterion).extra["dice"][1] is not dice
+    for wrong, error, says in (
+        ({"bcl": (0.5, focal)}, ValueError, "'bcl' has the name of a term of ours"),
+        ({"x": focal}, TypeError, r"'x' is \(weight, function\)"),
+        ({"x": (-1, focal)}, ValueError, "weight of the extra loss 'x' is a number of at least 0"),
+        ({"x": (None, focal)}, TypeError, "weight of the extra loss 'x' is a number, not None"),
+    ):
+        with pytest.raises(error, match=says):
+            SegmentationCriterion(extra=wrong)
+    for wrong in (lambda z, y: z.mean((2, 3)), lambda z, y: 0.5):
+        with pytest.raises(TypeError, match=r"'x' returns a scalar tensor, not .*: take the mean"):
+            SegmentationCriterion(extra={"x": (1, wrong)})(z, y)
+
+
+def test_a_loss_shows_how_it_is_set() -> None:
+    """`print(criterion)` is what one looks at first."""
+    shown = repr(SegmentationCriterion(torch.tensor([1.0, 2.0]), ohem=0.7, ignore_index=9, aux_weight=0.25))
+    for part in ("weight=[1.0, 2.0]", "OHEM(threshold=0.7", "BCL(weight=0.1", "ignore_index=9", "aux_weight=0.25"):
+        assert part in shown
+    assert "step=(1, 2)" in repr(bcmf_ext.BoundaryCorrectedLoss(step=(1, 2)))
+    assert "kernel_size=5" in repr(bcmf_ext.CPGLoss(kernel_size=5))
+
+
+def test_transforms_of_the_kernels() -> None:
+    """torch.func and forward mode say what to do where kernels run; PyTorch's own path takes them (test_reference)."""
+    z, y = problem()
+    if bcmf_ext.dispatch.EXTENSION is None:
+        pytest.skip("no extension")
+    criterion = SegmentationCriterion()
+    for transform in (
+        lambda: torch.func.grad(lambda z: criterion(z, y))(z),
+        lambda: torch.func.jvp(lambda z: criterion(z, y), (z,), (z,)),
+        lambda: torch.func.vmap(lambda z, y: criterion(z[None], y[None]))(z, y),
+        lambda: _forward_mode(criterion, z, y),
+    ):
+        with pytest.raises(NotImplementedError, match="use impl='torch'"):
+            transform()
+    torch_criterion = SegmentationCriterion(impl="torch")
+    _forward_mode(torch_criterion, z, y)
+    together = torch.func.vmap(torch.func.grad(lambda z, y: torch_criterion(z[None], y[None])))(z, y)
+    alone = [torch.func.grad(lambda z: torch_criterion(z[None], y[i : i + 1]))(z[i]) for i in range(2)]  # noqa: B023
+    torch.testing.assert_close(together, torch.stack(alone))
+
+
+def _forward_mode(criterion: SegmentationCriterion, z: torch.Tensor, y: torch.Tensor) -> None:
+    with forward_ad.dual_level():
+        value = criterion(forward_ad.make_dual(z, torch.ones_like(z)), y)
+        slope = forward_ad.unpack_dual(value).tangent
+    with torch.enable_grad():
+        leaf = z.clone().requires_grad_()
+        criterion(leaf, y).backward()
+    torch.testing.assert_close(slope, leaf.grad.sum())
+
+
+def test_the_package_tells_its_version() -> None:
+    """As every package does; and memory is given back with or without an extension."""
+    assert bcmf_ext.__version__ == importlib.metadata.version("bcmf_ext")
+    bcmf_ext.release_kept_memory()

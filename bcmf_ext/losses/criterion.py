@@ -167,7 +167,10 @@ class SegmentationCriterion(nn.Module):
                 terms[name] = ramp * option.weight, function(main, target, **options, **self._common)
         for name, value in self._extra_terms(main, target).items():
             terms[name] = ramp * self.extra[name][0], value
-        pulls = {name: weight * torch.autograd.grad(term, main)[0].norm() for name, (weight, term) in terms.items()}
+        pulls = {}
+        for name, (weight, term) in terms.items():
+            (grad,) = torch.autograd.grad(term, main, retain_graph=True)  # extra losses share the resampling
+            pulls[name] = weight * grad.norm()
         total = torch.stack([*pulls.values()]).sum()
         total = total.clamp(min=torch.finfo(total.dtype).tiny)  # where all is ignored, all shares are 0
         return {name: pull / total for name, pull in pulls.items()}

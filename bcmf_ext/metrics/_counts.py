@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import math
 
+import numpy as np
 import torch
 import torch.distributed as dist
+from PIL import Image
 from torch import Tensor
 
-from .. import dispatch, ops
+from .. import dispatch, ops, reference
 
-LABEL_DTYPES = (torch.uint8, torch.int16, torch.int32, torch.int64)  # that the kernels read
+Labels = Tensor | np.ndarray | Image.Image  # what metrics count
 
 
 class Counts:
@@ -30,21 +32,19 @@ class Counts:
     def __init__(
         self, num_classes: int, ignore_index: int, device: torch.device | str | None, shape: tuple[int, ...]
     ) -> None:
-        if num_classes < 1:
+        self.num_classes = reference.whole("num_classes", num_classes)
+        self.ignore_index = reference.whole_label(ignore_index)
+        if self.num_classes < 1:
             raise ValueError(f"num_classes is a number of classes, at least 1, not {num_classes}.")
-        if not isinstance(ignore_index, int):
-            raise TypeError(f"ignore_index is the label to ignore (-1 where there is none), not {ignore_index}.")
-        self.num_classes = num_classes
-        self.ignore_index = ignore_index
         self._shape = shape
         # At the end the number of pixels out of range.
         self._bins = torch.zeros(math.prod(shape) + 1, dtype=torch.int64, device=device)
 
-    def update(self, prediction: Tensor, target: Tensor) -> None:
-        """Count the pixels of ``prediction`` and ``target``: class ids of any integer dtype on one device, (N, H, W) or
-        (H, W); of any one shape for ConfusionMatrix.
+    def update(self, prediction: Labels, target: Labels) -> None:
+        """Count the pixels of ``prediction`` and ``target``: class ids, bool or of any integer dtype, (N, H, W), (N, 1,
+        H, W) or (H, W), of any one shape for ConfusionMatrix; tensors on one device, NumPy arrays, or PIL pictures.
 
-        Raises TypeError for floating-point tensors, ValueError for other shapes, tensors on two devices and (CPU) ids
+        Raises TypeError for what holds no integers, ValueError for other shapes, tensors on two devices and (CPU) ids
         out of range.
         """
         prediction, target, outside = self._read(prediction, target)
@@ -58,6 +58,10 @@ class Counts:
         """Each score by its name: float64 (C,) on the CPU, NaN for a class that has none; a mean leaves these out."""
         raise NotImplementedError
 
+    def compute(self) -> dict[str, Tensor]:
+        """``scores``, as torchmetrics calls it."""
+        return self.scores()
+
     def reset(self) -> None:
         """Forget all counts."""
         self._bins = torch.zeros_like(self._bins)  # in place would fail on counts made in inference mode
@@ -70,12 +74,10 @@ class Counts:
         if dist.is_available() and dist.is_initialized():
             dist.all_reduce(self._bins)
 
-    def _read(self, prediction: Tensor, target: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    def _read(self, prediction: Labels, target: Labels) -> tuple[Tensor, Tensor, Tensor]:
         """Prediction and target as uint8 (int32 of more than 255 classes) with C where a pixel does not count, and the
         number of pixels out of range."""
-        for name, tensor in (("prediction", prediction), ("target", target)):
-            if tensor.is_floating_point() or tensor.is_complex():
-                raise TypeError(f"{name} holds integer class ids, not {tensor.dtype}: take the arg-max first.")
+        prediction, target = as_labels("prediction", prediction), as_labels("target", target)
         if prediction.shape != target.shape:
             raise ValueError(
                 f"prediction {tuple(prediction.shape)} and target {tuple(target.shape)} differ in shape: resample the "
@@ -128,6 +130,23 @@ class Counts:
         )
 
 
+def as_labels(name: str, ids: Labels) -> Tensor:
+    """Class ids as a tensor that the kernels read; TypeError for what holds no integers."""
+    if isinstance(ids, Image.Image) and len(ids.getbands()) > 1:
+        raise TypeError(f"{name} is a picture of one channel with the class ids, not of mode {ids.mode}.")
+    if not isinstance(ids, Tensor):
+        if not isinstance(ids, (np.ndarray, Image.Image)):
+            raise TypeError(
+                f"{name} is a tensor, a NumPy array or a PIL picture of class ids, not a {type(ids).__name__}."
+            )
+        array = np.ascontiguousarray(ids)  # torch knows no negative strides
+        ids = torch.tensor(array) if array.dtype.kind in "biuf" else array.dtype  # type: ignore[assignment]
+    if not isinstance(ids, Tensor) or ids.is_floating_point() or ids.is_complex():
+        dtype = ids.dtype if isinstance(ids, Tensor) else ids
+        raise TypeError(f"{name} holds integer class ids, not {dtype}: take the arg-max first.")
+    return reference.read_labels(ids)
+
+
 def by_kernels(labels: Tensor) -> bool:
     return labels.device.type == "cpu" and dispatch.why_not("cpu", "cpu") is None
 
@@ -138,8 +157,7 @@ def read_labels(
     """Both as uint8 (int32 of more than 255 classes) with num_classes where a pixel does not count, because it is
     ignored or out of range; and how many are out of range, () int64. Never waits for a GPU."""
     if by_kernels(target):
-        widened = (ids if ids.dtype in LABEL_DTYPES else ids.long() for ids in (prediction, target))
-        return torch.ops.bcmf.read_labels(*widened, num_classes, ignore_index)
+        return torch.ops.bcmf.read_labels(prediction, target, num_classes, ignore_index)
     prediction, target = prediction.long(), target.long()
     valid = target != ignore_index
     right = (target >= 0) & (target < num_classes) & (prediction >= 0) & (prediction < num_classes)

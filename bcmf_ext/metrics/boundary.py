@@ -14,6 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from ..reference import real, whole
 from ._counts import Counts, by_kernels, count_pairs, differ, keep
 
 WIDTHS = (1, 3, 5, 9, 12)  # pixels (spec section 10)
@@ -39,9 +40,9 @@ class BoundaryIoU(Counts):
         ratio: float = 0.005,
     ) -> None:
         super().__init__(num_classes, ignore_index, device, (3, num_classes))
-        if not 0 <= ratio <= 1:
+        self.ratio = real("ratio", ratio)
+        if not 0 <= self.ratio <= 1:
             raise ValueError(f"ratio is a share of the image's diagonal, from 0 to 1, not {ratio}.")
-        self.ratio = ratio
 
     def _count(self, guess: Tensor, truth: Tensor) -> Tensor:
         guess, truth = _with_batch(guess), _with_batch(truth)
@@ -66,7 +67,7 @@ class BoundaryIoU(Counts):
 class _ByWidth(Counts):
     """Counts for several widths in pixels, each of the pixels that no smaller one reaches; and of those that none does.
 
-    Raises ValueError for widths that are no whole numbers ascending from at least 1 to at most 128.
+    Raises TypeError for widths that are no whole numbers, ValueError unless they ascend from at least 1 to at most 128.
     """
 
     _kinds: int
@@ -78,13 +79,14 @@ class _ByWidth(Counts):
         device: torch.device | str | None = None,
         widths: Sequence[int] = WIDTHS,
     ) -> None:
-        whole = isinstance(widths, (tuple, list)) and all(type(width) is int for width in widths)
-        if not whole or not widths or any(a >= b for a, b in pairwise((0, *widths, MOST + 1))):
+        if not isinstance(widths, (tuple, list)):
+            raise TypeError(f"widths are a tuple of whole numbers of pixels, such as (1, 3), not {widths!r}.")
+        self.widths = tuple(whole("a width", width) for width in widths)
+        if not self.widths or any(a >= b for a, b in pairwise((0, *self.widths, MOST + 1))):
             raise ValueError(
                 f"widths are ascending whole numbers of pixels from 1 to {MOST}, such as (1, 3), not {widths}."
             )
         super().__init__(num_classes, ignore_index, device, (self._kinds, len(widths) + 1, num_classes))
-        self.widths = tuple(widths)
 
     def _by_width(self, labels: Tensor, index: Tensor) -> Tensor:
         """How many pixels have which index of a width (`match_within`) and which label: (widths + 1, C)."""

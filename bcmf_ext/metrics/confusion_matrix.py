@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from .. import dispatch, ops, reference
-from ._counts import LABEL_DTYPES, Counts, count_pairs
+from ._counts import Counts, Labels, as_labels, count_pairs
 
 
 def upsample_argmax(logits: Tensor, size: Sequence[int], align_corners: bool = False) -> Tensor:
@@ -27,6 +27,8 @@ def upsample_argmax(logits: Tensor, size: Sequence[int], align_corners: bool = F
 
 
 def _check_logits(logits: Tensor) -> None:
+    if not isinstance(logits, Tensor):
+        raise TypeError(f"logits are a tensor, not a {type(logits).__name__}.")
     if logits.dtype not in (torch.float16, torch.bfloat16, torch.float32, torch.float64):
         raise TypeError(f"logits are floating point (fp16, bf16, fp32, fp64), not {logits.dtype}.")
     if logits.dim() != 4 or logits.shape[1] < 1:
@@ -52,7 +54,7 @@ class ConfusionMatrix(Counts):
     def _count(self, guess: Tensor, truth: Tensor) -> Tensor:
         return count_pairs(truth, guess, self.num_classes, self.num_classes)
 
-    def update_from_logits(self, logits: Tensor, target: Tensor, align_corners: bool = False) -> Tensor:
+    def update_from_logits(self, logits: Tensor, target: Labels, align_corners: bool = False) -> Tensor:
         """Count the arg-max of logits (N, C, h, w), resampled to the size of ``target`` (N, H, W), and return it.
 
         As ``update(upsample_argmax(logits, target.shape[1:]), target)``, but on the CPU in one pass over the pixels.
@@ -60,12 +62,13 @@ class ConfusionMatrix(Counts):
         Raises TypeError and ValueError as these do, and ValueError where C is not the matrix' number of classes.
         """
         _check_logits(logits)
+        target = as_labels("target", target)
         if logits.shape[1] != self.num_classes:
             raise ValueError(f"logits have {logits.shape[1]} classes and the matrix has {self.num_classes}.")
         if target.dim() != 3 or target.shape[0] != logits.shape[0]:
             expected = f"(N, H, W) with the logits' N = {logits.shape[0]}"
             raise ValueError(f"target has the shape {expected}, not {tuple(target.shape)}.")
-        if not (_impl(logits) == "cpu" and target.device.type == "cpu" and target.dtype in LABEL_DTYPES):
+        if not (_impl(logits) == "cpu" and target.device.type == "cpu"):
             prediction = upsample_argmax(logits, target.shape[1:], align_corners)
             self.update(prediction, target)
             return prediction

@@ -29,8 +29,8 @@ struct Ids {
   bool is_valid(Id id) const { return !ignores || id != ignored; }
 };
 
-// Labels that change meanwhile may leave anything in the maps: no id is an index here, and the kernels that take the maps
-// check them.
+// Labels that change meanwhile may leave anything in the maps: no id is an index here, and the kernels that take the
+// maps check them.
 template <typename Guess, typename Truth, typename Out>
 int64_t read_range(const Guess* prediction, const Truth* target, int64_t count, Ids<Guess> guesses, Ids<Truth> truths,
                    Out none, Out* __restrict guess, Out* __restrict truth) {
