@@ -15,13 +15,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.fx.experimental import _config as shape_config
 
 from .errors import UserError, run_command
 from .files import ZIP_MARK, check_replaceable, write_file
 from .inference import InferenceNetwork, load_network, not_finite, read_checkpoint
-from .reference import resample
 
 COMMAND = "bcmf_ext.export"
 ENDINGS = {"onnx": ".onnx", "torch-export": ".pt2"}
@@ -87,7 +87,9 @@ class ExportedNetwork(nn.Module):
         logits = self.network(images)
         if self.logits:
             return logits
-        return resample(logits, images.shape[2:], self.align_corners).argmax(1).to(torch.uint8)
+        # As one operator of ONNX, which every runtime knows; reference.resample differs in the last digit.
+        full = F.interpolate(logits, size=images.shape[2:], mode="bilinear", align_corners=self.align_corners)
+        return full.argmax(1).to(torch.uint8)
 
 
 def trace(network: nn.Module) -> torch.export.ExportedProgram:

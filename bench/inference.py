@@ -42,6 +42,7 @@ import matplotlib.pyplot as plt
 
 sys.path.insert(0, str(Path(__file__).parent))
 from kernels import AA_LIMIT, LEAST_ROUNDS, RESULTS, about, device_name, peak_above
+from problem import interpolate
 
 from bcmf_ext.checkpoint import VERSION, save_checkpoint
 from bcmf_ext.config import NETWORKS, make_config
@@ -73,7 +74,7 @@ def predict(images: Tensor, network: Callable[[Tensor], Tensor], layout: torch.m
     images = normalise(images.contiguous(memory_format=layout))
     with torch.autocast(images.device.type, half, enabled=half is not None):
         logits = network(images)
-    logits = F.interpolate(logits.float(), images.shape[2:], mode="bilinear", align_corners=False)
+    logits = interpolate(logits.float(), images.shape[2:])
     return logits.argmax(1).to(torch.uint8)
 
 

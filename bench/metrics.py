@@ -31,6 +31,7 @@ from tqdm import tqdm
 sys.path.insert(0, str(Path(__file__).parent))
 from inference import latency
 from kernels import AA_LIMIT, LEAST_ROUNDS, RESULTS, ROUNDS, about, device_name, make_labels
+from problem import interpolate
 
 from bcmf_ext import dispatch
 from bcmf_ext.engine import choose_device
@@ -47,7 +48,7 @@ def make_prediction(target: Tensor, classes: int) -> tuple[Tensor, Tensor]:
     """Logits at 1/8, and their classes at the target's size."""
     scores = F.one_hot(target.clamp(max=classes).long(), classes + 1)[..., :classes].permute(0, 3, 1, 2).float()
     logits = F.avg_pool2d(scores, 8)
-    prediction = F.interpolate(logits, target.shape[1:], mode="bilinear").argmax(1)
+    prediction = interpolate(logits, target.shape[1:]).argmax(1)
     return logits, prediction.to(torch.uint8)
 
 

@@ -29,6 +29,7 @@ import torch
 from kernels import RESULTS, about
 from matplotlib.axes import Axes
 from PIL import Image
+from problem import interpolate
 
 from bcmf_ext import BCL, CPG, SegmentationCriterion
 from bcmf_ext.config import make_config
@@ -38,7 +39,6 @@ from bcmf_ext.files import write_file
 from bcmf_ext.inference import Predictor
 from bcmf_ext.metrics import BoundaryFScore, BoundaryIoU, ConfusionMatrix
 from bcmf_ext.ops import LOSS, LossOptions
-from bcmf_ext.reference import resample
 from bcmf_ext.train import Trainer
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -290,7 +290,7 @@ def probabilities(predictor: Predictor, val_set: SegmentationDataset) -> Iterato
     for index in range(len(val_set)):
         image, label = val_set.pair(index)
         logits = predictor.logits(torch.from_numpy(image).permute(2, 0, 1)[None])
-        yield resample(logits.float(), label.shape).softmax(1)[0].numpy(), label
+        yield interpolate(logits.float(), label.shape).softmax(1)[0].numpy(), label
 
 
 def across_poles(p: np.ndarray, label: np.ndarray, pole: int) -> np.ndarray:

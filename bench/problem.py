@@ -39,6 +39,13 @@ class Problem:
 OURS = ("cuda", "triton", "cpu")  # with kernels
 
 
+def interpolate(map: Tensor, size: Sequence[int], align_corners: bool = False) -> Tensor:
+    """A map (N, C, h, w) resampled to ``size`` as everybody does it: the baselines' way. One of that size stays."""
+    if map.shape[2:] == torch.Size(size):
+        return map
+    return F.interpolate(map, tuple(size), mode="bilinear", align_corners=align_corners)
+
+
 def our_impls(device: torch.device) -> list[str]:
     """The impls that "auto" chooses from on this device and that can run: kernels, and last "torch"."""
     return [impl for impl in dispatch.ORDER[device.type] if dispatch.why_not(impl, device.type) is None]

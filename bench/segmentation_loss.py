@@ -9,7 +9,7 @@ from functools import partial
 
 import torch
 import torch.nn.functional as F
-from problem import Problem, make_logits, our_impls, size_of, work
+from problem import Problem, interpolate, make_logits, our_impls, size_of, work
 from torch import Tensor
 
 from bcmf_ext import BCL, CPG, boundary_corrected_loss, cpg_loss, reference, segmentation_loss
@@ -31,8 +31,10 @@ class Mix:
         terms = ["CE"] * self.ce + ["BCL"] * bool(self.bcl) + [f"CPG{cpg.kernel_size}" for cpg in [self.cpg] if cpg]
         return " + ".join(terms)
 
-    def eager(self, z: Tensor, target: Tensor, cpg_form: Callable[..., Tensor]) -> Tensor:
-        z = resample(z, target, self.align_corners)  # once for all terms
+    def eager(
+        self, z: Tensor, target: Tensor, cpg_form: Callable[..., Tensor], resample: Callable[..., Tensor] = interpolate
+    ) -> Tensor:
+        z = resample(z, target.shape[1:], self.align_corners)  # once for all terms
         total = F.cross_entropy(z, target.long(), ignore_index=255) if self.ce else z.new_zeros(())
         if self.bcl is not None:
             total = total + self.bcl.weight * reference.boundary_corrected_loss(z, target)
@@ -78,11 +80,12 @@ def problem(
     labels: Tensor, classes: int, size: tuple[int, int], mix: Mix, compiled: bool = False, authors: bool = False
 ) -> Problem:
     logits = make_logits(labels, classes, torch.float32, size)
-    definition, best = (partial(mix.eager, target=labels, cpg_form=form) for form in (AUTHORS, SPARSE))
+    authors_form, best = (partial(mix.eager, target=labels, cpg_form=form) for form in (AUTHORS, SPARSE))
+    definition = partial(authors_form, resample=reference.resample)
     alone = {"CE alone": partial(cross_entropy, target=labels.long(), align_corners=mix.align_corners)}
-    contenders: dict[str, Callable[[Tensor], Tensor]] = {"authors": definition} if authors else {"best eager": best}
+    contenders: dict[str, Callable[[Tensor], Tensor]] = {"authors": authors_form} if authors else {"best eager": best}
     if compiled:
-        contenders["compile"] = torch.compile(definition)
+        contenders["compile"] = torch.compile(authors_form)
     for impl in our_impls(labels.device):
         contenders[impl] = partial(mix.ours, target=labels, impl=impl)
     title = f"{mix}{', the authors’ form' if authors else ''}, {size_of(logits, labels)}, float32"
@@ -90,12 +93,6 @@ def problem(
     return Problem(title, logits, contenders, definition, work(logits, labels), {} if authors else alone)
 
 
-def resample(z: Tensor, target: Tensor, align_corners: bool) -> Tensor:
-    if z.shape[2:] == target.shape[1:]:
-        return z
-    return F.interpolate(z, target.shape[1:], mode="bilinear", align_corners=align_corners)
-
-
 def cross_entropy(z: Tensor, target: Tensor, align_corners: bool) -> Tensor:
     """As everybody writes it."""
-    return F.cross_entropy(resample(z, target, align_corners), target, ignore_index=255)
+    return F.cross_entropy(interpolate(z, target.shape[1:], align_corners), target, ignore_index=255)
