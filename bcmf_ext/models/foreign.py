@@ -122,8 +122,8 @@ def read_foreign(path: Path) -> object:
 
 @contextlib.contextmanager
 def _stubs_allowed() -> Iterator[None]:
-    """Lets `torch.load` make stubs, also where the program allows it the same names for NumPy's own; what else it allows
-    stays."""
+    """Lets `torch.load` make stubs, also where the program around us allows it NumPy's own under their names. What else
+    that allows stays."""
     allowed: Any = torch.serialization.get_safe_globals()
     names = [it[1] if isinstance(it, tuple) else f"{it.__module__}.{it.__qualname__}" for it in allowed]
     others = [it for it, name in zip(allowed, names, strict=True) if name not in _STUBBED]
