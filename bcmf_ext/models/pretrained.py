@@ -2,36 +2,53 @@
 
 from __future__ import annotations
 
-import os
-import re
-import zipfile
 from collections import defaultdict
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from itertools import takewhile
 from pathlib import Path
-from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor, nn
 
-from ..errors import UserError
-from ..files import damaged_entry
+from ..errors import UserError, briefly
+from .foreign import read_foreign
 
 # Where trainers keep the state dict, the averaged weights first: they are the better start.
-_WRAPPERS = ("ema", "state_dict", "model")
-# What DataParallel, a trainer's own module and torch.compile put in front of every name, stacked in any order.
-_PREFIXES = re.compile(r"^(?:module\.|model\.|_orig_mod\.)+")
-# HRNet's descendants store their best score as a NumPy scalar, and its pickle needs these.
-_scalar: Any = np.float64(0).__reduce__()[0]
-_NUMPY_SCALAR: list[Callable[..., Any] | tuple[Callable[..., Any], str]] = [
-    (_scalar, "numpy.core.multiarray.scalar"),
-    (_scalar, "numpy._core.multiarray.scalar"),
-    np.dtype,
-    type(np.dtype(np.float64)),
-    type(np.dtype(np.float32)),
-]
+_WRAPPERS = (
+    "state_dict_ema",  # timm
+    "model_ema",  # torchvision, DeiT
+    "ema_state_dict",
+    "ema_model",
+    "ema_net",  # SuperGradients
+    "params_ema",  # BasicSR
+    "ema",  # RT-DETR
+    "state_dict",  # Lightning, HRNet, MMEngine
+    "model_state_dict",  # PyTorch's tutorials, Catalyst
+    "model_state",  # OpenPCDet, SlowFast
+    "model",  # torchvision, Detectron2, fastai
+    "module",  # DeepSpeed
+    "network_weights",  # nnU-Net
+    "network",
+    "net",  # SuperGradients
+    "params",  # BasicSR
+    "weights",
+    "weight",
+)
+# What they, and PyTorch's own wrappers of a network or of a part of it, put into names. No network here has such parts.
+_WRAPPER_PARTS = {
+    "module",  # DataParallel, DistributedDataParallel, AveragedModel
+    "model",
+    "network",
+    "net",
+    "_orig_mod",  # torch.compile
+    "_fsdp_wrapped_module",
+    "_checkpoint_wrapped_module",
+    "_forward_module",  # Lightning Fabric
+    "_module",  # Opacus
+}
+_FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
+_NUMBERS = (*_FLOATS, torch.uint8, torch.int8, torch.int16, torch.int32, torch.int64)
 
 
 @dataclass(frozen=True)
@@ -71,32 +88,32 @@ class LoadReport:
 def load_pretrained(model: nn.Module, path: str | Path) -> LoadReport:
     """Copy into ``model`` every tensor of the checkpoint ``path`` whose name and shape fit, and report on the rest.
 
-    Known formats: a state dict, bare or under ``ema``, ``state_dict`` or ``model`` (the first of these that holds
-    tensors), with the prefixes ``module.``, ``model.`` and ``_orig_mod.`` in any combination. The file is read with
-    ``weights_only=True``, so that it cannot run code. A head for another number of classes is "other shape".
+    Files of ``torch.save`` and safetensors are read, so that they cannot run code. The state dict is the first that
+    fits of those that lie where public trainers put them (``ema`` before ``model``), or the file itself. Names are
+    compared without the parts that wrappers put into them, such as ``module.`` and ``_orig_mod.``, and if none fits
+    then, without a beginning of any other name, such as ``backbone.``. A head for another number of classes is "other
+    shape".
 
-    Raises UserError if the file cannot be read, is no checkpoint, or if nothing in it fits the model.
+    Raises UserError if the file cannot be read, is no checkpoint, has two tensors for one name, weights that are not
+    finite or not floating-point, or if nothing in it fits the model.
     """
     path = Path(path)
-    theirs, ours = _state_dict(_read(path)), model.state_dict()
-    if not theirs:
-        raise UserError(f"{path} holds no tensors by name, so it is not a checkpoint of a model: give another file.")
+    content, ours = read_foreign(path), model.state_dict()
+    others: dict[str, Tensor] = {}
+    for state_dict in _state_dicts(content):
+        theirs = _named_as(state_dict, ours, path)
+        if fits := _fitting(theirs, ours):
+            break
+        others = max(others, theirs, key=len)
+    else:
+        raise _nothing_fits(content, others, ours, path)
 
-    # A batch norm's counter follows its statistics: alone, without a shape, it would fit any network of similar names,
-    # and PyTorch before 0.4.1 did not write it.
-    decisive = {name: name.replace("num_batches_tracked", "running_mean") for name in ours}
-    fits = {name for name in ours if name in theirs and theirs[name].shape == ours[name].shape}
-    matched = {name: theirs[name] for name in ours if name in fits and decisive[name] in fits}
-    if not matched:
-        raise UserError(
-            f"Nothing in {path} fits this model: the file has {_examples(theirs)}, the model has {_examples(ours)}; "
-            "is it a checkpoint of another network?"
-        )
+    matched = {name: _usable(name, theirs[name], ours[name], path) for name in fits}
     model.load_state_dict(matched, strict=False)
     return LoadReport(
         source=path.name,
-        matched=list(matched),
-        missing=[name for name in ours if name not in theirs and decisive[name] not in fits],
+        matched=fits,
+        missing=[name for name in ours if name not in theirs and _decisive(name) not in matched],
         other_shape={
             name: (tuple(theirs[name].shape), tuple(ours[name].shape))
             for name in ours
@@ -106,42 +123,124 @@ def load_pretrained(model: nn.Module, path: str | Path) -> LoadReport:
     )
 
 
-def _read(path: Path) -> object:
-    """The unpickled file, on the CPU."""
-    if not os.path.isfile(path):
-        raise UserError(f"There is no checkpoint file {path}: check the path.")
-    try:
-        with open(path, "rb") as file, torch.serialization.safe_globals(_NUMPY_SCALAR):
-            if zipfile.is_zipfile(file) and (damaged := damaged_entry(file)) is not None:
-                raise UserError(
-                    f"{path} is damaged, the bytes of {damaged} are not those that were written: get the file again."
-                )
-            file.seek(0)
-            return torch.load(file, map_location="cpu", weights_only=True)
-    except UserError:
-        raise
-    except OSError as error:
-        raise UserError(f"The checkpoint {path} cannot be opened ({error.strerror}): check its permissions.") from error
-    except Exception as error:  # the unpickler raises whatever the bytes lead it to
-        if refused := re.search(r"Unsupported global: GLOBAL (\S+)", str(error)):
+def _state_dicts(content: object, depth: int = 4) -> Iterator[dict[str, Tensor]]:
+    """The tensors by name that lie in a checkpoint where trainers put them, the best start first."""
+    if not isinstance(content, dict) or depth == 0:
+        return
+    # A file can give its dicts and tensors attributes that hide their methods: hence dict's own, and detached ones.
+    entries = dict(dict.items(content))
+    about, wrappers = entries.get("meta"), list(_WRAPPERS)
+    if isinstance(about, dict) and "mmengine_version" in about:
+        wrappers.insert(0, "state_dict")  # MMEngine's averaged weights are here, the others in ema_state_dict
+    for wrapper in wrappers:
+        yield from _state_dicts(entries.get(wrapper), depth - 1)
+    if tensors := {name: Tensor.detach(t) for name, t in entries.items() if isinstance(name, str) and _is_tensor(t)}:
+        yield tensors
+
+
+def _is_tensor(value: object) -> bool:
+    """A tensor that has a shape and values."""
+    return (
+        isinstance(value, Tensor)
+        and type(value) in (Tensor, nn.Parameter)
+        and value.device.type == "cpu"
+        and value.layout == torch.strided
+        and not value.is_nested
+    )
+
+
+def _named_as(theirs: dict[str, Tensor], ours: dict[str, Tensor], path: Path) -> dict[str, Tensor]:
+    """Their tensors, under the model's names where these differ in wrappers only."""
+    own = {_bare(name): name for name in ours}
+    beginning = _beginning(theirs, {bare: ours[name] for bare, name in own.items()}, path)
+    named: dict[str, Tensor] = {}
+    origin: dict[str, str] = {}
+    for name, tensor in theirs.items():
+        bare = _bare(name)
+        key = own.get(bare.removeprefix(beginning), bare)
+        if key in ours and key in named and not _same(tensor, named[key]):
             raise UserError(
-                f"{path} holds a Python object ({refused[1]}) beside its weights, and reading it could run code: where "
-                'the file was made, save the weights alone, torch.save(checkpoint["state_dict"], …), and load that.'
-            ) from error
+                f"{path} has two different tensors for {key}, {origin[key]} and {name}: save the weights of one "
+                "network alone, and give those."
+            )
+        named[key], origin[key] = tensor, name
+    return named
+
+
+def _bare(name: str) -> str:
+    return ".".join(part for part in name.split(".") if part not in _WRAPPER_PARTS)
+
+
+def _beginning(theirs: dict[str, Tensor], ours: dict[str, Tensor], path: Path) -> str:
+    """What all of their names that would fit begin with, such as ``backbone.``; nothing if some fit as they are."""
+    found = set()
+    for name, tensor in theirs.items():
+        parts = _bare(name).split(".")
+        for cut in range(min(len(parts), 8)):
+            rest = ".".join(parts[cut:])
+            if rest in ours and ours[rest].shape == tensor.shape and tensor.dim() > 0:  # counters fit anything
+                found.add("".join(f"{part}." for part in parts[:cut]))
+    if "" in found or not found:
+        return ""
+    if len(found) > 1:
+        shown = ", ".join(briefly(beginning) for beginning in sorted(found)[:3])
         raise UserError(
-            f"{path} cannot be read as a PyTorch checkpoint, it is damaged or of another format: download or save it "
-            "again."
-        ) from error
+            f"{path} has weights for this model under more than one name ({shown}): save those of one alone, and give "
+            "them."
+        )
+    return found.pop()
 
 
-def _state_dict(checkpoint: object) -> dict[str, Tensor]:
-    """The tensors of a checkpoint by name, without wrappers and prefixes."""
-    if not isinstance(checkpoint, Mapping):
-        return {}
-    for wrapper in _WRAPPERS:
-        if inner := _state_dict(checkpoint.get(wrapper)):
-            return inner
-    return {_PREFIXES.sub("", str(name)): value for name, value in checkpoint.items() if isinstance(value, Tensor)}
+def _same(a: Tensor, b: Tensor) -> bool:
+    return a.shape == b.shape and a.dtype == b.dtype and torch.equal(a, b)
+
+
+def _decisive(name: str) -> str:
+    """The tensor that decides whether this one fits: a batch norm's counter follows its statistics. Alone, without a
+    shape, it would fit any network of similar names, and PyTorch before 0.4.1 did not write it."""
+    return name.replace("num_batches_tracked", "running_mean")
+
+
+def _fitting(theirs: dict[str, Tensor], ours: dict[str, Tensor]) -> list[str]:
+    fits = {name for name in ours if name in theirs and theirs[name].shape == ours[name].shape}
+    return [name for name in ours if name in fits and _decisive(name) in fits]
+
+
+def _usable(name: str, theirs: Tensor, ours: Tensor, path: Path) -> Tensor:
+    """Their weights in the model's dtype. `UserError` if they are others there, as quantised ones, which need a scale,
+    would be, or not finite: such a network gives class 0 everywhere, as if it knew."""
+    if theirs.dtype not in (_FLOATS if ours.is_floating_point() else _NUMBERS):
+        raise UserError(
+            f"In {path} {name} is {briefly(theirs)}, but only float16, bfloat16, float32 and float64 can be loaded: "
+            "convert the weights where the file was made."
+        )
+    tensor = theirs.to(ours.dtype)
+    if not tensor.isfinite().all():
+        raise UserError(
+            f"The weights in {path} are not finite ({name}): nothing can be trained from them, give another checkpoint."
+        )
+    return tensor
+
+
+def _nothing_fits(content: object, theirs: dict[str, Tensor], ours: dict[str, Tensor], path: Path) -> UserError:
+    """Where the weights are instead, or what is there."""
+    entries = dict(dict.items(content)) if isinstance(content, dict) else {}
+    for key, value in entries.items():
+        if any(_fitting(_named_as(state_dict, ours, path), ours) for state_dict in _state_dicts(value)):
+            return UserError(
+                f"{path} holds weights that fit under {briefly(key)}, where no trainer is known to put them: save them "
+                f'alone, torch.save(checkpoint[{briefly(key)}], "…"), and give those.'
+            )
+    if theirs:
+        return UserError(
+            f"Nothing in {path} fits this model: the file has {_examples(theirs)}, the model has {_examples(ours)}; "
+            "is it a checkpoint of another network?"
+        )
+    keys = ", ".join(briefly(key) for key in list(entries)[:8] if isinstance(key, str))
+    return UserError(
+        f"{path} holds no tensors by name{f', only {keys}' if keys else ''}, so it is not a checkpoint of a model "
+        "(neither NumPy arrays nor sparse or meta tensors count): give another file."
+    )
 
 
 def _grouped(names: Iterable[str], limit: int = 8) -> str:
