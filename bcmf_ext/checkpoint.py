@@ -125,6 +125,7 @@ ABOUT: Mapping[str, Field] = {  # of last.pt and best.pt
     "std": Field("three numbers above 0", lambda v: _is_channels(v) and min(v) > 0),
     "align_corners": Field("True or False", lambda v: isinstance(v, bool)),
     "model": WEIGHTS,
+    "bf16_ratio": Field("a number above 0, or None", lambda v: v is None or (_is_number(v) and v > 0), optional=True),
 }
 PROGRESS: Mapping[str, Field] = {  # of last.pt
     "train_images": COUNT,

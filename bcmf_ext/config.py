@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import re
 import shlex
 import textwrap
 from collections.abc import Mapping, Sequence
@@ -94,6 +95,12 @@ class Config:
         metavar="LAMBDA",
     )
     cpg_kernel: int = knob("kernel size of the CPG loss", 3, type=int, choices=(3, 5, 7))
+    extra_loss: tuple[str, ...] = knob(
+        "losses of your own beside these: NAME in FILE.py, a function of logits and labels or a module, times WEIGHT",
+        (),
+        nargs="+",
+        metavar="FILE.py:NAME=WEIGHT",
+    )
     aux_weight: float = knob("weight of the auxiliary head's cross-entropy", 0.4, type=float)
     loss_warmup: int = knob(
         "iterations in which the weights of BCL and CPG grow from 0, linearly", 0, type=int, metavar="ITERATIONS"
@@ -161,11 +168,28 @@ class Config:
         ):
             if not holds:
                 raise UserError(f"--{flag} is {_words(value)}, but must be {must}.")
+        for entry in self.extra_loss:
+            split_extra_loss(entry)
 
     @property
     def default_name(self) -> str:
         """What the run is called without `--name`."""
         return f"{self.dataset}-{self.model}"
+
+
+def split_extra_loss(entry: str) -> tuple[str, str, float]:
+    """File, name and weight of an entry of ``extra_loss``; `UserError` if it is none."""
+    found = re.fullmatch(r"(.+\.py):(\w+)=([\d.eE+-]+)", entry)
+    try:
+        weight = float(found[3]) if found else -1.0
+    except ValueError:
+        weight = -1.0
+    if found is None or not 0 <= weight <= MOST:
+        raise UserError(
+            f"--extra-loss is {entry}, but must be FILE.py:NAME=WEIGHT, such as losses.py:dice=0.5, with a weight from 0 "
+            f"to {MOST}."
+        )
+    return found[1], found[2], weight
 
 
 def _words(value: Any) -> str:
@@ -178,7 +202,7 @@ def _help(entry: Field[Any]) -> str:
     default = str(entry.default)
     if entry.default is MISSING:
         default = ", ".join(f"{dataset} {_words(recipe[entry.name])}" for dataset, recipe in RECIPES.items())
-    elif entry.default is None or isinstance(entry.default, bool):
+    elif entry.default in (None, ()) or isinstance(entry.default, bool):
         return entry.metadata["meaning"]
     return f"{entry.metadata['meaning']} ({default})"
 
@@ -264,6 +288,7 @@ def _is_of(value: Any, hint: Any) -> bool:
     if get_origin(hint) is UnionType:
         return any(_is_of(value, option) for option in options)
     if get_origin(hint) is tuple:
+        options = options[:1] * len(value) if options[-1] is ... and isinstance(value, tuple) else options
         return isinstance(value, tuple) and len(value) == len(options) and all(map(_is_of, value, options))
     if isinstance(value, int) and abs(value) >= 2**63:  # which some of those that take it cannot hold
         return False
@@ -283,6 +308,11 @@ def resumed_config(saved: Mapping[str, Any], flags: Mapping[str, Any], run: Path
             f"{run} was trained with --{flag} {before}, not {_words(new)}, and resuming keeps a run's settings: "
             f"leave --{flag} out, or start another run with --pretrained {shlex.quote(str(run / 'best.pt'))}."
         )
+    if saved["extra_loss"] and "extra_loss" not in given:  # a checkpoint alone must not run code
+        raise UserError(
+            f"{run} was trained with --extra-loss {_words(saved['extra_loss'])}, which is code that a checkpoint does "
+            "not hold: give the flag again."
+        )
     place = {"name": run.name, "output_dir": str(run.parent)}
     return Config(**{**saved, **given, **place})
 
@@ -296,7 +326,7 @@ def command_line(config: Config) -> str:
             words.append(flag if value else flag.replace("--", "--no-", 1))
         elif value is True:
             words.append(flag)
-        elif value is not None and value is not False:
+        elif value is not None and value is not False and value != ():
             values = value if isinstance(value, tuple) else (value,)
             words.append(" ".join([flag, *(shlex.quote(str(v)) for v in values)]))
     # One word per flag: a line never breaks between a flag and its value.

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import math
 import os
 import signal
@@ -13,7 +14,7 @@ from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 from types import FrameType
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -68,18 +69,55 @@ def choose_device(name: str | None) -> torch.device:
     return device
 
 
-def choose_dtype(amp: str, device: torch.device) -> tuple[torch.dtype | None, str]:
-    """Autocast's dtype for `--amp` (None: fp32), and why."""
+class Precision(NamedTuple):
+    """Autocast's dtype (None: fp32), why, and what `measure_bf16` found if that was asked."""
+
+    dtype: torch.dtype | None
+    why: str
+    bf16_ratio: float | None = None
+
+
+BF16_PAYS = 0.8  # of fp32's time: nearer to 1 noise would decide, and labels change a little in bf16
+
+
+def choose_precision(amp: str, device: torch.device, bf16_ratio: float | None = None) -> Precision:
+    """What `--amp` means on a device. bf16_ratio: what was measured when the run began, so that it goes on, and is
+    evaluated, in the same precision."""
     if amp != "auto":
-        return {"bf16": torch.bfloat16, "fp16": torch.float16, "off": None}[amp], "as asked"
+        return Precision({"bf16": torch.bfloat16, "fp16": torch.float16, "off": None}[amp], "as asked")
     if device.type == "cuda":
         if torch.cuda.is_bf16_supported(including_emulation=False):
-            return torch.bfloat16, "this GPU computes in it"
-        return torch.float16, "this GPU has no bf16"
-    if device.type == "cpu":
-        found = [name for name in ("amx_bf16", "avx512_bf16") if torch.cpu.get_capabilities().get(name)]
-        return (torch.bfloat16, f"this CPU has {found[0]}") if found else (None, "this CPU has no bf16 instructions")
-    return None, f"not tried on {device.type}"
+            return Precision(torch.bfloat16, "this GPU computes in it")
+        return Precision(torch.float16, "this GPU has no bf16")
+    if device.type != "cpu":
+        return Precision(None, f"not tried on {device.type}")
+    has = torch.cpu.get_capabilities()
+    if has.get("amx_bf16"):
+        return Precision(torch.bfloat16, "this CPU has amx_bf16")
+    if not has.get("avx512_bf16"):
+        return Precision(None, "this CPU has no bf16 instructions")
+    # These are worth it on some CPUs, and slower than fp32 on others.
+    ratio = measure_bf16() if bf16_ratio is None else bf16_ratio
+    dtype = torch.bfloat16 if ratio <= BF16_PAYS else None
+    return Precision(dtype, f"bf16 takes {ratio:.2f} of fp32's time on this CPU", ratio)
+
+
+@functools.cache
+def measure_bf16() -> float:
+    """The time of a typical convolution of the networks in bf16, relative to fp32: the least of seven times each, in
+    turn, in a fraction of a second."""
+    convolution = nn.Conv2d(64, 64, 3, padding=1, bias=False).to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+    images = torch.ones(2, 64, 64, 64).to(memory_format=torch.channels_last)
+
+    @torch.inference_mode()
+    def seconds(bf16: bool) -> float:
+        began = time.perf_counter()
+        with torch.autocast("cpu", torch.bfloat16, enabled=bf16):
+            convolution(images)
+        return time.perf_counter() - began
+
+    pairs = [(seconds(True), seconds(False)) for _ in range(8)][1:]  # the first sets things up
+    return min(bf16 for bf16, _ in pairs) / min(fp32 for _, fp32 in pairs)
 
 
 def choose_workers(workers: int | None, device: torch.device) -> int:

@@ -41,9 +41,9 @@ def loss_line(record: Mapping[str, Any], epochs: int) -> str:
     if record.get("grad_share"):
         shares = ", ".join(f"{name} {share:.0%}" for name, share in record["grad_share"].items())
         terms += f", shares of the gradient: {shares}"
-    if record.get("loss_ramp", 1) < 1 and {"bcl", "cpg"} & loss.keys():
-        ramped = " and ".join(name.upper() for name in ("bcl", "cpg") if name in loss)
-        terms += f", {ramped} at {record['loss_ramp']:.0%} of the weight"
+    ramped = [name.upper() if name in ("bcl", "cpg") else name for name in loss if name not in ("ce", "aux")]
+    if record.get("loss_ramp", 1) < 1 and ramped:
+        terms += f", {' and '.join(ramped)} at {record['loss_ramp']:.0%} of the weight"
     speed = f"{record['images_per_second']:.1f} images/s, {record['seconds']:.0f} s"
     return f"epoch {record['epoch']}/{epochs}: {terms}, lr {record['lr']:.2g}, {speed}"
 

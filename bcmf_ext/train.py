@@ -7,10 +7,12 @@ from __future__ import annotations
 
 import contextlib
 import math
+import os
+import runpy
 import shlex
 import sys
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict
 from datetime import timedelta
 from functools import partial
@@ -25,7 +27,15 @@ from tqdm import tqdm
 
 from . import dispatch
 from .checkpoint import save_checkpoint
-from .config import NETWORKS, Config, command_line, make_config, parse_flags, resumed_config
+from .config import (
+    NETWORKS,
+    Config,
+    command_line,
+    make_config,
+    parse_flags,
+    resumed_config,
+    split_extra_loss,
+)
 from .data import MEAN, STD, Augmentation, EpochSampler, EvalSamples, SegmentationDataset, TrainSamples, open_dataset
 from .engine import (
     Compute,
@@ -34,7 +44,7 @@ from .engine import (
     StopSignals,
     TrainState,
     choose_device,
-    choose_dtype,
+    choose_precision,
     choose_workers,
     close_loader,
     evaluate,
@@ -113,8 +123,8 @@ class Trainer:
     ) -> None:
         self.config, self.train_set, self.val_set = config, train_set, val_set
         device = choose_device(config.device)
-        dtype, self.why_dtype = choose_dtype(config.amp, device)
-        self.compute = Compute(device, dtype, config.channels_last)
+        self.precision = choose_precision(config.amp, device, (saved or {}).get("bf16_ratio"))
+        self.compute = Compute(device, self.precision.dtype, config.channels_last)
 
         self.sampler = EpochSampler(len(train_set), config.batch_size, config.seed)
         samples = TrainSamples(train_set, Augmentation(config.crop_size, config.scale_range), config.seed)
@@ -124,7 +134,7 @@ class Trainer:
 
         torch.manual_seed(config.seed)
         model = self.compute.place(NETWORKS[config.model](len(train_set.classes)))
-        self.criterion = make_criterion(config)
+        self.criterion = make_criterion(config).to(device)
         self.impl = choose_impl(self.criterion, device)
         self.iterations = config.epochs * len(self.sampler)
         self.warmup = min(200, self.iterations // 20) if config.warmup is None else config.warmup
@@ -137,6 +147,7 @@ class Trainer:
             "std": STD,
             "align_corners": self.criterion.align_corners,
             "train_images": len(train_set),
+            "bf16_ratio": self.precision.bf16_ratio,
         }
         if run is None or saved is None:
             self.weights = f"random, seed {config.seed} (--pretrained PATH would start from public DDRNet weights)"
@@ -340,7 +351,7 @@ class Trainer:
             "loss": f"{describe_loss(self.criterion)}; impl {self.impl}{self._loss_warmup()}",
             "schedule": f"SGD, {self.iterations} iterations, the first {self.warmup} of them to warm up",
             "device": f"{compute.device}{threads}, {self.workers} loading process{'es' * (self.workers != 1)}",
-            "compute": f"{dtype} ({self.why_dtype})"
+            "compute": f"{dtype} ({self.precision.why})"
             + (", channels_last" if compute.channels_last else "")
             + (", compiled" if config.compile else ""),
             "run": str(self.run.folder),
@@ -351,7 +362,8 @@ class Trainer:
 
     def _loss_warmup(self) -> str:
         warmup, criterion = self.config.loss_warmup, self.criterion
-        ramped = " and ".join(name.upper() for name in ("bcl", "cpg") if getattr(criterion, name) is not None)
+        names = [name.upper() for name in ("bcl", "cpg") if getattr(criterion, name) is not None]
+        ramped = " and ".join([*names, *criterion.extra])
         if not warmup:
             return ""
         if not ramped:
@@ -390,9 +402,34 @@ def make_criterion(config: Config) -> SegmentationCriterion:
         ohem=ohem,
         bcl=BCL(config.bcl) if config.bcl > 0 else None,
         cpg=cpg,
+        extra=load_extra_losses(config.extra_loss),
         aux_weight=config.aux_weight,
         impl=config.impl,
     )
+
+
+def load_extra_losses(entries: Sequence[str]) -> dict[str, tuple[float, Callable[[Tensor, Tensor], Tensor]]]:
+    """The losses of `--extra-loss`, by their names. `UserError` if one is not there, or is none."""
+    losses: dict[str, tuple[float, Callable[[Tensor, Tensor], Tensor]]] = {}
+    for entry in entries:
+        file, name, weight = split_extra_loss(entry)
+        if not os.path.isfile(file):
+            raise UserError(f"--extra-loss {entry}: there is no file {file}, check the path.")
+        try:
+            found = runpy.run_path(file).get(name)
+            loss: Any = found() if isinstance(found, type) and issubclass(found, nn.Module) else found
+        except Exception as error:  # whatever the user's code raises
+            raise UserError(f"--extra-loss {entry}: {file} fails with {type(error).__name__}: {error}") from error
+        if not callable(loss):
+            raise UserError(f"--extra-loss {entry}: {file} has no function or module {name}, check the name.")
+        if name in losses:
+            raise UserError(f"--extra-loss names {name} twice: give each loss a name of its own.")
+        losses[name] = weight, loss
+    try:
+        SegmentationCriterion(extra=losses)
+    except ValueError as error:  # a name of ours
+        raise UserError(f"--extra-loss {' '.join(entries)}: {error}") from error
+    return losses
 
 
 def describe_loss(criterion: SegmentationCriterion) -> str:
@@ -404,6 +441,7 @@ def describe_loss(criterion: SegmentationCriterion) -> str:
         terms.append(f"{bcl.weight:g} BCL")
     if cpg is not None:
         terms.append(f"{cpg.weight:g} CPG{cpg.kernel_size}")
+    terms += [f"{weight:g} {name}" for name, (weight, _) in criterion.extra.items()]
     return f"{' + '.join(terms)}, and {criterion.aux_weight:g} {first.split()[0]} of the auxiliary head"
 
 

@@ -24,7 +24,7 @@ from tqdm import tqdm
 from bcmf_ext import SegmentationCriterion
 from bcmf_ext.config import NETWORKS, RECIPES
 from bcmf_ext.data import Augmentation, EpochSampler, TrainSamples, open_dataset
-from bcmf_ext.engine import Compute, choose_device, choose_dtype
+from bcmf_ext.engine import Compute, choose_device, choose_precision
 from bcmf_ext.errors import run_command
 
 PHASES = ("data", "forward", "loss", "backward", "optimizer")
@@ -37,8 +37,7 @@ class Step:
     def __init__(self, arguments: argparse.Namespace) -> None:
         self.device = choose_device(arguments.device)
         self.clock = Clock(arguments.device)
-        dtype, self.why = choose_dtype(arguments.amp, self.device)
-        self.compute = Compute(self.device, dtype)
+        self.compute = Compute(self.device, choose_precision(arguments.amp, self.device).dtype)
         name = "camvid" if arguments.data else "demo"
         dataset = open_dataset(name, arguments.data, "train")
         crop = tuple(arguments.crop or RECIPES[name]["crop_size"])
@@ -48,7 +47,7 @@ class Step:
         self.optimizer = SGD(self.model.parameters(), 1e-3, 0.9, weight_decay=5e-4)
         self.criteria = {impl: SegmentationCriterion(impl=impl) for impl in arguments.impl}
         self.title = f"{arguments.model}, {dataset.name}, batch {arguments.batch}, crop {crop[0]}×{crop[1]}"
-        self.title += f", {str(dtype or torch.float32).removeprefix('torch.')}, channels_last"
+        self.title += f", {str(self.compute.dtype or torch.float32).removeprefix('torch.')}, channels_last"
 
     def run(self, impl: str, batch: list[tuple[int, int]]) -> dict[str, float]:
         """Milliseconds of each phase."""

@@ -175,7 +175,7 @@ def test_odd_fields(tmp_path: Path, name: str) -> None:
     for odd in ODD:
         torch.save({**whole, name: odd}, path)
         if field.holds(odd) and name != "config":
-            assert load_checkpoint(path)[name] is not None
+            assert name in load_checkpoint(path)
             continue
         with pytest.raises(UserError, match=r"last\.pt ") as error:
             load_checkpoint(path)

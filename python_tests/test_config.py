@@ -110,7 +110,7 @@ def test_command_line_says_it_all(flags: str) -> None:
     typed = shlex.split(command_line(config).replace("\\\n", " "))
     assert typed[:3] == ["python", "-m", "bcmf_ext.train"]
     assert make_config(parse_flags(typed[3:])) == config
-    defaults = {entry.name for entry in fields(Config) if getattr(config, entry.name) is not None}
+    defaults = {entry.name for entry in fields(Config) if getattr(config, entry.name) not in (None, ())}
     assert set(parse_flags(typed[3:])) == defaults - {"reduce_zero_label"} | (
         {"reduce_zero_label"} if config.reduce_zero_label else set()
     )

@@ -18,13 +18,14 @@ from torch.optim.lr_scheduler import LambdaLR, PolynomialLR
 from torch.utils.data import Dataset
 from tqdm import tqdm
 
+from bcmf_ext import engine
 from bcmf_ext.data import MEAN, STD
 from bcmf_ext.engine import (
     Compute,
     NonFiniteLoss,
     TrainState,
     choose_device,
-    choose_dtype,
+    choose_precision,
     choose_workers,
     evaluate,
     lr_factor,
@@ -107,10 +108,38 @@ def test_devices_and_types() -> None:
         with pytest.raises(UserError, match=f"--device {name} cannot be used"):
             choose_device(name)
     assert choose_device("cpu") == CPU
-    assert choose_dtype("fp16", CPU)[0] == torch.float16
-    assert choose_dtype("off", CPU)[0] is None
-    dtype, why = choose_dtype("auto", CPU)
-    assert (dtype is torch.bfloat16) == ("has amx" in why or "has avx512" in why)
+    assert choose_precision("fp16", CPU) == (torch.float16, "as asked", None)
+    assert choose_precision("off", CPU) == (None, "as asked", None)
+
+
+@pytest.mark.parametrize(
+    ("has", "measured", "given", "expected"),
+    [
+        ((), 0.5, None, (None, "this CPU has no bf16 instructions", None)),
+        (("avx512_bf16", "amx_bf16"), 1.5, None, (torch.bfloat16, "this CPU has amx_bf16", None)),
+        (("avx512_bf16",), 0.79, None, (torch.bfloat16, "bf16 takes 0.79 of fp32's time on this CPU", 0.79)),
+        (("avx512_bf16",), 0.81, None, (None, "bf16 takes 0.81 of fp32's time on this CPU", 0.81)),
+        (("avx512_bf16",), 0.79, 1.24, (None, "bf16 takes 1.24 of fp32's time on this CPU", 1.24)),
+        ((), 0.5, 0.6, (None, "this CPU has no bf16 instructions", None)),  # of another CPU
+    ],
+)
+def test_half_precision_only_where_it_is_faster(
+    has: tuple[str, ...], measured: float, given: float | None, expected: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """On a CPU whose bf16 may be slower than fp32 that is measured, once: what the run has measured counts later."""
+    monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: dict.fromkeys(has, True))
+    monkeypatch.setattr(engine, "measure_bf16", lambda: measured)
+    assert choose_precision("auto", CPU, given) == expected
+
+
+def test_the_measurement_of_bf16(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Protects the ratio's direction: the least of several times in bf16, over that in fp32, without the first ones."""
+    times = [9.0, 9.0]
+    for i in range(7):
+        times += [3.0 + i % 3, 4.0 + i % 2]  # bf16, fp32
+    readings = iter([reading for seconds in times for reading in (0.0, seconds)])
+    monkeypatch.setattr(engine.time, "perf_counter", lambda: next(readings))
+    assert engine.measure_bf16.__wrapped__() == 0.75
 
 
 # Training

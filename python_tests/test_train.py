@@ -22,11 +22,12 @@ from PIL import Image
 from tiny import CLASSES, STEPS, TinyNet, one_thread, write_folder  # noqa: F401
 from torch import Tensor
 
-from bcmf_ext import BCL, CPG, OHEM, dispatch, evaluate, predict, train
+from bcmf_ext import BCL, CPG, OHEM, dispatch, engine, evaluate, predict, train
 from bcmf_ext.config import NETWORKS, parse_flags
 from bcmf_ext.data import Augmentation, open_dataset
 from bcmf_ext.engine import Compute, lr_factor
 from bcmf_ext.errors import UserError, run_command
+from bcmf_ext.inference import Predictor
 from bcmf_ext.losses.criterion import SegmentationCriterion
 from bcmf_ext.metrics import ConfusionMatrix
 
@@ -269,6 +270,63 @@ def test_terms_can_be_switched_off(flags: list[str], run: Path, capsys: pytest.C
     cityscapes = train.make_criterion(train.make_config({"dataset": "cityscapes", "ohem": 0.9}))
     assert cityscapes.ohem is not None
     assert cityscapes.ohem.min_kept == 131072
+
+
+LOSSES = """
+import torch
+
+def square(logits, labels):
+    return logits.square().mean()
+
+class Scaled(torch.nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.scale = torch.nn.Parameter(torch.ones(()))
+    def forward(self, logits, labels):
+        assert labels.dtype == torch.int64 and logits.shape[2:] == labels.shape[1:]
+        return self.scale * logits.abs().mean()
+
+number = 3
+"""
+
+
+@pytest.mark.usefixtures("tiny")
+def test_extra_losses(
+    flags: list[str], run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """`--extra-loss` trains with a user's own losses, and logs them. A checkpoint alone never runs their code: to go on
+    with the run the flag is given again."""
+    path = tmp_path / "losses.py"
+    path.write_text(LOSSES)
+    extra = ["--extra-loss", f"{path}:square=0.5", f"{path}:Scaled=1"]
+    with monkeypatch.context() as patch:
+        at_loss(patch, STEPS, press_ctrl_c)
+        with pytest.raises(SystemExit):
+            train.main([*flags, *extra, "--loss-warmup", "5"])
+    said = capsys.readouterr().out
+    assert "+ 1 CPG3 + 0.5 square + 1 Scaled, and 0.4 CE" in said
+    assert "BCL and CPG and square and Scaled gain weight in 5 iterations" in said
+    with pytest.raises(UserError, match=r"trained with --extra-loss .*which is code .*: give the flag again"):
+        train.main(["--resume", str(run)])
+    train.main(["--resume", str(run), *extra])
+    assert all({"total", "ce", "bcl", "cpg", "aux", "square", "Scaled"} == record["loss"].keys() for record in log(run))
+    for entry, message in (
+        (f"{path}", "must be FILE.py:NAME=WEIGHT"),
+        (f"{path}:square=-1", "must be FILE.py:NAME=WEIGHT"),
+        (f"{path}:square=1e-", "must be FILE.py:NAME=WEIGHT"),
+        (f"{path}x.py:square=1", r"there is no file .*x\.py"),
+        (f"{path}:cubic=1", r"losses\.py has no function or module cubic"),
+        (f"{path}:number=1", r"losses\.py has no function or module number"),
+        (f"{run / 'broken.py'}:square=1", r"broken\.py fails with SyntaxError"),
+        (f"{run / 'ours.py'}:cpg=1", "'cpg' has the name of a term of ours"),
+    ):
+        (run / "broken.py").write_text("def")
+        (run / "ours.py").write_text("cpg = print")
+        with pytest.raises(UserError, match=message):
+            train.main([*flags, "--name", "y", "--extra-loss", entry])
+    with pytest.raises(UserError, match="names square twice"):
+        train.main([*flags, "--name", "y", "--extra-loss", f"{path}:square=1", f"{path}:square=2"])
+    assert not run.with_name("y").exists()
 
 
 @pytest.mark.usefixtures("tiny")
@@ -602,6 +660,33 @@ def test_resume_by_name_and_finished(flags: list[str], run: Path, capsys: pytest
     train.main([*flags, "--epochs", "1", "--resume"])
     assert "finished" in capsys.readouterr().out
     assert {path: path.read_bytes() for path in run.rglob("*") if path.is_file()} == before
+
+
+@pytest.mark.usefixtures("tiny")
+def test_a_run_keeps_its_precision(flags: list[str], run: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What `--amp auto` has measured when the run began decides when it goes on, is evaluated and predicts, whatever a
+    measurement would say by then."""
+    monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: {"avx512_bf16": True})
+    monkeypatch.setattr(engine, "measure_bf16", lambda: 1.5)
+    computes: list[Compute] = []
+    init = train.Trainer.__init__
+
+    def spied(self: train.Trainer, *arguments: Any) -> None:
+        init(self, *arguments)
+        computes.append(self.compute)
+
+    monkeypatch.setattr(train.Trainer, "__init__", spied)
+    with monkeypatch.context() as patch:
+        at_loss(patch, STEPS, press_ctrl_c)
+        with pytest.raises(SystemExit):
+            train.main(flags)
+    monkeypatch.setattr(engine, "measure_bf16", lambda: 0.5)
+    train.main(["--resume", str(run)])
+    assert [compute.dtype for compute in computes] == [None, None]
+    for name in ("last.pt", "best.pt"):
+        assert load(run / name)["bf16_ratio"] == 1.5
+        assert Predictor(run / name, "cpu").network.dtype == torch.float32
+    assert Predictor(run, "cpu", amp="bf16").network.dtype == torch.bfloat16
 
 
 @pytest.mark.usefixtures("tiny")
