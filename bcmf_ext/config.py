@@ -186,8 +186,8 @@ def split_extra_loss(entry: str) -> tuple[str, str, float]:
         weight = -1.0
     if found is None or not 0 <= weight <= MOST:
         raise UserError(
-            f"--extra-loss is {entry}, but must be FILE.py:NAME=WEIGHT, such as losses.py:dice=0.5, with a weight from 0 "
-            f"to {MOST}."
+            f"--extra-loss is {entry}, but must be FILE.py:NAME=WEIGHT, such as losses.py:dice=0.5, with a weight "
+            f"from 0 to {MOST}."
         )
     return found[1], found[2], weight
 

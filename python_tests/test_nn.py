@@ -2,11 +2,16 @@
 
 from __future__ import annotations
 
+import warnings
+from pathlib import Path
+
 import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from bcmf_ext import dispatch
+from bcmf_ext.metrics import upsample_argmax
 from bcmf_ext.nn import DAPPM, LMFM
 
 
@@ -91,3 +96,50 @@ def test_input_is_not_written(module: type[nn.Module]) -> None:
     before = x.detach().clone()
     assert torch.autograd.gradcheck(context, (x,), fast_mode=True)
     assert torch.equal(x, before)
+
+
+@pytest.mark.parametrize("module", [DAPPM, LMFM])
+def test_tools_that_know_pytorch_alone(module: type[nn.Module]) -> None:
+    """torch.jit.trace (TensorBoard, FLOP counters), meta tensors and torch.func get the path of PyTorch's own ops, or a
+    sentence; a plain torch.export keeps our ops, which are quicker."""
+    network = module(32, 8, 8).eval()
+    x = torch.randn(2, 32, 6, 7)
+    expected = network(x)
+    traced = torch.jit.trace(network, x)
+    assert "bcmf::" not in str(traced.inlined_graph)
+    torch.testing.assert_close(traced(x), expected, rtol=1e-4, atol=1e-5)
+    assert network.to("meta")(x.to("meta")).shape == expected.shape
+    if dispatch.why_not("cpu", "cpu") is None:
+        network = module(32, 8, 8).eval()
+        program = torch.export.export(network, (x,))
+        assert "bcmf" in str(program.graph)
+        with pytest.raises(NotImplementedError, match=rf"torch\.func .* use impl='torch' for {module.__name__} there"):
+            torch.func.vmap(network)(x[:, None])
+    by_pytorch = module(32, 8, 8, impl="torch").eval()
+    together = torch.func.vmap(by_pytorch)(x[:, None])[:, 0]
+    torch.testing.assert_close(together, by_pytorch(x), rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("dynamo", [True, False])
+def test_onnx_by_hand(dynamo: bool, tmp_path: Path) -> None:
+    """A user's own torch.onnx.export of a module, by either exporter, holds operators of ONNX alone, and computes the
+    same."""
+    for package in ("onnx", "onnxscript", "onnxruntime"):
+        pytest.importorskip(package)
+    import onnxruntime
+
+    class Labels(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.context = LMFM(32, 8, 8)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return upsample_argmax(self.context(x), (12, 14))
+
+    network, x = Labels().eval(), torch.randn(2, 32, 6, 7)
+    path = str(tmp_path / "labels.onnx")
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # the old exporter's of itself
+        torch.onnx.export(network, (x,), path, dynamo=dynamo, verbose=False, input_names=["x"])
+    (labels,) = onnxruntime.InferenceSession(path, providers=["CPUExecutionProvider"]).run(None, {"x": x.numpy()})
+    assert (torch.from_numpy(labels) == network(x)).double().mean() > 0.99
