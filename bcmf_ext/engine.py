@@ -14,7 +14,7 @@ from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 from types import FrameType
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -69,37 +69,35 @@ def choose_device(name: str | None) -> torch.device:
     return device
 
 
-class Precision(NamedTuple):
-    """Autocast's dtype (None: fp32), why, and what `measure_bf16` found if that was asked."""
-
-    dtype: torch.dtype | None
-    why: str
-    bf16_ratio: float | None = None
-
-
 BF16_PAYS = 0.8  # of fp32's time: nearer to 1 noise would decide, and labels change a little in bf16
 
 
-def choose_precision(amp: str, device: torch.device, bf16_ratio: float | None = None) -> Precision:
-    """What `--amp` means on a device. bf16_ratio: what was measured when the run began, so that it goes on, and is
-    evaluated, in the same precision."""
+def choose_dtype(amp: str, device: torch.device, bf16_ratio: float | None = None) -> tuple[torch.dtype | None, str]:
+    """Autocast's dtype for `--amp` (None: fp32), and why. bf16_ratio: what `bf16_ratio_of` gave when the run began, so
+    that it goes on, and is evaluated, in the same precision."""
     if amp != "auto":
-        return Precision({"bf16": torch.bfloat16, "fp16": torch.float16, "off": None}[amp], "as asked")
+        return {"bf16": torch.bfloat16, "fp16": torch.float16, "off": None}[amp], "as asked"
     if device.type == "cuda":
         if torch.cuda.is_bf16_supported(including_emulation=False):
-            return Precision(torch.bfloat16, "this GPU computes in it")
-        return Precision(torch.float16, "this GPU has no bf16")
+            return torch.bfloat16, "this GPU computes in it"
+        return torch.float16, "this GPU has no bf16"
     if device.type != "cpu":
-        return Precision(None, f"not tried on {device.type}")
+        return None, f"not tried on {device.type}"
+    if torch.cpu.get_capabilities().get("amx_bf16"):
+        return torch.bfloat16, "this CPU has amx_bf16"
+    ratio = bf16_ratio_of(amp, device, bf16_ratio)
+    if ratio is None:
+        return None, "this CPU has no bf16 instructions"
+    return torch.bfloat16 if ratio <= BF16_PAYS else None, f"bf16 takes {ratio:.2f} of fp32's time on this CPU"
+
+
+def bf16_ratio_of(amp: str, device: torch.device, measured: float | None = None) -> float | None:
+    """How long bf16 takes relative to fp32, as measured before, or now, where `--amp auto` has to know that: on CPUs
+    with avx512_bf16 alone, of which some are faster with it, others slower. None elsewhere."""
     has = torch.cpu.get_capabilities()
-    if has.get("amx_bf16"):
-        return Precision(torch.bfloat16, "this CPU has amx_bf16")
-    if not has.get("avx512_bf16"):
-        return Precision(None, "this CPU has no bf16 instructions")
-    # These are worth it on some CPUs, and slower than fp32 on others.
-    ratio = measure_bf16() if bf16_ratio is None else bf16_ratio
-    dtype = torch.bfloat16 if ratio <= BF16_PAYS else None
-    return Precision(dtype, f"bf16 takes {ratio:.2f} of fp32's time on this CPU", ratio)
+    if amp != "auto" or device.type != "cpu" or has.get("amx_bf16") or not has.get("avx512_bf16"):
+        return None
+    return measure_bf16() if measured is None else measured
 
 
 @functools.cache

@@ -20,7 +20,7 @@ from torch.nn.utils.fusion import fuse_conv_bn_eval
 from .checkpoint import load_checkpoint, load_weights
 from .config import NETWORKS
 from .data.transforms import of_bytes
-from .engine import choose_device, choose_precision
+from .engine import choose_device, choose_dtype
 from .errors import UserError
 from .metrics import upsample_argmax
 
@@ -57,9 +57,8 @@ class Predictor:
         self.palette: np.ndarray = saved["palette"].numpy()
         self.align_corners: bool = saved["align_corners"]
         self.device = choose_device(device)
-        precision = choose_precision(amp or self.config["amp"], self.device, saved.get("bf16_ratio"))
-        dtype = precision.dtype or torch.float32
-        network = InferenceNetwork(load_network(saved, checkpoint), saved["mean"], saved["std"], dtype)
+        dtype, _ = choose_dtype(amp or self.config["amp"], self.device, saved.get("bf16_ratio"))
+        network = InferenceNetwork(load_network(saved, checkpoint), saved["mean"], saved["std"], dtype or torch.float32)
         self.network = network.to(self.device, memory_format=torch.channels_last)  # type: ignore[call-overload]
         self._graphs = Graphs(self.network) if self.device.type == "cuda" else None
 

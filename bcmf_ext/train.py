@@ -43,8 +43,9 @@ from .engine import (
     NonFiniteLoss,
     StopSignals,
     TrainState,
+    bf16_ratio_of,
     choose_device,
-    choose_precision,
+    choose_dtype,
     choose_workers,
     close_loader,
     evaluate,
@@ -123,8 +124,9 @@ class Trainer:
     ) -> None:
         self.config, self.train_set, self.val_set = config, train_set, val_set
         device = choose_device(config.device)
-        self.precision = choose_precision(config.amp, device, (saved or {}).get("bf16_ratio"))
-        self.compute = Compute(device, self.precision.dtype, config.channels_last)
+        bf16_ratio = bf16_ratio_of(config.amp, device, (saved or {}).get("bf16_ratio"))
+        dtype, self.why_dtype = choose_dtype(config.amp, device, bf16_ratio)
+        self.compute = Compute(device, dtype, config.channels_last)
 
         self.sampler = EpochSampler(len(train_set), config.batch_size, config.seed)
         samples = TrainSamples(train_set, Augmentation(config.crop_size, config.scale_range), config.seed)
@@ -147,7 +149,7 @@ class Trainer:
             "std": STD,
             "align_corners": self.criterion.align_corners,
             "train_images": len(train_set),
-            "bf16_ratio": self.precision.bf16_ratio,
+            "bf16_ratio": bf16_ratio,
         }
         if run is None or saved is None:
             self.weights = f"random, seed {config.seed} (--pretrained PATH would start from public DDRNet weights)"
@@ -351,7 +353,7 @@ class Trainer:
             "loss": f"{describe_loss(self.criterion)}; impl {self.impl}{self._loss_warmup()}",
             "schedule": f"SGD, {self.iterations} iterations, the first {self.warmup} of them to warm up",
             "device": f"{compute.device}{threads}, {self.workers} loading process{'es' * (self.workers != 1)}",
-            "compute": f"{dtype} ({self.precision.why})"
+            "compute": f"{dtype} ({self.why_dtype})"
             + (", channels_last" if compute.channels_last else "")
             + (", compiled" if config.compile else ""),
             "run": str(self.run.folder),

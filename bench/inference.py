@@ -47,7 +47,7 @@ from problem import interpolate
 from bcmf_ext.checkpoint import VERSION, save_checkpoint
 from bcmf_ext.config import NETWORKS, make_config
 from bcmf_ext.data import MEAN, STD, normalise
-from bcmf_ext.engine import choose_device, choose_precision
+from bcmf_ext.engine import choose_device, choose_dtype
 from bcmf_ext.errors import run_command
 from bcmf_ext.inference import Predictor
 
@@ -98,7 +98,7 @@ def make_predictor(name: str, network: nn.Module, device: str, amp: str) -> Pred
 
 def make_rows(name: str, device: str, compiled: bool) -> dict[str, Row]:
     network = make_network(name, device)
-    half = choose_precision("auto", torch.device(device)).dtype
+    half, _ = choose_dtype("auto", torch.device(device))
     nchw, last = torch.contiguous_format, torch.channels_last
     placed = make_network(name, device).to(memory_format=last)  # type: ignore[call-overload]
     rows: dict[str, Row] = {BASELINE: partial(predict, network=network, layout=nchw, half=None)}

@@ -24,7 +24,7 @@ from tqdm import tqdm
 from bcmf_ext import SegmentationCriterion
 from bcmf_ext.config import NETWORKS, RECIPES
 from bcmf_ext.data import Augmentation, EpochSampler, TrainSamples, open_dataset
-from bcmf_ext.engine import Compute, choose_device, choose_precision
+from bcmf_ext.engine import Compute, choose_device, choose_dtype
 from bcmf_ext.errors import run_command
 
 PHASES = ("data", "forward", "loss", "backward", "optimizer")
@@ -37,7 +37,7 @@ class Step:
     def __init__(self, arguments: argparse.Namespace) -> None:
         self.device = choose_device(arguments.device)
         self.clock = Clock(arguments.device)
-        self.compute = Compute(self.device, choose_precision(arguments.amp, self.device).dtype)
+        self.compute = Compute(self.device, choose_dtype(arguments.amp, self.device)[0])
         name = "camvid" if arguments.data else "demo"
         dataset = open_dataset(name, arguments.data, "train")
         crop = tuple(arguments.crop or RECIPES[name]["crop_size"])

@@ -24,8 +24,9 @@ from bcmf_ext.engine import (
     Compute,
     NonFiniteLoss,
     TrainState,
+    bf16_ratio_of,
     choose_device,
-    choose_precision,
+    choose_dtype,
     choose_workers,
     evaluate,
     lr_factor,
@@ -108,19 +109,19 @@ def test_devices_and_types() -> None:
         with pytest.raises(UserError, match=f"--device {name} cannot be used"):
             choose_device(name)
     assert choose_device("cpu") == CPU
-    assert choose_precision("fp16", CPU) == (torch.float16, "as asked", None)
-    assert choose_precision("off", CPU) == (None, "as asked", None)
+    assert choose_dtype("fp16", CPU) == (torch.float16, "as asked")
+    assert choose_dtype("off", CPU) == (None, "as asked")
 
 
 @pytest.mark.parametrize(
     ("has", "measured", "given", "expected"),
     [
-        ((), 0.5, None, (None, "this CPU has no bf16 instructions", None)),
-        (("avx512_bf16", "amx_bf16"), 1.5, None, (torch.bfloat16, "this CPU has amx_bf16", None)),
-        (("avx512_bf16",), 0.79, None, (torch.bfloat16, "bf16 takes 0.79 of fp32's time on this CPU", 0.79)),
-        (("avx512_bf16",), 0.81, None, (None, "bf16 takes 0.81 of fp32's time on this CPU", 0.81)),
-        (("avx512_bf16",), 0.79, 1.24, (None, "bf16 takes 1.24 of fp32's time on this CPU", 1.24)),
-        ((), 0.5, 0.6, (None, "this CPU has no bf16 instructions", None)),  # of another CPU
+        ((), 0.5, None, (None, "this CPU has no bf16 instructions")),
+        (("avx512_bf16", "amx_bf16"), 1.5, None, (torch.bfloat16, "this CPU has amx_bf16")),
+        (("avx512_bf16",), 0.79, None, (torch.bfloat16, "bf16 takes 0.79 of fp32's time on this CPU")),
+        (("avx512_bf16",), 0.81, None, (None, "bf16 takes 0.81 of fp32's time on this CPU")),
+        (("avx512_bf16",), 0.79, 1.24, (None, "bf16 takes 1.24 of fp32's time on this CPU")),
+        ((), 0.5, 0.6, (None, "this CPU has no bf16 instructions")),  # of another CPU
     ],
 )
 def test_half_precision_only_where_it_is_faster(
@@ -129,7 +130,10 @@ def test_half_precision_only_where_it_is_faster(
     """On a CPU whose bf16 may be slower than fp32 that is measured, once: what the run has measured counts later."""
     monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: dict.fromkeys(has, True))
     monkeypatch.setattr(engine, "measure_bf16", lambda: measured)
-    assert choose_precision("auto", CPU, given) == expected
+    assert choose_dtype("auto", CPU, given) == expected
+    asked = "takes" in expected[1]
+    assert bf16_ratio_of("auto", CPU, given) == ((given or measured) if asked else None)
+    assert bf16_ratio_of("off", CPU, given) is None
 
 
 def test_the_measurement_of_bf16(monkeypatch: pytest.MonkeyPatch) -> None:
