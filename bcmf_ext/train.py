@@ -25,7 +25,7 @@ from tqdm import tqdm
 
 from . import dispatch
 from .checkpoint import save_checkpoint
-from .config import NETWORKS, Config, command_line, make_config, parse_flags, resumed_config
+from .config import LABEL_OPTIONS, NETWORKS, Config, command_line, make_config, parse_flags, resumed_config
 from .data import MEAN, STD, Augmentation, EpochSampler, EvalSamples, SegmentationDataset, TrainSamples, open_dataset
 from .engine import (
     Compute,
@@ -79,7 +79,7 @@ def train(
 ) -> None:
     """Checks the data and trains: a new run, or one that goes on from what was saved."""
     train_set, val_set = (
-        open_dataset(config.dataset, config.data_root, split, reduce_zero_label=config.reduce_zero_label)
+        open_dataset(config.dataset, config.data_root, split, **{name: getattr(config, name) for name in LABEL_OPTIONS})
         for split in ("train", "val")
     )
     for dataset in (train_set, val_set):

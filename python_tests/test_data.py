@@ -13,8 +13,9 @@ from PIL import Image
 
 from bcmf_ext.data import DATASETS, SegmentationDataset, open_dataset
 from bcmf_ext.data import cityscapes as cityscapes_module
-from bcmf_ext.data.dataset import find_files, read_image
-from bcmf_ext.data.folder import palette_for
+from bcmf_ext.data.classes import palette_for
+from bcmf_ext.data.listing import find_files
+from bcmf_ext.data.pictures import read_image
 from bcmf_ext.errors import UserError
 
 SHARED_CAMVID = Path(__file__).resolve().parents[2] / "shared" / "data" / "camvid"
