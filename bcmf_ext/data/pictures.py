@@ -61,6 +61,7 @@ def read_image(path: Path) -> np.ndarray:
     picture, bits = _decode(path)
     if bits > 8:
         raise UserError(f"{path} has more than 8 bits per channel (mode {picture.mode}): convert it to 8 bits.")
+    picture.info.pop("transparency", None)  # of palettes, which Pillow would warn about; opacity is not read
     return np.array(picture if picture.mode == "RGB" else picture.convert("RGB"))
 
 
