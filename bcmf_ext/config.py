@@ -25,6 +25,7 @@ RECIPES: dict[str, dict[str, Any]] = {
     # own images, of any size: a crop that fits most (smaller ones are padded), and a rate between the two above
     "folder": {"crop_size": (512, 512), "scale_range": (0.5, 2.0), "batch_size": 8, "epochs": 200, "lr": 0.02},
 }
+LABEL_OPTIONS = ("reduce_zero_label", "ignore_label", "binary_masks", "label_suffix")  # of `open_dataset`
 NETWORKS = {"bcmfnet": bcmfnet, "ddrnet_s": ddrnet_s}
 SMALLEST_CROP, LARGEST_CROP = 64, 1 << 15  # the deepest feature map is at 1/64
 MOST = 1000  # of weights, rates, factors and processes: more can only be a slip
@@ -51,6 +52,11 @@ class Config:
         "the dataset's folder; for cityscapes $CITYSCAPES_DATASET when left out", resumable=True, metavar="DIR"
     )
     reduce_zero_label: bool = knob("folder: ignore label 0 and count the others from 0", False, action="store_true")
+    ignore_label: int | None = knob("folder: ignore this id in the labels, besides 255", type=int, metavar="ID")
+    binary_masks: bool = knob("folder: two classes, 0 and 255 (or 1) in the labels", False, action="store_true")
+    label_suffix: str | None = knob(
+        "folder: what labels have behind the image's name, such as _mask; nothing when left out", metavar="SUFFIX"
+    )
     model: str = knob("network", "bcmfnet", choices=tuple(NETWORKS))
     pretrained: str | None = knob("weights to start from, matched by name", metavar="PATH")
     name: str | None = knob("name of the run; DATASET-MODEL when left out", resumable=True)
@@ -140,10 +146,18 @@ class Config:
                 "use 2 or more."
             )
         low, high = self.scale_range
+        ignored, suffix = self.ignore_label, self.label_suffix
         for flag, value, holds, must in (
             ("epochs", self.epochs, self.epochs >= 1, "at least 1"),
             ("batch-size", self.batch_size, self.batch_size >= 2, "at least 2"),
             ("name", self.name, self.name != "", "a name, not empty"),
+            ("ignore-label", ignored, ignored is None or 0 <= ignored < 1 << 16, "an id from 0 to 65535"),
+            (
+                "label-suffix",
+                suffix,
+                suffix is None or (suffix and not set("/\0") & set(suffix)),
+                "a part of a file name",
+            ),
             ("lr", self.lr, 0 < self.lr <= MOST, f"above 0, and at most {MOST}"),
             ("power", self.power, 0 <= self.power <= MOST, f"at least 0, and at most {MOST}"),
             ("warmup", self.warmup, self.warmup is None or self.warmup >= 0, "at least 0"),
@@ -328,7 +342,9 @@ def command_line(config: Config) -> str:
             words.append(flag)
         elif value is not None and value is not False and value != ():
             values = value if isinstance(value, tuple) else (value,)
-            words.append(" ".join([flag, *(shlex.quote(str(v)) for v in values)]))
+            quoted = [shlex.quote(str(v)) for v in values]
+            is_flag = isinstance(value, str) and value.startswith("-")  # for argparse
+            words.append(f"{flag}={quoted[0]}" if is_flag else " ".join([flag, *quoted]))
     # One word per flag: a line never breaks between a flag and its value.
     glued = " ".join(word.replace(" ", "\0") for word in words)
     lines = textwrap.wrap(glued, 100, break_long_words=False, break_on_hyphens=False)

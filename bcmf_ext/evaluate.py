@@ -14,9 +14,8 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from .config import RECIPES
+from .config import LABEL_OPTIONS, RECIPES
 from .data import EvalSamples, SegmentationDataset, open_dataset
-from .data.cityscapes import TRAIN_ID_TO_LABEL_ID
 from .engine import LoadingProcessDied, choose_workers, close_loader, evaluate, make_loader
 from .errors import UserError, run_command
 from .files import LONGEST_NAME, check_replaceable, real, write_file
@@ -37,8 +36,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     trained = predictor.config
     name = args.dataset or trained["dataset"]
     root = args.data_root or (trained["data_root"] if name == trained["dataset"] else None)
-    reduce_zero_label = name == "folder" and trained["reduce_zero_label"]
-    dataset = open_dataset(name, root, args.split, reduce_zero_label=reduce_zero_label)
+    options = {option: trained[option] for option in LABEL_OPTIONS} if name == "folder" else {}
+    dataset = open_dataset(name, root, args.split, **options)
     if dataset.classes != predictor.classes:
         raise UserError(
             f"{args.checkpoint} knows the {len(predictor.classes)} classes {', '.join(predictor.classes)}; {name} has "
@@ -58,14 +57,9 @@ def main(argv: Sequence[str] | None = None) -> None:
         check_replaceable(predictions, COMMAND, "--save-preds")
     print(dataset.protocol)
 
-    # Predictions are written in the ids of the dataset's own label files.
-    ids = (np.arange(256) + reduce_zero_label).astype(np.uint8)
-    if name == "cityscapes":
-        ids = TRAIN_ID_TO_LABEL_ID
-
     def save(index: int, prediction: Tensor | np.ndarray) -> None:
         if args.save_preds is not None:
-            save_png(predictions[index], ids[np.asarray(prediction)], COMMAND)
+            save_png(predictions[index], dataset.ids[np.asarray(prediction)], COMMAND)
 
     if dataset.has_labels:
         record = {

@@ -11,10 +11,10 @@ from pathlib import Path
 import numpy as np
 from tqdm import tqdm
 
-from .data import read_image
+from .data import listing, read_image
 from .data.cityscapes import CLASSES as CITYSCAPES_CLASSES
 from .data.cityscapes import TRAIN_ID_TO_LABEL_ID
-from .data.dataset import IMAGE_ENDINGS, find_files
+from .data.pictures import IMAGE_ENDINGS
 from .errors import UserError, run_command, warn
 from .files import LONGEST_NAME, check_replaceable, real
 from .inference import Predictor
@@ -157,7 +157,7 @@ def find_images(arguments: Sequence[str], output: Path) -> dict[str, Path]:
     found: dict[str, Path] = {}
     for argument in map(Path, arguments):
         if os.path.isdir(argument):
-            images = find_files(argument, IMAGE_ENDINGS)
+            images = listing.find_images(argument)
             if real(argument) == real(output):
                 raise UserError(
                     f"--output {output} is a folder of images to predict: choose another, or results would be taken "

@@ -28,6 +28,7 @@ from tqdm import tqdm
 from . import dispatch
 from .checkpoint import save_checkpoint
 from .config import (
+    LABEL_OPTIONS,
     NETWORKS,
     Config,
     command_line,
@@ -90,7 +91,7 @@ def train(
 ) -> None:
     """Checks the data and trains: a new run, or one that goes on from what was saved."""
     train_set, val_set = (
-        open_dataset(config.dataset, config.data_root, split, reduce_zero_label=config.reduce_zero_label)
+        open_dataset(config.dataset, config.data_root, split, **{name: getattr(config, name) for name in LABEL_OPTIONS})
         for split in ("train", "val")
     )
     for dataset in (train_set, val_set):

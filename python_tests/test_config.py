@@ -101,6 +101,7 @@ def test_optional_values() -> None:
     [
         "",
         "--dataset folder --data-root 'my data' --reduce-zero-label --name 'a run' --pretrained w.pt --ohem --cpg 0",
+        "--dataset folder --data-root d --binary-masks --ignore-label 7 --label-suffix=-mask",
         "--dataset camvid --warmup 0 --no-channels-last --device cpu --seed 3 --amp off --scale-range 1 1",
     ],
 )
@@ -110,10 +111,13 @@ def test_command_line_says_it_all(flags: str) -> None:
     typed = shlex.split(command_line(config).replace("\\\n", " "))
     assert typed[:3] == ["python", "-m", "bcmf_ext.train"]
     assert make_config(parse_flags(typed[3:])) == config
-    defaults = {entry.name for entry in fields(Config) if getattr(config, entry.name) not in (None, ())}
-    assert set(parse_flags(typed[3:])) == defaults - {"reduce_zero_label"} | (
-        {"reduce_zero_label"} if config.reduce_zero_label else set()
-    )
+    switches = {"reduce_zero_label", "binary_masks"}  # which have no flag that leaves them off
+    spelt = {
+        entry.name
+        for entry in fields(Config)
+        if (value := getattr(config, entry.name)) not in (None, ()) and (value or entry.name not in switches)
+    }
+    assert set(parse_flags(typed[3:])) == spelt
     assert all(len(line) <= 110 for line in command_line(config).splitlines())
 
 
@@ -123,6 +127,10 @@ def test_command_line_says_it_all(flags: str) -> None:
         ("--batch-size 1", "batch norm"),
         ("--batch-size 0", "--batch-size is 0, but must be at least 2"),
         ("--epochs 0", "--epochs"),
+        ("--ignore-label -1", "--ignore-label is -1, but must be an id from 0 to 65535"),
+        ("--ignore-label 65536", "--ignore-label"),
+        ("--label-suffix ''", "--label-suffix is , but must be a part of a file name"),
+        ("--label-suffix a/b", "--label-suffix"),
         ("--lr 0", "--lr"),
         ("--lr nan", "--lr"),
         ("--momentum 1", "--momentum"),

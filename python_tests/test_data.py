@@ -9,12 +9,14 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from PIL import Image
+from PIL import Image, TiffImagePlugin
+from pngs import COLOUR_TYPES, png
 
 from bcmf_ext.data import DATASETS, SegmentationDataset, open_dataset
 from bcmf_ext.data import cityscapes as cityscapes_module
-from bcmf_ext.data.dataset import find_files, read_image
-from bcmf_ext.data.folder import palette_for
+from bcmf_ext.data.classes import palette_for, read_classes
+from bcmf_ext.data.listing import find_files
+from bcmf_ext.data.pictures import read_image, read_label
 from bcmf_ext.errors import UserError
 
 SHARED_CAMVID = Path(__file__).resolve().parents[2] / "shared" / "data" / "camvid"
@@ -543,3 +545,530 @@ def test_a_damaged_exif_is_passed_over(tmp_path: Path) -> None:
         path = tmp_path / f"{number}.png"
         Image.fromarray(pixels).save(path, exif=exif)
         assert read_image(path).shape == (8, 12, 3)
+
+
+# Ids exactly as a file holds them
+
+
+def png_cases() -> list[tuple[str, int]]:
+    return [(kind, depth) for kind, (_, _, depths) in COLOUR_TYPES.items() for depth in depths]
+
+
+@pytest.mark.parametrize("interlaced", [False, True])
+@pytest.mark.parametrize(("kind", "depth"), png_cases())
+def test_every_kind_of_png(tmp_path: Path, kind: str, depth: int, interlaced: bool) -> None:
+    """Protects ids from what a decoder makes of a PNG: of each colour type and depth, interlaced or not, a label gives
+    its samples or a sentence, and an image the colours that viewers show, or a sentence where 8 bits are too few."""
+    channels = COLOUR_TYPES[kind][1]
+    highest = 300 if depth == 16 else min(2**depth, 200)
+    samples = np.random.default_rng(depth).integers(0, highest, (11, 13, channels))
+    palette = np.random.default_rng(1).integers(0, 256, (2**depth, 3)) if kind == "palette" else None
+    for transparent in (None, {"grey": b"\0\1", "RGB": b"\0\1\0\2\0\3", "palette": b"\0\x80"}.get(kind)):
+        content = png(samples, kind, depth, palette=palette, transparent=transparent, interlaced=interlaced)
+        path = tmp_path / "x.png"
+        path.write_bytes(content)
+        if channels == 1:
+            label = read_label(path)
+            assert np.array_equal(label.ids, samples[..., 0])
+            assert (label.palette is None) == (palette is None)
+        else:
+            sentence(lambda path=path: read_label(path), str(path), "one channel")
+        if depth == 16:
+            sentence(lambda path=path: read_image(path), str(path), "8 bits per channel")
+            continue
+        colours = samples[..., :3] if channels > 2 else samples[..., :1].repeat(3, 2) * (255 // (2**depth - 1))
+        if palette is not None:
+            colours = palette[samples[..., 0]]
+        assert np.array_equal(read_image(path), colours)
+
+
+def test_ids_of_few_bits_are_no_greys(folder: Path) -> None:
+    """Id 15 of 4 bits is 15, not the 255 that viewers show, which would be ignored without a word."""
+    (folder / "classes.txt").write_text("\n".join(f"class {i}" for i in range(16)))
+    samples = ids(0, 1, 14, 15)
+    (folder / "labels/val/c.png").write_bytes(png(samples[..., None], "grey", 4))
+    assert np.array_equal(open_dataset("folder", folder, "val").label(0), samples)
+
+
+def test_labels_of_few_bits_among_others(folder: Path) -> None:
+    """An optimiser that meets only 0 and 255 in a label writes one bit: white is 1 then, or 255. Where the other labels
+    have 8 bits, that is asked, but not of a label that is all 0, nor where all have one bit."""
+    path = folder / "labels/train/a.png"
+    path.write_bytes(png(ids(0, 1)[..., None], "grey", 1))
+    sentence(lambda: open_dataset("folder", folder, "train"), str(path), "1 bit", "sub/b.png", "8 bits")
+    path.write_bytes(png(ids(0, 0)[..., None], "grey", 1))
+    open_dataset("folder", folder, "train")
+    for name in ("a", "sub/b"):
+        (folder / f"labels/train/{name}.png").write_bytes(png(ids(0, 1)[..., None], "grey", 1))
+    assert np.array_equal(open_dataset("folder", folder, "train").label(0), ids(0, 1))
+
+
+def test_a_label_is_lossless_inside(folder: Path) -> None:
+    """JPEG paints ids that nobody painted, whatever the file is called; so may a TIFF that holds one."""
+    label = Image.fromarray(ids(0, 1, 2))
+    for name, form, options in (
+        ("c.png", "JPEG", {}),
+        ("c.png", "GIF", {}),
+        ("c.tif", "TIFF", {"compression": "jpeg"}),
+    ):
+        (folder / "labels/val/c.png").unlink(missing_ok=True)
+        path = folder / "labels/val" / name
+        label.save(path, form, **options)
+        val = open_dataset("folder", folder, "val")
+        sentence(lambda val=val: val.label(0), str(path), "jpeg" if form == "TIFF" else f"a {form} file inside", "PNG")
+        path.unlink()
+
+
+@pytest.mark.parametrize("name", ["c.bmp", "c.BMP", "c.tif", "c.tiff", "lzw", "deflate", "palette.bmp", "palette.tif"])
+def test_labels_in_other_lossless_formats(folder: Path, name: str) -> None:
+    """GIS tools write TIFF, older ones BMP: the same ids."""
+    wanted = ids(0, 1, 2, 255)
+    picture, options = Image.fromarray(wanted), {}
+    if name in ("lzw", "deflate"):
+        options = {"compression": {"lzw": "tiff_lzw", "deflate": "tiff_adobe_deflate"}[name]}
+    if name.startswith("palette"):
+        picture.putpalette(np.random.default_rng(0).integers(0, 256, 768).tolist())
+    (folder / "labels/val/c.png").unlink()
+    picture.save(
+        folder / "labels/val" / (name if name.startswith("c.") else f"c.{name.partition('.')[2] or 'tif'}"), **options
+    )
+    assert np.array_equal(open_dataset("folder", folder, "val").label(0), wanted)
+
+
+def test_tiffs_of_other_meaning(tmp_path: Path) -> None:
+    """Values below 0 stay so (-1 is not 255), and several pages, fractions and inverted greys are refused."""
+    label = ids(0, 1, 2)
+    path = tmp_path / "x.tif"
+    Image.fromarray(label.astype(np.int32) - 1).save(path)
+    assert np.array_equal(read_label(path).ids, label.astype(np.int32) - 1)
+    signed = TiffImagePlugin.ImageFileDirectory_v2()
+    signed[339] = 2
+    Image.fromarray((label.astype(np.int8) - 1).view(np.uint8)).save(path, tiffinfo=signed)
+    assert np.array_equal(read_label(path).ids, label.astype(np.int8) - 1)
+    Image.fromarray(label.astype(np.float32)).save(path)
+    sentence(lambda: read_label(path), "fractions")
+    Image.fromarray(label).save(path, save_all=True, append_images=[Image.fromarray(label)])
+    sentence(lambda: read_label(path), "2 pictures")
+    inverted = TiffImagePlugin.ImageFileDirectory_v2()
+    inverted[262] = 0
+    Image.fromarray(label).save(path, tiffinfo=inverted)
+    sentence(lambda: read_label(path), "white is 0")
+
+
+def test_an_animated_label_is_refused(tmp_path: Path) -> None:
+    """Of an animated PNG one picture would be read and the others passed over; as an image its first is read."""
+    frames = [Image.fromarray(ids(i, 1)) for i in range(3)]
+    frames[0].save(tmp_path / "x.png", save_all=True, append_images=frames[1:])
+    sentence(lambda: read_label(tmp_path / "x.png"), "holds 3 pictures")
+    assert np.array_equal(read_image(tmp_path / "x.png")[..., 0], ids(0, 1))
+
+
+def test_damaged_pngs_do_not_change_ids(tmp_path: Path) -> None:
+    """One flipped bit of the compressed ids may give other ids without an error: PNG's checksums tell."""
+    path = write(tmp_path / "x.png", (np.arange(64 * 64).reshape(64, 64) // 100 % 19).astype(np.uint8))
+    content = path.read_bytes()
+    start = content.index(b"IDAT") + 4
+    for place in range(start, content.index(b"IEND") - 4):
+        damaged = bytearray(content)
+        damaged[place] ^= 1 << place % 8
+        path.write_bytes(damaged)
+        sentence(lambda: read_label(path), str(path), "cannot be read")
+
+
+# What palettes say
+
+
+def write_palette(path: Path, pixels: np.ndarray, colours: list[tuple[int, int, int]]) -> Path:
+    picture = Image.fromarray(pixels)
+    picture.putpalette([value for colour in colours for value in colour])
+    path.parent.mkdir(parents=True, exist_ok=True)
+    picture.save(path)
+    return path
+
+
+def test_palettes_of_greys(folder: Path) -> None:
+    """PNG optimisers turn the greys in use into a palette, whose indices are not the ids: refused where both differ,
+    unless classes.txt gives those colours. Greys that are their indices, and what is not in use, do not matter."""
+    path = folder / "labels/val/c.png"
+    greys = [(i, i, i) for i in range(256)]
+    write_palette(path, ids(0, 1, 2, 255), greys)
+    assert np.array_equal(open_dataset("folder", folder, "val").label(0), ids(0, 1, 2, 255))
+    write_palette(path, ids(0, 1), [(0, 0, 0), (1, 1, 1), (9, 9, 9)])
+    assert np.array_equal(open_dataset("folder", folder, "val").label(0), ids(0, 1))
+    write_palette(path, ids(0, 1, 2), [(0, 0, 0), (1, 1, 1), (9, 9, 9)])
+    val = open_dataset("folder", folder, "val")
+    sentence(lambda: val.label(0), str(path), "index 2 in the colour 9 9 9", "indices or the greys", "classes.txt")
+    (folder / "classes.txt").write_text("ground 0 0 0\nwall 1 1 1\nsky 9 9 9\n")
+    assert np.array_equal(open_dataset("folder", folder, "val").label(0), ids(0, 1, 2))
+
+
+def test_palettes_are_compared_with_the_colours_of_classes(
+    folder: Path, tmp_path_factory: pytest.TempPathFactory
+) -> None:
+    """A palette in another order would permute the classes; colours that no class has say nothing; the built-in colours
+    of CamVid count as classes.txt's do."""
+    (folder / "classes.txt").write_text("ground 0 0 0\nwall 255 0 0\nsky 0 255 0\n")
+    path = folder / "labels/val/c.png"
+    own = [(0, 0, 0), (255, 0, 0), (0, 255, 0)]
+    write_palette(path, ids(0, 1, 2), own)
+    assert np.array_equal(open_dataset("folder", folder, "val").label(0), ids(0, 1, 2))
+    write_palette(path, ids(0, 1, 2), [(7, 0, 0), (0, 7, 0), (0, 0, 7)])
+    assert np.array_equal(open_dataset("folder", folder, "val").label(0), ids(0, 1, 2))
+    write_palette(path, ids(0, 2), [own[0], own[2], own[2]])  # index 1 is wrong, and not in use
+    assert np.array_equal(open_dataset("folder", folder, "val").label(0), ids(0, 2))
+    write_palette(path, ids(0, 1, 2), [own[0], own[2], own[1]])
+    val = open_dataset("folder", folder, "val")
+    sentence(lambda: val.label(0), str(path), "index 1 in the colour 0 255 0", "'sky', not of 'wall'")
+    camvid = tmp_path_factory.mktemp("camvid")
+    write(camvid / "val/x.png", photo())
+    write_palette(camvid / "valannot/x.png", ids(0, 1), [(128, 0, 0), (128, 128, 128)])
+    data = open_dataset("camvid", camvid, "val")
+    sentence(lambda: data.label(0), "index 0 in the colour 128 0 0", "'building', not of 'sky'")
+
+
+def test_palettes_are_compared_among_files(folder: Path) -> None:
+    """A palette made for each picture gives a class another index in each: seen when the folder is opened, also if the
+    other label is of another split. Palettes that end with the last index in use do not differ."""
+    colours = [(0, 0, 0), (200, 0, 0), (0, 200, 0)]
+    a, b, c = (folder / f"labels/{key}.png" for key in ("train/a", "train/sub/b", "val/c"))
+    write_palette(a, ids(0, 1, 2), colours)
+    write_palette(b, ids(0, 1), colours[:2])
+    write_palette(c, ids(0, 1), [colours[0], colours[2]])
+    for split in ("train", "val"):
+        sentence(
+            lambda split=split: open_dataset("folder", folder, split), "a.png", "c.png", "the id 1", "different colours"
+        )
+    write_palette(c, ids(1, 1), [colours[1], colours[0]])
+    sentence(lambda: open_dataset("folder", folder, "train"), "the id 1 in different colours")
+    write_palette(b, ids(0, 0), [colours[0], (9, 9, 0)])
+    write_palette(a, ids(1, 1), [(9, 9, 9), colours[0]])
+    c.unlink()
+    sentence(lambda: open_dataset("folder", folder, "train"), "different ids, 1 and 0, in the same colour 0 0 0")
+    write_palette(a, ids(0, 1, 2), colours)
+    assert len(open_dataset("folder", folder, "train")) == 2  # the odd colour of b.png is not in use
+
+
+# What is ignored, and masks of two classes
+
+
+def test_ignore_label(folder: Path) -> None:
+    """Void may be any id, also of 16 bits, or one that classes.txt names, which is then no class; 255 stays ignored."""
+    path = folder / "labels/val/c.png"
+    for void in (3, 200, 65535):
+        label = ids(0, 2, 3, 255).astype(np.uint16)
+        label[label == 3] = void
+        write(path, label)
+        sentence(open_dataset("folder", folder, "val").check, str(path), f"--ignore-label {void}")
+        val = open_dataset("folder", folder, "val", ignore_label=void)
+        assert np.array_equal(val.label(0), ids(0, 2, 255, 255))
+        assert f"{min(void, 255)} and {max(void, 255)} ignored" in val.protocol
+        assert val.ids.tolist() == [0, 1, 2]
+    write(path, ids(0, 1, 2, 255))
+    val = open_dataset("folder", folder, "val", ignore_label=1)
+    assert val.classes == ("ground", "sky")
+    assert np.array_equal(val.label(0), ids(0, 255, 1, 255))
+    assert val.ids.tolist() == [0, 2]
+    (folder / "classes.txt").write_text("ground\nwall\n")
+    sentence(lambda: open_dataset("folder", folder, "val", ignore_label=1), "--ignore-label 1", "one of the two")
+    sentence(lambda: open_dataset("demo", None, "val", ignore_label=1), "--ignore-label is for --dataset folder")
+
+
+def test_binary_masks(folder: Path) -> None:
+    """With two classes, masks of 0 and 255 are asked about, also when scoring, and the flags in that sentence read
+    them; masks of one bit, and of 0 and 1, need none."""
+    (folder / "classes.txt").write_text("ground\nwall\n")
+    keys = ("train/a", "train/sub/b", "val/c")
+    for key in keys:
+        write(folder / f"labels/{key}.png", ids(0, 255))
+    for split in ("train", "val"):
+        sentence(
+            lambda split=split: open_dataset("folder", folder, split),
+            "only 0 and 255",
+            "--binary-masks",
+            "--ignore-label 255",
+        )
+    assert np.array_equal(open_dataset("folder", folder, "val", ignore_label=255).label(0), ids(0, 255))
+    train = open_dataset("folder", folder, "train", binary_masks=True)
+    train.check()
+    assert np.array_equal(train.label(0), ids(0, 1))
+    assert train.ids.tolist() == [0, 255]
+    assert "nothing ignored" in train.protocol
+    for options in ({"reduce_zero_label": True}, {"ignore_label": 255}):
+        sentence(
+            lambda options=options: open_dataset("folder", folder, "val", binary_masks=True, **options),
+            "--binary-masks",
+        )
+    for content in (
+        png(ids(0, 1)[..., None], "grey", 1),
+        png(ids(0, 1)[..., None], "palette", 1, palette=np.array([[0], [255]]).repeat(3, 1)),
+    ):
+        for key in keys:
+            (folder / f"labels/{key}.png").write_bytes(content)
+        for binary in (False, True):
+            assert np.array_equal(open_dataset("folder", folder, "val", binary_masks=binary).label(0), ids(0, 1))
+    (folder / "labels/val/c.png").write_bytes(
+        png(ids(0, 1)[..., None], "palette", 1, palette=np.array([[255], [0]]).repeat(3, 1))
+    )
+    (folder / "labels/train/a.png").unlink()
+    (folder / "labels/train/sub/b.png").unlink()
+    val = open_dataset("folder", folder, "val")
+    sentence(lambda: val.label(0), "index 0 in the colour 255 255 255")
+    write(folder / "labels/val/c.png", ids(0, 128, 255))
+    val = open_dataset("folder", folder, "val", binary_masks=True)
+    sentence(lambda: val.label(0), "128 (80 px)")
+
+
+# classes.txt as others write it
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "road\ntraffic light\n",
+        "0 road\n1 traffic light\n",
+        "0: road\n1: traffic light",
+        "0,road\n1,traffic light",
+        "0. road\n1. traffic light",
+        "0 - road\n1 - traffic light",
+        "00_road\n01_traffic light",
+        "road 0\ntraffic light 1",
+        "road = 0\ntraffic light = 1",
+        "road 128 64 128\ntraffic light 250 170 30",
+        "road,128,64,128\ntraffic light,250,170,30",
+        "road\t128\t64\t128\ntraffic light\t250\t170\t30",
+        "road;(128, 64, 128)\ntraffic light;(250, 170, 30)",
+        "0 road 128 64 128\n1 traffic light 250 170 30",
+        "road 0 128 64 128\ntraffic light 1 250 170 30",
+        "road #804080\ntraffic light #FAAA1E",
+        "# two classes\nroad\ntraffic light # red or not",
+        'name,r,g,b\nroad,128,64,128\n"traffic light",250,170,30',
+        "Name R G B\nroad 128 64 128\ntraffic light 250 170 30",
+        "Pixel Value, Class\n0, road\n1, traffic light",
+        "# label:color_rgb:parts:actions\nroad:128,64,128::\ntraffic light:250,170,30::",
+    ],
+)
+def test_classes_txt_of_others(tmp_path: Path, text: str) -> None:
+    """Ids that are those of the lines, colours, comments and headings do not become parts of names, or classes."""
+    (tmp_path / "classes.txt").write_text(text)
+    names, colours = read_classes(tmp_path / "classes.txt", 0)
+    assert names == ("road", "traffic light")
+    assert colours in ({}, {0: (128, 64, 128), 1: (250, 170, 30)})
+    assert bool(colours) == ("128" in text or "#8" in text)
+
+
+@pytest.mark.parametrize("names", ["zone 1\nzone 2", "route 66\nroad", "3d printer\nroad", "door, double\nroad", "a\nb",
+                                   "class a\nclass b", "red\ngreen", "Straße\nДорога"])  # fmt: skip
+def test_names_with_numbers_and_commas(tmp_path: Path, names: str) -> None:
+    """What looks like an id, a column or a heading, and is a part of a name."""
+    (tmp_path / "classes.txt").write_text(names, encoding="utf-8")
+    assert read_classes(tmp_path / "classes.txt", 0)[0] == tuple(names.split("\n"))
+
+
+@pytest.mark.parametrize(
+    ("text", "needles"),
+    [
+        ("1 road\n2 car", ["line 1 is '1 road'", "'0 road'", "--reduce-zero-label"]),
+        ("7: road\n8: car", ["line 1 is '7: road'", "'0 road'"]),
+        ("0 road\n2 car 1 2 3", ["line 2", "'1 car 1 2 3'"]),
+        ("-1 void\n0 road", ["line 1", "'0 void'"]),
+        ("1-road\n2-car", ["'0 road'"]),
+        ("road 7\ncar 8", ["line 1", "'0 road'"]),
+        ("1\n2", ["line 1"]),
+        ("road\n2 wheeler\ncar", ["line 2 is '2 wheeler'", "in all lines or in none"]),
+        ("names:\nroad\ncar", ["line 1 is 'names:'", "'# names:'"]),
+        ("Idx\tRatio\tName\n1\t0.1\twall\n2\t0.2\tsky", ["line 1", "heading"]),
+        ("label:color:parts\nroad:1,2,3\ncar:3,4,5", ["line 1", "heading"]),
+        ("128 0 0 road\n0 0 9 car", ["'road 128 0 0'"]),
+        ("1 255 0 0 255 road\n2 0 0 9 255 car", ["'road 255 0 0'"]),
+        ("#804080 road\n#000000 car", ["'road #804080'"]),
+        ("128 64 128\n0 0 0", ["numbers without a name"]),
+        ("road 0.5 0.2 0.1\ncar", ["0 to 255", "'road 128 64 128'"]),
+        ('{"0": "road",\n"1": "car"}', ["line 1", "JSON"]),
+        ("- road\n- car", ["line 1"]),
+        ("__ignore__\n_background_\ncar", ["line 1", "255"]),
+        (f"road 1 2 {'9' * 5000}\ncar", ["0 to 255"]),
+        (f"0 road\n{'9' * 5000} car", ["'1 car'"]),
+        (f"road\ncar {'9' * 5000} 2 3", ["0 to 255"]),
+    ],
+)
+def test_classes_txt_that_would_shift_names(tmp_path: Path, text: str, needles: list[str]) -> None:
+    """Every class would get its neighbour's name: the line, and what would be right there. No number is too long."""
+    (tmp_path / "classes.txt").write_text(text)
+    sentence(lambda: read_classes(tmp_path / "classes.txt", 0), "classes.txt", *needles)
+    with pytest.raises(UserError) as caught:
+        read_classes(tmp_path / "classes.txt", 0)
+    assert len(str(caught.value)) < 500
+
+
+def test_classes_txt_from_1_on(folder: Path) -> None:
+    """With --reduce-zero-label the first line is that of id 1, with its number or without."""
+    (folder / "classes.txt").write_text("1 ground\n2 wall\n3 sky\n")
+    assert open_dataset("folder", folder, "val", reduce_zero_label=True).classes == ("ground", "wall", "sky")
+    (folder / "classes.txt").write_text("0 ground\n1 wall\n2 sky\n")
+    sentence(lambda: open_dataset("folder", folder, "val", reduce_zero_label=True), "line 1", "'1 ground'")
+
+
+# Splits of other names
+
+
+def rename_splits(root: Path, images: tuple[str, str], labels: tuple[str, str]) -> None:
+    for kind, names in (("images", images), ("labels", labels)):
+        for old, new in zip(("train", "val"), names, strict=True):
+            (root / kind / old).rename(root / kind / "moving")
+            (root / kind / new).parent.mkdir(parents=True, exist_ok=True)
+            (root / kind / "moving").rename(root / kind / new)
+
+
+@pytest.mark.parametrize(
+    ("images", "labels"),
+    [
+        (("Train", "Val"), ("Train", "Val")),
+        (("training", "validation"), ("training", "validation")),
+        (("train2017", "val2017"), ("train2017", "val2017")),
+        (("train", "valid"), ("train", "val")),
+        (("train_images", "val_images"), ("train_segmentations", "val_segmentations")),
+        (("TRAIN", "VALID"), ("train", "valid")),
+    ],
+    ids=["capitals", "ADE20K, Mapillary", "COCO-Stuff", "Roboflow", "LIP", "mixed"],
+)
+def test_splits_by_other_names(folder: Path, images: tuple[str, str], labels: tuple[str, str]) -> None:
+    """The owner's val images are the val split, whatever their folder is called."""
+    rename_splits(folder, images, labels)
+    train, val = (open_dataset("folder", folder, split) for split in ("train", "val"))
+    assert [train.stem(i) for i in range(2)] == ["a", "sub__b"]
+    assert [val.stem(i) for i in range(len(val))] == ["c"]
+    assert images[1] in val.protocol
+    train.check()
+    val.check()
+
+
+@pytest.mark.parametrize(
+    ("images", "needles"),
+    [
+        (("trainval", "dev"), ["no folders train and val", "dev, trainval"]),
+        (("10k/train", "10k/val"), ["10k/train looks like a split"]),
+        (("train", "train2"), ["images/val does not exist", "train, train2"]),
+        (("train1", "train2"), ["several folders for the split train", "train1 and train2"]),
+        (("train_station", "harbour"), ["images/val does not exist", "train_station"]),
+    ],
+    ids=["no meaning", "BDD100K", "no val", "two of a kind", "a place"],
+)
+def test_splits_that_cannot_be_followed(folder: Path, images: tuple[str, str], needles: list[str]) -> None:
+    """Names that look like splits are never merged and split anew: val images would be trained on."""
+    rename_splits(folder, images, images)
+    sentence(lambda: [open_dataset("folder", folder, split) for split in ("train", "val")], *needles)
+
+
+def test_splits_by_file_names_and_lists(flat: Path) -> None:
+    """So with images in one folder that have their splits in their names or in lists, as in PASCAL VOC."""
+    for name in ("val.txt", "ImageSets"):
+        (flat / name).mkdir() if name == "ImageSets" else (flat / name).write_text("frame_001\n")
+        sentence(lambda: open_dataset("folder", flat, "train"), name, "one in five")
+        (flat / name).rmdir() if name == "ImageSets" else (flat / name).unlink()
+    open_dataset("folder", flat, "train")
+    for kind in ("images", "labels"):
+        for i in range(20):
+            (flat / kind / f"frame_{i:03}.png").rename(flat / kind / f"ADE_{'val' if i < 4 else 'train'}_{i}.png")
+    sentence(lambda: open_dataset("folder", flat, "train"), "splits in their names", "ADE_train_1", "ADE_val_")
+    assert len(list((flat / "images").iterdir())) == 20
+
+
+# EXIF, names and sizes
+
+
+@pytest.mark.parametrize("orientation", range(1, 9))
+@pytest.mark.parametrize("kind", ["grey", "palette", "1 bit", "16 bits", "tif"])
+def test_labels_are_turned_as_images_are(tmp_path: Path, orientation: int, kind: str) -> None:
+    """A label with an orientation of its own is read as viewers show it, as the image is; kinds of all modes."""
+    pixels = np.zeros((4, 6), np.uint8)
+    pixels[0, :4] = 1
+    exif = Image.Exif()
+    exif[0x112] = orientation
+    picture = Image.fromarray({"1 bit": pixels > 0, "16 bits": pixels.astype(np.uint16)}.get(kind, pixels))
+    if kind == "palette":
+        picture.putpalette([9, 0, 0, 0, 9, 0])
+    path = tmp_path / ("x.tif" if kind == "tif" else "x.png")
+    picture.save(path, exif=exif)
+    Image.fromarray(pixels[..., None].repeat(3, 2) * 255).save(tmp_path / "i.png", exif=exif)
+    assert np.array_equal(read_label(path).ids == 1, read_image(tmp_path / "i.png")[..., 0] == 255)
+    assert read_label(path).ids.shape == ((6, 4) if orientation > 4 else (4, 6))
+
+
+def test_a_size_that_an_orientation_explains(folder: Path) -> None:
+    """The advice to resize would ruin a label that only lies on its side."""
+    exif = Image.Exif()
+    exif[0x112] = 6
+    Image.fromarray(photo()).save(folder / "images/val/c.png", exif=exif)
+    sentence(lambda: open_dataset("folder", folder, "val").pair(0), "12×20", "20×12", "EXIF orientation of c.png")
+    Image.fromarray(photo()).save(folder / "images/val/c.png")
+    Image.fromarray(ids(0, 1)).save(folder / "labels/val/c.png", exif=exif)
+    sentence(lambda: open_dataset("folder", folder, "val").pair(0), "EXIF orientation")
+    Image.fromarray(photo(size=(20, 12))).save(folder / "images/val/c.png")
+    assert open_dataset("folder", folder, "val").pair(0)[1].shape == (20, 12)
+
+
+@pytest.mark.parametrize(
+    ("name", "needle"),
+    [
+        ("c_mask.png", "c_mask.png lies there: --label-suffix=_mask"),
+        ("c_my mask.tif", "--label-suffix='_my mask'"),
+        ("c.jpg", "c.jpg lies there, but labels are files that keep every id"),
+        ("c.webp", "c.webp lies there"),
+        ("sub/c.png", "sub/c.png lies there"),
+        ("other.png", "holds other.png"),
+        ("c2.png", "holds c2.png"),
+    ],
+)
+def test_a_label_of_another_name(folder: Path, name: str, needle: str) -> None:
+    """What lies where the label is missed, and the flag that reads such names."""
+    (folder / "labels/val/c.png").unlink()
+    write(folder / "labels/val" / name, ids(0, 1))
+    sentence(lambda: open_dataset("folder", folder, "val"), "labels/val/c.png is missing", needle)
+
+
+def test_label_suffix(folder: Path) -> None:
+    """Labels with something behind the image's name, beside other files that are none."""
+    for key in ("train/a", "train/sub/b", "val/c"):
+        (folder / f"labels/{key}.png").rename(folder / f"labels/{key}_mask.png")
+        write(folder / f"labels/{key}_colours.png", photo())
+    train = open_dataset("folder", folder, "train", label_suffix="_mask")
+    assert [train.stem(i) for i in range(len(train))] == ["a", "sub__b"]
+    train.check()
+    sentence(
+        lambda: open_dataset("folder", folder, "val", label_suffix="_x"), "labels/val/c_x.png is missing", "c_mask"
+    )
+
+
+def test_names_of_other_systems(folder: Path) -> None:
+    """An archive from macOS spells é as two characters, Windows does not tell upper case from lower: where one label
+    can be meant, it is; where two can, none is guessed."""
+    for i, (image, label) in enumerate((("caf\u00e9", "cafe\u0301"), ("IMG 1", "img 1"), ("Straße", "STRASSE"))):
+        write(folder / f"images/val/{image}.png", photo())
+        write(folder / f"labels/val/{label}.png", np.full(SIZE, i, np.uint8))
+    val = open_dataset("folder", folder, "val")
+    found = {val.stem(i): int(val.label(i)[0, 0]) for i in range(len(val))}
+    assert found == {"IMG 1": 1, "Straße": 2, "c": 0, "caf\u00e9": 0}
+    write(folder / "labels/val/Img 1.png", ids(0, 1))
+    sentence(lambda: open_dataset("folder", folder, "val"), "IMG 1.png has no label")
+
+
+def test_every_ending_of_a_jpeg_and_what_is_passed_over(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """A photo of a format that is not read is missed in the training, and the user told so."""
+    for i, ending in enumerate(("jfif", "jpe", "JPEG")):
+        Image.fromarray(photo()).save(folder / f"images/val/d{i}.{ending}", "JPEG")
+        write(folder / f"labels/val/d{i}.png", ids(0, 1))
+    assert len(open_dataset("folder", folder, "val")) == 4
+    assert not capsys.readouterr().err
+    for name in ("x.heic", "y.HEIC", "notes"):
+        (folder / "images/val" / name).write_bytes(b"\0")
+    open_dataset("folder", folder, "val").check()
+    assert "3 files are passed over" in (said := capsys.readouterr().err)
+    assert "2 .heic, 1 without ending" in said
+
+
+def test_too_many_pixels(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Pillow takes a large scan for an attack: its size is told, and what to do; to replace the file is no advice."""
+    path = write(tmp_path / "scan.png", 0)
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 100)
+    for read in (read_image, read_label):
+        sentence(lambda read=read: read(path), str(path), "240 pixels", "cut it", "MAX_IMAGE_PIXELS")

@@ -157,6 +157,34 @@ def test_saved_predictions(tmp_path: Path, root: Path) -> None:
         assert np.array_equal(np.array(Image.open(output / "val1.png")), predicted(checkpoint, image) + shift)
 
 
+def test_predictions_in_the_ids_of_the_labels(tmp_path: Path, root: Path) -> None:
+    """Evaluation reads labels with the run's own flags, and writes predictions that those flags read again: masks of 0
+    and 255 under another name, and classes around an id that is ignored."""
+    for path in root.rglob("labels/*/*.png"):
+        ids = np.array(Image.open(path))
+        Image.fromarray(np.where(ids == 2, np.uint8(255), np.uint8(0))).save(path.with_name(f"{path.stem}_box.png"))
+        path.write_bytes(b"another kind of label")
+    (root / "classes.txt").write_text("floor\nbox\n")
+    options = {"data_root": str(root), "binary_masks": True, "label_suffix": "_box"}
+    checkpoint = write_checkpoint(tmp_path, ("floor", "box"), PALETTE[:2], **options)
+    flags = ["--checkpoint", str(checkpoint), "-j", "0", "--device", "cpu", "--save-preds"]
+    evaluate.main([*flags, str(tmp_path / "masks")])
+    written = np.array(Image.open(tmp_path / "masks" / "val1.png"))
+    image = np.array(Image.open(root / "images" / "val" / "val1.png"))
+    assert np.array_equal(written, predicted(checkpoint, image) * 255)
+    assert json.loads((tmp_path / "metrics.json").read_text())["classes"].keys() == {"floor", "box"}
+
+    for path in root.rglob("labels/*/*.png"):
+        path.unlink()
+        if not path.stem.endswith("_box"):
+            Image.fromarray(np.arange(72 * 96, dtype=np.uint8).reshape(72, 96) % 4).save(path)
+    (root / "classes.txt").write_text("floor\nvoid\nwall\nred box\n")
+    checkpoint = write_checkpoint(tmp_path, data_root=str(root), ignore_label=1)
+    evaluate.main([*flags, str(tmp_path / "ids")])
+    written = np.array(Image.open(tmp_path / "ids" / "val1.png"))
+    assert np.array_equal(written, np.array([0, 2, 3])[predicted(checkpoint, image)])
+
+
 def test_cityscapes_test_split(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """No mIoU for a split without labels, but predictions for the server: regular ids, under the names it wants."""
     city = tmp_path / "data" / "leftImg8bit" / "test" / "bonn"

@@ -8,13 +8,15 @@ from __future__ import annotations
 
 import os
 from pathlib import Path
+from typing import Any
 
 from ..errors import UserError
 from .camvid import CamVid
 from .cityscapes import Cityscapes
-from .dataset import IGNORE_INDEX, SegmentationDataset, read_image
+from .dataset import IGNORE_INDEX, SegmentationDataset
 from .demo import Demo
 from .folder import Folder
+from .pictures import read_image
 from .transforms import MEAN, STD, Augmentation, EpochSampler, EvalSamples, TrainSamples, normalise
 
 __all__ = [
@@ -40,7 +42,14 @@ DATASETS = ("demo", "cityscapes", "camvid", "folder")
 
 
 def open_dataset(
-    name: str, root: str | Path | None, split: str, *, reduce_zero_label: bool = False
+    name: str,
+    root: str | Path | None,
+    split: str,
+    *,
+    reduce_zero_label: bool = False,
+    ignore_label: int | None = None,
+    binary_masks: bool = False,
+    label_suffix: str | None = None,
 ) -> SegmentationDataset:
     """Finds the files of a split and matches images with labels; `SegmentationDataset.check` decodes them too.
 
@@ -48,14 +57,22 @@ def open_dataset(
         name: one of `DATASETS`.
         root: the data root; None for demo, and for cityscapes to take it from the environment: $CITYSCAPES_DATASET.
         split: "train", "val" or "test" (demo has no test).
-        reduce_zero_label: folder only: id 0 is ignored and the others move down by one.
+        reduce_zero_label, ignore_label, binary_masks, label_suffix: folder only, see `Folder`.
 
     Raises `UserError` where root, folders, images or labels are missing.
     """
     if name not in DATASETS:
         raise UserError(f"There is no data set {name!r}: choose one of {', '.join(DATASETS)}.")
-    if reduce_zero_label and name != "folder":
-        raise UserError(f"--reduce-zero-label is for --dataset folder; the ids of {name} are known.")
+    options: dict[str, Any] = {
+        "reduce_zero_label": reduce_zero_label,
+        "ignore_label": ignore_label,
+        "binary_masks": binary_masks,
+        "label_suffix": label_suffix,
+    }
+    given = [option for option, value in options.items() if value is not None and value is not False]
+    if given and name != "folder":
+        flag = f"--{given[0].replace('_', '-')}"
+        raise UserError(f"{flag} is for --dataset folder; the ids and names of {name}'s labels are known.")
     if name == "demo":
         if root is not None:
             raise UserError(
@@ -76,4 +93,4 @@ def open_dataset(
         return Cityscapes(root, split)
     if name == "camvid":
         return CamVid(root, split)
-    return Folder(root, split, reduce_zero_label=reduce_zero_label)
+    return Folder(root, split, **options)

