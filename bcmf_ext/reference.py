@@ -576,7 +576,7 @@ def segmentation_loss(
     first: str = "ce",
     ignore_index: int = 255,
     align_corners: bool = False,
-    group: None = None,
+    group: Any = None,
 ) -> SegmentationLoss:
     """total = CE (or OHEM) + λ_bcl · BCL + λ_cpg · CPG, and the terms.
 

@@ -339,6 +339,13 @@ def test_upsample_argmax_at_ties_and_limits(backend: Backend) -> None:
         torch.library.opcheck(argmax, (logits, 7, 9, False))
 
 
+def test_upsample_argmax_under_torch_func() -> None:
+    """It has no impl= to ask for PyTorch with: there it takes that by itself."""
+    z = torch.randn(3, 4, 5, 6)
+    together = torch.func.vmap(lambda image: upsample_argmax(image[None], (10, 12)))(z)[:, 0]
+    assert torch.equal(together, upsample_argmax(z, (10, 12)))
+
+
 def test_upsample_argmax_as_users_call_it() -> None:
     """The same by PyTorch and by our kernels; wrong inputs are a sentence."""
     z = torch.randn(2, 5, 7, 9, generator=torch.Generator().manual_seed(0))

@@ -31,7 +31,7 @@ def segmentation_loss(
     ignore_index: int = 255,
     align_corners: bool = False,
     impl: str = "auto",
-    group: None = None,
+    group: Any = None,
 ) -> SegmentationLoss:
     """total = CE (or OHEM) + λ_bcl · BCL + λ_cpg · CPG, and the terms for logging.
 
@@ -101,7 +101,7 @@ class SegmentationCriterion(nn.Module):
         ignore_index: int = 255,
         align_corners: bool = False,
         impl: str = "auto",
-        group: None = None,
+        group: Any = None,
     ) -> None:
         super().__init__()
         if weight is not None and not isinstance(weight, Tensor):
