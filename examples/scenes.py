@@ -26,7 +26,7 @@ def tensors() -> list[tuple[Tensor, Tensor]]:
 
 
 def report(losses: list[float]) -> None:
-    """Prints the first and the last loss, and fails if one of them all is not finite or they did not fall."""
+    """Prints the first and the last loss, and fails if any is not finite or they did not fall."""
     print(f"loss {losses[0]:.3f} at step 1, {losses[-1]:.3f} at step {len(losses)}")
     assert len(losses) == STEPS, losses
     assert all(map(math.isfinite, losses)), losses
