@@ -1,0 +1,25 @@
+"""What README promises of `examples/`; CI runs them, in an environment with their hosts."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[1]
+ROW = re.compile(r"^\| .* \| `(.*)` \| \[`(\w+\.py)`\]\(examples/\2\)", re.MULTILINE)
+
+pytestmark = pytest.mark.skipif(not (ROOT / "examples").exists(), reason="examples are not there")
+
+
+def test_readme_shows_their_lines() -> None:
+    rows = ROW.findall((ROOT / "README.md").read_text("utf-8"))
+    assert {name for _, name in rows} == {path.name for path in (ROOT / "examples").glob("*_*.py")}
+    for line, name in rows:
+        assert line in (ROOT / "examples" / name).read_text("utf-8"), name
+
+
+def test_they_are_short() -> None:
+    for path in (ROOT / "examples").glob("*.py"):
+        assert len(path.read_text("utf-8").splitlines()) <= 60, path.name
