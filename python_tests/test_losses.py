@@ -382,6 +382,8 @@ def test_extra_losses(impl: str) -> None:
     half = SegmentationCriterion(extra={"focal": (0.5, focal)}, impl=impl)(z.bfloat16(), y)
     assert half.dtype == given.pop()[0].dtype == torch.float32
     assert copy.deepcopy(criterion).extra["dice"][1] is not dice
+    nothing = SegmentationCriterion(extra={"x": (1, lambda z, y: z[0, 0, :0].exp())})  # of an empty crop
+    assert nothing(z, torch.full_like(y, 255)) == 0
     for wrong, error, says in (
         ({"bcl": (0.5, focal)}, ValueError, "'bcl' has the name of a term of ours"),
         ({"x": focal}, TypeError, r"'x' is \(weight, function\)"),

@@ -145,6 +145,8 @@ class SegmentationCriterion(nn.Module):
             logits = reference.resample(main, labels.shape[1:], self.align_corners)  # once for all of them
             found = {name: function(logits, labels) for name, (_, function) in self.extra.items()}
         for name, value in found.items():
+            if isinstance(value, Tensor) and value.numel() == 0:  # Lovász losses of others, where all is ignored
+                found[name] = value = value.sum()
             if not isinstance(value, Tensor) or value.dim() != 0:
                 what = tuple(value.shape) if isinstance(value, Tensor) else type(value).__name__
                 raise TypeError(f"The extra loss {name!r} returns a scalar tensor, not {what}: take the mean.")
