@@ -9,7 +9,7 @@ from .losses.cpg_loss import CPGLoss, cpg_loss
 from .losses.criterion import SegmentationCriterion, segmentation_loss
 from .losses.cross_entropy import cross_entropy
 from .nn import DAPPM, LMFM
-from .reference import BCL, CPG, OHEM, SegmentationLoss
+from .options import BCL, CPG, OHEM, SegmentationLoss
 
 try:
     __version__ = version("bcmf_ext")

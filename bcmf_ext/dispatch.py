@@ -21,7 +21,7 @@ from types import ModuleType
 
 import torch
 
-from . import reference
+from .checks import in_torch_func
 
 DEBUG = os.environ.get("BCMF_DEBUG") == "1"  # look at labels on CUDA too: a sync, for a sentence
 IMPLS = ("cuda", "triton", "cpu", "torch")
@@ -140,7 +140,7 @@ def choose(op: str, impl: str, device: torch.device) -> str:
     if impl == "auto" and (torch.jit.is_tracing() or torch.onnx.is_in_onnx_export()):
         return "torch"
     chosen = _choose(op, impl, device)
-    if chosen != "torch" and not torch.compiler.is_compiling() and reference.in_torch_func():
+    if chosen != "torch" and not torch.compiler.is_compiling() and in_torch_func():
         raise NotImplementedError(
             f"bcmf_ext's kernels know no torch.func (grad, vmap, jvp, …): use impl='torch' for {op} there."
         )

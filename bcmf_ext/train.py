@@ -60,7 +60,7 @@ from .files import short_name
 from .losses.criterion import SegmentationCriterion
 from .metrics import ConfusionMatrix
 from .models import load_pretrained
-from .reference import BCL, CPG, OHEM
+from .options import BCL, CPG, OHEM
 from .report import absent_line, draw_curves, draw_sample, loss_line, score_lines, scores, share_lines
 from .run import Run, begin_run, resume_run
 

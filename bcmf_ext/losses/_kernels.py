@@ -7,18 +7,19 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .. import dispatch, ops, reference
-from ..reference import BCL, CPG, OHEM
+from .. import dispatch, ops
+from ..checks import check_inputs, check_labels
+from ..options import BCL, CPG, OHEM, whole_label
 
 
 def prepare(
     op: str, impl: str, logits: Tensor, target: Tensor, weight: Tensor | None, ignore_index: int
 ) -> tuple[str, Tensor, int]:
     """The impl that computes a loss, and labels and ignore_index as it takes them. Raises as
-    ``reference.check_inputs``, ``reference.whole_label`` and ``dispatch.choose`` do."""
-    target, ignore_index = reference.check_inputs(logits, target, weight), reference.whole_label(ignore_index)
+    ``check_inputs``, ``whole_label`` and ``dispatch.choose`` do."""
+    target, ignore_index = check_inputs(logits, target, weight), whole_label(ignore_index)
     if dispatch.DEBUG and not torch.compiler.is_compiling():
-        reference.check_labels(target, logits.shape[1], ignore_index)
+        check_labels(target, logits.shape[1], ignore_index)
     return dispatch.choose(op, impl, logits.device), target, ignore_index
 
 

@@ -7,6 +7,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from .. import reference
+from ..options import BCL, whole_label
 from ._kernels import fused_loss, prepare
 
 
@@ -41,7 +42,7 @@ def boundary_corrected_loss(
     Raises TypeError for a wrong dtype; ValueError for a wrong shape, device or option, for an impl that cannot run, and
     on the CPU for a label out of range (on CUDA the loss becomes NaN: BCMF_DEBUG=1 turns that into the ValueError).
     """
-    bcl = reference.BCL(0.0, step, supervise, alpha, beta, threshold, nms_size)
+    bcl = BCL(0.0, step, supervise, alpha, beta, threshold, nms_size)
     impl, target, ignore_index = prepare("boundary_corrected_loss", impl, logits, target, None, ignore_index)
     if impl != "torch":
         return fused_loss(
@@ -79,10 +80,10 @@ class BoundaryCorrectedLoss(nn.Module):
         impl: str = "auto",
     ) -> None:
         super().__init__()
-        bcl = reference.BCL(0.0, step, supervise, alpha, beta, threshold, nms_size)  # a bad option shows here
+        bcl = BCL(0.0, step, supervise, alpha, beta, threshold, nms_size)  # a bad option shows here
         self.options: dict[str, Any] = {
             **{name: value for name, value in vars(bcl).items() if name != "weight"},
-            "ignore_index": reference.whole_label(ignore_index),
+            "ignore_index": whole_label(ignore_index),
             "align_corners": align_corners,
             "impl": impl,
         }

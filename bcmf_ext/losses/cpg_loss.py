@@ -7,6 +7,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from .. import reference
+from ..options import CPG, whole_label
 from ._kernels import fused_loss, prepare
 
 
@@ -36,7 +37,7 @@ def cpg_loss(
     Raises TypeError for a wrong dtype; ValueError for a wrong shape, device or option, for an impl that cannot run, and
     on the CPU for a label out of range (on CUDA the loss becomes NaN: BCMF_DEBUG=1 turns that into the ValueError).
     """
-    cpg = reference.CPG(0.0, kernel_size, ignore_mode)
+    cpg = CPG(0.0, kernel_size, ignore_mode)
     impl, target, ignore_index = prepare("cpg_loss", impl, logits, target, None, ignore_index)
     if impl != "torch":
         return fused_loss(
@@ -65,10 +66,10 @@ class CPGLoss(nn.Module):
         impl: str = "auto",
     ) -> None:
         super().__init__()
-        cpg = reference.CPG(0.0, kernel_size, ignore_mode)  # a bad option shows here
+        cpg = CPG(0.0, kernel_size, ignore_mode)  # a bad option shows here
         self.options: dict[str, Any] = {
             **{name: value for name, value in vars(cpg).items() if name != "weight"},
-            "ignore_index": reference.whole_label(ignore_index),
+            "ignore_index": whole_label(ignore_index),
             "align_corners": align_corners,
             "impl": impl,
         }

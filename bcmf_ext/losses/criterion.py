@@ -11,8 +11,9 @@ import torch
 from torch import Tensor, nn
 
 from .. import reference
+from ..checks import read_labels
 from ..ops import acc_dtype
-from ..reference import BCL, CPG, OHEM, SegmentationLoss, resolve_options
+from ..options import BCL, CPG, OHEM, SegmentationLoss, check_not_built, real, resolve_options, whole_label
 from ._kernels import fused_loss, prepare
 from .boundary_corrected_loss import boundary_corrected_loss
 from .cpg_loss import cpg_loss
@@ -46,7 +47,7 @@ def segmentation_loss(
     BCL(supervise="flipped").
     """
     ohem, bcl, cpg = resolve_options(ohem, bcl, cpg)
-    reference.check_not_built(first, group)
+    check_not_built(first, group)
     impl, target, ignore_index = prepare("segmentation_loss", impl, logits, target, weight, ignore_index)
     common: dict[str, Any] = {
         "weight": weight,
@@ -107,16 +108,16 @@ class SegmentationCriterion(nn.Module):
         if weight is not None and not isinstance(weight, Tensor):
             raise TypeError(f"class weights are a tensor, not a {type(weight).__name__}.")
         self.ohem, self.bcl, self.cpg = resolve_options(ohem, bcl, cpg)
-        reference.check_not_built(first, group)
+        check_not_built(first, group)
         if self.bcl is not None and self.bcl.supervise == "flipped" and weight is not None:
             _check_flipped_against_weights(self.bcl, weight)
         self.register_buffer("weight", weight)
         self.extra = {name: _check_extra(name, entry) for name, entry in (extra or {}).items()}
         self.extra_modules = nn.ModuleList([f for _, f in self.extra.values() if isinstance(f, nn.Module)])
-        self.aux_weight = reference.real("aux_weight", aux_weight)
+        self.aux_weight = real("aux_weight", aux_weight)
         if not 0 <= self.aux_weight < math.inf:
             raise ValueError(f"aux_weight is a number of at least 0, not {aux_weight}.")
-        self.ignore_index = reference.whole_label(ignore_index)
+        self.ignore_index = whole_label(ignore_index)
         self.first, self.align_corners, self.impl, self.group = first, align_corners, impl, group
 
     def forward(self, outputs: Outputs, target: Tensor, ramp: float = 1.0) -> Tensor:
@@ -140,7 +141,7 @@ class SegmentationCriterion(nn.Module):
     def _extra_terms(self, main: Tensor, target: Tensor) -> dict[str, Tensor]:
         if not self.extra:
             return {}
-        labels = reference.read_labels(target).long()
+        labels = read_labels(target).long()
         with torch.autocast(main.device.type, enabled=False):
             logits = reference.resample(main, labels.shape[1:], self.align_corners)  # once for all of them
             found = {name: function(logits, labels) for name, (_, function) in self.extra.items()}
@@ -216,7 +217,7 @@ def _check_extra(name: str, entry: Any) -> tuple[float, ExtraLoss]:
         raise ValueError(f"The extra loss {name!r} has the name of a term of ours: choose another.")
     if not isinstance(entry, (tuple, list)) or len(entry) != 2 or not callable(entry[1]):
         raise TypeError(f"The extra loss {name!r} is (weight, function), not {entry!r}.")
-    weight = reference.real(f"the weight of the extra loss {name!r}", entry[0])
+    weight = real(f"the weight of the extra loss {name!r}", entry[0])
     if not 0 <= weight < math.inf:
         raise ValueError(f"The weight of the extra loss {name!r} is a number of at least 0, not {weight}.")
     return weight, entry[1]

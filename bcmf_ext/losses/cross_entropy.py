@@ -7,7 +7,7 @@ from typing import Any
 from torch import Tensor
 
 from .. import reference
-from ..reference import OHEM, resolve_options
+from ..options import OHEM, resolve_options
 from ._kernels import fused_loss, prepare
 
 

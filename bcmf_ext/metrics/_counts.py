@@ -10,7 +10,8 @@ import torch.distributed as dist
 from PIL import Image
 from torch import Tensor
 
-from .. import dispatch, ops, reference
+from .. import checks, dispatch, ops
+from ..options import whole, whole_label
 
 Labels = Tensor | np.ndarray | Image.Image  # what metrics count
 
@@ -32,8 +33,8 @@ class Counts:
     def __init__(
         self, num_classes: int, ignore_index: int, device: torch.device | str | None, shape: tuple[int, ...]
     ) -> None:
-        self.num_classes = reference.whole("num_classes", num_classes)
-        self.ignore_index = reference.whole_label(ignore_index)
+        self.num_classes = whole("num_classes", num_classes)
+        self.ignore_index = whole_label(ignore_index)
         if self.num_classes < 1:
             raise ValueError(f"num_classes is a number of classes, at least 1, not {num_classes}.")
         self._shape = shape
@@ -144,7 +145,7 @@ def as_labels(name: str, ids: Labels) -> Tensor:
     if not isinstance(ids, Tensor) or ids.is_floating_point() or ids.is_complex():
         dtype = ids.dtype if isinstance(ids, Tensor) else ids
         raise TypeError(f"{name} holds integer class ids, not {dtype}: take the arg-max first.")
-    return reference.read_labels(ids)
+    return checks.read_labels(ids)
 
 
 def by_kernels(labels: Tensor) -> bool:

@@ -14,7 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ..reference import real, whole
+from ..options import real, whole
 from ._counts import Counts, by_kernels, count_pairs, differ, keep
 
 WIDTHS = (1, 3, 5, 9, 12)  # pixels (spec section 10)

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from .. import dispatch, ops, reference
+from ..checks import in_torch_func
 from ._counts import Counts, Labels, as_labels, count_pairs
 
 
@@ -36,7 +37,7 @@ def _check_logits(logits: Tensor) -> None:
 
 
 def _impl(logits: Tensor) -> str:
-    if not torch.compiler.is_compiling() and reference.in_torch_func():  # which knows PyTorch's own ops alone
+    if not torch.compiler.is_compiling() and in_torch_func():  # which knows PyTorch's own ops alone
         return "torch"
     return dispatch.choose("upsample_argmax", "auto", logits.device)
 

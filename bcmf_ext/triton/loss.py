@@ -16,8 +16,9 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from ..checks import check_inputs
 from ..ops import SUMMARY, LossOptions
-from ..reference import OHEM, check_inputs
+from ..options import OHEM
 from . import bcl, cpg, ohem, quads
 from .bcl import loss_of, score
 from .common import (
