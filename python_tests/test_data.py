@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 import shutil
+import struct
 from collections.abc import Callable
 from pathlib import Path
 
@@ -635,6 +636,33 @@ def test_labels_in_other_lossless_formats(folder: Path, name: str) -> None:
     assert np.array_equal(open_dataset("folder", folder, "val").label(0), wanted)
 
 
+def test_bmps_that_pillow_misreads(tmp_path: Path) -> None:
+    """Where the palette is black and white, or the greys from 0 on, Pillow takes each byte for 1 or 8 bits, whatever
+    the file says: ids of 0 everywhere. Others are read as they are."""
+    path, wanted = tmp_path / "x.bmp", ids(0, 1)
+    write_palette(path, wanted, [(0, 0, 0), (255, 255, 255)])
+    for read in (read_image, read_label):
+        sentence(lambda read=read: read(path), str(path), "BMP of 8 bits", "save it as PNG")
+    write_palette(path, wanted, [(255, 255, 255), (0, 0, 0)])
+    assert np.array_equal(read_label(path).ids, wanted)
+    Image.fromarray(wanted > 0).save(path)
+    assert np.array_equal(read_label(path).ids, wanted)
+
+
+def test_tiffs_of_few_bits(tmp_path: Path) -> None:
+    """As in PNGs, ids of 2 and 4 bits are not the greys that viewers show."""
+    path = tmp_path / "x.tif"
+    for bits in (1, 2, 4):
+        samples = np.arange(8).reshape(1, 8) % 2**bits
+        packed = np.packbits(((samples.reshape(-1, 1) >> np.arange(bits)[::-1]) & 1).astype(np.uint8)).tobytes()
+        tags = {256: 8, 257: 1, 258: bits, 259: 1, 262: 1, 273: 8, 277: 1, 278: 1, 279: len(packed)}
+        entries = b"".join(struct.pack("<HHII", tag, 4, 1, value) for tag, value in tags.items())
+        start = 8 + len(packed)
+        directory = struct.pack("<H", len(tags)) + entries + struct.pack("<I", 0)
+        path.write_bytes(struct.pack("<2sHI", b"II", 42, start) + packed + directory)
+        assert np.array_equal(read_label(path).ids, samples)
+
+
 def test_tiffs_of_other_meaning(tmp_path: Path) -> None:
     """Values below 0 stay so (-1 is not 255), and several pages, fractions and inverted greys are refused."""
     label = ids(0, 1, 2)
@@ -872,6 +900,7 @@ def test_names_with_numbers_and_commas(tmp_path: Path, names: str) -> None:
         ("0 road\n2 car 1 2 3", ["line 2", "'1 car 1 2 3'"]),
         ("-1 void\n0 road", ["line 1", "'0 void'"]),
         ("1-road\n2-car", ["'0 road'"]),
+        ("1 road\n2 car\n3 road", ["line 1", "'0 road'"]),
         ("road 7\ncar 8", ["line 1", "'0 road'"]),
         ("1\n2", ["line 1"]),
         ("road\n2 wheeler\ncar", ["line 2 is '2 wheeler'", "in all lines or in none"]),

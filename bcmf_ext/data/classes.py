@@ -152,10 +152,13 @@ def _colour_of(found: re.Match[str]) -> tuple[int, ...] | None:
 
 
 def _without_ids(path: Path, lines: list[_Line], first_id: int) -> list[str]:
-    """The names without the ids that stand before or behind all of them. `UserError` if one is not its line's."""
+    """The names without the ids that stand before or behind all of them. `UserError` if one is not its line's.
+
+    Numbers without a blank after them, or behind the names, are ids only where the names differ without them.
+    """
     for pattern, enough in _IDS:
         found = [pattern.fullmatch(line.name) for line in lines]
-        if enough(found) and len({match["name"] or match["id"] for match in found if match}) == sum(map(bool, found)):
+        if enough(found) and (enough is any or len({match["name"] for match in found if match}) == len(lines)):
             break
     else:
         return [line.name for line in lines]

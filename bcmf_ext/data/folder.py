@@ -94,10 +94,9 @@ class Folder(FileDataset):
     def _check_labels(self, root: Path, endings: tuple[str, ...], *, decided: bool) -> None:
         """`UserError` if labels contradict one another, or hold 0 and 255 only and nobody has `decided` what 255 is."""
         labels = [item.label for item in self.files if item.label is not None]
-        codings = {path: label_coding(path) for path in labels}
+        codings = _codings(labels)
         check_same_depth(codings)
-        others = _labels_of_other_splits(root, self.split, endings)
-        check_same_palettes(codings | {path: label_coding(path) for path in others})
+        check_same_palettes(codings | _codings(_labels_of_other_splits(root, self.split, endings)))
         if len(self.classes) == 2 and not decided and masks_of_255(labels):
             raise UserError(
                 f"The labels of {root} {self.split} hold only 0 and 255, which may be {self.classes[1]!r} or ignored: "
@@ -162,6 +161,10 @@ def _labels_folder(root: Path, images: Path, split: str) -> Path:
 def _labels_of_other_splits(root: Path, split: str, endings: tuple[str, ...]) -> list[Path]:
     folders = [find_split_folder(root / "labels", other) for other in SPLITS if other != split]
     return [path for folder in folders if folder is not None for path in find_files(folder, endings).values()]
+
+
+def _codings(labels: Sequence[Path]) -> dict[Path, tuple[int, bytes | None]]:
+    return {path: coding for path in labels if (coding := label_coding(path)) is not None}
 
 
 def _find_images(folder: Path) -> dict[str, Path]:

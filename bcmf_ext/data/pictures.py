@@ -27,6 +27,7 @@ _LOSSLESS_TIFF = (
 )
 _BITS_PER_SAMPLE, _PHOTOMETRIC, _SAMPLE_FORMAT = 258, 262, 339  # tags of TIFF
 _WHITE_IS_ZERO, _SIGNED = 0, 2
+_BITS_OF_GREYS = {"1": 1, "L": 8}  # by Pillow's modes
 
 _TURNS = {  # what EXIF's orientation asks for, as in ImageOps.exif_transpose
     2: Image.Transpose.FLIP_LEFT_RIGHT,
@@ -84,14 +85,18 @@ def read_label(path: Path) -> Label:
     return Label(ids, None)
 
 
-def label_coding(path: Path) -> tuple[int, bytes | None]:
-    """How a label is stored, from its header: bits per sample, and the RGB values of its palette. (8, None) where it
-    cannot be read, which decoding it will tell."""
+def label_coding(path: Path) -> tuple[int, bytes | None] | None:
+    """How a label is stored, from its header: bits per sample, and the RGB values of a palette, or None.
+
+    None where it cannot be read, which decoding it will tell."""
     with contextlib.suppress(Exception), open(path, "rb") as file:
         picture = Image.open(file)
-        palette = picture.getpalette("RGB") if picture.mode == "P" else None
-        return _bits_per_sample(picture, file), None if palette is None else bytes(palette)
-    return 8, None
+        bits = _bits_per_sample(picture, file)
+        if picture.mode != "P" or picture.palette is None:
+            return bits, None
+        order, values = picture.palette.getdata()
+        return bits, bytes(values if order == "RGB" else picture.getpalette("RGB") or ())  # which decodes the picture
+    return None
 
 
 def turned_on_its_side(path: Path) -> bool:
@@ -107,6 +112,10 @@ def _decode(path: Path, *, label: bool = False) -> tuple[Image.Image, int]:
         with open(path, "rb") as file:
             picture = Image.open(file)
             bits = _bits_per_sample(picture, file)
+            if picture.format == "BMP" and picture.mode in ("1", "L") and bits != _BITS_OF_GREYS[picture.mode]:
+                raise UserError(
+                    f"{path} is a BMP of {bits} bits with a palette of greys, which Pillow misreads: save it as PNG."
+                )
             if label:
                 _check_is_label(path, picture)
                 if picture.format == "PNG":
@@ -130,16 +139,23 @@ def _decode(path: Path, *, label: bool = False) -> tuple[Image.Image, int]:
 
 
 def _bits_per_sample(picture: Image.Image, file: IO[bytes]) -> int:
-    """As the header says. `file` keeps its place."""
+    """As the header says."""
     if picture.format == "PNG":
-        place = file.tell()
-        file.seek(24)  # in IHDR, behind the signature, its length and name, width and height
-        bits = file.read(1)[0]
-        file.seek(place)
-        return bits
+        return _byte(file, 24)  # in IHDR, behind the signature, its length and name, width and height
+    if picture.format == "BMP" and picture.mode in ("1", "L", "P"):
+        return _byte(file, 24 if _byte(file, 14) == 12 else 28)  # the oldest of its headers has 12 bytes
     if picture.format == "TIFF":
         return max(np.atleast_1d(picture.tag_v2.get(_BITS_PER_SAMPLE, 1)).tolist())  # type: ignore[attr-defined]
     return 1 if picture.mode == "1" else 16 if picture.mode.startswith(("I", "F")) else 8
+
+
+def _byte(file: IO[bytes], place: int) -> int:
+    """A byte of a file, which keeps its own place."""
+    before = file.tell()
+    file.seek(place)
+    value = file.read(1)[0]
+    file.seek(before)
+    return value
 
 
 def _orientation(picture: Image.Image) -> Any:
