@@ -173,8 +173,8 @@ def test_debug_checks_labels_where_nobody_else_looks() -> None:
     """Protects BCMF_DEBUG=1: labels are looked at before any impl runs, so that CUDA too gets the sentence, not NaN."""
     code = (
         "import torch\n"
-        "from bcmf_ext.losses._kernels import resolve_impl\n"
-        "resolve_impl('op', 'auto', torch.zeros(1, 2, 2, 2), torch.full((1, 2, 2), 7), None, 255)\n"
+        "from bcmf_ext.losses._kernels import prepare\n"
+        "prepare('op', 'auto', torch.zeros(1, 2, 2, 2), torch.full((1, 2, 2), 7), None, 255)\n"
     )
     for debug, fails in (("1", True), ("0", False)):
         env = {**os.environ, "BCMF_DEBUG": debug}
