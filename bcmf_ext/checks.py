@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Mapping
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -77,11 +79,19 @@ def describe_bad_labels(target: Tensor, num_classes: int, ignore_index: int) -> 
 
 
 def is_traced(tensor: Tensor) -> bool:
-    """Whether what is computed must not depend on values: under torch.func, torch.jit.trace and an ONNX export, and of
+    """Whether what is computed must not depend on values: under torch.func, torch.jit.trace and in exports, and of
     meta tensors, which have none."""
-    if torch.compiler.is_compiling():  # which breaks the graph where a value is asked for
+    if torch.compiler.is_compiling() and not torch.compiler.is_exporting():  # which breaks the graph there
         return False
-    return tensor.is_meta or torch.jit.is_tracing() or torch.onnx.is_in_onnx_export() or in_torch_func()
+    exporting = torch.compiler.is_exporting() or torch.onnx.is_in_onnx_export()
+    return exporting or tensor.is_meta or torch.jit.is_tracing() or in_torch_func()
+
+
+def without_autocast(tensor: Tensor) -> contextlib.AbstractContextManager[Any]:
+    """In which operations keep their tensors' precision; where the device has no autocast, nothing."""
+    device = tensor.device.type
+    available = torch.amp.is_autocast_available(device)
+    return torch.autocast(device, enabled=False) if available else contextlib.nullcontext()
 
 
 def in_torch_func() -> bool:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import os
 import re
 import shlex
 import textwrap
@@ -109,7 +110,10 @@ class Config:
     )
     aux_weight: float = knob("weight of the auxiliary head's cross-entropy", 0.4, type=float)
     loss_warmup: int = knob(
-        "iterations in which the weights of BCL and CPG grow from 0, linearly", 0, type=int, metavar="ITERATIONS"
+        "iterations in which the weights of BCL, CPG and extra losses grow from 0, linearly",
+        0,
+        type=int,
+        metavar="ITERATIONS",
     )
     log_grad_share: int = knob(
         "take each loss term's share of the gradient every so many iterations, and log an epoch's means; 0: never",
@@ -244,6 +248,8 @@ def parse_flags(argv: Sequence[str] | None = None) -> dict[str, Any]:
     )
     parser.add_argument("--check-data", action="store_true", help="check every image and label, and stop")
     given = vars(parser.parse_args(argv))
+    if "extra_loss" in given:  # whole paths: the run may go on from another folder
+        given["extra_loss"] = [os.path.abspath(entry) for entry in given["extra_loss"]]
     return {name: tuple(value) if isinstance(value, list) else value for name, value in given.items()}
 
 
@@ -312,6 +318,11 @@ def _is_of(value: Any, hint: Any) -> bool:
 def resumed_config(saved: Mapping[str, Any], flags: Mapping[str, Any], run: Path) -> Config:
     """The configuration of a run that goes on: as saved, but for what may change without changing what is learnt."""
     given = _knobs(flags)
+    if saved["extra_loss"] and given.get("extra_loss") != saved["extra_loss"]:  # a checkpoint alone must not run code
+        raise UserError(
+            f"{run} was trained with --extra-loss {_words(saved['extra_loss'])}, which is code that a checkpoint does "
+            "not hold: give the same flag again."
+        )
     for entry in fields(Config):
         old, new = saved[entry.name], given.get(entry.name, saved[entry.name])
         if entry.metadata["resumable"] or new == old:
@@ -321,11 +332,6 @@ def resumed_config(saved: Mapping[str, Any], flags: Mapping[str, Any], run: Path
         raise UserError(
             f"{run} was trained with --{flag} {before}, not {_words(new)}, and resuming keeps a run's settings: "
             f"leave --{flag} out, or start another run with --pretrained {shlex.quote(str(run / 'best.pt'))}."
-        )
-    if saved["extra_loss"] and "extra_loss" not in given:  # a checkpoint alone must not run code
-        raise UserError(
-            f"{run} was trained with --extra-loss {_words(saved['extra_loss'])}, which is code that a checkpoint does "
-            "not hold: give the flag again."
         )
     place = {"name": run.name, "output_dir": str(run.parent)}
     return Config(**{**saved, **given, **place})

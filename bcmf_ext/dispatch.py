@@ -25,6 +25,7 @@ from .checks import in_torch_func
 
 DEBUG = os.environ.get("BCMF_DEBUG") == "1"  # look at labels on CUDA too: a sync, for a sentence
 IMPLS = ("cuda", "triton", "cpu", "torch")
+_NO_SUCH_IMPL = f'there is no such impl; choose from "auto", {", ".join(map(repr, IMPLS))}'
 ORDER = {"cuda": ("cuda", "triton", "torch"), "cpu": ("cpu", "torch")}  # of "auto", by device
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"  # Triton kernels run on the CPU, slowly: for tests
 _REINSTALL = "pip install --force-reinstall --no-deps --no-cache-dir, from the same source"
@@ -116,10 +117,17 @@ def release_kept_memory() -> None:
         EXTENSION.release_kept_memory()
 
 
+def check_impl(impl: str) -> str:
+    """``impl``, if there is one of this name; ValueError."""
+    if impl not in ("auto", *IMPLS):
+        raise ValueError(f"impl={impl!r}: {_NO_SUCH_IMPL}.")
+    return impl
+
+
 def why_not(impl: str, device: str) -> str | None:
     """Why ``impl`` cannot run ops on tensors of this device type; None if it can."""
     if impl not in IMPLS:
-        return f'there is no such impl; choose from "auto", {", ".join(map(repr, IMPLS))}'
+        return _NO_SUCH_IMPL
     if impl == "torch":
         return None
     if impl not in ORDER.get(device, ()) and not (impl == "triton" and device == "cpu" and INTERPRETED):

@@ -19,6 +19,7 @@ from torch.nn.utils.fusion import fuse_conv_bn_eval
 
 from .checkpoint import load_checkpoint, load_weights
 from .config import NETWORKS
+from .data.pictures import rgb_of
 from .data.transforms import of_bytes
 from .engine import choose_device, choose_dtype
 from .errors import UserError
@@ -80,11 +81,11 @@ class Predictor:
         return upsample_argmax(self.logits(images), images.shape[2:], self.align_corners)
 
     def __call__(self, image: np.ndarray | Image.Image) -> np.ndarray:
-        """The class of each pixel, (H, W) uint8, of an RGB image, (H, W, 3) uint8, or a PIL picture. TypeError and
-        ValueError for anything else; `UserError` if the network computes
+        """The class of each pixel, (H, W) uint8, of an RGB image, (H, W, 3) uint8, or a PIL picture, which is turned
+        as its EXIF orientation says. TypeError and ValueError for anything else; `UserError` if the network computes
         NaN or infinite logits for it: its class would be 0 there, as if it knew."""
         if isinstance(image, Image.Image):
-            image = np.asarray(image.convert("RGB"))
+            image = rgb_of(image)
         if not isinstance(image, np.ndarray):
             raise TypeError(
                 f"Predictor takes (H, W, 3) uint8 images, or PIL pictures, not a {type(image).__name__}: "

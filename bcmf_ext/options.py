@@ -29,6 +29,8 @@ def real(name: str, value: Any) -> float:
     if not isinstance(value, (bool, str, bytes, Tensor)):
         try:
             return float(value)
+        except OverflowError:
+            raise ValueError(f"{name} is an endless number.") from None
         except (TypeError, ValueError):
             pass
     raise TypeError(f"{name} is a number, not {value!r} ({type(value).__name__}).")
@@ -41,7 +43,17 @@ def whole_label(ignore_index: Any) -> int:
             "ignore_index is the label that marks ignored pixels, not None: pass -1 (or another that is no class) "
             "where there are none."
         )
-    return whole("ignore_index", ignore_index)
+    label = whole("ignore_index", ignore_index)
+    if not -(2**63) <= label < 2**63:
+        raise ValueError("ignore_index is a label, and no label has more than 64 bits.")
+    return label
+
+
+def flag(name: str, value: Any) -> bool:
+    """``value`` as a bool: True, False, or a number 0 or 1 of any kind. TypeError for anything else."""
+    if isinstance(value, (str, bytes, Tensor)) or value not in (False, True):
+        raise TypeError(f"{name} is True or False, not {value!r}.")
+    return bool(value)
 
 
 def _set(option: Any, **values: Any) -> None:

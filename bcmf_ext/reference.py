@@ -24,7 +24,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .checks import check_inputs, check_labels, is_traced
+from .checks import check_inputs, check_labels, is_traced, without_autocast
 from .options import BCL, CPG, OHEM, SegmentationLoss, check_not_built, resolve_options, whole_label
 
 # --------------------------------------------------------------------------------------------------------------------
@@ -252,7 +252,8 @@ def cpg_loss(
     def gradients(maps: Tensor) -> Tensor:  # (N, C, H, W) → (N, C, 2, H, W), times the denominator
         n, c, h, w = maps.shape
         padded = F.pad(maps.reshape(n * c, 1, h, w), [radius] * 4, mode="replicate")
-        return F.conv2d(padded, taps.unsqueeze(1).to(maps)).view(n, c, 2, h, w)
+        with without_autocast(maps):
+            return F.conv2d(padded, taps.unsqueeze(1).to(maps)).view(n, c, 2, h, w)
 
     one_hot = (torch.arange(logits.shape[1], device=labels.device).view(-1, 1, 1) == labels.unsqueeze(1)) & valid[
         :, None

@@ -138,6 +138,7 @@ class Trainer:
         torch.manual_seed(config.seed)
         model = self.compute.place(NETWORKS[config.model](len(train_set.classes)))
         self.criterion = make_criterion(config).to(device)
+        try_extra_losses(self.criterion, len(train_set.classes), device)
         self.impl = choose_impl(self.criterion, device)
         self.iterations = config.epochs * len(self.sampler)
         self.warmup = min(200, self.iterations // 20) if config.warmup is None else config.warmup
@@ -421,7 +422,7 @@ def load_extra_losses(entries: Sequence[str]) -> dict[str, tuple[float, Callable
         try:
             found = runpy.run_path(file).get(name)
             loss: Any = found() if isinstance(found, type) and issubclass(found, nn.Module) else found
-        except Exception as error:  # whatever the user's code raises
+        except (Exception, SystemExit) as error:  # whatever the user's code raises
             raise UserError(f"--extra-loss {entry}: {file} fails with {type(error).__name__}: {error}") from error
         if not callable(loss):
             raise UserError(f"--extra-loss {entry}: {file} has no function or module {name}, check the name.")
@@ -433,6 +434,19 @@ def load_extra_losses(entries: Sequence[str]) -> dict[str, tuple[float, Callable
     except ValueError as error:  # a name of ours
         raise UserError(f"--extra-loss {' '.join(entries)}: {error}") from error
     return losses
+
+
+def try_extra_losses(criterion: SegmentationCriterion, classes: int, device: torch.device) -> None:
+    """Calls each once, before hours of training. `UserError` if one fails, or gives no scalar."""
+    if not criterion.extra:
+        return
+    logits = torch.zeros(2, classes, 64, 64, device=device, requires_grad=True)
+    labels = torch.arange(2 * 64 * 64, device=device).view(2, 64, 64) // 64 % classes
+    try:
+        criterion.terms(logits, labels)
+    except Exception as error:  # whatever the user's code raises
+        names = " and ".join(criterion.extra)
+        raise UserError(f"--extra-loss fails on a trial ({names}), {type(error).__name__}: {error}") from error
 
 
 def describe_loss(criterion: SegmentationCriterion) -> str:

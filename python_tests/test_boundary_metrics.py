@@ -447,6 +447,7 @@ def test_labels_as_users_have_them(impl: str, kind: Callable[..., Counts]) -> No
         Tensor.numpy,
         lambda ids: np.ascontiguousarray(ids.numpy()[..., ::-1])[..., ::-1],
         lambda ids: ids.numpy().astype(np.uint16),
+        lambda ids: ids.numpy().astype(">i4"),
         Tensor.bool,
         lambda ids: ids[:, None].to(torch.int8),
     ):

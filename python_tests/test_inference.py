@@ -210,6 +210,12 @@ def test_images_as_users_have_them(tmp_path: Path, monkeypatch: pytest.MonkeyPat
     assert np.array_equal(predictor(image[..., ::-1]), predictor(image[..., ::-1].copy()))
     assert np.array_equal(predictor(Image.fromarray(image)), predictor(image))
     assert np.array_equal(predictor(Image.fromarray(image).convert("RGBA")), predictor(image))
+    turned = Image.fromarray(image)
+    turned.getexif()[0x0112] = 6  # a quarter turn, as of a telephone held upright
+    assert np.array_equal(predictor(turned), predictor(np.rot90(image, -1)))
+    for mode in ("I;16", "I", "F"):
+        with pytest.raises(ValueError, match=f"more than 8 bits per channel .mode {mode}"):
+            predictor(Image.new(mode, (64, 64)))
     for wrong in ("street.png", picture(64, 96)[0]):
         with pytest.raises(
             TypeError, match=r"\(H, W, 3\) uint8 images, or PIL pictures, not a .*read_image reads a file"

@@ -317,9 +317,21 @@ def test_numbers_as_users_have_them() -> None:
         ({"aux_weight": "0.4"}, "aux_weight is a number, not '0.4'"),
         ({"aux_weight": None}, "aux_weight is a number, not None"),
         ({"cpg": True}, "cpg is None, a number or CPG"),
+        ({"align_corners": "no"}, "align_corners is True or False, not 'no'"),
     ):
         with pytest.raises(TypeError, match=says):
             SegmentationCriterion(**wrong)
+    for wrong, says in (
+        ({"ignore_index": 2**70}, "no label has more than 64 bits"),
+        ({"aux_weight": 2**2000}, "aux_weight is an endless number"),
+        ({"impl": "cudnn"}, "impl='cudnn': there is no such impl"),
+        ({"impl": None}, "impl=None: there is no such impl"),
+    ):
+        with pytest.raises(ValueError, match=says):
+            SegmentationCriterion(**wrong)
+    for ramp in (-1.0, float("nan")):
+        with pytest.raises(ValueError, match="ramp is a share of the weights"):
+            SegmentationCriterion(bcl=None, cpg=None)(z, y, ramp)
     for make in (bcmf_ext.CPGLoss, bcmf_ext.BoundaryCorrectedLoss):
         with pytest.raises(TypeError, match=r"ignore_index is a whole number, not 255\.0"):
             make(ignore_index=255.0)
@@ -382,6 +394,19 @@ def test_extra_losses(impl: str) -> None:
     half = SegmentationCriterion(extra={"focal": (0.5, focal)}, impl=impl)(z.bfloat16(), y)
     assert half.dtype == given.pop()[0].dtype == torch.float32
     assert copy.deepcopy(criterion).extra["dice"][1] is not dice
+
+    def careless(logits: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
+        target[target == 255] = 0
+        return logits.detach().clamp_(max=-9).mean()
+
+    same, labels = z.detach().repeat(1, 1, 4, 4).float(), y.clone()
+    both = SegmentationCriterion(extra={"x": (1, careless), "focal": (1, focal)}, impl=impl).terms(same, labels)
+    assert torch.equal(labels, y)
+    assert torch.equal(same, z.detach().repeat(1, 1, 4, 4).float())
+    assert (given.pop()[1] == 255).any()
+    assert both["x"] == -9
+    shape, meta = torch.empty(1, 4, 6, 8, device="meta"), torch.empty(1, 12, 16, dtype=torch.uint8, device="meta")
+    assert SegmentationCriterion(extra={"x": (1, lambda z, y: z.mean())})(shape, meta).is_meta
     nothing = SegmentationCriterion(extra={"x": (1, lambda z, y: z[0, 0, :0].exp())})  # of an empty crop
     assert nothing(z, torch.full_like(y, 255)) == 0
     for wrong, error, says in (
@@ -389,6 +414,8 @@ def test_extra_losses(impl: str) -> None:
         ({"x": focal}, TypeError, r"'x' is \(weight, function\)"),
         ({"x": (-1, focal)}, ValueError, "weight of the extra loss 'x' is a number of at least 0"),
         ({"x": (None, focal)}, TypeError, "weight of the extra loss 'x' is a number, not None"),
+        ({3: (1, focal)}, TypeError, "name of an extra loss is a text, not 3"),
+        ([focal], TypeError, "extra is a mapping of names"),
     ):
         with pytest.raises(error, match=says):
             SegmentationCriterion(extra=wrong)

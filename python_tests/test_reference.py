@@ -450,6 +450,29 @@ def test_per_sample_gradients(loss) -> None:
 
 
 @every_loss
+def test_exports(loss) -> None:
+    """Protects programs of torch.export: what is computed there does not depend on values."""
+
+    class Module(torch.nn.Module):
+        def forward(self, z: Tensor, y: Tensor) -> Tensor:
+            return loss(z, y)
+
+    z, y = noise(2, 4, 6, 7), blocks(2, 4, 12, 14, 3)
+    program = torch.export.export(Module(), (z, y))
+    other, labels = noise(2, 4, 6, 7, seed=1), blocks(2, 4, 12, 14, 4, seed=1)
+    torch.testing.assert_close(program.module()(other, labels), loss(other, labels))
+
+
+@every_loss
+def test_autocast_changes_nothing(loss) -> None:
+    """Protects precision: the losses compute in fp32 themselves, also where a user calls them under autocast."""
+    z, y = noise(2, 4, 6, 7).float(), blocks(2, 4, 12, 14, 3)
+    with torch.autocast("cpu", torch.bfloat16):
+        value = loss(z, y)
+    assert torch.equal(value, loss(z, y))
+
+
+@every_loss
 def test_meta_tensors(loss) -> None:
     """Protects planning without memory: a loss of tensors that have no values has the right shape, and a gradient."""
     z = torch.empty(2, 4, 6, 7, device="meta", requires_grad=True)

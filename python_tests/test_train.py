@@ -50,6 +50,7 @@ def flags(data: Path, tmp_path: Path) -> list[str]:
     return [
         *("--dataset", "folder", "--data-root", str(data), "--output-dir", str(tmp_path / "all runs"), "--name", "x"),
         *("--batch-size", "2", "--epochs", "3", "--crop-size", "64", "64", "--workers", "0", "--device", "cpu"),
+        *("--amp", "off"),  # runs of two processes are compared, which would measure what is faster each for itself
     ]
 
 
@@ -286,6 +287,15 @@ class Scaled(torch.nn.Module):
         assert labels.dtype == torch.int64 and logits.shape[2:] == labels.shape[1:]
         return self.scale * logits.abs().mean()
 
+def pixels(logits, labels):
+    return logits.mean(1)
+
+def alone(logits):
+    return logits.mean()
+
+def accuracy(logits, labels):
+    return (logits.argmax(1) == labels).float().mean()
+
 number = 3
 """
 
@@ -306,8 +316,12 @@ def test_extra_losses(
     said = capsys.readouterr().out
     assert "+ 1 CPG3 + 0.5 square + 1 Scaled, and 0.4 CE" in said
     assert "BCL and CPG and square and Scaled gain weight in 5 iterations" in said
-    with pytest.raises(UserError, match=r"trained with --extra-loss .*which is code .*: give the flag again"):
+    with pytest.raises(UserError, match=r"trained with --extra-loss .*which is code .*: give the same flag again"):
         train.main(["--resume", str(run)])
+    with pytest.raises(UserError, match=r"which is code .*: give the same flag again"):
+        train.main(["--resume", str(run), *extra[:2]])
+    monkeypatch.chdir(tmp_path)  # the same file, by another path
+    extra = ["--extra-loss", "losses.py:square=0.5", "./losses.py:Scaled=1"]
     train.main(["--resume", str(run), *extra])
     assert all({"total", "ce", "bcl", "cpg", "aux", "square", "Scaled"} == record["loss"].keys() for record in log(run))
     for entry, message in (
@@ -319,7 +333,14 @@ def test_extra_losses(
         (f"{path}:number=1", r"losses\.py has no function or module number"),
         (f"{run / 'broken.py'}:square=1", r"broken\.py fails with SyntaxError"),
         (f"{run / 'ours.py'}:cpg=1", "'cpg' has the name of a term of ours"),
+        (f"{run / 'leaves.py'}:x=1", r"leaves\.py fails with SystemExit"),
+        (
+            f"{path}:pixels=1",
+            r"fails on a trial \(pixels\), TypeError: .* returns a scalar tensor, not .*: take the mean",
+        ),
+        (f"{path}:alone=1", r"fails on a trial \(alone\), TypeError: alone\(\) takes 1 positional argument"),
     ):
+        (run / "leaves.py").write_text("raise SystemExit(2)")
         (run / "broken.py").write_text("def")
         (run / "ours.py").write_text("cpg = print")
         with pytest.raises(UserError, match=message):
@@ -327,6 +348,9 @@ def test_extra_losses(
     with pytest.raises(UserError, match="names square twice"):
         train.main([*flags, "--name", "y", "--extra-loss", f"{path}:square=1", f"{path}:square=2"])
     assert not run.with_name("y").exists()
+    measured = ["--extra-loss", f"{path}:accuracy=1", "--log-grad-share", "2"]  # of no gradient
+    train.main([*flags, "--name", "z", "--epochs", "1", *measured])
+    assert log(run.with_name("z"))[0]["grad_share"]["accuracy"] == 0
 
 
 @pytest.mark.usefixtures("tiny")
@@ -679,7 +703,7 @@ def test_a_run_keeps_its_precision(flags: list[str], run: Path, monkeypatch: pyt
     with monkeypatch.context() as patch:
         at_loss(patch, STEPS, press_ctrl_c)
         with pytest.raises(SystemExit):
-            train.main(flags)
+            train.main([*flags, "--amp", "auto"])
     monkeypatch.setattr(engine, "measure_bf16", lambda: 0.5)
     train.main(["--resume", str(run)])
     assert [compute.dtype for compute in computes] == [None, None]

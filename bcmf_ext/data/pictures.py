@@ -66,6 +66,15 @@ def read_image(path: Path) -> np.ndarray:
     return np.array(picture if picture.mode == "RGB" else picture.convert("RGB"))
 
 
+def rgb_of(picture: Image.Image) -> np.ndarray:
+    """The same of a picture in memory. ValueError if it has more than 8 bits per channel."""
+    if picture.mode.startswith(("I", "F")):
+        raise ValueError(f"The picture has more than 8 bits per channel (mode {picture.mode}): convert it to 8 bits.")
+    orientation = _orientation(picture)
+    picture = picture.transpose(_TURNS[orientation]) if orientation in _TURNS else picture
+    return np.array(picture if picture.mode == "RGB" else picture.convert("RGB"))
+
+
 def read_label(path: Path) -> Label:
     """The ids of a single-channel PNG, BMP or TIFF of one page, exactly as they are stored.
 

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from .. import dispatch, ops
 from ..checks import check_inputs, check_labels
-from ..options import BCL, CPG, OHEM, whole_label
+from ..options import BCL, CPG, OHEM, flag, whole_label
 
 
 def prepare(
@@ -40,7 +40,11 @@ def fused_loss(
 ) -> tuple[Tensor, Tensor]:
     """total, with these weights of BCL and CPG (not those in their options), and the unweighted terms (3,):
     cross-entropy (or OHEM), BCL, CPG; by the kernels of an impl that can."""
-    options: dict[str, Any] = {"ignore_index": ignore_index, "align_corners": bool(align_corners), "ce": ce}
+    options: dict[str, Any] = {
+        "ignore_index": ignore_index,
+        "align_corners": flag("align_corners", align_corners),
+        "ce": ce,
+    }
     if ohem is not None:
         options |= {"ohem_threshold": ohem.threshold, "ohem_min_kept": ohem.min_kept}
     if bcl is not None:

@@ -7,7 +7,8 @@ from typing import Any
 from torch import Tensor, nn
 
 from .. import reference
-from ..options import BCL, whole_label
+from ..dispatch import check_impl
+from ..options import BCL, flag, whole_label
 from ._kernels import fused_loss, prepare
 
 
@@ -84,8 +85,8 @@ class BoundaryCorrectedLoss(nn.Module):
         self.options: dict[str, Any] = {
             **{name: value for name, value in vars(bcl).items() if name != "weight"},
             "ignore_index": whole_label(ignore_index),
-            "align_corners": align_corners,
-            "impl": impl,
+            "align_corners": flag("align_corners", align_corners),
+            "impl": check_impl(impl),
         }
 
     def forward(self, logits: Tensor, target: Tensor) -> Tensor:

@@ -7,7 +7,8 @@ from typing import Any
 from torch import Tensor, nn
 
 from .. import reference
-from ..options import CPG, whole_label
+from ..dispatch import check_impl
+from ..options import CPG, flag, whole_label
 from ._kernels import fused_loss, prepare
 
 
@@ -70,8 +71,8 @@ class CPGLoss(nn.Module):
         self.options: dict[str, Any] = {
             **{name: value for name, value in vars(cpg).items() if name != "weight"},
             "ignore_index": whole_label(ignore_index),
-            "align_corners": align_corners,
-            "impl": impl,
+            "align_corners": flag("align_corners", align_corners),
+            "impl": check_impl(impl),
         }
 
     def forward(self, logits: Tensor, target: Tensor) -> Tensor:

@@ -11,9 +11,10 @@ import torch
 from torch import Tensor, nn
 
 from .. import reference
-from ..checks import read_labels
+from ..checks import read_labels, without_autocast
+from ..dispatch import check_impl
 from ..ops import acc_dtype
-from ..options import BCL, CPG, OHEM, SegmentationLoss, check_not_built, real, resolve_options, whole_label
+from ..options import BCL, CPG, OHEM, SegmentationLoss, check_not_built, flag, real, resolve_options, whole_label
 from ._kernels import fused_loss, prepare
 from .boundary_corrected_loss import boundary_corrected_loss
 from .cpg_loss import cpg_loss
@@ -76,13 +77,15 @@ class SegmentationCriterion(nn.Module):
     outputs: main logits (N, C, h, w); (main, auxiliary) logits; or a mapping with "out" or "logits", and "aux", as the
         networks of torchvision and Transformers return. The two heads may differ in size.
     target: labels (N, H, W), as segmentation_loss takes them. ramp: how much of their weights BCL, CPG and the extra
-        losses have; a trainer that warms them up passes it with each step.
+        losses have; a trainer that warms them up passes it with each step. (Under torch.compile each value of it is
+        compiled anew: compile the network, and leave the criterion as it is.)
     ``criterion(outputs, target, ramp)`` is ``criterion.terms(outputs, target, ramp)["total"]``.
 
     weight, ohem, bcl, cpg, first, ignore_index, align_corners, impl, group: as in segmentation_loss; BCL and CPG are on
         by default.
     extra: {name: (weight, function)}, any ``function(logits, target) -> scalar`` in plain PyTorch. It gets the main
-        logits resampled to the labels' size, fp32 (fp64), and int64 labels (N, H, W) with ignore_index in them.
+        logits resampled to the labels' size, fp32 (fp64), and int64 labels (N, H, W) of its own with ignore_index in
+        them.
 
     Raises TypeError and ValueError as segmentation_loss does; ValueError where BCL(supervise="flipped") would outweigh
     the class weights, λ (α + β) · max w / min{w > 0} ≥ 1, and for extra losses under names of our own terms.
@@ -112,13 +115,16 @@ class SegmentationCriterion(nn.Module):
         if self.bcl is not None and self.bcl.supervise == "flipped" and weight is not None:
             _check_flipped_against_weights(self.bcl, weight)
         self.register_buffer("weight", weight)
+        if not isinstance(extra, (Mapping, type(None))):
+            raise TypeError(f"extra is a mapping of names to (weight, function), not a {type(extra).__name__}.")
         self.extra = {name: _check_extra(name, entry) for name, entry in (extra or {}).items()}
         self.extra_modules = nn.ModuleList([f for _, f in self.extra.values() if isinstance(f, nn.Module)])
         self.aux_weight = real("aux_weight", aux_weight)
         if not 0 <= self.aux_weight < math.inf:
             raise ValueError(f"aux_weight is a number of at least 0, not {aux_weight}.")
         self.ignore_index = whole_label(ignore_index)
-        self.first, self.align_corners, self.impl, self.group = first, align_corners, impl, group
+        self.align_corners, self.impl = flag("align_corners", align_corners), check_impl(impl)
+        self.first, self.group = first, group
 
     def forward(self, outputs: Outputs, target: Tensor, ramp: float = 1.0) -> Tensor:
         return self.terms(outputs, target, ramp)["total"]
@@ -142,9 +148,10 @@ class SegmentationCriterion(nn.Module):
         if not self.extra:
             return {}
         labels = read_labels(target).long()
-        with torch.autocast(main.device.type, enabled=False):
+        with without_autocast(main):
             logits = reference.resample(main, labels.shape[1:], self.align_corners)  # once for all of them
-            found = {name: function(logits, labels) for name, (_, function) in self.extra.items()}
+            logits = logits.clone() if logits is main else logits  # what they do in place stays with them
+            found = {name: function(logits, labels.clone()) for name, (_, function) in self.extra.items()}
         for name, value in found.items():
             if isinstance(value, Tensor) and value.numel() == 0:  # Lovász losses of others, where all is ignored
                 found[name] = value = value.sum()
@@ -172,8 +179,10 @@ class SegmentationCriterion(nn.Module):
             terms[name] = ramp * self.extra[name][0], value
         pulls = {}
         for name, (weight, term) in terms.items():
-            (grad,) = torch.autograd.grad(term, main, retain_graph=True)  # extra losses share the resampling
-            pulls[name] = weight * grad.norm()
+            grad = None  # of an extra loss that only measures, or has parameters alone
+            if term.requires_grad:
+                (grad,) = torch.autograd.grad(term, main, retain_graph=True, allow_unused=True)  # they share a graph
+            pulls[name] = torch.zeros_like(term) if grad is None else weight * grad.norm()
         total = torch.stack([*pulls.values()]).sum()
         total = total.clamp(min=torch.finfo(total.dtype).tiny)  # where all is ignored, all shares are 0
         return {name: pull / total for name, pull in pulls.items()}
@@ -195,6 +204,8 @@ class SegmentationCriterion(nn.Module):
 
 
 def _ramped(option: Any, ramp: float) -> Any:
+    if not torch.compiler.is_compiling() and not 0 <= real("ramp", ramp) < math.inf:
+        raise ValueError(f"ramp is a share of the weights, a number of at least 0, not {ramp}.")
     return option if option is None or ramp == 1 else replace(option, weight=ramp * option.weight)
 
 
@@ -213,6 +224,8 @@ def main_and_auxiliary(outputs: Outputs) -> tuple[Tensor, Tensor | None]:
 
 
 def _check_extra(name: str, entry: Any) -> tuple[float, ExtraLoss]:
+    if not isinstance(name, str) or not name:
+        raise TypeError(f"The name of an extra loss is a text, not {name!r}.")
     if name in ("total", "ce", "bce", "bcl", "cpg", "aux"):
         raise ValueError(f"The extra loss {name!r} has the name of a term of ours: choose another.")
     if not isinstance(entry, (tuple, list)) or len(entry) != 2 or not callable(entry[1]):

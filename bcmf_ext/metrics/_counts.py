@@ -140,7 +140,8 @@ def as_labels(name: str, ids: Labels) -> Tensor:
             raise TypeError(
                 f"{name} is a tensor, a NumPy array or a PIL picture of class ids, not a {type(ids).__name__}."
             )
-        array = np.ascontiguousarray(ids)  # torch knows no negative strides
+        array = np.ascontiguousarray(ids)  # torch knows no negative strides, and only the machine's order of bytes
+        array = array.astype(array.dtype.newbyteorder("="), copy=False)
         ids = torch.tensor(array) if array.dtype.kind in "biuf" else array.dtype  # type: ignore[assignment]
     if not isinstance(ids, Tensor) or ids.is_floating_point() or ids.is_complex():
         dtype = ids.dtype if isinstance(ids, Tensor) else ids
