@@ -730,6 +730,16 @@ def test_palettes_of_greys(folder: Path) -> None:
     assert np.array_equal(open_dataset("folder", folder, "val").label(0), ids(0, 1, 2))
 
 
+@pytest.mark.parametrize("last", [2, 255])
+def test_palettes_that_are_too_short(folder: Path, last: int) -> None:
+    """Indices that the palette does not have would be compared with nothing."""
+    samples = ids(0, 1, last)
+    palette = np.array([[0, 0, 0], [200, 0, 0]])
+    (folder / "labels/val/c.png").write_bytes(png(samples[..., None], "palette", 8, palette=palette))
+    val = open_dataset("folder", folder, "val")
+    sentence(lambda: val.label(0), "c.png", f"uses the index {last}", "ends at 1")
+
+
 def test_palettes_are_compared_with_the_colours_of_classes(
     folder: Path, tmp_path_factory: pytest.TempPathFactory
 ) -> None:
@@ -957,8 +967,10 @@ def rename_splits(root: Path, images: tuple[str, str], labels: tuple[str, str]) 
         (("train", "valid"), ("train", "val")),
         (("train_images", "val_images"), ("train_segmentations", "val_segmentations")),
         (("TRAIN", "VALID"), ("train", "valid")),
+        (("TrainingSet", "ValidationSet"), ("TrainDataset", "ValDataset")),
+        (("trainset", "valset"), ("trainA", "valA")),
     ],
-    ids=["capitals", "ADE20K, Mapillary", "COCO-Stuff", "Roboflow", "LIP", "mixed"],
+    ids=["capitals", "ADE20K, Mapillary", "COCO-Stuff", "Roboflow", "LIP", "mixed", "CamelCase", "one word"],
 )
 def test_splits_by_other_names(folder: Path, images: tuple[str, str], labels: tuple[str, str]) -> None:
     """The owner's val images are the val split, whatever their folder is called."""
@@ -986,6 +998,83 @@ def test_splits_that_cannot_be_followed(folder: Path, images: tuple[str, str], n
     """Names that look like splits are never merged and split anew: val images would be trained on."""
     rename_splits(folder, images, images)
     sentence(lambda: [open_dataset("folder", folder, split) for split in ("train", "val")], *needles)
+
+
+@pytest.mark.parametrize(
+    "names",
+    ["TrainDataset TestDataset", "trains vals", "trn vld", "imagesTr imagesTs", "Tr Ts", "DUTS-TR DUTS-TE",
+     "DUTS-TR DUTS-TE ECSSD", "img_train img_val", "images_train images_val", "leftImg8bit_train leftImg8bit_val",
+     "A_train A_val", "_train _val", "1_train 2_val", "my-train my-test", "my-train my-test harbour",
+     "sets/foo_train sets/foo_val", "a/foo_train b/foo_val", "my_train my_dev", "imgtrainset imgvalset valset"],
+)  # fmt: skip
+def test_splits_side_by_side(tmp_path: Path, names: str) -> None:
+    """One of these names may be a place, two that mean different splits are splits: they are not merged."""
+    (tmp_path / "classes.txt").write_text("ground\nwall\n")
+    for i, name in enumerate(names.split()):
+        for kind in ("images", "labels"):
+            write(tmp_path / kind / name / f"{i}.png", ids(0, 1) if kind == "labels" else photo())
+    sentence(lambda: [open_dataset("folder", tmp_path, split) for split in ("train", "val")], "images")
+
+
+@pytest.mark.parametrize(
+    "names",
+    ["my_test harbour", "trainstation valley", "contest value", "en tr te", "harbour/my_testing park", "trains cars",
+     "Straße улица", "latest retrain"],
+)  # fmt: skip
+def test_places_that_are_no_splits(tmp_path: Path, names: str) -> None:
+    """Words that only contain those of splits, or mean no second one, are folders like others."""
+    (tmp_path / "classes.txt").write_text("ground\nwall\n")
+    for i, name in enumerate(names.split()):
+        for kind in ("images", "labels"):
+            write(tmp_path / kind / name / f"{i}.png", ids(0, 1) if kind == "labels" else photo())
+    lengths = [len(open_dataset("folder", tmp_path, split)) for split in ("train", "val")]
+    assert sum(lengths) == len(names.split())
+
+
+@pytest.mark.parametrize(
+    ("old", "new"),
+    [
+        (r"frame_00(\d)", r"val_00\1"),
+        (r"frame_01(\d)", r"trainimg\1"),
+        (r"frame_0(\d\d)", r"ADE_train_\1"),
+        (r"frame_0(\d\d)", r"frames_tr_\1"),
+    ],
+    ids=["one other", "one word", "a word behind", "abbreviated"],
+)
+def test_splits_in_file_names(flat: Path, old: str, new: str) -> None:
+    """Different splits in the names of files are seen in other forms too, and beside an image without."""
+    other = {"val": "train_", "tra": "valimg", "ADE": "ADE_val_", "fra": "frames_ts_"}[new[:3]]
+    for kind in ("images", "labels"):
+        for i, path in enumerate(sorted((flat / kind).iterdir())):
+            name = re.sub(old, new, path.stem) if i % 2 else f"{other}{i}"
+            if i == 19 and other != "frames_ts_":
+                name = "another"
+            path.rename(path.with_stem(name))
+    sentence(lambda: open_dataset("folder", flat, "train"), "splits in their names")
+
+
+@pytest.mark.parametrize(
+    "name",
+    ["train_list.txt", "splits.json", "split.csv", "splits/a.txt", "images/train.txt", "annotations/train.json",
+     "ImageSets/a.txt", "lists/instances_val2017.json", "TrainFiles.lst"],
+)  # fmt: skip
+def test_lists_of_splits(flat: Path, name: str) -> None:
+    """Lists in the data root and one level down say what is for training."""
+    (flat / name).parent.mkdir(exist_ok=True)
+    (flat / name).write_text("frame_001")
+    sentence(lambda: open_dataset("folder", flat, "train"), name.split("/")[0], "one in five")
+
+
+@pytest.mark.parametrize(
+    "name", ["training_log.txt", "notes/a.txt", "frames.csv", "images/test_5.json", ".cache/train.txt", "test.png"]
+)
+def test_files_that_are_no_lists(flat: Path, name: str) -> None:
+    """Logs, annotations of an image, and hidden files may hold such words."""
+    (flat / name).parent.mkdir(exist_ok=True)
+    (flat / name).write_text("frame_001")
+    for kind in ("images", "labels"):
+        (flat / kind / "frame_005.png").rename(flat / kind / "test_5.png")
+    assert len(open_dataset("folder", flat, "train")) == 16
 
 
 def test_splits_by_file_names_and_lists(flat: Path) -> None:
