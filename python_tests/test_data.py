@@ -964,7 +964,8 @@ def test_classes_txt_that_would_shift_names(tmp_path: Path, text: str, needles: 
     "form",
     ["({}) {}", "{1} ({0})", "{1} [{0}]", "{1}({0})", "[{}] {}", '"{}","{}"', "'{}': '{}',", "{}/{}", "{1}/{0}",
      "0x{} {}", "No.{} {}", "No. {}: {}", "class {}: {}", "id {} {}", "{}：{}", "{}、{}", "\uff10\uff10{} {}",
-     "{} => {}", "{} -> {}", "{1} => {0}", "{1} - {0}", "{}){}", "0{} {}", "0{}_{}", "{}\x85{}"],
+     "{} => {}", "{} -> {}", "{1} => {0}", "{1} (id {0})", "{1} No. {0}", "{1}: id={0}", "id={} {}",
+     "{1} - {0}", "{}){}", "0{} {}", "0{}_{}", "{}\x85{}"],
 )  # fmt: skip
 def test_every_form_of_an_id(tmp_path: Path, form: str) -> None:
     """Ids that are those of the lines are left out, and others refused with the line that would be right."""
@@ -1144,7 +1145,16 @@ def test_lists_of_splits(flat: Path, name: str) -> None:
 
 
 @pytest.mark.parametrize(
-    "name", ["training_log.txt", "notes/a.txt", "frames.csv", "images/test_5.json", ".cache/train.txt", "test.png"]
+    "name",
+    [
+        "training_log.txt",
+        "notes/a.txt",
+        "frames.csv",
+        "images/test_5.json",
+        "labels/test_5_polygons.json",
+        ".cache/train.txt",
+        "test.png",
+    ],
 )
 def test_files_that_are_no_lists(flat: Path, name: str) -> None:
     """Logs, annotations of an image, and hidden files may hold such words."""

@@ -32,14 +32,15 @@ _COLOUR = re.compile(
 _LAST_THREE = re.compile(rf"(?P<name>.*?[0-9]){_SEPARATOR}{_THREE}(?P<hex>)(?P<a>(?!))?")
 _FRACTION = re.compile(rf".*{_SEPARATOR}[0-9]*\.[0-9]+")
 _ID = r"(?P<id>[-+]?(?:0[xX][0-9a-fA-F]+|[0-9]+))"
-_WORD_FOR_ID = r"(?:no|nr|id|idx|index|class|label|category)[.:#]? ?#?"
+_WORD_FOR_ID = r"(?:no|nr|id|idx|index|class|label|category)[.:=#]? ?#?"
+_BEHIND = rf"(?:{_SEPARATOR}[-–] |{_SEPARATOR}|/| ?(?=[(\[])){_SEPARATOR}?"
 # Where an id may stand, and how many lines must have a number there for it to be one: "zone 1" is a name as well.
 _IDS = (
     (re.compile(rf"{_ID}(?:[.)]?{_SEPARATOR}(?:[-–] )?(?P<name>.*)|[.)]?)"), any),
     (re.compile(rf"[(\[<]{_ID}[)\]>][.]?{_SEPARATOR}?(?:[-–] )?(?P<name>.*)"), any),
     (re.compile(r"(?P<id>[0-9]+)[-_./)](?P<name>.*)"), all),
     (re.compile(rf"(?i:{_WORD_FOR_ID}){_ID}[.)]?{_SEPARATOR}(?:[-–] )?(?P<name>.*)"), all),
-    (re.compile(rf"(?P<name>.*?)(?:{_SEPARATOR}[-–] |{_SEPARATOR}|/| ?(?=[(\[])){_SEPARATOR}?[(\[]?{_ID}[)\]]?"), all),
+    (re.compile(rf"(?P<name>.*?){_BEHIND}[(\[]?(?:(?i:no|nr|idx?|index)[.:=#]* ?)?{_ID}[)\]]?[.]?"), all),
 )
 _RANGE = re.compile(rf"[0-9]+ ?(?:[-–—]|\.\.\.?|to) ?[0-9]+{_SEPARATOR}.*")
 _QUOTED_FIELD = re.compile(r"""(?:^|(?<=[,;:|=])|(?<=[,;:|=] ))(["'])([^"']*)\1(?=$| ?[,;:|=])""")

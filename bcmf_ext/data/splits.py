@@ -101,8 +101,8 @@ def _check_names(images: Path, keys: list[str]) -> None:
 
 
 def _check_lists(root: Path, keys: list[str]) -> None:
-    """`UserError` if a list in the data root or a folder there may say what is for training. A file of an image's name
-    is none: it may be that image's annotation."""
+    """`UserError` if a list in the data root or a folder there may say what is for training. A file in a
+    folder that begins with an image's name is none: it may be that image's annotation."""
     images = set(keys)
     for path in sorted([*root.glob("*"), *root.glob("*/*")]):
         stem, ending = os.path.splitext(path.name)
@@ -110,13 +110,19 @@ def _check_lists(root: Path, keys: list[str]) -> None:
         if path.parent == root and path.name.lower() in _FOLDERS_OF_LISTS and os.path.isdir(path):
             listed = True
         else:
-            listed = ending.lower() in _LISTS and stem not in images and not words & _NO_LISTS
+            listed = ending.lower() in _LISTS and not words & _NO_LISTS
+            listed = listed and (path.parent == root or not _begins_with_one(stem, images))
             listed = listed and (_meaning(words) is not None or not words.isdisjoint(_FOLDERS_OF_LISTS))
         if listed and not any(part.startswith(".") for part in path.relative_to(root).parts):
             raise UserError(
                 f"{path} says which images are for training, but such lists are not read: put the images into "
                 "images/train and images/val, and their labels likewise, or remove it to have one in five held out."
             )
+
+
+def _begins_with_one(stem: str, images: set[str]) -> bool:
+    """Whether a name is that of an image, with more words behind or without."""
+    return any(stem[:n] in images and not stem[n : n + 1].isalnum() for n in range(1, len(stem) + 1))
 
 
 def _split_folders(parent: Path) -> dict[str, str]:
