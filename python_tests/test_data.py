@@ -730,6 +730,16 @@ def test_palettes_of_greys(folder: Path) -> None:
     assert np.array_equal(open_dataset("folder", folder, "val").label(0), ids(0, 1, 2))
 
 
+@pytest.mark.parametrize("last", [2, 255])
+def test_palettes_that_are_too_short(folder: Path, last: int) -> None:
+    """Indices that the palette does not have would be compared with nothing."""
+    samples = ids(0, 1, last)
+    palette = np.array([[0, 0, 0], [200, 0, 0]])
+    (folder / "labels/val/c.png").write_bytes(png(samples[..., None], "palette", 8, palette=palette))
+    val = open_dataset("folder", folder, "val")
+    sentence(lambda: val.label(0), "c.png", f"uses the index {last}", "ends at 1")
+
+
 def test_palettes_are_compared_with_the_colours_of_classes(
     folder: Path, tmp_path_factory: pytest.TempPathFactory
 ) -> None:
@@ -898,7 +908,7 @@ def test_names_with_numbers_and_commas(tmp_path: Path, names: str) -> None:
         ("1 road\n2 car", ["line 1 is '1 road'", "'0 road'", "--reduce-zero-label"]),
         ("7: road\n8: car", ["line 1 is '7: road'", "'0 road'"]),
         ("0 road\n2 car 1 2 3", ["line 2", "'1 car 1 2 3'"]),
-        ("-1 void\n0 road", ["line 1", "'0 void'"]),
+        ("-1 void\n0 road\n1 car", ["line 1", "take the line out"]),
         ("1-road\n2-car", ["'0 road'"]),
         ("1 road\n2 car\n3 road", ["line 1", "'0 road'"]),
         ("road 7\ncar 8", ["line 1", "'0 road'"]),
@@ -917,6 +927,27 @@ def test_names_with_numbers_and_commas(tmp_path: Path, names: str) -> None:
         ("__ignore__\n_background_\ncar", ["line 1", "255"]),
         (f"road 1 2 {'9' * 5000}\ncar", ["0 to 255"]),
         (f"0 road\n{'9' * 5000} car", ["'1 car'"]),
+        (f"0x{'f' * 5000} road\n0x1 car", ["'0 road'"]),
+        ("a 1 2 3 1\nb 4 5 6 2", ["'0 a 1 2 3'"]),
+        ("a 1 2 3 1\nb 4 5 6 0", ["'0 a 1 2 3'"]),
+        ("a 0 64 128 255\nb 1 8 7 255", ["'0 a 64 128 255' or '0 a 0 64 128'"]),
+        ("a 0 64 128 0\nb 1 8 7 1", ["'0 a 64 128 0' or '0 a 0 64 128'"]),
+        ("a 9 64 128 255\nb 1 8 7", ["'a 9 64 128'", "'0 a 9 64 128 255'"]),
+        ("road 7 128 64 128\ncar 26 0 0 142", ["'0 road 128 64 128'"]),
+        ("0 a\n1 b\n255: void", ["line 3", "take the line out"]),
+        ("0 a\n1 b\n-1 void", ["line 3", "take the line out"]),
+        ("a => 1\nb => 2", ["'0 a'"]),
+        ("1 => a\n2 => b", ["'0 a'"]),
+        ("a -> 1\nb -> 2", ["'0 a'"]),
+        ("0-10 a\n11-20 b", ["line 1", "not a range"]),
+        ("0 - 10 a\n11 - 20 b", ["line 1", "not a range"]),
+        ("01 a\n02 b", ["'0 a'", "--reduce-zero-label"]),
+        ("01_a\n02_b", ["'0 a'", "--reduce-zero-label"]),
+        ("#1 a\n#2 b", ["all its lines begin with #"]),
+        ("name,b,g,r\na,1,2,3\nb,4,5,6", ["line 1", "red, green, blue"]),
+        ("class bgr\na 1 2 3\nb 4 5 6", ["line 1", "red, green, blue"]),
+        ("zone 1 north\nzone 2 south", ["'0 zone north'", "'0 zone 1 north'"]),
+        ("a 7 thing\nb 8 thing\nc 9 thing", ["'0 a thing'"]),
         (f"road\ncar {'9' * 5000} 2 3", ["0 to 255"]),
     ],
 )
@@ -927,6 +958,64 @@ def test_classes_txt_that_would_shift_names(tmp_path: Path, text: str, needles: 
     with pytest.raises(UserError) as caught:
         read_classes(tmp_path / "classes.txt", 0)
     assert len(str(caught.value)) < 500
+
+
+@pytest.mark.parametrize(
+    "form",
+    ["({}) {}", "{1} ({0})", "{1} [{0}]", "{1}({0})", "[{}] {}", '"{}","{}"', "'{}': '{}',", "{}/{}", "{1}/{0}",
+     "0x{} {}", "No.{} {}", "No. {}: {}", "class {}: {}", "id {} {}", "{}：{}", "{}、{}", "\uff10\uff10{} {}",
+     "{} => {}", "{} -> {}", "{1} => {0}", "{1} (id {0})", "{1} No. {0}", "{1}: id={0}", "id={} {}",
+     "{1} - {0}", "{}){}", "0{} {}", "0{}_{}", "{}\x85{}"],
+)  # fmt: skip
+def test_every_form_of_an_id(tmp_path: Path, form: str) -> None:
+    """Ids that are those of the lines are left out, and others refused with the line that would be right."""
+    path = tmp_path / "classes.txt"
+    path.write_text("\n".join(form.format(i, name) for i, name in enumerate(("road", "car", "sky"))), encoding="utf-8")
+    assert read_classes(path, 0) == (("road", "car", "sky"), {})
+    path.write_text("\n".join(form.format(i, name) for i, name in enumerate(("road", "car"), 1)), encoding="utf-8")
+    sentence(lambda: read_classes(path, 0), "line 1", "'0 road'", "--reduce-zero-label")
+    assert read_classes(path, 1) == (("road", "car"), {})
+
+
+@pytest.mark.parametrize("form", ["{1},{0},thing", "{1} {0} thing", "{1}_{0}", "{1}{0}", "class_{}_{}", "{}#{}"])
+def test_numbers_that_count_lines(tmp_path: Path, form: str) -> None:
+    """A number at any place that counts the lines otherwise than we do is an id, unless the names are the same but for
+    it; an id before them all says what is meant."""
+    path = tmp_path / "classes.txt"
+    path.write_text("\n".join(form.format(i, name) for i, name in enumerate(("road", "car", "sky"), 1)))
+    sentence(lambda: read_classes(path, 0), "line 1", "write '0 ", "belongs to the name")
+    lines = [f"{i} {line}" for i, line in enumerate(path.read_text().split("\n"))]
+    path.write_text("\n".join(lines))
+    assert read_classes(path, 0)[0][0] == lines[0][2:]
+    path.write_text("\n".join(form.format(i, "road") for i in range(1, 4)))
+    if not form.startswith("{}"):
+        assert len(read_classes(path, 0)[0]) == 3
+
+
+@pytest.mark.parametrize(
+    ("text", "colours"),
+    [
+        ("a 0 64 128 255\nb 9 8 7 255", [(0, 64, 128), (9, 8, 7)]),
+        ("a (0, 64, 128, 255)\nb (9, 8, 7, 255)", [(0, 64, 128), (9, 8, 7)]),
+        ("0 a 0 64 128 255\n1 b 9 8 7 255", [(0, 64, 128), (9, 8, 7)]),
+        ("a 0 0 64 128 255\nb 1 9 8 7 255", [(0, 64, 128), (9, 8, 7)]),
+        ("a 0 64 128 0\nb 9 8 7 1", [(0, 64, 128), (9, 8, 7)]),
+        ("a 0 0 64 128\nb 1 9 8 7", [(0, 64, 128), (9, 8, 7)]),
+    ],
+)
+def test_four_numbers_behind_names(tmp_path: Path, text: str, colours: list[tuple[int, ...]]) -> None:
+    """An opacity, or an id before or behind the colour, does not shift its values."""
+    (tmp_path / "classes.txt").write_text(text)
+    assert read_classes(tmp_path / "classes.txt", 0) == (("a", "b"), dict(enumerate(colours)))
+
+
+def test_lines_end_where_editors_end_them(tmp_path: Path) -> None:
+    """A form feed or a separator of Unicode would shift every class behind it."""
+    path = tmp_path / "classes.txt"
+    path.write_bytes("a\x0bb\r\nc\x0cd\re\x85f\ng\u2028h\n".encode())
+    assert read_classes(path, 0)[0] == ("a b", "c d", "e f", "g h")
+    path.write_text("zone 1 10 20 30\nzone 2 40 50 60\nroute 300 1 2 3\nroute 66 4 5 6")
+    assert read_classes(path, 0)[0] == ("zone 1", "zone 2", "route 300", "route 66")
 
 
 def test_classes_txt_from_1_on(folder: Path) -> None:
@@ -957,8 +1046,10 @@ def rename_splits(root: Path, images: tuple[str, str], labels: tuple[str, str]) 
         (("train", "valid"), ("train", "val")),
         (("train_images", "val_images"), ("train_segmentations", "val_segmentations")),
         (("TRAIN", "VALID"), ("train", "valid")),
+        (("TrainingSet", "ValidationSet"), ("TrainDataset", "ValDataset")),
+        (("trainset", "valset"), ("trainA", "valA")),
     ],
-    ids=["capitals", "ADE20K, Mapillary", "COCO-Stuff", "Roboflow", "LIP", "mixed"],
+    ids=["capitals", "ADE20K, Mapillary", "COCO-Stuff", "Roboflow", "LIP", "mixed", "CamelCase", "one word"],
 )
 def test_splits_by_other_names(folder: Path, images: tuple[str, str], labels: tuple[str, str]) -> None:
     """The owner's val images are the val split, whatever their folder is called."""
@@ -986,6 +1077,92 @@ def test_splits_that_cannot_be_followed(folder: Path, images: tuple[str, str], n
     """Names that look like splits are never merged and split anew: val images would be trained on."""
     rename_splits(folder, images, images)
     sentence(lambda: [open_dataset("folder", folder, split) for split in ("train", "val")], *needles)
+
+
+@pytest.mark.parametrize(
+    "names",
+    ["TrainDataset TestDataset", "trains vals", "trn vld", "imagesTr imagesTs", "Tr Ts", "DUTS-TR DUTS-TE",
+     "DUTS-TR DUTS-TE ECSSD", "img_train img_val", "images_train images_val", "leftImg8bit_train leftImg8bit_val",
+     "A_train A_val", "_train _val", "1_train 2_val", "my-train my-test", "my-train my-test harbour",
+     "sets/foo_train sets/foo_val", "a/foo_train b/foo_val", "my_train my_dev", "imgtrainset imgvalset valset"],
+)  # fmt: skip
+def test_splits_side_by_side(tmp_path: Path, names: str) -> None:
+    """One of these names may be a place, two that mean different splits are splits: they are not merged."""
+    (tmp_path / "classes.txt").write_text("ground\nwall\n")
+    for i, name in enumerate(names.split()):
+        for kind in ("images", "labels"):
+            write(tmp_path / kind / name / f"{i}.png", ids(0, 1) if kind == "labels" else photo())
+    sentence(lambda: [open_dataset("folder", tmp_path, split) for split in ("train", "val")], "images")
+
+
+@pytest.mark.parametrize(
+    "names",
+    ["my_test harbour", "trainstation valley", "contest value", "en tr te", "harbour/my_testing park", "trains cars",
+     "Straße улица", "latest retrain"],
+)  # fmt: skip
+def test_places_that_are_no_splits(tmp_path: Path, names: str) -> None:
+    """Words that only contain those of splits, or mean no second one, are folders like others."""
+    (tmp_path / "classes.txt").write_text("ground\nwall\n")
+    for i, name in enumerate(names.split()):
+        for kind in ("images", "labels"):
+            write(tmp_path / kind / name / f"{i}.png", ids(0, 1) if kind == "labels" else photo())
+    lengths = [len(open_dataset("folder", tmp_path, split)) for split in ("train", "val")]
+    assert sum(lengths) == len(names.split())
+
+
+@pytest.mark.parametrize(
+    ("old", "new"),
+    [
+        (r"frame_00(\d)", r"val_00\1"),
+        (r"frame_01(\d)", r"trainimg\1"),
+        (r"frame_0(\d\d)", r"ADE_train_\1"),
+        (r"frame_0(\d\d)", r"frames_tr_\1"),
+    ],
+    ids=["one other", "one word", "a word behind", "abbreviated"],
+)
+def test_splits_in_file_names(flat: Path, old: str, new: str) -> None:
+    """Different splits in the names of files are seen in other forms too, and beside an image without."""
+    other = {"val": "train_", "tra": "valimg", "ADE": "ADE_val_", "fra": "frames_ts_"}[new[:3]]
+    for kind in ("images", "labels"):
+        for i, path in enumerate(sorted((flat / kind).iterdir())):
+            name = re.sub(old, new, path.stem) if i % 2 else f"{other}{i}"
+            if i == 19 and other != "frames_ts_":
+                name = "another"
+            path.rename(path.with_stem(name))
+    sentence(lambda: open_dataset("folder", flat, "train"), "splits in their names")
+
+
+@pytest.mark.parametrize(
+    "name",
+    ["train_list.txt", "splits.json", "split.csv", "splits/a.txt", "images/train.txt", "annotations/train.json",
+     "ImageSets/a.txt", "lists/instances_val2017.json", "TrainFiles.lst"],
+)  # fmt: skip
+def test_lists_of_splits(flat: Path, name: str) -> None:
+    """Lists in the data root and one level down say what is for training."""
+    (flat / name).parent.mkdir(exist_ok=True)
+    (flat / name).write_text("frame_001")
+    sentence(lambda: open_dataset("folder", flat, "train"), name.split("/")[0], "one in five")
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        "training_log.txt",
+        "notes/a.txt",
+        "frames.csv",
+        "images/test_5.json",
+        "labels/test_5_polygons.json",
+        ".cache/train.txt",
+        "test.png",
+    ],
+)
+def test_files_that_are_no_lists(flat: Path, name: str) -> None:
+    """Logs, annotations of an image, and hidden files may hold such words."""
+    (flat / name).parent.mkdir(exist_ok=True)
+    (flat / name).write_text("frame_001")
+    for kind in ("images", "labels"):
+        (flat / kind / "frame_005.png").rename(flat / kind / "test_5.png")
+    assert len(open_dataset("folder", flat, "train")) == 16
 
 
 def test_splits_by_file_names_and_lists(flat: Path) -> None:

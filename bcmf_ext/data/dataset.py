@@ -189,8 +189,14 @@ class FileDataset(SegmentationDataset):
         """`UserError` if a palette says that an index in use is another class, or another id, than the index itself.
 
         Colours say so that belong to other classes, and greys that differ from their indices: PNG optimisers turn the
-        grey values in use into a palette. A mask of two classes in black and white is what it seems to be.
+        grey values in use into a palette. A mask of two classes in black and white is what it seems to be. An index
+        that the palette does not have cannot be compared: the file is damaged.
         """
+        if (last := int(ids.max())) >= len(palette):
+            raise UserError(
+                f"{path} uses the index {last}, but its palette ends at {len(palette) - 1}: save it again with a "
+                "colour for each index, or the ids as an 8-bit grey PNG."
+            )
         colours = [tuple(colour) for colour in palette.tolist()]
         greys = bool((palette == palette[:, :1]).all()) and not (
             len(self.classes) == 2 and colours[:2] == [(0, 0, 0), (255, 255, 255)]
