@@ -227,7 +227,8 @@ def draw_curves(path: Path, records: Sequence[dict[str, Any]]) -> None:
         style = {"color": "black", "linewidth": 2} if name == "total" else {}
         above.plot(epochs, [r["loss"].get(name, math.nan) for r in records], label=name, marker=marker, ms=3, **style)
     above.set_ylabel("loss and its unweighted terms")
-    above.set_ylim(bottom=0)
+    if above.dataLim.y0 >= 0:  # an extra loss may be negative
+        above.set_ylim(bottom=0)
     above.legend(loc="upper right", ncols=5, frameon=False)
     evaluated = [(record["epoch"], record["miou"]) for record in records if "miou" in record]
     if evaluated:

@@ -6,9 +6,12 @@ import math
 from pathlib import Path
 
 import numpy as np
+import pytest
 import torch
+from matplotlib.figure import Figure
 from PIL import Image
 
+from bcmf_ext import report
 from bcmf_ext.metrics import BoundaryFScore, ConfusionMatrix, TrimapIoU
 from bcmf_ext.report import (
     IGNORED_COLOUR,
@@ -151,6 +154,17 @@ def test_curves(tmp_path: Path) -> None:
     pictures = [np.array(Image.open(tmp_path / name).convert("L")) for name in ("none.png", "curves.png")]
     assert pictures[0].shape == pictures[1].shape
     assert all((picture < 128).any() for picture in pictures)
+
+
+def test_curves_of_negative_losses(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """An extra loss may be below 0 and is drawn all the same; otherwise the axis begins at 0."""
+    figures: list[Figure] = []
+    monkeypatch.setattr(report, "Figure", lambda *a, **k: figures.append(Figure(*a, **k)) or figures[-1])
+    for dice in (-0.8, 0.2):
+        draw_curves(tmp_path / "curves.png", [{"epoch": 1, "loss": {"total": 3.0, "dice": dice}}])
+    negative, positive = (figure.axes[0].get_ylim() for figure in figures)
+    assert negative[0] <= -0.8
+    assert positive[0] == 0
 
 
 def test_absent_line() -> None:
