@@ -350,7 +350,7 @@ void check_launch(int error) {
 }
 #endif
 
-#ifdef BCMF_EMULATED  // by python_tests/emulator: the CUDA kernels, run on CPU tensors, under another name
+#ifdef BCMF_EMULATED  // by python_tests/harness/emulator: the CUDA kernels, run on CPU tensors, under another name
 TORCH_LIBRARY_IMPL(bcmf_emulated, CPU, m) { register_cuda(m); }
 #else
 TORCH_LIBRARY_IMPL(bcmf, CPU, m) {

@@ -12,12 +12,12 @@ import torch
 if not torch.cuda.is_available():
     os.environ.setdefault("TRITON_INTERPRET", "1")
 
-from cases import Backend
+from harness.cases import Backend
 
 from bcmf_ext import dispatch
 
 if dispatch.INTERPRETED and importlib.util.find_spec("triton"):
-    import interpreter
+    from harness import interpreter
 
     interpreter.mend()
 

@@ -10,8 +10,8 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from harness.pngs import COLOUR_TYPES, png
 from PIL import Image, TiffImagePlugin
-from pngs import COLOUR_TYPES, png
 
 from bcmf_ext.data import DATASETS, SegmentationDataset, open_dataset
 from bcmf_ext.data import cityscapes as cityscapes_module

@@ -6,8 +6,8 @@ import os
 import subprocess
 from pathlib import Path
 
-import emulator
 import pytest
+from harness import emulator
 
 pytestmark = pytest.mark.skipif(emulator.why_not() is not None, reason=str(emulator.why_not()))
 

@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
-from tiny import TinyNet, one_thread  # noqa: F401
+from harness.tiny import TinyNet, one_thread  # noqa: F401
 from torch import Tensor, nn
 from torch.optim.lr_scheduler import LambdaLR, PolynomialLR
 from torch.utils.data import Dataset

@@ -17,8 +17,8 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
+from harness.tiny import CLASSES, TinyNet, one_thread, write_folder  # noqa: F401
 from PIL import Image
-from tiny import CLASSES, TinyNet, one_thread, write_folder  # noqa: F401
 
 from bcmf_ext import evaluate, export, predict
 from bcmf_ext.checkpoint import VERSION, save_checkpoint

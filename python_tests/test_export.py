@@ -13,8 +13,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from harness.tiny import TinyNet
 from test_inference import picture, trained, write_run
-from tiny import TinyNet
 
 from bcmf_ext import export
 from bcmf_ext.config import NETWORKS

@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 import torch
-from cases import DTYPES, Backend, assert_not_less_exact, layouts, make_case
+from harness.cases import DTYPES, Backend, assert_not_less_exact, layouts, make_case
 from test_ops import every_backend
 
 from bcmf_ext import BCL, CPG, OHEM

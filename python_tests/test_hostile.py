@@ -11,9 +11,9 @@ import time
 from pathlib import Path
 from types import SimpleNamespace
 
-import hostile
 import pytest
 import torch
+from harness import hostile
 
 CALLS = 3000
 

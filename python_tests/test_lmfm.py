@@ -9,12 +9,12 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-import emulator
 import pytest
 import torch
 import torch.nn.functional as F
 import torch.nn.utils.prune
-from cases import DTYPES, KERNELS, Backend, layouts
+from harness import emulator
+from harness.cases import DTYPES, KERNELS, Backend, layouts
 from torch import Tensor, nn
 
 from bcmf_ext import dispatch, ops

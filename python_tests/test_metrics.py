@@ -11,7 +11,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from cases import Backend
+from harness.cases import Backend
 from PIL import Image
 from test_ops import every_kernel
 from torch import Tensor

@@ -7,10 +7,10 @@ import shutil
 import time
 from typing import Any
 
-import emulator
 import pytest
 import torch
-from cases import (
+from harness import emulator
+from harness.cases import (
     BACKENDS,
     CASES,
     DTYPES,

@@ -11,8 +11,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from harness.tiny import TinyNet, one_thread, write_folder  # noqa: F401
 from PIL import Image
-from tiny import TinyNet, one_thread, write_folder  # noqa: F401
 
 from bcmf_ext.config import NETWORKS, RECIPES
 

@@ -264,8 +264,9 @@ def test_resume_leaves_other_folders_alone(tmp_path: Path) -> None:
 def test_stopped_at_any_moment() -> None:
     """Protects whole runs, with and without loading processes: killed, terminated or interrupted at random moments,
     they end as one that was never stopped, bit for bit. (`kills.py` does as many as asked for.)"""
-    kills = [sys.executable, str(Path(__file__).with_name("kills.py"))]
+    kills = [sys.executable, "-m", "harness.kills"]
     kills += ["--kills", "5", "--terminations", "3", "--interrupts", "2", "--seed", str(time.time_ns())]
-    done = subprocess.run(kills, capture_output=True, text=True, env={**os.environ, "OMP_NUM_THREADS": "1"})
+    environment, here = {**os.environ, "OMP_NUM_THREADS": "1"}, Path(__file__).parent
+    done = subprocess.run(kills, capture_output=True, text=True, env=environment, cwd=here)
     assert done.returncode == 0, done.stderr
     assert done.stdout.count("all equal to one that was not stopped") == 3

@@ -18,8 +18,8 @@ from typing import Any
 
 import pytest
 import torch
+from harness.tiny import CLASSES, STEPS, TinyNet, one_thread, write_folder  # noqa: F401
 from PIL import Image
-from tiny import CLASSES, STEPS, TinyNet, one_thread, write_folder  # noqa: F401
 from torch import Tensor
 
 from bcmf_ext import BCL, CPG, OHEM, dispatch, engine, evaluate, predict, train
@@ -106,7 +106,7 @@ def in_background(flags: list[str], **options: Any) -> subprocess.Popen[str]:
     """The command, with the tiny network."""
     program = (
         "import sys, torch; sys.path.insert(0, sys.argv.pop(1)); torch.set_num_threads(1)\n"
-        "from tiny import TinyNet; from bcmf_ext import train; from bcmf_ext.config import NETWORKS\n"
+        "from harness.tiny import TinyNet; from bcmf_ext import train; from bcmf_ext.config import NETWORKS\n"
         "NETWORKS['bcmfnet'] = TinyNet\n"
         "train.run_command(train.main)"
     )

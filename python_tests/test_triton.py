@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from cases import (
+from harness.cases import (
     CASES,
     KERNELS,
     Case,
@@ -23,11 +23,11 @@ from cases import (
 from bcmf_ext import BCL, CPG, dispatch, ops
 
 pytest.importorskip("triton")
-import races as races_module
 import triton
 import triton.language as tl
-from interpreter import look_for_overflow
-from races import Races, look_for_races
+from harness import races as races_module
+from harness.interpreter import look_for_overflow
+from harness.races import Races, look_for_races
 from triton.runtime.autotuner import Autotuner
 from triton.runtime.errors import InterpreterError
 

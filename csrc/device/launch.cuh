@@ -1,5 +1,5 @@
 // What the kernels cannot say in C++ alone: how one starts, and how a block gets its shared memory. g++ takes both from
-// the emulator of python_tests/emulator, and so runs the same kernels on the CPU.
+// the emulator of python_tests/harness/emulator, and so runs the same kernels on the CPU.
 #pragma once
 
 #include "common.cuh"

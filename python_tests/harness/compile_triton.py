@@ -1,4 +1,4 @@
-"""Compiles every Triton kernel to cubins without a GPU: ``python python_tests/compile_triton.py [ARCH …]``.
+"""Compiles every Triton kernel to cubins without a GPU: ``python python_tests/harness/compile_triton.py [ARCH …]``.
 
 The interpreter, which the tests use, proves neither that a kernel compiles nor that it fits. What is compiled is what
 the ops launch, as Triton specialises it: they are called with tensors without data, and a driver that knows an

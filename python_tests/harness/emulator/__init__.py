@@ -17,7 +17,7 @@ from torch.utils import cpp_extension
 from bcmf_ext import ops
 
 HERE = Path(__file__).parent
-SOURCES = HERE.parents[1] / "csrc"
+SOURCES = HERE.parents[2] / "csrc"
 ORDERS = ("forward", "reversed", "shuffled")
 LAUNCHERS = ("loss", "lmfm")  # of csrc/cuda; each has a file here
 LIB = Library("bcmf_emulated", "DEF")

@@ -1,7 +1,7 @@
 """A hostile fuzz of the CPU ops under AddressSanitizer and UndefinedBehaviorSanitizer; test_hostile.py runs it.
 
-``python hostile.py --calls 3000 --seed 0`` compiles the ops (a minute; kept in torch's folder of extensions) and makes
-so many calls of ``torch.ops.bcmf``. Labels, ``selected``, ``stats`` and ``summary`` hold anything, and may change
+``python harness/hostile.py --calls 3000 --seed 0`` compiles the ops (a minute; kept in torch's folder of extensions) and
+makes so many calls of ``torch.ops.bcmf``. Labels, ``selected``, ``stats`` and ``summary`` hold anything, and may change
 between forward and backward or while the op runs. An error is a right answer. A report is: what a sanitizer says, which
 ends the program, a call that takes seconds though its tensors are tiny, an exception of another kind, or an input that
 has changed. Each call is written to stderr before it is made, after what makes it again: ``--seed S --only K``.
@@ -32,7 +32,7 @@ import torch
 from torch import Tensor
 from torch.utils import cpp_extension
 
-ROOT = Path(__file__).resolve().parents[1]
+ROOT = Path(__file__).resolve().parents[2]
 LIBRARY = "BCMF_HOSTILE_LIBRARY"  # in the environment of the process that fuzzes: the compiled ops
 
 # ---------------------------------------------------------------------------------------------------------------------

@@ -1,6 +1,6 @@
 """Stops tiny runs at random moments and goes on with them until they are finished: each equals one never stopped.
 
-    python python_tests/kills.py --kills 100 --terminations 40 --interrupts 40
+    cd python_tests && python -m harness.kills --kills 100 --terminations 40 --interrupts 40
 
 Runs are children of this process, which has imported everything: each is killed, not the seconds before it begins.
 """
@@ -20,12 +20,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from tiny import TinyNet, write_folder
 
 from bcmf_ext import train
 from bcmf_ext.config import NETWORKS
 from bcmf_ext.errors import run_command
 from bcmf_ext.files import TEMPORARY
+from harness.tiny import TinyNet, write_folder
 
 TIMINGS = ("seconds", "images_per_second")
 EPOCHS = 3

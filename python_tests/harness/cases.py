@@ -11,7 +11,6 @@ from dataclasses import dataclass, field
 from typing import Any
 from unittest import mock
 
-import emulator
 import pytest
 import torch
 import torch.nn.functional as F
@@ -19,6 +18,7 @@ from torch import Tensor
 
 import bcmf_ext
 from bcmf_ext import BCL, CPG, OHEM, dispatch, ops, reference
+from harness import emulator
 
 DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 SHAPES = ((1, 2, 1, 1), (1, 3, 1, 37), (2, 19, 13, 17), (1, 171, 8, 9), (3, 5, 64, 33), (2, 4, 18, 72))
