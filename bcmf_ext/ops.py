@@ -8,11 +8,14 @@ from __future__ import annotations
 
 import importlib
 from collections.abc import Sequence
-from typing import Any, NamedTuple
+from enum import IntEnum
+from typing import Any, get_type_hints
 
 import torch
 from torch import Tensor
 from torch.library import Library
+
+from .options import MAX_STEPS, TERMS, LossOptions
 
 LIB = Library("bcmf", "DEF")
 
@@ -58,39 +61,37 @@ def _define(lib: Library, name: str, schema: str, fake: Any, backward_schema: st
 # loss: any mix of cross-entropy or OHEM, BCL and CPG, of logits of any size.
 #   logits (N, C, h, w), target (N, H, W), weight (C,) or None, and LossOptions
 #   → total (), differentiable;
-#     terms (3,), unweighted: cross-entropy, BCL, CPG, 0 for one that was not asked for;
+#     terms (3,), unweighted, in the order of options.TERMS: 0 for one that was not asked for;
 #     stats (2, N, H, W): m = max_c Z_c and log Σ_c exp(Z_c − m), kept apart so that small losses keep their digits;
 #     selected (N, H, W) uint8, (0, H, W) without BCL: bit s says whether BCL's step s selected the pixel;
-#     summary (SUMMARY,), which the backward reads on the device: what each mean is taken over, and the smallest loss
-#     that OHEM keeps (csrc/device/common.cuh).
-
-SUMMARY = 12
+#     summary (SUMMARY,), see Summary.
 
 
-class LossOptions(NamedTuple):
-    """What is asked of bcmf::loss, in the order of its schema. bcl_steps empty: without BCL; cpg_kernel_size 0: without
-    CPG; bcl_flipped: empty, or α and β of the flipped labels."""
+class Summary(IntEnum):
+    """The entries of bcmf::loss's summary: what the backward needs to know of the whole batch, and reads on the device.
 
-    ignore_index: int
-    align_corners: bool = False
-    ce: bool = True
-    ohem_threshold: float | None = None
-    ohem_min_kept: int = 0
-    bcl_weight: float = 0.0
-    bcl_steps: Sequence[int] = ()
-    bcl_flipped: Sequence[float] = ()
-    bcl_threshold: float = 1.0
-    bcl_nms_size: int = 1
-    cpg_weight: float = 0.0
-    cpg_kernel_size: int = 0
-    cpg_window: bool = True
+    C++ has the same numbers (csrc/device/common.cuh); a test holds the two together.
+    """
+
+    DENOMINATOR = 0  # of the cross-entropy: the valid pixels' weights added up, or with OHEM the number of kept pixels
+    CUTOFF = 1  # the smallest loss that OHEM keeps
+    VALID = 2  # |V|
+    EDGES = 3  # |M| of CPG
+    SELECTED = 4  # |S| of BCL's first step; those of the others follow
 
 
-_LOSS_OPTIONS = (
-    "int ignore_index, bool align_corners, bool ce, float? ohem_threshold, int ohem_min_kept, float bcl_weight,"
-    " int[] bcl_steps, float[] bcl_flipped, float bcl_threshold, int bcl_nms_size, float cpg_weight,"
-    " int cpg_kernel_size, bool cpg_window"
-)
+SUMMARY = Summary.SELECTED + MAX_STEPS
+"""How many entries a summary has."""
+
+_SCHEMA_TYPES = {
+    int: "int",
+    bool: "bool",
+    float: "float",
+    float | None: "float?",
+    Sequence[int]: "int[]",
+    Sequence[float]: "float[]",
+}
+_LOSS_OPTIONS = ", ".join(f"{_SCHEMA_TYPES[kind]} {name}" for name, kind in get_type_hints(LossOptions).items())
 _LOSS = (
     f"(Tensor logits, Tensor target, Tensor? weight, {_LOSS_OPTIONS})"
     " -> (Tensor total, Tensor terms, Tensor stats, Tensor selected, Tensor summary)"
@@ -106,7 +107,7 @@ def _loss_fake(logits: Tensor, target: Tensor, weight: Tensor | None, *options: 
     images = target.shape[0] if LossOptions(*options).bcl_steps else 0
     return (
         logits.new_empty((), dtype=acc),
-        logits.new_empty((3,), dtype=acc),
+        logits.new_empty((len(TERMS),), dtype=acc),
         logits.new_empty((2, *target.shape), dtype=acc),
         logits.new_empty((images, *target.shape[1:]), dtype=torch.uint8),
         logits.new_empty((SUMMARY,), dtype=acc),

@@ -1,13 +1,14 @@
-"""What is asked of a loss: OHEM, BCL and CPG with their options, and the numbers that users pass.
+"""What is asked of a loss: OHEM, BCL and CPG with their options, the result, and the numbers that users pass.
 
 Options are frozen: a bad one raises when it is made, TypeError for what is of another kind, ValueError for a value that
-cannot be.
+cannot be. What depends on several of them is checked where a total is formed (`resolve_options`).
 """
 
 from __future__ import annotations
 
 import math
 import operator
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -64,7 +65,8 @@ def _set(option: Any, **values: Any) -> None:
 
 @dataclass(frozen=True)
 class OHEM:
-    """Online hard example mining: average the cross-entropy of the hard pixels only (spec section 2).
+    """Online hard example mining: average the cross-entropy of the hard pixels only (docs/definitions.md,
+    Cross-entropy and OHEM).
 
     threshold: a pixel is hard if the probability of its label is below this, 0 < threshold <= 1.
     min_kept: at least this many pixels of the batch are kept, the hardest ones.
@@ -81,6 +83,9 @@ class OHEM:
             raise ValueError(f"OHEM's min_kept is a number of pixels, at least 0, not {self.min_kept}.")
 
 
+MAX_STEPS = 8  # A selection is kept as a byte for each pixel, with a bit for each of BCL's steps.
+
+
 def _check_weight(name: str, weight: float) -> None:
     if not 0 <= weight < math.inf:
         raise ValueError(f"{name}'s weight is a number of at least 0, not {weight}.")
@@ -88,9 +93,10 @@ def _check_weight(name: str, weight: float) -> None:
 
 @dataclass(frozen=True)
 class BCL:
-    """Boundary Corrected Loss: flip the labels, compare, suppress non-maxima, keep the hard ones (spec section 3).
+    """Boundary Corrected Loss: flip the labels, compare, suppress non-maxima, keep the hard ones
+    (docs/definitions.md, Boundary Corrected Loss).
 
-    weight: λ, the factor of this term in the total. (The spec's 0.4 was worse in the pilot: bench/NOTES.md.)
+    weight: λ, the factor of this term in the total. (0.4 was worse in every score of the pilot: bench/NOTES.md.)
     step: rows and columns are flipped in groups of this many pixels; a tuple of 1 to 8 steps averages their losses.
     supervise: "original" trains the selected pixels on their own labels; "flipped" on the two flipped ones (eq. 2 of
         the paper read literally), weighted by alpha (rows) and beta (columns).
@@ -115,9 +121,9 @@ class BCL:
             _set(self, **{name: real(f"BCL's {name}", getattr(self, name))})
         _set(self, nms_size=whole("BCL's nms_size", self.nms_size))
         _check_weight("BCL", self.weight)
-        if not 1 <= len(self.steps) <= 8 or min(self.steps) < 1:
+        if not 1 <= len(self.steps) <= MAX_STEPS or min(self.steps) < 1:
             raise ValueError(
-                f"BCL's step is a positive number of pixels or a tuple of 1 to 8 of them, not {self.step}."
+                f"BCL's step is a positive number of pixels or a tuple of 1 to {MAX_STEPS} of them, not {self.step}."
             )
         if self.supervise not in ("original", "flipped"):
             raise ValueError(f'BCL\'s supervise is "original" or "flipped", not {self.supervise!r}.')
@@ -128,11 +134,6 @@ class BCL:
                 raise ValueError(f"BCL's {name} is a number of at least 0, not {share}.")
         if self.nms_size < 1 or self.nms_size % 2 == 0:
             raise ValueError(f"BCL's nms_size is an odd number of pixels, not {self.nms_size}.")
-        if self.supervise == "flipped" and self.weight * (self.alpha + self.beta) >= 1:
-            raise ValueError(
-                f'BCL(supervise="flipped") with weight·(alpha + beta) = {self.weight * (self.alpha + self.beta):g} '
-                "teaches the flipped labels more than the true ones; keep it below 1."
-            )
 
     @property
     def steps(self) -> tuple[int, ...]:
@@ -142,7 +143,8 @@ class BCL:
 
 @dataclass(frozen=True)
 class CPG:
-    """Convolution-based Probability Gradient loss: match the Sobel gradients of p and of the labels (spec section 4).
+    """Convolution-based Probability Gradient loss: match the Sobel gradients of p and of the labels
+    (docs/definitions.md, CPG loss).
 
     weight: λ, the factor of this term in the total; None is 1.0, 0.4, 0.35 for kernel_size 3, 5, 7. (The paper's 1.0,
         8.0, 5.0 belong to a mask that rounding had diluted; with the exact mask they are far too strong.)
@@ -176,6 +178,56 @@ class SegmentationLoss(NamedTuple):
     cpg: Tensor | None
 
 
+TERMS = SegmentationLoss._fields[1:]
+"""The terms of a total, in the order in which kernels return them."""
+
+
+class LossOptions(NamedTuple):
+    """What is asked of bcmf::loss, flat: the op's schema is made from these names and annotations, in this order.
+
+    bcl_steps: empty without BCL. bcl_flipped: α and β, empty where BCL supervises the true labels. cpg_kernel_size: 0
+    without CPG. cpg_window: whether an ignored pixel takes all windows that it lies in out of the mean.
+    """
+
+    ignore_index: int
+    align_corners: bool = False
+    ce: bool = True
+    ohem_threshold: float | None = None
+    ohem_min_kept: int = 0
+    bcl_weight: float = 0.0
+    bcl_steps: Sequence[int] = ()
+    bcl_flipped: Sequence[float] = ()
+    bcl_threshold: float = 1.0
+    bcl_nms_size: int = 1
+    cpg_weight: float = 0.0
+    cpg_kernel_size: int = 0
+    cpg_window: bool = True
+
+    @classmethod
+    def of(
+        cls, ignore_index: int, align_corners: bool, ce: bool, ohem: OHEM | None, bcl: BCL | None, cpg: CPG | None
+    ) -> LossOptions:
+        """The flat form of the options; a term that is None, or False, is left out of the total."""
+        options: dict[str, Any] = {}
+        if ohem is not None:
+            options |= {"ohem_threshold": ohem.threshold, "ohem_min_kept": ohem.min_kept}
+        if bcl is not None:
+            options |= {
+                "bcl_weight": bcl.weight,
+                "bcl_steps": bcl.steps,
+                "bcl_flipped": (bcl.alpha, bcl.beta) if bcl.supervise == "flipped" else (),
+                "bcl_threshold": bcl.threshold,
+                "bcl_nms_size": bcl.nms_size,
+            }
+        if cpg is not None:
+            options |= {
+                "cpg_weight": cpg.weight,
+                "cpg_kernel_size": cpg.kernel_size,
+                "cpg_window": cpg.ignore_mode == "window",
+            }
+        return cls(ignore_index, align_corners, ce, **options)
+
+
 def _option(value: Any, kind: Any, keyword: str, field: str) -> Any:
     """What was passed as ``keyword``: None, a ``kind``, or a number, which stands for ``kind(field=number)``."""
     if value is None or isinstance(value, kind):
@@ -198,15 +250,26 @@ def check_not_built(first: str, group: object) -> None:
 def resolve_options(
     ohem: OHEM | float | None, bcl: BCL | float | None, cpg: CPG | float | None
 ) -> tuple[OHEM | None, BCL | None, CPG | None]:
-    """Floats to options; TypeError for what is neither, ValueError if OHEM stands beside a BCL that supervises the
-    flipped labels."""
-    chosen: tuple[OHEM | None, BCL | None, CPG | None] = (
-        _option(ohem, OHEM, "ohem", "threshold"),
-        _option(bcl, BCL, "bcl", "weight"),
-        _option(cpg, CPG, "cpg", "weight"),
-    )
-    if chosen[0] is not None and chosen[1] is not None and chosen[1].supervise == "flipped":
+    """The options of a total, floats turned into options. Raises TypeError for what is neither, and ValueError for
+    options that cannot stand beside each other (see `check_flipped`)."""
+    hard_examples: OHEM | None = _option(ohem, OHEM, "ohem", "threshold")
+    boundaries: BCL | None = _option(bcl, BCL, "bcl", "weight")
+    gradients: CPG | None = _option(cpg, CPG, "cpg", "weight")
+    if boundaries is not None and boundaries.supervise == "flipped":
+        check_flipped(boundaries, hard_examples)
+    return hard_examples, boundaries, gradients
+
+
+def check_flipped(bcl: BCL, ohem: OHEM | None) -> None:
+    """ValueError where flipped labels could outweigh the true ones: the arg-max stays right only beside a plain mean
+    cross-entropy, and while λ (α + β) < 1 (docs/definitions.md, Boundary Corrected Loss)."""
+    if ohem is not None:
         raise ValueError(
             'BCL(supervise="flipped") keeps the arg-max right only beside a plain mean cross-entropy: leave ohem out.'
         )
-    return chosen
+    strength = bcl.weight * (bcl.alpha + bcl.beta)
+    if strength >= 1:
+        raise ValueError(
+            f'BCL(supervise="flipped") with weight·(alpha + beta) = {strength:g} teaches the flipped labels more than '
+            "the true ones; keep it below 1."
+        )

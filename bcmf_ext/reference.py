@@ -1,7 +1,8 @@
 """The losses as their papers define them, in plain PyTorch.
 
 This file is the oracle that every other backend is compared with, the baseline of the benchmarks, and the easiest place
-to read what a loss is. It needs torch alone. Names and defaults are those of the public functions, without ``impl``.
+to read what a loss is; docs/definitions.md has the same in formulas, under the same headings. It needs torch alone.
+Names and defaults are those of the public functions, without ``impl``.
 
 Shapes throughout: logits ``Z (N, C, h, w)`` in fp16, bf16, fp32 or fp64; target ``Y (N, H, W)``, or (N, 1, H, W), bool
 or of any integer dtype, holding ``0..C-1`` or ``ignore_index``. If (h, w) differs from (H, W), the logits are resampled
@@ -12,6 +13,9 @@ device. Where there is nothing to average, a term is 0 with an all-zero gradient
 Errors: ``TypeError`` for a wrong dtype, ``ValueError`` for a wrong shape, device or option, and for a label that is
 neither a class nor ``ignore_index``. On CUDA tensors, and under torch.compile, torch.func and tracing, such a label
 makes the loss NaN instead: looking at it would stop the GPU, or cannot be done.
+
+In private functions logits are fp32 (fp64) of the labels' size, labels (N, H, W) int64 with 0 at ignored pixels, and
+``valid`` (N, H, W) says which pixels are not ignored (`_widen`).
 """
 
 from __future__ import annotations
@@ -28,7 +32,7 @@ from .checks import check_inputs, check_labels, is_traced, without_autocast
 from .options import BCL, CPG, OHEM, SegmentationLoss, check_not_built, resolve_options, whole_label
 
 # --------------------------------------------------------------------------------------------------------------------
-# What every loss does first (spec section 1)
+# What every loss does first (docs/definitions.md: Conventions, Resampling)
 
 
 def resample(logits: Tensor, size: Sequence[int], align_corners: bool = False) -> Tensor:
@@ -100,7 +104,7 @@ def _mean(values: Tensor, selected: Tensor, denominator: Tensor | None = None) -
 
 
 # --------------------------------------------------------------------------------------------------------------------
-# Cross-entropy and OHEM (spec section 2)
+# Cross-entropy and OHEM
 
 
 def cross_entropy(
@@ -118,18 +122,21 @@ def cross_entropy(
     OHEM keeps S = {ℓ > −ln θ}, or the min_kept largest ℓ with all ties at the last one if those are more, and returns
     Σ_S w_Y ℓ / |S|.
     """
+    ohem, _, _ = resolve_options(ohem, None, None)
     target = check_inputs(logits, target, weight)
-    hard_examples, _, _ = resolve_options(ohem, None, None)
-    logits, labels, valid = _widen(logits, target, ignore_index, align_corners)
+    return compute_loss(logits, target, weight, ignore_index, align_corners, ohem=ohem)[0]
+
+
+def _cross_entropy(logits: Tensor, labels: Tensor, valid: Tensor, weight: Tensor | None, ohem: OHEM | None) -> Tensor:
     if weight is not None:
         # A pixel of weight 0 pulls at nothing, not even by 0·NaN. (The NaN of its logits stays in the value.)
         logits = torch.where((weight[labels] != 0).unsqueeze(1), logits, logits.detach())
     nll = _nll(_log_softmax(logits, valid), labels)
-    selected = valid if hard_examples is None else _hard_pixels(nll.detach(), valid, hard_examples)
+    selected = valid if ohem is None else _hard_pixels(nll.detach(), valid, ohem)
     if weight is None:  # not weights of 1: inductor multiplies them away, and then loses the gradient at a graph break
         return _mean(nll, selected)
     w = weight.to(nll.dtype)[labels]
-    return _mean(w * nll, selected, torch.where(valid, w, 0.0).sum() if hard_examples is None else None)
+    return _mean(w * nll, selected, torch.where(valid, w, 0.0).sum() if ohem is None else None)
 
 
 def _hard_pixels(nll: Tensor, valid: Tensor, ohem: OHEM) -> Tensor:
@@ -146,7 +153,7 @@ def _hard_pixels(nll: Tensor, valid: Tensor, ohem: OHEM) -> Tensor:
 
 
 # --------------------------------------------------------------------------------------------------------------------
-# Boundary Corrected Loss (spec section 3)
+# Boundary Corrected Loss
 
 
 def flip_index(length: int, step: int, device: torch.device | None = None) -> Tensor:
@@ -158,32 +165,25 @@ def flip_index(length: int, step: int, device: torch.device | None = None) -> Te
 
 
 def boundary_corrected_loss(
-    logits: Tensor,
-    target: Tensor,
-    *,
-    step: int | tuple[int, ...] = 2,
-    supervise: str = "original",
-    alpha: float = 0.5,
-    beta: float = 0.5,
-    threshold: float = 0.7,
-    nms_size: int = 3,
-    ignore_index: int = 255,
-    align_corners: bool = False,
+    logits: Tensor, target: Tensor, *, ignore_index: int = 255, align_corners: bool = False, **options: Any
 ) -> Tensor:
     """The BCL term of BCMFNet, without the cross-entropy that stands beside it and without λ.
 
     The labels flipped by rows, Yʳ, and by columns, Yᶜ, are compared with the labels Y: q = max(ℓ[Y], ℓ[Yʳ], ℓ[Yᶜ])
     where all three are valid (V₃). S = {q is the maximum of its nms_size² neighbourhood, and q > −ln threshold}.
-    supervise="original": (1/|S|) Σ_S ℓ[Y]. supervise="flipped": (1/|V|) Σ_S (α ℓ[Yʳ] + β ℓ[Yᶜ]). Arguments: see BCL.
+    supervise="original": (1/|S|) Σ_S ℓ[Y]. supervise="flipped": (1/|V|) Σ_S (α ℓ[Yʳ] + β ℓ[Yᶜ]).
+    options: the fields of BCL, but for the weight.
     """
-    options = BCL(0.0, step, supervise, alpha, beta, threshold, nms_size)
+    bcl = BCL(1.0, **options)
     target = check_inputs(logits, target)
-    logits, labels, valid = _widen(logits, target, ignore_index, align_corners)
-    losses = [_bcl_of_one_step(logits, labels, valid, step, options) for step in options.steps]
-    return torch.stack(losses).mean()
+    return compute_loss(logits, target, None, ignore_index, align_corners, ce=False, bcl=bcl)[0]
 
 
-def _bcl_of_one_step(logits: Tensor, labels: Tensor, valid: Tensor, step: int, options: BCL) -> Tensor:
+def _bcl(logits: Tensor, labels: Tensor, valid: Tensor, bcl: BCL) -> Tensor:
+    return torch.stack([_bcl_of_one_step(logits, labels, valid, step, bcl) for step in bcl.steps]).mean()
+
+
+def _bcl_of_one_step(logits: Tensor, labels: Tensor, valid: Tensor, step: int, bcl: BCL) -> Tensor:
     rows = flip_index(labels.shape[1], step, labels.device)
     columns = flip_index(labels.shape[2], step, labels.device)
     valid3 = valid & valid[:, rows] & valid[:, :, columns]
@@ -191,23 +191,23 @@ def _bcl_of_one_step(logits: Tensor, labels: Tensor, valid: Tensor, step: int, o
     log_p = _log_softmax(logits, valid3)
     nll, nll_rows, nll_columns = (_nll(log_p, y) for y in (labels, labels[:, rows], labels[:, :, columns]))
     q = torch.maximum(torch.maximum(nll, nll_rows), nll_columns).detach()
-    selected = select_maxima(q, valid3, options)
-    if options.supervise == "original":
+    selected = bcl_select(q, valid3, bcl)
+    if bcl.supervise == "original":
         return _mean(nll, selected)
-    return _mean(options.alpha * nll_rows + options.beta * nll_columns, selected, valid.sum())
+    return _mean(bcl.alpha * nll_rows + bcl.beta * nll_columns, selected, valid.sum())
 
 
-def select_maxima(q: Tensor, valid3: Tensor, options: BCL) -> Tensor:
+def bcl_select(q: Tensor, valid3: Tensor, bcl: BCL) -> Tensor:
     """S: where the scores q (N, H, W) are maxima of their neighbourhood and exceed the threshold, bool (N, H, W). A NaN
     score is never left out silently."""
     q = torch.where(valid3, q, 0.0)
-    radius = min(options.nms_size // 2, max(q.shape[1:]))
+    radius = min(bcl.nms_size // 2, max(q.shape[1:]))
     pooled = F.max_pool2d(q, 2 * radius + 1, stride=1, padding=radius) if q.numel() else q
-    return valid3 & ((q == pooled) & (q > -math.log(options.threshold)) | q.isnan())
+    return valid3 & ((q == pooled) & (q > -math.log(bcl.threshold)) | q.isnan())
 
 
 # --------------------------------------------------------------------------------------------------------------------
-# Convolution-based Probability Gradient loss (spec section 4)
+# CPG loss, the Convolution-based Probability Gradient loss
 
 
 def sobel_taps(kernel_size: int) -> tuple[Tensor, int]:
@@ -227,27 +227,24 @@ def _dilate(mask: Tensor, radius: int) -> Tensor:
 
 
 def cpg_loss(
-    logits: Tensor,
-    target: Tensor,
-    *,
-    kernel_size: int = 3,
-    ignore_mode: str = "window",
-    ignore_index: int = 255,
-    align_corners: bool = False,
+    logits: Tensor, target: Tensor, *, ignore_index: int = 255, align_corners: bool = False, **options: Any
 ) -> Tensor:
     """CPG as the paper defines it: mean of (G − Ĝ)² over M, G and Ĝ the Sobel gradients of the one-hot labels and of p.
 
     M holds the (image, class, direction, pixel) with G ≠ 0, decided exactly, and no ignored pixel in the window
     (``ignore_mode="centre"``: whose own pixel is not ignored). Ignored pixels are the zero vector in the one-hot map;
-    borders are replicated. For speed see cpg_loss_sparse.
+    borders are replicated. options: the fields of CPG, but for the weight. For speed see cpg_loss_sparse.
     """
-    kernel_size = CPG(0.0, kernel_size, ignore_mode).kernel_size
+    cpg = CPG(1.0, **options)
     target = check_inputs(logits, target)
-    logits, labels, valid = _widen(logits, target, ignore_index, align_corners)
+    return _cpg(*_widen(logits, target, ignore_index, align_corners), cpg)
+
+
+def _cpg(logits: Tensor, labels: Tensor, valid: Tensor, cpg: CPG) -> Tensor:
     if labels.numel() == 0:
         return _mean(logits.sum(1), valid)
-    radius = kernel_size // 2
-    taps, denominator = sobel_taps(kernel_size)
+    radius = cpg.kernel_size // 2
+    taps, denominator = sobel_taps(cpg.kernel_size)
 
     def gradients(maps: Tensor) -> Tensor:  # (N, C, H, W) → (N, C, 2, H, W), times the denominator
         n, c, h, w = maps.shape
@@ -259,7 +256,7 @@ def cpg_loss(
         :, None
     ]
     truth = gradients(one_hot.to(logits.dtype))  # integers: exact
-    usable = ~_dilate(~valid, radius) if ignore_mode == "window" else valid
+    usable = ~_dilate(~valid, radius) if cpg.ignore_mode == "window" else valid
     mask = (truth != 0) & usable[:, None, None]
 
     read = _dilate(mask.flatten(1, 2).any(1), radius)
@@ -268,13 +265,7 @@ def cpg_loss(
 
 
 def cpg_loss_sparse(
-    logits: Tensor,
-    target: Tensor,
-    *,
-    kernel_size: int = 3,
-    ignore_mode: str = "window",
-    ignore_index: int = 255,
-    align_corners: bool = False,
+    logits: Tensor, target: Tensor, *, ignore_index: int = 255, align_corners: bool = False, **options: Any
 ) -> Tensor:
     """cpg_loss, computed at the edge pixels only: the fastest eager form we know. Equal to cpg_loss up to rounding.
 
@@ -282,14 +273,17 @@ def cpg_loss_sparse(
     pixels in the windows of the E edge pixels, and the Sobel taps are summed one after the other over those rows (with
     its backward, faster than embedding_bag, a sparse product or one gather of all windows).
     """
-    kernel_size = CPG(0.0, kernel_size, ignore_mode).kernel_size
+    cpg = CPG(1.0, **options)
     target = check_inputs(logits, target)
+    return compute_loss(logits, target, None, ignore_index, align_corners, ce=False, cpg=cpg)[0]
+
+
+def _cpg_sparse(logits: Tensor, labels: Tensor, valid: Tensor, cpg: CPG) -> Tensor:
     if is_traced(logits):  # which pixels are edge pixels is a question of values
-        options: dict[str, Any] = {"ignore_index": ignore_index, "align_corners": align_corners}
-        return cpg_loss(logits, target, kernel_size=kernel_size, ignore_mode=ignore_mode, **options)
-    logits, labels, valid = _widen(logits, target, ignore_index, align_corners)
+        return _cpg(logits, labels, valid, cpg)
     if labels.numel() == 0:
         return _mean(logits.sum(1), valid)
+    kernel_size = cpg.kernel_size
     num_classes, (height, width), radius = logits.shape[1], labels.shape[1:], kernel_size // 2
     taps, denominator = sobel_taps(kernel_size)
     taps = taps.flatten(1).to(logits)  # (2, k²)
@@ -297,7 +291,7 @@ def cpg_loss_sparse(
     ids = torch.where(valid, labels, num_classes).contiguous()  # ignored pixels are a class of their own
     highest = F.max_pool2d(ids.float(), kernel_size, stride=1, padding=radius)
     lowest = -F.max_pool2d(-ids.float(), kernel_size, stride=1, padding=radius)
-    usable = highest < num_classes if ignore_mode == "window" else valid
+    usable = highest < num_classes if cpg.ignore_mode == "window" else valid
     n, y, x = ((highest != lowest) & usable).nonzero(as_tuple=True)  # the edge pixels, (E,) each
 
     offset = torch.arange(-radius, radius + 1, device=ids.device)
@@ -321,7 +315,7 @@ def cpg_loss_sparse(
 
 
 # --------------------------------------------------------------------------------------------------------------------
-# The criterion (spec section 5)
+# Totals
 
 
 def segmentation_loss(
@@ -344,31 +338,34 @@ def segmentation_loss(
     ohem, bcl, cpg = resolve_options(ohem, bcl, cpg)
     check_not_built(first, group)
     target = check_inputs(logits, target, weight)
-    logits = resample(logits, target.shape[1:], align_corners)  # once for all terms
-    common: dict[str, Any] = {"ignore_index": ignore_index}
-    ce = cross_entropy(logits, target, weight=weight, ohem=ohem, **common)
-    total = ce
-    bcl_term: Tensor | None = None
-    cpg_term: Tensor | None = None
+    total, terms = compute_loss(logits, target, weight, ignore_index, align_corners, ohem=ohem, bcl=bcl, cpg=cpg)
+    return SegmentationLoss(total, terms["ce"], terms.get("bcl"), terms.get("cpg"))
+
+
+def compute_loss(
+    logits: Tensor,
+    target: Tensor,
+    weight: Tensor | None,
+    ignore_index: int,
+    align_corners: bool,
+    ce: bool = True,
+    ohem: OHEM | None = None,
+    bcl: BCL | None = None,
+    cpg: CPG | None = None,
+) -> tuple[Tensor, dict[str, Tensor]]:
+    """The total of the terms that are asked for, each times its weight, and the terms by name, detached and unweighted.
+
+    The inputs are taken as `check_inputs` gives them. This is what ``impl="torch"`` runs.
+    """
+    widened = _widen(logits, target, ignore_index, align_corners)  # once for all terms
+    terms: dict[str, tuple[float, Tensor]] = {}
+    if ce:
+        terms["ce"] = 1.0, _cross_entropy(*widened, weight, ohem)
     if bcl is not None:
-        bcl_term = boundary_corrected_loss(
-            logits,
-            target,
-            step=bcl.step,
-            supervise=bcl.supervise,
-            alpha=bcl.alpha,
-            beta=bcl.beta,
-            threshold=bcl.threshold,
-            nms_size=bcl.nms_size,
-            **common,
-        )
-        total = total + bcl.weight * bcl_term
+        terms["bcl"] = bcl.weight, _bcl(*widened, bcl)
     if cpg is not None:
-        cpg_term = cpg_loss_sparse(logits, target, kernel_size=cpg.kernel_size, ignore_mode=cpg.ignore_mode, **common)
-        total = total + cpg.weight * cpg_term
-    return SegmentationLoss(
-        total,
-        ce.detach(),
-        None if bcl_term is None else bcl_term.detach(),
-        None if cpg_term is None else cpg_term.detach(),
-    )
+        terms["cpg"] = cpg.weight, _cpg_sparse(*widened, cpg)
+    total, *others = (term if factor == 1.0 else factor * term for factor, term in terms.values())
+    for other in others:
+        total = total + other
+    return total, {name: term.detach() for name, (_, term) in terms.items()}

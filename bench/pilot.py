@@ -38,7 +38,8 @@ from bcmf_ext.errors import UserError, run_command
 from bcmf_ext.files import write_file
 from bcmf_ext.inference import Predictor
 from bcmf_ext.metrics import BoundaryFScore, BoundaryIoU, ConfusionMatrix
-from bcmf_ext.ops import LOSS, LossOptions
+from bcmf_ext.ops import LOSS
+from bcmf_ext.options import LossOptions
 from bcmf_ext.train import Trainer
 
 ROOT = Path(__file__).resolve().parents[1]

@@ -13,7 +13,7 @@ import torch
 
 import bcmf_ext
 from bcmf_ext import dispatch
-from bcmf_ext.ops import LossOptions
+from bcmf_ext.options import LossOptions
 
 pytestmark = pytest.mark.skipif(dispatch.EXTENSION is None, reason=f"no extension: {dispatch.why_not('cpu', 'cpu')}")
 

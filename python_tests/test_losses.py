@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import dataclasses
 import importlib.metadata
 import inspect
 from collections import OrderedDict
@@ -27,12 +28,15 @@ def problem() -> tuple[torch.Tensor, torch.Tensor]:
 
 @pytest.mark.parametrize("name", FUNCTIONS)
 def test_same_keywords_as_the_reference(name: str) -> None:
-    """Protects one set of names: a public function has the reference's parameters and defaults, and impl="auto"."""
-    public = dict(inspect.signature(getattr(bcmf_ext, name)).parameters)
-    assert public.pop("impl").default == "auto"
-    assert {k: v.default for k, v in public.items()} == {
-        k: v.default for k, v in inspect.signature(getattr(reference, name)).parameters.items()
-    }
+    """Protects one set of names: a public function has the reference's parameters and defaults, and impl="auto"; where
+    the reference takes a term's options as a whole, they are the fields of its class, but for the weight."""
+    public = {k: v.default for k, v in inspect.signature(getattr(bcmf_ext, name)).parameters.items()}
+    assert public.pop("impl") == "auto"
+    theirs = {k: v.default for k, v in inspect.signature(getattr(reference, name)).parameters.items()}
+    if theirs.pop("options", None) is not None:
+        term = {"boundary_corrected_loss": BCL, "cpg_loss": CPG}[name]
+        theirs |= {field.name: field.default for field in dataclasses.fields(term) if field.name != "weight"}
+    assert public == theirs
 
 
 @pytest.mark.parametrize("resampled", [True, False])

@@ -34,7 +34,7 @@ from torch import Tensor
 
 import bcmf_ext
 from bcmf_ext import BCL, CPG, OHEM, ops
-from bcmf_ext.ops import LossOptions
+from bcmf_ext.options import LossOptions
 
 every_dtype = pytest.mark.parametrize("dtype", DTYPES, ids=str)
 

@@ -66,7 +66,7 @@ def test_wrong_types_are_type_errors(wrong, says: str) -> None:
         lambda: BCL(supervise="flipped", beta=math.nan),
         lambda: BCL(supervise="both"),
         lambda: BCL(threshold=0.0),
-        lambda: BCL(supervise="flipped", weight=1.0),
+        lambda: resolve_options(None, BCL(supervise="flipped", weight=1.0), None),
         lambda: CPG(kernel_size=9),
         lambda: CPG(ignore_mode="no"),
         lambda: OHEM(threshold=1.5),

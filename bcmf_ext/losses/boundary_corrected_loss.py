@@ -1,27 +1,24 @@
-"""Boundary Corrected Loss of BCMFNet (arXiv 2203.00436, eq. 2; spec section 3)."""
+"""Boundary Corrected Loss of BCMFNet (arXiv 2203.00436, eq. 2; docs/definitions.md, Boundary Corrected Loss)."""
 
 from __future__ import annotations
 
-from typing import Any
+from torch import Tensor
 
-from torch import Tensor, nn
-
-from .. import reference
-from ..dispatch import check_impl
-from ..options import BCL, flag, whole_label
-from ._kernels import fused_loss, prepare
+from ..options import BCL
+from ._compute import compute_loss
+from ._module import LossModule
 
 
 def boundary_corrected_loss(
     logits: Tensor,
     target: Tensor,
     *,
-    step: int | tuple[int, ...] = 2,
-    supervise: str = "original",
-    alpha: float = 0.5,
-    beta: float = 0.5,
-    threshold: float = 0.7,
-    nms_size: int = 3,
+    step: int | tuple[int, ...] = BCL.step,
+    supervise: str = BCL.supervise,
+    alpha: float = BCL.alpha,
+    beta: float = BCL.beta,
+    threshold: float = BCL.threshold,
+    nms_size: int = BCL.nms_size,
     ignore_index: int = 255,
     align_corners: bool = False,
     impl: str = "auto",
@@ -43,54 +40,36 @@ def boundary_corrected_loss(
     Raises TypeError for a wrong dtype; ValueError for a wrong shape, device or option, for an impl that cannot run, and
     on the CPU for a label out of range (on CUDA the loss becomes NaN: BCMF_DEBUG=1 turns that into the ValueError).
     """
-    bcl = BCL(0.0, step, supervise, alpha, beta, threshold, nms_size)
-    impl, target, ignore_index = prepare("boundary_corrected_loss", impl, logits, target, None, ignore_index)
-    if impl != "torch":
-        return fused_loss(
-            impl, logits, target, ce=False, bcl=bcl, ignore_index=ignore_index, align_corners=align_corners
-        )[0]
-    return reference.boundary_corrected_loss(
+    bcl = BCL(1.0, step, supervise, alpha, beta, threshold, nms_size)
+    total, _ = compute_loss(
+        "boundary_corrected_loss",
         logits,
         target,
-        step=step,
-        supervise=supervise,
-        alpha=alpha,
-        beta=beta,
-        threshold=threshold,
-        nms_size=nms_size,
+        ce=False,
+        bcl=bcl,
         ignore_index=ignore_index,
         align_corners=align_corners,
+        impl=impl,
     )
+    return total
 
 
-class BoundaryCorrectedLoss(nn.Module):
+class BoundaryCorrectedLoss(LossModule):
     """boundary_corrected_loss as a module: the constructor takes its keywords, ``forward(logits, target)`` its
     tensors."""
 
     def __init__(
         self,
         *,
-        step: int | tuple[int, ...] = 2,
-        supervise: str = "original",
-        alpha: float = 0.5,
-        beta: float = 0.5,
-        threshold: float = 0.7,
-        nms_size: int = 3,
+        step: int | tuple[int, ...] = BCL.step,
+        supervise: str = BCL.supervise,
+        alpha: float = BCL.alpha,
+        beta: float = BCL.beta,
+        threshold: float = BCL.threshold,
+        nms_size: int = BCL.nms_size,
         ignore_index: int = 255,
         align_corners: bool = False,
         impl: str = "auto",
     ) -> None:
-        super().__init__()
-        bcl = BCL(0.0, step, supervise, alpha, beta, threshold, nms_size)  # a bad option shows here
-        self.options: dict[str, Any] = {
-            **{name: value for name, value in vars(bcl).items() if name != "weight"},
-            "ignore_index": whole_label(ignore_index),
-            "align_corners": flag("align_corners", align_corners),
-            "impl": check_impl(impl),
-        }
-
-    def forward(self, logits: Tensor, target: Tensor) -> Tensor:
-        return boundary_corrected_loss(logits, target, **self.options)
-
-    def extra_repr(self) -> str:
-        return ", ".join(f"{name}={value!r}" for name, value in self.options.items())
+        bcl = BCL(1.0, step, supervise, alpha, beta, threshold, nms_size)
+        super().__init__(boundary_corrected_loss, bcl, ignore_index, align_corners, impl)

@@ -1,23 +1,20 @@
-"""Convolution-based Probability Gradient loss (arXiv 2404.06704; spec section 4)."""
+"""Convolution-based Probability Gradient loss (arXiv 2404.06704; docs/definitions.md, CPG loss)."""
 
 from __future__ import annotations
 
-from typing import Any
+from torch import Tensor
 
-from torch import Tensor, nn
-
-from .. import reference
-from ..dispatch import check_impl
-from ..options import CPG, flag, whole_label
-from ._kernels import fused_loss, prepare
+from ..options import CPG
+from ._compute import compute_loss
+from ._module import LossModule
 
 
 def cpg_loss(
     logits: Tensor,
     target: Tensor,
     *,
-    kernel_size: int = 3,
-    ignore_mode: str = "window",
+    kernel_size: int = CPG.kernel_size,
+    ignore_mode: str = CPG.ignore_mode,
     ignore_index: int = 255,
     align_corners: bool = False,
     impl: str = "auto",
@@ -38,45 +35,29 @@ def cpg_loss(
     Raises TypeError for a wrong dtype; ValueError for a wrong shape, device or option, for an impl that cannot run, and
     on the CPU for a label out of range (on CUDA the loss becomes NaN: BCMF_DEBUG=1 turns that into the ValueError).
     """
-    cpg = CPG(0.0, kernel_size, ignore_mode)
-    impl, target, ignore_index = prepare("cpg_loss", impl, logits, target, None, ignore_index)
-    if impl != "torch":
-        return fused_loss(
-            impl, logits, target, ce=False, cpg=cpg, ignore_index=ignore_index, align_corners=align_corners
-        )[0]
-    return reference.cpg_loss_sparse(
+    total, _ = compute_loss(
+        "cpg_loss",
         logits,
         target,
-        kernel_size=kernel_size,
-        ignore_mode=ignore_mode,
+        ce=False,
+        cpg=CPG(1.0, kernel_size, ignore_mode),
         ignore_index=ignore_index,
         align_corners=align_corners,
+        impl=impl,
     )
+    return total
 
 
-class CPGLoss(nn.Module):
+class CPGLoss(LossModule):
     """cpg_loss as a module: the constructor takes its keywords, ``forward(logits, target)`` its tensors."""
 
     def __init__(
         self,
         *,
-        kernel_size: int = 3,
-        ignore_mode: str = "window",
+        kernel_size: int = CPG.kernel_size,
+        ignore_mode: str = CPG.ignore_mode,
         ignore_index: int = 255,
         align_corners: bool = False,
         impl: str = "auto",
     ) -> None:
-        super().__init__()
-        cpg = CPG(0.0, kernel_size, ignore_mode)  # a bad option shows here
-        self.options: dict[str, Any] = {
-            **{name: value for name, value in vars(cpg).items() if name != "weight"},
-            "ignore_index": whole_label(ignore_index),
-            "align_corners": flag("align_corners", align_corners),
-            "impl": check_impl(impl),
-        }
-
-    def forward(self, logits: Tensor, target: Tensor) -> Tensor:
-        return cpg_loss(logits, target, **self.options)
-
-    def extra_repr(self) -> str:
-        return ", ".join(f"{name}={value!r}" for name, value in self.options.items())
+        super().__init__(cpg_loss, CPG(1.0, kernel_size, ignore_mode), ignore_index, align_corners, impl)

@@ -1,4 +1,4 @@
-"""Cross-entropy (or OHEM), BCL and CPG as one loss (spec section 5)."""
+"""Cross-entropy (or OHEM), BCL and CPG as one loss (docs/definitions.md, The criterion)."""
 
 from __future__ import annotations
 
@@ -14,10 +14,8 @@ from .. import reference
 from ..checks import read_labels, without_autocast
 from ..dispatch import check_impl
 from ..ops import acc_dtype
-from ..options import BCL, CPG, OHEM, SegmentationLoss, check_not_built, flag, real, resolve_options, whole_label
-from ._kernels import fused_loss, prepare
-from .boundary_corrected_loss import boundary_corrected_loss
-from .cpg_loss import cpg_loss
+from ..options import BCL, CPG, OHEM, TERMS, SegmentationLoss, check_not_built, flag, real, resolve_options, whole_label
+from ._compute import compute_loss
 from .cross_entropy import cross_entropy
 
 
@@ -49,21 +47,19 @@ def segmentation_loss(
     """
     ohem, bcl, cpg = resolve_options(ohem, bcl, cpg)
     check_not_built(first, group)
-    impl, target, ignore_index = prepare("segmentation_loss", impl, logits, target, weight, ignore_index)
-    common: dict[str, Any] = {
-        "weight": weight,
-        "ohem": ohem,
-        "bcl": bcl,
-        "cpg": cpg,
-        "ignore_index": ignore_index,
-        "align_corners": align_corners,
-    }
-    if impl == "torch":
-        return reference.segmentation_loss(logits, target, **common)
-    weights = bcl.weight if bcl else 0.0, cpg.weight if cpg else 0.0
-    total, terms = fused_loss(impl, logits, target, bcl_weight=weights[0], cpg_weight=weights[1], **common)
-    ce, bcl_term, cpg_term = terms.unbind()
-    return SegmentationLoss(total, ce, bcl_term if bcl else None, cpg_term if cpg else None)
+    total, terms = compute_loss(
+        "segmentation_loss",
+        logits,
+        target,
+        weight=weight,
+        ohem=ohem,
+        bcl=bcl,
+        cpg=cpg,
+        ignore_index=ignore_index,
+        align_corners=align_corners,
+        impl=impl,
+    )
+    return SegmentationLoss(total, terms["ce"], terms.get("bcl"), terms.get("cpg"))
 
 
 ExtraLoss = Callable[[Tensor, Tensor], Tensor]
@@ -171,10 +167,11 @@ class SegmentationCriterion(nn.Module):
         main, _ = main_and_auxiliary(outputs)
         main = main.detach().to(acc_dtype(main)).requires_grad_()  # gradients of means are too small for fp16
         terms = {"ce": (1.0, cross_entropy(main, target, **self._first_term, **self._common))}
-        for name, option, function in (("bcl", self.bcl, boundary_corrected_loss), ("cpg", self.cpg, cpg_loss)):
+        for name, option in (("bcl", self.bcl), ("cpg", self.cpg)):
             if option is not None:
-                options = {field: value for field, value in vars(option).items() if field != "weight"}
-                terms[name] = ramp * option.weight, function(main, target, **options, **self._common)
+                alone: dict[str, Any] = {name: replace(option, weight=1.0), **self._common}
+                term, _ = compute_loss(f"{name}'s gradient share", main, target, ce=False, **alone)
+                terms[name] = ramp * option.weight, term
         for name, value in self._extra_terms(main, target).items():
             terms[name] = ramp * self.extra[name][0], value
         pulls = {}
@@ -226,7 +223,7 @@ def main_and_auxiliary(outputs: Outputs) -> tuple[Tensor, Tensor | None]:
 def _check_extra(name: str, entry: Any) -> tuple[float, ExtraLoss]:
     if not isinstance(name, str) or not name:
         raise TypeError(f"The name of an extra loss is a text, not {name!r}.")
-    if name in ("total", "ce", "bce", "bcl", "cpg", "aux"):
+    if name in ("total", *TERMS, "bce", "aux"):
         raise ValueError(f"The extra loss {name!r} has the name of a term of ours: choose another.")
     if not isinstance(entry, (tuple, list)) or len(entry) != 2 or not callable(entry[1]):
         raise TypeError(f"The extra loss {name!r} is (weight, function), not {entry!r}.")

@@ -1,14 +1,11 @@
-"""Cross-entropy with class weights and OHEM (spec section 2)."""
+"""Cross-entropy with class weights and OHEM (docs/definitions.md, Cross-entropy and OHEM)."""
 
 from __future__ import annotations
 
-from typing import Any
-
 from torch import Tensor
 
-from .. import reference
 from ..options import OHEM, resolve_options
-from ._kernels import fused_loss, prepare
+from ._compute import compute_loss
 
 
 def cross_entropy(
@@ -33,16 +30,17 @@ def cross_entropy(
 
     Raises TypeError for a wrong dtype; ValueError for a wrong shape or device, for an impl that cannot run, and on the
     CPU for a label out of range (on CUDA the loss becomes NaN: BCMF_DEBUG=1 turns that into the ValueError).
-    Source: spec section 2; OHEM after HRNet.
+    Source: docs/definitions.md, Cross-entropy and OHEM; OHEM after HRNet.
     """
     ohem, _, _ = resolve_options(ohem, None, None)
-    impl, target, ignore_index = prepare("cross_entropy", impl, logits, target, weight, ignore_index)
-    common: dict[str, Any] = {
-        "weight": weight,
-        "ohem": ohem,
-        "ignore_index": ignore_index,
-        "align_corners": align_corners,
-    }
-    if impl == "torch":
-        return reference.cross_entropy(logits, target, **common)
-    return fused_loss(impl, logits, target, **common)[0]
+    total, _ = compute_loss(
+        "cross_entropy",
+        logits,
+        target,
+        weight=weight,
+        ohem=ohem,
+        ignore_index=ignore_index,
+        align_corners=align_corners,
+        impl=impl,
+    )
+    return total

@@ -17,8 +17,8 @@ import triton.language as tl
 from torch import Tensor
 
 from ..checks import check_inputs
-from ..ops import SUMMARY, LossOptions
-from ..options import OHEM
+from ..ops import SUMMARY
+from ..options import OHEM, LossOptions
 from . import bcl, cpg, ohem, quads
 from .bcl import loss_of, score
 from .common import (

@@ -51,7 +51,7 @@ class Case:
     def bcl(self) -> BCL | None:
         """BCL's options, where it is part of the loss."""
         if self.function is bcmf_ext.boundary_corrected_loss:
-            return BCL(0.0, **{k: v for k, v in self.options.items() if k != "align_corners"})
+            return BCL(1.0, **{k: v for k, v in self.options.items() if k != "align_corners"})
         return self.options.get("bcl")
 
 
@@ -252,7 +252,7 @@ def magnitude(loss: Callable[[Tensor], Tensor], z: Tensor, pixels: int, upstream
         seen[-1].retain_grad()
         return seen[-1]
 
-    with mock.patch.multiple(reference, _log_softmax=remember, cpg_loss_sparse=reference.cpg_loss):
+    with mock.patch.multiple(reference, _log_softmax=remember, _cpg_sparse=reference._cpg):
         (upstream * loss(z.detach().requires_grad_())).backward()
     sums = [log_p.grad.abs().sum(1) for log_p in seen if log_p.grad is not None]
     shared = 4 * math.ceil(pixels * z.shape[1] / z.numel()) if z.numel() != pixels * z.shape[1] else 1
@@ -297,8 +297,8 @@ def same_selection(
         scores.append((q, valid3))
         return select(q, valid3, bcl)
 
-    select = reference.select_maxima
-    with mock.patch.object(reference, "select_maxima", remember):
+    select = reference.bcl_select
+    with mock.patch.object(reference, "bcl_select", remember):
         case.define(z.double(), y, w, **options)
     for step, (q, valid3) in enumerate(scores):
         ours, theirs = selected >> step & 1 == 1, select(q, valid3, case.bcl)
@@ -307,7 +307,7 @@ def same_selection(
         for one, other in ((ours, theirs), (theirs, ours)):
             assert not (one & ~near(other, case.bcl) & ~near_threshold(q, case.bcl)).any()
     masks = itertools.cycle([selected >> step & 1 == 1 for step in range(len(scores))])
-    with mock.patch.object(reference, "select_maxima", side_effect=masks):
+    with mock.patch.object(reference, "bcl_select", side_effect=masks):
         yield
 
 

@@ -23,7 +23,8 @@ from triton.backends.compiler import GPUTarget
 from triton.runtime import driver
 from triton.runtime.jit import JITFunction
 
-from bcmf_ext.ops import LossOptions, acc_dtype
+from bcmf_ext.ops import acc_dtype
+from bcmf_ext.options import LossOptions
 from bcmf_ext.triton import argmax, lmfm, loss
 
 ARCHS = (90, 80, 100, 120)  # the first for all calls; the others, which differ in the last step alone, in bf16
