@@ -6,11 +6,9 @@ trained (eager, NCHW, fp32), in channels_last, compiled (torch.compile of that),
 channels_last, fused upsampling and arg-max, on a GPU as a CUDA graph); and the last three again in half precision
 (autocast, or the Predictor's own), where the device computes in it.
 
-Protocol. All rows take turns in one process, round after round, in an order drawn anew; a ratio is the median over the
-rounds of a row's time divided by that of `eager` in the same round, which itself runs twice a round (A/A: off by more
-than 5 %, or fewer than 15 rounds, and the table does not count). Latency: from the call to the end of the work (on a
-GPU it is waited for); median and 90th percentile. Memory: the peak above the state before a call, weights apart.
-Labels: the share of pixels that have the class of `eager`.
+A ratio is that to `eager` (protocol.py). Latency: from the call to the end of the work (on a GPU it is waited for);
+median and 90th percentile. Memory: the peak above the state before a call, weights apart. Labels: the share of pixels
+that have the class of `eager`.
 
 Prints a table and writes bench/results/inference-<device>.json and .png.
 """
@@ -18,12 +16,9 @@ Prints a table and writes bench/results/inference-<device>.json and .png.
 from __future__ import annotations
 
 import argparse
-import json
-import random
 import statistics
 import sys
 import tempfile
-import time
 from collections.abc import Callable
 from dataclasses import asdict
 from functools import partial
@@ -35,14 +30,26 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
-from tqdm import tqdm
 
 mpl.use("Agg")
 import matplotlib.pyplot as plt
 
 sys.path.insert(0, str(Path(__file__).parent))
-from kernels import AA_LIMIT, LEAST_ROUNDS, RESULTS, about, device_name, peak_above
 from problem import interpolate
+from protocol import (
+    AA,
+    RESULTS,
+    ROUNDS,
+    Clock,
+    about,
+    device_name,
+    does_count,
+    peak_above,
+    ratio,
+    take_turns,
+    verdict,
+    write_record,
+)
 
 from bcmf_ext.checkpoint import VERSION, save_checkpoint
 from bcmf_ext.config import NETWORKS, make_config
@@ -53,7 +60,6 @@ from bcmf_ext.inference import Predictor
 
 CLASSES = 19
 SIZES = ((1024, 2048), (720, 960))
-ROUNDS = 21
 BASELINE = "eager"
 Row = Callable[[Tensor], Tensor]
 
@@ -112,17 +118,6 @@ def make_rows(name: str, device: str, compiled: bool) -> dict[str, Row]:
     return rows
 
 
-def latency(row: Row, images: Tensor) -> float:
-    """ms."""
-    if images.is_cuda:
-        torch.cuda.synchronize()
-    start = time.perf_counter()
-    row(images)
-    if images.is_cuda:
-        torch.cuda.synchronize()
-    return 1e3 * (time.perf_counter() - start)
-
-
 def count(name: str, size: tuple[int, int]) -> dict[str, float]:
     """Parameters and multiply-accumulates (what the literature calls FLOPs), without the auxiliary head."""
     network = NETWORKS[name](CLASSES, aux_head=False, impl="torch").eval().to("meta")
@@ -135,30 +130,21 @@ def measure(name: str, rows: dict[str, Row], size: tuple[int, int], device: str,
     noise = torch.rand(1, 3, 9, 17, generator=torch.Generator().manual_seed(0))
     images = (255 * F.interpolate(noise, size, mode="bicubic").clamp(0, 1)).byte().to(device)
     expected = rows[BASELINE](images)
-    turns = {**rows, "A/A": rows[BASELINE]}
-    times: dict[str, list[float]] = {turn: [] for turn in turns}
-    draw_order = random.Random(0)
-    for round_ in tqdm(range(-3, rounds), f"{name}, {'×'.join(map(str, size))}", leave=False, disable=None):
-        for turn in draw_order.sample(list(turns), len(turns)):
-            ms = latency(turns[turn], images)
-            if round_ >= 0:  # the others warm up, compile and capture
-                times[turn].append(ms)
-
-    def ratio(turn: str, rival: str = BASELINE) -> float:
-        return statistics.median(a / b for a, b in zip(times[turn], times[rival], strict=True))
-
+    clock = Clock(device)
+    turns = {row: partial(clock.latency, partial(call, images)) for row, call in rows.items()}
+    times = take_turns(turns, rounds, f"{name}, {'×'.join(map(str, size))}")
     found = {}
     for row, call in rows.items():
         found[row] = {
             "ms": statistics.median(times[row]),
             "p90_ms": statistics.quantiles(times[row], n=10)[-1],
             "fps": 1e3 / statistics.median(times[row]),
-            "against": {rival: ratio(row, rival) for rival in rows},
+            "against": {rival: ratio(times[row], times[rival]) for rival in rows},
             "equal_labels": (call(images) == expected).double().mean().item(),
             "mib": peak_above(partial(call, images), images.is_cuda),
         }
-    aa = ratio("A/A")
-    counts = rounds >= LEAST_ROUNDS and abs(aa - 1) <= AA_LIMIT
+    aa = ratio(times[AA], times[BASELINE])
+    counts = does_count(rounds, [aa])
     return {"model": name, "size": size, **count(name, size), "A/A": aa, "counts": counts, "rows": found}
 
 
@@ -166,8 +152,7 @@ def render(result: dict[str, Any]) -> str:
     size = "×".join(map(str, (1, 3, *result["size"])))
     lines = [
         f"{result['model']}, {size}: {result['parameters']:,} parameters, {result['macs'] / 1e9:.2f} GMACs   "
-        f"A/A {result['A/A']:.2f}"
-        + ("" if result["counts"] else "   DOES NOT COUNT: the machine was busy, or the rounds are too few"),
+        f"A/A {result['A/A']:.2f}{verdict(result['counts'])}",
         f"  {'':<24}{'FPS':>8}{'ms':>9}{'p90':>9}{'× eager':>9}{'× compile':>11}{'MiB':>7}   labels as eager's",
     ]
     for name, row in result["rows"].items():
@@ -214,17 +199,15 @@ def main() -> None:
         parser.error("--rounds is at least 2")
     choose_device(arguments.device)
     path = arguments.output / f"inference-{device_name(arguments.device)}.json"
-    path.parent.mkdir(parents=True, exist_ok=True)
     included = "a uint8 image on the device → normalise, network, bilinear upsampling, arg-max → labels on the device"
     print(f"each row: {included}")
     record = {**about(), "included": included, "rounds": arguments.rounds, "results": []}
-    record["threads"] = torch.get_num_threads()
     for name in arguments.model:
         rows = make_rows(name, arguments.device, not arguments.no_compile)
         for size in [tuple(arguments.size)] if arguments.size else SIZES:
             record["results"].append(measure(name, rows, size, arguments.device, arguments.rounds))
             print(render(record["results"][-1]), flush=True)
-            path.write_text(json.dumps(record, indent=1) + "\n")  # after each: a run may be cut short
+            write_record(path, record)  # after each: a run may be cut short
     draw(record["results"], path.with_suffix(".png"))
     print(f"{path}, {path.with_suffix('.png')}")
 

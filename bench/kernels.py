@@ -1,14 +1,8 @@
 """Our ops against PyTorch: ``python bench/kernels.py [--device cuda] [--labels CAMVID] [--op NAME …]``.
 
 Prints a table and writes bench/results/kernels-<device>.json and .png; of some ops alone, kernels-<op>-<device>.
-
-Protocol. All contenders take turns in one process, round after round, in an order drawn anew (so that no one always
-follows the same other, in the memory that it left); a figure is the median over the rounds of a contender's time
-divided by the baseline's in the same round, which a busy machine disturbs far less than times, and its spread the
-middle half of these ratios. The baseline runs twice a round: where this A/A ratio is off by more than 5 %, or with
-fewer than 15 rounds, the problem does not count and says so. On a GPU times come from events, and the L2 cache is
-flushed before each forward. Every contender's value and gradient are compared with the fp64 definition in the same run.
-Memory is the peak above the state before the call: CUDA's allocator, or the process's resident set.
+protocol.py says how times are taken; a ratio's spread is the middle half of the rounds. Every contender's value and
+gradient are compared with the fp64 definition in the same run.
 
 Roofline. What an op has to do at least: bytes from memory and exponentials. Both rates are measured in the same run,
 the best of all rounds: copying 128 MiB, and torch.exp of a tensor that fits into the cache (on a GPU, the exponentials
@@ -19,26 +13,18 @@ over the time it took. A share above 100 % says that torch.exp is not the fastes
 from __future__ import annotations
 
 import argparse
-import ctypes
-import hashlib
-import json
 import math
-import platform
-import random
-import re
 import statistics
 import subprocess
 import sys
-import time
-from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import matplotlib as mpl
 import torch
 from torch import Tensor
-from tqdm import tqdm
 
 mpl.use("Agg")
 import matplotlib.pyplot as plt
@@ -48,15 +34,26 @@ sys.path.insert(0, str(Path(__file__).parent))
 import cross_entropy
 import lmfm
 import segmentation_loss
-from problem import OURS, Contender, Problem, missing_impls
+from problem import OURS, Contender, Problem, make_labels, missing_impls
+from protocol import (
+    AA,
+    RESULTS,
+    ROUNDS,
+    Clock,
+    about,
+    device_name,
+    does_count,
+    peak_above,
+    ratio,
+    ratios,
+    take_turns,
+    verdict,
+    write_record,
+)
 
-from bcmf_ext import dispatch, info
-from bcmf_ext.data import open_dataset
 from bcmf_ext.engine import choose_device
 from bcmf_ext.errors import run_command
 
-ROOT = Path(__file__).resolve().parents[1]
-RESULTS = ROOT / "bench" / "results"
 OPS = {
     "cross_entropy": cross_entropy.problems,
     "segmentation_loss": segmentation_loss.problems,
@@ -65,91 +62,34 @@ OPS = {
 }
 COLUMNS = 6  # of the picture
 PHASES = ("forward", "backward", "both")
-ROUNDS = 21
-AA_LIMIT = 0.05
-LEAST_ROUNDS = 15
-REPEATS = 20  # of what is too short to time
+REPEATS = 20  # calls in a row of what is too short to be timed alone
 
 
 # --------------------------------------------------------------------------------------------------------------------
 # One step of one contender
 
 
-class Clock:
-    """Times the phases of a step on a device, in ms."""
-
-    def __init__(self, device: str) -> None:
-        self.cuda = device == "cuda"
-        # Twice the L2 of the largest GPU; zeroed before a step, so that its input comes from memory.
-        self.flush = torch.empty(256 << 20, dtype=torch.uint8, device="cuda") if self.cuda else None
-
-    def mark(self) -> Any:
-        if not self.cuda:
-            return time.perf_counter()
-        event = torch.cuda.Event(enable_timing=True)
-        event.record()
-        return event
-
-    def between(self, start: Any, end: Any) -> float:
-        if not self.cuda:
-            return 1e3 * (end - start)
-        end.synchronize()
-        return start.elapsed_time(end)
-
-    def step(self, problem: Problem, contender: Contender) -> dict[str, float]:
-        if self.flush is not None:
-            self.flush.zero_()
-        start = self.mark()
-        outputs = contender(problem.input)
-        middle = self.mark()
-        problem.backward(outputs)
-        end = self.mark()
-        problem.input.grad = None
-        spans = ((start, middle), (middle, end), (start, end))
-        return {phase: self.between(*span) for phase, span in zip(PHASES, spans, strict=True)}
-
-
-def peak_above(run: Callable[[], object], cuda: bool) -> float:
-    """Peak memory of a call above the state before it, MiB. (On the CPU the profiler does not see C++ scratch.)"""
-    if cuda:
-        torch.cuda.synchronize()
-        torch.cuda.reset_peak_memory_stats()
-        before = torch.cuda.memory_allocated()
-        run()
-        torch.cuda.synchronize()
-        return (torch.cuda.max_memory_allocated() - before) / 2**20
-    status = Path("/proc/self/status")
-    if not status.exists():
-        return float("nan")
-
-    def read(key: str) -> int:
-        return next(int(line.split()[1]) for line in status.read_text().splitlines() if line.startswith(key))
-
-    # What malloc and our kernels keep of earlier steps would count as there before.
-    if dispatch.EXTENSION is not None:
-        dispatch.EXTENSION.release_kept_memory()
-    ctypes.CDLL(None).malloc_trim(0)
-    Path("/proc/self/clear_refs").write_text("5")  # reset the high-water mark to what is left
-    resident = read("VmRSS")
-    run()
-    return (read("VmHWM") - resident) / 1024
+def step(problem: Problem, contender: Contender, clock: Clock) -> dict[str, float]:
+    """Milliseconds of a step's phases."""
+    clock.flush_cache()
+    start = clock.mark()
+    outputs = contender(problem.input)
+    middle = clock.mark()
+    problem.backward(outputs)
+    end = clock.mark()
+    problem.input.grad = None
+    spans = ((start, middle), (middle, end), (start, end))
+    return {phase: clock.between(*span) for phase, span in zip(PHASES, spans, strict=True)}
 
 
 def peak_mib(problem: Problem, contender: Contender) -> float:
-    """Of a forward and backward; the gradient is part of it."""
+    """Peak memory of a forward and backward, MiB; the gradient is part of it."""
 
-    def step() -> None:
+    def run() -> None:
         problem.backward(contender(problem.input))
         problem.input.grad = None
 
-    return peak_above(step, problem.input.is_cuda)
-
-
-def device_name(device: str) -> str:
-    """For names of files: cpu, or such as h100-80gb-hbm3."""
-    if device == "cpu":
-        return device
-    return re.sub(r"[^a-z0-9]+", "-", torch.cuda.get_device_name().lower().removeprefix("nvidia ")).strip("-")
+    return peak_above(run, problem.input.is_cuda)
 
 
 # --------------------------------------------------------------------------------------------------------------------
@@ -180,14 +120,9 @@ class RateMeter:
         self.copy_ms = self.exp_ms = math.inf
 
     def sample(self) -> None:
-        self.copy_ms = min(self.copy_ms, self._time(lambda: self.target.copy_(self.source)))
-        exps = self._time(lambda: [torch.exp(self.small, out=self.result) for _ in range(REPEATS)])
+        self.copy_ms = min(self.copy_ms, self.clock.time(lambda: self.target.copy_(self.source)))
+        exps = self.clock.time(lambda: [torch.exp(self.small, out=self.result) for _ in range(REPEATS)])
         self.exp_ms = min(self.exp_ms, exps / REPEATS)
-
-    def _time(self, run: Callable[[], object]) -> float:
-        start = self.clock.mark()
-        run()
-        return self.clock.between(start, self.clock.mark())
 
     def rates(self) -> Rates:
         exps = self.small.numel() / self.exp_ms
@@ -229,39 +164,29 @@ def measure(problem: Problem, clock: Clock, rounds: int) -> dict[str, Any]:
     names = list(contenders)
     baseline = names[0]
     wrong = errors(problem)
-    turns = [*names, "A/A"]
-    contenders["A/A"] = contenders[baseline]
     meter = RateMeter(problem.input, clock)
-    times: dict[str, list[dict[str, float]]] = {name: [] for name in turns}
-    draw_order = random.Random(0)
-    for round_ in tqdm(range(-3, rounds), problem.title, leave=False, disable=None):
-        for name in draw_order.sample(turns, len(turns)):
-            step = clock.step(problem, contenders[name])
-            if round_ >= 0:  # the others warm up
-                times[name].append(step)
-        meter.sample()
+    turns = {name: partial(step, problem, contender, clock) for name, contender in contenders.items()}
+    steps = take_turns(turns, rounds, problem.title, before_round=meter.sample)
+    times = {name: {phase: [s[phase] for s in steps[name]] for phase in PHASES} for name in steps}
     rates = meter.rates()
 
-    def ratios(name: str, phase: str, rival: str = baseline) -> list[float]:
-        return [ours[phase] / theirs[phase] for ours, theirs in zip(times[name], times[rival], strict=True)]
-
-    aa = {phase: statistics.median(ratios("A/A", phase)) for phase in PHASES}
+    aa = {phase: ratio(times[AA][phase], times[baseline][phase]) for phase in PHASES}
     rows = {}
     for name in names:
         rows[name] = {"error": wrong.get(name), "mib": peak_mib(problem, contenders[name])}
         if name in OURS:
             rivals = [rival for rival in names if rival not in OURS]
-            rows[name]["against"] = {rival: statistics.median(ratios(name, "both", rival)) for rival in rivals}
+            rows[name]["against"] = {rival: ratio(times[name]["both"], times[rival]["both"]) for rival in rivals}
         for phase in PHASES:
-            low, ratio, high = statistics.quantiles(ratios(name, phase), n=4)
-            ms = statistics.median(step[phase] for step in times[name])
+            low, middle, high = statistics.quantiles(ratios(times[name][phase], times[baseline][phase]), n=4)
+            ms = statistics.median(times[name][phase])
             share = rates.least_ms(problem.work[phase]) / ms
-            rows[name][phase] = {"ratio": ratio, "spread": [low, high], "ms": ms, "roofline": share}
+            rows[name][phase] = {"ratio": middle, "spread": [low, high], "ms": ms, "roofline": share}
     return {
         "problem": problem.title,
         "baseline": baseline,
         "A/A": aa,
-        "counts": rounds >= LEAST_ROUNDS and all(abs(ratio - 1) <= AA_LIMIT for ratio in aa.values()),
+        "counts": does_count(rounds, [*aa.values()]),
         "gradient_mib": problem.input.numel() * problem.input.element_size() / 2**20,
         "copy_gb_per_s": rates.bytes / 1e6,
         "exp_g_per_s": rates.exps / 1e6,
@@ -276,8 +201,7 @@ def measure(problem: Problem, clock: Clock, rounds: int) -> dict[str, Any]:
 def render(result: dict[str, Any]) -> str:
     aa = ", ".join(f"{phase} {ratio:.2f}" for phase, ratio in result["A/A"].items())
     lines = [
-        f"{result['problem']}   × {result['baseline']}   A/A: {aa}"
-        + ("" if result["counts"] else "   DOES NOT COUNT: the machine was busy, or the rounds are too few"),
+        f"{result['problem']}   × {result['baseline']}   A/A: {aa}{verdict(result['counts'])}",
         f"  copy {result['copy_gb_per_s']:.0f} GB/s, exp {result['exp_g_per_s']:.2f} G/s",
         f"  {'':<14}{'forward':>9}{'backward':>10}{'both':>7}  {'(spread)':<13}{'ms':>9}{'roofline':>10}{'MiB':>8}"
         "   error of value, gradient",
@@ -307,17 +231,17 @@ def draw(results: list[dict[str, Any]], path: Path) -> None:
         axis.set_axis_off()
     for axis, result in zip(grid.flat, results, strict=False):
         rows = result["contenders"]
-        ratios = [row["both"]["ratio"] for row in rows.values()]
+        heights = [row["both"]["ratio"] for row in rows.values()]
         colours = ["tab:blue" if name in OURS else "tab:grey" for name in rows]
         low, high = zip(*(row["both"]["spread"] for row in rows.values()), strict=True)
-        reach = [[max(0, r - a) for r, a in zip(ratios, low, strict=True)]]
-        reach.append([max(0, b - r) for r, b in zip(ratios, high, strict=True)])
-        axis.bar(list(rows), ratios, color=colours, yerr=reach, ecolor="black", capsize=2)
-        if max(ratios) > 10 * min(ratios):  # else bars as long as their ratios
+        reach = [[max(0, h - a) for h, a in zip(heights, low, strict=True)]]
+        reach.append([max(0, b - h) for h, b in zip(heights, high, strict=True)])
+        axis.bar(list(rows), heights, color=colours, yerr=reach, ecolor="black", capsize=2)
+        if max(heights) > 10 * min(heights):  # else bars as long as their ratios
             axis.set_yscale("log")
             axis.yaxis.set_minor_formatter(NullFormatter())
-        for x, (ratio, top) in enumerate(zip(ratios, high, strict=True)):
-            axis.text(x, max(ratio, top), f"{ratio:.2g}", ha="center", va="bottom", fontsize=8)
+        for x, (height, top) in enumerate(zip(heights, high, strict=True)):
+            axis.text(x, max(height, top), f"{height:.2g}", ha="center", va="bottom", fontsize=8)
         axis.axhline(1, color="black", linewidth=0.8, linestyle=":")
         axis.set_title(result["problem"].replace(", ", "\n") + ("" if result["counts"] else "\n(busy)"), fontsize=8)
         axis.tick_params(axis="x", labelrotation=45, labelsize=8)
@@ -327,28 +251,6 @@ def draw(results: list[dict[str, Any]], path: Path) -> None:
     figure.tight_layout()
     figure.savefig(path, dpi=120)
     plt.close(figure)
-
-
-def about() -> dict[str, Any]:
-    """Commit, a hash of the sources that were measured, versions and machine."""
-    files = sorted(path for folder in ("bcmf_ext", "csrc") for path in (ROOT / folder).rglob("*.*") if path.is_file())
-    sources = [path for path in files if path.suffix in (".py", ".cpp", ".h", ".inl", ".cu", ".cuh")]
-    describe = ["git", "describe", "--always", "--dirty", "--exclude=*"]
-    commit = subprocess.run(describe, capture_output=True, text=True, cwd=ROOT)
-    return {
-        "commit": commit.stdout.strip() or "unknown",
-        "sources": hashlib.sha256(b"".join(path.read_bytes() for path in sources)).hexdigest()[:16],
-        "versions": info.versions().splitlines(),
-        "platform": platform.platform(),
-    }
-
-
-def make_labels(camvid: str | None, n: int, height: int, width: int) -> Tensor:
-    """uint8 labels (n, height, width): of CamVid's val split, or of drawn scenes; both with ignored pixels."""
-    scenes = open_dataset("camvid" if camvid else "demo", camvid, "val")
-    labels = [torch.from_numpy(scenes.label(i * len(scenes) // n)) for i in range(n)]
-    sized = [torch.nn.functional.interpolate(y[None, None], (height, width), mode="nearest")[0, 0] for y in labels]
-    return torch.stack(sized)
 
 
 def parser(description: str | None) -> argparse.ArgumentParser:
@@ -372,7 +274,6 @@ def main() -> None:
 
     some = arguments.op if set(arguments.op) < set(OPS) else []
     path = arguments.output / f"{'-'.join(['kernels', *some, device_name(arguments.device)])}.json"
-    path.parent.mkdir(parents=True, exist_ok=True)
     source = "CamVid" if arguments.labels else "drawn scenes"
     missing = missing_impls(arguments.device)
     record = {**about(), "labels": source, "rounds": arguments.rounds, "not_measured": missing, "results": []}
@@ -383,7 +284,7 @@ def main() -> None:
         for problem in OPS[op](labels, c):
             record["results"].append(measure(problem, clock, arguments.rounds))
             print(render(record["results"][-1]), flush=True)
-            path.write_text(json.dumps(record, indent=1) + "\n")  # after each: a run may be cut short
+            write_record(path, record)  # after each: a run may be cut short
     draw(record["results"], path.with_suffix(".png"))
     print(f"{path}, {path.with_suffix('.png')}")
 

@@ -5,16 +5,13 @@ Updates of every metric with one image (1024×2048 unless --size says otherwise)
 The truth are labels of an image, enlarged; the prediction is that in 1/8 of the resolution, enlarged again, as a
 network's is.
 
-Protocol: as bench/inference.py's. The sum over all metrics, kernels, is the baseline and runs twice a round (A/A).
-
-Prints a table and writes bench/results/metrics-<device>.json.
+The sum over all metrics, by the kernels, is the baseline (protocol.py). Prints a table and writes
+bench/results/metrics-<device>.json.
 """
 
 from __future__ import annotations
 
 import argparse
-import json
-import random
 import statistics
 import sys
 from collections.abc import Callable
@@ -26,12 +23,22 @@ from unittest import mock
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from tqdm import tqdm
 
 sys.path.insert(0, str(Path(__file__).parent))
-from inference import latency
-from kernels import AA_LIMIT, LEAST_ROUNDS, RESULTS, ROUNDS, about, device_name, make_labels
-from problem import interpolate
+from problem import interpolate, make_labels
+from protocol import (
+    AA,
+    RESULTS,
+    ROUNDS,
+    Clock,
+    about,
+    device_name,
+    does_count,
+    ratio,
+    take_turns,
+    verdict,
+    write_record,
+)
 
 from bcmf_ext import dispatch
 from bcmf_ext.engine import choose_device
@@ -78,34 +85,27 @@ def make_rows(target: Tensor, classes: int) -> dict[str, Callable[[], object]]:
 
 def measure(target: Tensor, classes: int, rounds: int) -> dict[str, Any]:
     rows = make_rows(target, classes)
-    baseline = next(name for name in rows if name.startswith(TOTAL))
-    turns = {**rows, "A/A": rows[baseline]}
-    times: dict[str, list[float]] = {turn: [] for turn in turns}
-    draw_order = random.Random(0)
-    for round_ in tqdm(range(-2, rounds), "metrics", leave=False, disable=None):
-        for turn in draw_order.sample(list(turns), len(turns)):
-            ms = latency(lambda _, turn=turn: turns[turn](), target)
-            if round_ >= 0:  # the others warm up
-                times[turn].append(ms)
-
-    def ratio(turn: str) -> float:
-        return statistics.median(a / b for a, b in zip(times[turn], times[baseline], strict=True))
-
-    aa = ratio("A/A")
+    clock = Clock(target.device.type)
+    order = sorted(rows, key=lambda name: not name.startswith(TOTAL))  # The baseline comes first.
+    times = take_turns({name: partial(clock.latency, rows[name]) for name in order}, rounds, "metrics")
+    baseline = order[0]
+    aa = ratio(times[AA], times[baseline])
     return {
         "size": list(target.shape),
         "classes": classes,
         "baseline": baseline,
         "A/A": aa,
-        "counts": rounds >= LEAST_ROUNDS and abs(aa - 1) <= AA_LIMIT,
-        "rows": {name: {"ms": statistics.median(times[name]), "ratio": ratio(name)} for name in rows},
+        "counts": does_count(rounds, [aa]),
+        "rows": {
+            name: {"ms": statistics.median(times[name]), "ratio": ratio(times[name], times[baseline])} for name in rows
+        },
     }
 
 
 def render(result: dict[str, Any]) -> str:
     lines = [
         f"{'×'.join(map(str, result['size']))}, {result['classes']} classes   A/A {result['A/A']:.2f}"
-        + ("" if result["counts"] else "   DOES NOT COUNT: the machine was busy, or the rounds are too few"),
+        + verdict(result["counts"]),
         f"  {'':<30}{'ms':>9}   × {result['baseline']}",
     ]
     lines += [f"  {name:<30}{row['ms']:9.2f}{row['ratio']:9.2f}" for name, row in result["rows"].items()]
@@ -129,12 +129,11 @@ def main() -> None:
     if found and found[-1] >= classes:
         parser.error(f"--size says {classes} classes, and the labels hold {found[-1]}: at least {found[-1] + 1}.")
     path = arguments.output / f"metrics-{device_name(arguments.device)}.json"
-    path.parent.mkdir(parents=True, exist_ok=True)
     source = "CamVid" if arguments.labels else "drawn scenes"
     result = measure(target, classes, arguments.rounds)
-    record = {**about(), "labels": source, "rounds": arguments.rounds, "threads": 1, "result": result}
+    record = {**about(), "labels": source, "rounds": arguments.rounds, "result": result}
     print(render(result))
-    path.write_text(json.dumps(record, indent=1) + "\n")
+    write_record(path, record)
     print(path)
 
 

@@ -10,6 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from bcmf_ext import dispatch
+from bcmf_ext.data import open_dataset
 
 Contender = Callable[[Tensor], Tensor | Sequence[Tensor]]
 
@@ -55,6 +56,14 @@ def missing_impls(device: str) -> dict[str, str]:
     """The other impls, and why they cannot run (the interpreter is no measure)."""
     reasons = {impl: dispatch.why_not(impl, device) or "interpreted" for impl in dispatch.IMPLS}
     return {impl: reason for impl, reason in reasons.items() if impl not in our_impls(torch.device(device))}
+
+
+def make_labels(camvid: str | None, n: int, height: int, width: int) -> Tensor:
+    """uint8 labels (n, height, width): of CamVid's val split, or of drawn scenes; both with ignored pixels."""
+    scenes = open_dataset("camvid" if camvid else "demo", camvid, "val")
+    labels = [torch.from_numpy(scenes.label(i * len(scenes) // n)) for i in range(n)]
+    sized = [F.interpolate(y[None, None], (height, width), mode="nearest")[0, 0] for y in labels]
+    return torch.stack(sized)
 
 
 def make_logits(labels: Tensor, classes: int, dtype: torch.dtype, size: Sequence[int] | None = None) -> Tensor:

@@ -7,8 +7,8 @@ reaches on its bytes (problem.py). On the CPU, operators take the place of kerne
 from __future__ import annotations
 
 import torch
-from kernels import OPS, make_labels, parser
-from problem import OURS
+from kernels import OPS, parser
+from problem import OURS, make_labels
 from torch.autograd import DeviceType
 from torch.profiler import ProfilerActivity, profile
 

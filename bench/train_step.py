@@ -1,8 +1,7 @@
 """Where a training step's time and memory go: ``python bench/train_step.py [--device cuda] [--data CAMVID]``.
 
 A step of the trainer, in its phases: data (load and augment the batch in this process), forward, loss, backward,
-optimizer. The impls of the loss take turns, step by step, on the same network; a figure is the median, and the ratio
-that of the pairs (bench/kernels.py says why). Memory is the peak above the state before the step. Writes
+optimizer. The impls of the loss take turns, step by step, on the same network and batch (protocol.py). Writes
 bench/results/train_step-<device>.json.
 """
 
@@ -10,16 +9,28 @@ from __future__ import annotations
 
 import argparse
 import itertools
-import json
 import statistics
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
-from kernels import RESULTS, Clock, about, device_name, peak_above
 from problem import our_impls
+from protocol import (
+    AA,
+    LEAST_ROUNDS,
+    RESULTS,
+    Clock,
+    about,
+    device_name,
+    does_count,
+    peak_above,
+    ratio,
+    take_turns,
+    verdict,
+    write_record,
+)
 from torch.optim import SGD
-from tqdm import tqdm
 
 from bcmf_ext import SegmentationCriterion
 from bcmf_ext.config import NETWORKS, RECIPES
@@ -28,7 +39,6 @@ from bcmf_ext.engine import Compute, choose_device, choose_dtype
 from bcmf_ext.errors import run_command
 
 PHASES = ("data", "forward", "loss", "backward", "optimizer")
-WARM_UP = 2
 
 
 class Step:
@@ -49,10 +59,15 @@ class Step:
         self.title = f"{arguments.model}, {dataset.name}, batch {arguments.batch}, crop {crop[0]}×{crop[1]}"
         self.title += f", {str(self.compute.dtype or torch.float32).removeprefix('torch.')}, channels_last"
 
-    def run(self, impl: str, batch: list[tuple[int, int]]) -> dict[str, float]:
-        """Milliseconds of each phase."""
+    def next_batch(self) -> None:
+        """Draws the batch of the steps that follow."""
+        self.batch = next(self.batches)
+
+    def run(self, impl: str) -> dict[str, float]:
+        """Milliseconds of each phase, and of the step."""
         marks = [self.clock.mark()]
-        images, labels = (torch.stack(tensors) for tensors in zip(*(self.samples[key] for key in batch), strict=True))
+        samples = [self.samples[key] for key in self.batch]
+        images, labels = (torch.stack(tensors) for tensors in zip(*samples, strict=True))
         marks.append(self.clock.mark())
         outputs = self.compute.run(self.model, images)
         marks.append(self.clock.mark())
@@ -64,30 +79,31 @@ class Step:
         self.optimizer.step()
         marks.append(self.clock.mark())
         spans = zip(PHASES, itertools.pairwise(marks), strict=True)
-        return {phase: self.clock.between(*span) for phase, span in spans}
+        found = {phase: self.clock.between(*span) for phase, span in spans}
+        return {**found, "step": sum(found.values())}
 
 
 def measure(step: Step, rounds: int) -> dict[str, Any]:
-    impls = list(step.criteria)
-    times: dict[str, list[dict[str, float]]] = {impl: [] for impl in impls}
-    for round_ in tqdm(range(-WARM_UP, rounds), step.title, leave=False, disable=None):
-        batch = next(step.batches)
-        for impl in impls[round_ % len(impls) :] + impls[: round_ % len(impls)]:
-            found = step.run(impl, batch)
-            if round_ >= 0:
-                times[impl].append({**found, "step": sum(found.values())})
+    impls = [*step.criteria][::-1]  # The baseline comes first.
+    turns = {impl: partial(step.run, impl) for impl in impls}
+    steps = take_turns(turns, rounds, step.title, before_round=step.next_batch)
+    times = {name: [found["step"] for found in steps[name]] for name in steps}
+    baseline = times[impls[0]]
     rows = {}
-    for impl in impls:
-        rows[impl] = {phase: statistics.median(t[phase] for t in times[impl]) for phase in (*PHASES, "step")}
-        pairs = zip(times[impl], times[impls[-1]], strict=True)
-        rows[impl]["ratio"] = statistics.median(ours["step"] / theirs["step"] for ours, theirs in pairs)
-        batch = next(step.batches)
-        rows[impl]["mib"] = peak_above(lambda impl=impl, batch=batch: step.run(impl, batch), step.device.type == "cuda")
-    return {"title": step.title, "baseline": impls[-1], "impls": rows}
+    for impl in step.criteria:
+        rows[impl] = {phase: statistics.median(found[phase] for found in steps[impl]) for phase in (*PHASES, "step")}
+        rows[impl]["ratio"] = ratio(times[impl], baseline)
+        step.next_batch()
+        rows[impl]["mib"] = peak_above(partial(step.run, impl), step.device.type == "cuda")
+    aa = ratio(times[AA], baseline)
+    return {"title": step.title, "baseline": impls[0], "A/A": aa, "counts": does_count(rounds, [aa]), "impls": rows}
 
 
 def render(result: dict[str, Any]) -> str:
-    lines = [f"{result['title']}   ms, median; ratio: × {result['baseline']}"]
+    lines = [
+        f"{result['title']}   ms, median; ratio: × {result['baseline']}   A/A {result['A/A']:.2f}"
+        + verdict(result["counts"])
+    ]
     lines.append(f"  {'':<8}" + "".join(f"{name:>11}" for name in (*PHASES, "step", "ratio", "MiB")))
     for impl, row in result["impls"].items():
         cells = [f"{row[phase]:11.1f}" for phase in (*PHASES, "step")]
@@ -106,7 +122,7 @@ def main() -> None:
     parser.add_argument(
         "--impl", nargs="*", help="the last is the baseline; all that run here, and torch, when left out"
     )
-    parser.add_argument("--rounds", type=int, default=15)
+    parser.add_argument("--rounds", type=int, default=LEAST_ROUNDS)
     parser.add_argument("--output", type=Path, default=RESULTS, metavar="DIR")
     arguments = parser.parse_args()
     if not arguments.impl:
@@ -114,8 +130,7 @@ def main() -> None:
     result = measure(Step(arguments), arguments.rounds)
     print(render(result))
     path = arguments.output / f"train_step-{device_name(arguments.device)}.json"
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(json.dumps({**about(), "rounds": arguments.rounds, "result": result}, indent=1) + "\n")
+    write_record(path, {**about(), "rounds": arguments.rounds, "result": result})
     print(path)
 
 

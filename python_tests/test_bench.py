@@ -27,13 +27,13 @@ def test_pilot_plans_and_compares(
 ) -> None:
     """Protects what decides the losses' defaults: every arm once, the best of each term with a warm-up, then five
     seeds, nothing twice, in whatever slices; and signs and verdicts of the paired differences."""
-    monkeypatch.syspath_prepend(str(ROOT / "bench"))
+    monkeypatch.syspath_prepend(str(ROOT / "bench" / "experiments"))
     pilot = importlib.import_module("pilot")
     challenger = "2 CPG3"
 
     def run(arm: Any, seed: int, *_: Any) -> dict[str, Any]:
         score = 0.4 + 0.01 * seed + 0.05 * (arm.name in ("0.4 BCL flipped, step 1+2", "1.5 CPG7"))
-        score += 0.002 * (1 + seed % 2) * (arm.name == pilot.SPEC.name)
+        score += 0.002 * (1 + seed % 2) * (arm.name == pilot.OLD_DEFAULT.name)
         scores = {**dict.fromkeys(pilot.SCORES, score), "selected": 0.01}
         shares = {"last epoch": {"ce": 1.0}}
         return {"arm": arm.name, "seed": seed, "folder": "deleted", **scores, "gradient_share": shares}
@@ -57,18 +57,18 @@ def test_pilot_plans_and_compares(
     assert len({(run["arm"], run["seed"]) for run in runs}) == len(runs)
     assert not list(pilot.plan(runs, [challenger]))
     arm = pilot.challenger(pilot.ARMS[challenger])
-    assert (arm.bcl, arm.cpg) == (pilot.SPEC.bcl, pilot.ARMS[challenger].cpg)
+    assert (arm.bcl, arm.cpg) == (pilot.OLD_DEFAULT.bcl, pilot.ARMS[challenger].cpg)
     assert len(pilot.SINGLE) == 2 + 18 + 7
     assert {arm.bcl.steps for arm in pilot.SINGLE if arm.bcl} == {(1,), (2,), (1, 2)}
 
     pairs = [0.002, 0.004, 0.002, 0.004, 0.002]
-    assert pilot.differences(runs, pilot.SPEC.name, "CE", "miou") == pytest.approx(pairs)
+    assert pilot.differences(runs, pilot.OLD_DEFAULT.name, "CE", "miou") == pytest.approx(pairs)
     assert pilot.verdict(pairs) == "+0.28 ± 0.10     "
     assert pilot.verdict([-0.01, 0.01, -0.01, 0.01, 0.01]) == "+0.20 ± 0.98 none"
     assert pilot.verdict([0.01, 0.02]).endswith("few ")
     lines = pilot.table(runs).splitlines()
     from_ce, _, from_spec = (index for index, line in enumerate(lines) if line.startswith("minus"))
-    default = next(line for line in lines[from_ce:] if line.startswith(pilot.SPEC.name))
+    default = next(line for line in lines[from_ce:] if line.startswith(pilot.OLD_DEFAULT.name))
     assert re.search(r" 5 +\+0.28 ± 0.10", default)
     assert re.search(r" 5 +-0.28 ± 0.10", next(line for line in lines[from_spec:] if line.startswith("CE ")))
 
@@ -113,11 +113,11 @@ def test_gpu_script_as_far_as_it_goes_without_one(tmp_path: Path) -> None:
 
 
 @needs_bench
-@pytest.mark.parametrize("bench", ["kernels", "metrics", "inference", "train_step", "pilot"])
+@pytest.mark.parametrize("bench", ["kernels", "metrics", "inference", "train_step", "experiments/pilot"])
 def test_wrong_flags_are_sentences(bench: str, tmp_path: Path) -> None:
     """No data, no GPU: one line, status 2, and nothing written."""
     wrong = {
-        "pilot": ["--data", str(tmp_path / "absent"), "--work", str(tmp_path / "work")],
+        "experiments/pilot": ["--data", str(tmp_path / "absent"), "--work", str(tmp_path / "work")],
         "inference": ["--device", "cuda"],
         "train_step": ["--data", str(tmp_path / "absent")],
     }.get(bench, ["--labels", str(tmp_path / "absent")])
@@ -136,7 +136,8 @@ def test_pilot_leaves_what_it_cannot_go_on_from(held: str, tmp_path: Path) -> No
     """Protects hours of runs: a broken record, or one of another schedule, is a sentence, and stays as it was."""
     record = tmp_path / "pilot.json"
     record.write_text(held)
-    command = [sys.executable, ROOT / "bench" / "pilot.py", "--output", str(tmp_path), "--work", str(tmp_path / "work")]
+    pilot = ROOT / "bench" / "experiments" / "pilot.py"
+    command = [sys.executable, pilot, "--output", str(tmp_path), "--work", str(tmp_path / "work")]
     done = subprocess.run([*command, "--data", str(tmp_path)], capture_output=True, text=True)
     assert (done.returncode, len(done.stderr.splitlines())) == (2, 1), done.stderr
     assert f"error: {record}" in done.stderr

@@ -1,12 +1,12 @@
-"""Which losses, at which weights, help: ``python bench/pilot.py --data CAMVID [--minutes N]``.
+"""Which losses, at which weights, help: ``python bench/experiments/pilot.py --data CAMVID [--minutes N]``.
 
 Short trainings of BCMFNet on CamVid at half its size (180×240), train → val, which differ in the loss alone: the same
 schedule, batches and seeds for every arm, so that arms are compared in pairs, seed by seed. First every arm with one
-seed; then the best arm of each term with a warm-up of its weight; then CE, CE + CPG, the spec's loss (CE + 0.4 BCL +
-CPG) and the challengers (the spec's, with one term exchanged for an arm's) with five seeds. What is done stands in
-bench/results/pilot.json and is not done again: call it as often as you like, each time for --minutes. The table says of
-each arm with several seeds how far it is from CE, from CE + CPG (so, what BCL adds) and from the spec's: the mean of
-the paired differences ± two standard errors. Not while a benchmark runs.
+seed; then the best arm of each term with a warm-up of its weight; then CE, CE + CPG, what was the default (CE + 0.4
+BCL + CPG) and the challengers (that, with one term exchanged for an arm's) with five seeds. What is done stands in
+pilot.json, beside this file, and is not done again: call it as often as you like, each time for --minutes. The table
+says of each arm with several seeds how far it is from CE, from CE + CPG (so, what BCL adds) and from what was the
+default: the mean of the paired differences ± two standard errors. Do not run it while a benchmark runs.
 
 The results there came with --challenger "0.1 BCL original, step 2" "1.5 CPG5". They made 0.1 BCL the default.
 """
@@ -18,6 +18,7 @@ import json
 import math
 import shutil
 import statistics
+import sys
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -26,10 +27,12 @@ from typing import Any, NamedTuple
 import matplotlib.pyplot as plt
 import numpy as np
 import torch
-from kernels import RESULTS, about
 from matplotlib.axes import Axes
 from PIL import Image
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from problem import interpolate
+from protocol import ROOT, about
 
 from bcmf_ext import BCL, CPG, SegmentationCriterion
 from bcmf_ext.config import make_config
@@ -42,7 +45,7 @@ from bcmf_ext.ops import LOSS
 from bcmf_ext.options import LossOptions
 from bcmf_ext.train import Trainer
 
-ROOT = Path(__file__).resolve().parents[1]
+HERE = Path(__file__).parent
 SEEDS = range(5)
 SCHEDULE = {"epochs": 10, "batch_size": 8, "crop_size": (180, 240), "scale_range": (0.75, 1.5)}
 SCORES = {"miou": "mIoU", "boundary_iou": "Boundary IoU", "boundary_f_1px": "F 1 px", "boundary_f_3px": "F 3 px"}
@@ -61,7 +64,7 @@ class Arm(NamedTuple):
 
 CE = Arm("CE")
 WITHOUT_BCL = Arm("1 CPG3", cpg=CPG(1.0))
-SPEC = Arm("CE + 0.4 BCL + 1 CPG3", BCL(0.4), CPG(1.0))
+OLD_DEFAULT = Arm("CE + 0.4 BCL + 1 CPG3", BCL(0.4), CPG(1.0))
 SINGLE = (
     CE,
     *(
@@ -77,7 +80,7 @@ SINGLE = (
         for k, weights in ((3, (0.3, 1.0, 2.0)), (5, (0.4, 1.5)), (7, (0.35, 1.5)))
         for weight in weights
     ),
-    SPEC,
+    OLD_DEFAULT,
 )
 ARMS = {
     arm.name: arm
@@ -87,9 +90,9 @@ ARMS = {
 
 
 def challenger(arm: Arm) -> Arm:
-    """The spec's loss with the arm's term in place of its own, and with its warm-up."""
+    """What was the default, with the arm's term in place of its own, and with its warm-up."""
     name = f"CE + {arm.name} + 1 CPG3" if arm.bcl else f"CE + 0.4 BCL + {arm.name}"
-    return Arm(name, arm.bcl or SPEC.bcl, arm.cpg or SPEC.cpg, arm.warmup)
+    return Arm(name, arm.bcl or OLD_DEFAULT.bcl, arm.cpg or OLD_DEFAULT.cpg, arm.warmup)
 
 
 def main() -> None:
@@ -102,10 +105,12 @@ def main() -> None:
         choices=tuple(ARMS),
         default=(),
         metavar="ARM",
-        help="arms whose term takes the place of the spec's, with five seeds: names of the table",
+        help="arms whose term takes the place of what was the default, with five seeds: names of the table",
     )
     parser.add_argument("--work", type=Path, default=ROOT / "runs" / "pilot", metavar="DIR", help="images and runs")
-    parser.add_argument("--output", type=Path, default=RESULTS, metavar="DIR", help="where the results go")
+    parser.add_argument(
+        "--output", type=Path, default=Path(__file__).parent, metavar="DIR", help="where the results go"
+    )
     arguments = parser.parse_args()
     path = arguments.output / "pilot.json"
     schedule = json.loads(json.dumps(SCHEDULE))
@@ -142,13 +147,13 @@ def plan(runs: list[dict[str, Any]], challengers: list[str]) -> Iterator[tuple[A
 
     yield from ((arm, 0) for arm in SINGLE if missing(arm, 0))
     for term in ("BCL", "CPG"):
-        names = {arm.name for arm in SINGLE if term in arm.name} - {SPEC.name}
+        names = {arm.name for arm in SINGLE if term in arm.name} - {OLD_DEFAULT.name}
         best = max((done for done in runs if done["seed"] == 0 and done["arm"] in names), key=lambda done: done["miou"])
         warm = ARMS[f"{best['arm']}, warm-up"]
         if missing(warm, 0):
             yield warm, 0
     for seed in SEEDS:
-        for arm in (CE, WITHOUT_BCL, SPEC, *(challenger(ARMS[name]) for name in challengers)):
+        for arm in (CE, WITHOUT_BCL, OLD_DEFAULT, *(challenger(ARMS[name]) for name in challengers)):
             if missing(arm, seed):
                 yield arm, seed
 
@@ -230,7 +235,7 @@ def table(runs: list[dict[str, Any]]) -> str:
         shares = " ".join(f"{name} {share:.2f}" for name, share in done["gradient_share"]["last epoch"].items())
         figures = "".join(f"{done[score]:>20.4f}" for score in SCORES)
         lines.append(f"{done['arm']:<{width}}        {figures}   {done['selected']:.4f}   {shares}")
-    for baseline in (CE.name, WITHOUT_BCL.name, SPEC.name):
+    for baseline in (CE.name, WITHOUT_BCL.name, OLD_DEFAULT.name):
         lines.append(f"\n{'minus ' + baseline:<{width}}   seeds{titles}")
         for arm in dict.fromkeys(done["arm"] for done in runs):
             found = [differences(runs, arm, baseline, score) for score in SCORES]
