@@ -65,7 +65,7 @@ Row = Callable[[Tensor], Tensor]
 
 
 def make_network(name: str, device: str) -> nn.Module:
-    """In evaluation mode, with batch norms that have seen some images."""
+    """A network with random weights, in evaluation mode, whose batch norms have seen some images."""
     torch.manual_seed(0)
     network = NETWORKS[name](CLASSES).to(device).train()
     with torch.no_grad():
@@ -76,7 +76,8 @@ def make_network(name: str, device: str) -> nn.Module:
 
 @torch.inference_mode()
 def predict(images: Tensor, network: Callable[[Tensor], Tensor], layout: torch.memory_format, half: Any) -> Tensor:
-    """What a script does with a trained network: uint8 images to labels. half: autocast's dtype, or None."""
+    """Labels of uint8 images, as a script would compute them with a trained network. half: autocast's dtype, or
+    None."""
     images = normalise(images.contiguous(memory_format=layout))
     with torch.autocast(images.device.type, half, enabled=half is not None):
         logits = network(images)
@@ -85,7 +86,7 @@ def predict(images: Tensor, network: Callable[[Tensor], Tensor], layout: torch.m
 
 
 def make_predictor(name: str, network: nn.Module, device: str, amp: str) -> Predictor:
-    """By way of a checkpoint, as users make it."""
+    """A Predictor, made from a checkpoint, as users make it."""
     content = {
         "version": VERSION,
         "config": asdict(make_config({"dataset": "folder", "model": name})),
@@ -119,7 +120,7 @@ def make_rows(name: str, device: str, compiled: bool) -> dict[str, Row]:
 
 
 def count(name: str, size: tuple[int, int]) -> dict[str, float]:
-    """Parameters and multiply-accumulates (what the literature calls FLOPs), without the auxiliary head."""
+    """Counts parameters and multiply-accumulates (what the literature calls FLOPs), without the auxiliary head."""
     network = NETWORKS[name](CLASSES, aux_head=False, impl="torch").eval().to("meta")
     with FlopCounterMode(display=False) as counter:
         network(torch.empty(1, 3, *size, device="meta"))
@@ -166,7 +167,7 @@ def render(result: dict[str, Any]) -> str:
 
 
 def draw(results: list[dict[str, Any]], path: Path) -> None:
-    """Frames per second, a panel for each network and size."""
+    """Draws frames per second, in a panel for each network and size."""
     figure, axes = plt.subplots(1, len(results), figsize=(1 + 3 * len(results), 4), squeeze=False)
     for axis, result in zip(axes.flat, results, strict=True):
         rows = result["rows"]

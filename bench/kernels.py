@@ -98,7 +98,7 @@ def peak_mib(problem: Problem, contender: Contender) -> float:
 
 @dataclass(frozen=True)
 class Rates:
-    """What the machine can do, measured: bytes and exponentials per ms."""
+    """The machine's measured speed: bytes and exponentials per ms."""
 
     bytes: float
     exps: float
@@ -133,13 +133,14 @@ class RateMeter:
 
 
 def max_clock_khz() -> float:
-    """Of the GPU's multiprocessors; CUDA 13 no longer has it among the device's properties."""
+    """The highest clock of the GPU's multiprocessors; CUDA 13 no longer has it among the device's properties."""
     command = ["nvidia-smi", "--query-gpu=clocks.max.sm", "--format=csv,noheader,nounits"]
     return 1e3 * float(subprocess.run(command, capture_output=True, text=True, check=True).stdout.splitlines()[0])
 
 
 def errors(problem: Problem) -> dict[str, dict[str, float]]:
-    """Of every contender, against the fp64 definition: of values and of the gradient, relative to the largest entry."""
+    """Each contender's errors against the fp64 definition: those of values and of the gradient, relative to the largest
+    entry."""
 
     def evaluate(contender: Contender, x: Tensor) -> tuple[Tensor, Tensor]:
         outputs = contender(x)
@@ -159,7 +160,7 @@ def errors(problem: Problem) -> dict[str, dict[str, float]]:
 
 
 def measure(problem: Problem, clock: Clock, rounds: int) -> dict[str, Any]:
-    """All figures of one problem. The first of `other`, or else of the contenders, is the baseline."""
+    """Measures one problem. The first of `other`, or else of the contenders, is the baseline."""
     contenders = {**problem.other, **problem.contenders}
     names = list(contenders)
     baseline = names[0]
@@ -223,7 +224,7 @@ def render(result: dict[str, Any]) -> str:
 
 
 def draw(results: list[dict[str, Any]], path: Path) -> None:
-    """Bars: forward + backward of each contender relative to the baseline."""
+    """Draws forward + backward of each contender, relative to the baseline, as bars."""
     columns = min(COLUMNS, len(results))
     rows_of_axes = math.ceil(len(results) / columns)
     figure, grid = plt.subplots(rows_of_axes, columns, figsize=(1 + 2.6 * columns, 4.2 * rows_of_axes), squeeze=False)

@@ -20,7 +20,8 @@ LAYOUTS = {"": torch.contiguous_format, ", channels_last": torch.channels_last}
 
 
 def problems(labels: Tensor, classes: int) -> Iterator[Problem]:
-    """Of a device's labels only the device counts."""
+    """Makes the problems. The labels are asked for because other files' problems have some; only their device
+    counts."""
     for dtype in (torch.float32, torch.bfloat16):
         for shape in SIZES:
             for name, layout in LAYOUTS.items():
@@ -53,7 +54,7 @@ def problem(
 
 
 def by_pytorch(x: Tensor, module: LMFM, small: list[Tensor], large: list[Tensor]) -> list[Tensor]:
-    """What goes into LMFM's convolutions: the module's own forward, whose convolutions give these maps."""
+    """Computes what goes into LMFM's convolutions by the module's own forward, whose convolutions give these maps."""
     size, (v1, v2, v3, v4), ys = x.shape[2:], [map.to(x.dtype) for map in small], [map.to(x.dtype) for map in large]
 
     def up(map: Tensor) -> Tensor:
@@ -71,7 +72,7 @@ def by_pytorch(x: Tensor, module: LMFM, small: list[Tensor], large: list[Tensor]
 
 
 def by_kernels(x: Tensor, module: LMFM, small: list[Tensor], large: list[Tensor], impl: str) -> list[Tensor]:
-    """The same by an impl of LMFM."""
+    """Computes what goes into LMFM's convolutions by an impl's kernels."""
     norms = FusedNorms(impl, [m for m in module.modules() if isinstance(m, nn.BatchNorm2d)], x.stride(1) == 1)
     size = x.shape[2:]
     pooled = norms.pool(x, [scale[1] for scale in (module.scale1, module.scale2, module.scale3, module.scale4)])
@@ -82,8 +83,8 @@ def by_kernels(x: Tensor, module: LMFM, small: list[Tensor], large: list[Tensor]
 
 
 def work(x: Tensor, maps: list[Tensor]) -> dict[str, tuple[float, float]]:
-    """Forward: read all maps, write the pools, the levels and the joined map. Backward: read maps and the gradients of
-    these, write those of maps. No exponentials."""
+    """What the phases have to do at least. Forward: read all maps, write the pools, the levels and the joined map.
+    Backward: read maps and the gradients of these, write those of maps. No exponentials."""
     read = x.numel() + sum(map.numel() for map in maps)
     written = 0.34 * x.numel() + 2 * sum(map.numel() for map in maps[4:]) + x.numel()
     size = x.element_size()

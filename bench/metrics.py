@@ -52,7 +52,7 @@ SIZE = (1, 19, 1024, 2048)
 
 
 def make_prediction(target: Tensor, classes: int) -> tuple[Tensor, Tensor]:
-    """Logits at 1/8, and their classes at the target's size."""
+    """Makes logits at 1/8, and their classes at the target's size."""
     scores = F.one_hot(target.clamp(max=classes).long(), classes + 1)[..., :classes].permute(0, 3, 1, 2).float()
     logits = F.avg_pool2d(scores, 8)
     prediction = interpolate(logits, target.shape[1:]).argmax(1)

@@ -1,4 +1,4 @@
-"""What a file of this folder gives bench/kernels.py to measure."""
+"""Problems: what the files of this folder give bench/kernels.py to measure, and what they are made of."""
 
 from __future__ import annotations
 
@@ -67,8 +67,8 @@ def make_labels(camvid: str | None, n: int, height: int, width: int) -> Tensor:
 
 
 def make_logits(labels: Tensor, classes: int, dtype: torch.dtype, size: Sequence[int] | None = None) -> Tensor:
-    """(N, classes, *size) for labels (N, H, W), `size` being theirs if none is given: normally distributed, and at four
-    pixels of five higher by 6 for the right class, as of a network that is being trained."""
+    """Logits (N, classes, *size) for labels (N, H, W), `size` being theirs if none is given: normally distributed, and
+    at four pixels of five higher by 6 for the right class, as of a network that is being trained."""
     generator = torch.Generator(labels.device).manual_seed(0)
     few = F.interpolate(labels[:, None].float(), tuple(size or labels.shape[1:]), mode="nearest")[:, 0].long()
     logits = torch.randn((few.shape[0], classes, *few.shape[1:]), generator=generator, device=labels.device)
@@ -78,14 +78,15 @@ def make_logits(labels: Tensor, classes: int, dtype: torch.dtype, size: Sequence
 
 
 def size_of(logits: Tensor, labels: Tensor) -> str:
-    """Such as 8×19×45×60 → 360×480."""
+    """The sizes in words, such as 8×19×45×60 → 360×480."""
     shape = "×".join(map(str, logits.shape))
     return shape if logits.shape[2:] == labels.shape[1:] else f"{shape} → {'×'.join(map(str, labels.shape[1:]))}"
 
 
 def work(logits: Tensor, labels: Tensor) -> dict[str, tuple[float, float]]:
-    """Of any mix of losses. Forward: read logits and labels, write two floats per label pixel. Backward: read all that,
-    write the gradient. An exponential per class and label pixel in each. (What is sparse is left out.)"""
+    """What any mix of losses has to do at least. Forward: read logits and labels, write two floats per label pixel.
+    Backward: read all that, write the gradient. An exponential per class and label pixel in each. (What is sparse is
+    left out.)"""
     logit_bytes, pixels = logits.numel() * logits.element_size(), labels.numel()
     label_bytes = pixels * labels.element_size()
     forward = logit_bytes + label_bytes + 8 * pixels

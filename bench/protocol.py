@@ -67,7 +67,7 @@ class Clock:
         return start.elapsed_time(end)
 
     def time(self, run: Callable[[], object]) -> float:
-        """Milliseconds of a call."""
+        """Milliseconds that a call takes."""
         start = self.mark()
         run()
         return self.between(start, self.mark())
@@ -108,12 +108,12 @@ def take_turns(
 
 
 def ratios(ours: Sequence[float], theirs: Sequence[float]) -> list[float]:
-    """Of the same rounds."""
+    """The ratios of two contenders' times, round by round."""
     return [a / b for a, b in zip(ours, theirs, strict=True)]
 
 
 def ratio(ours: Sequence[float], theirs: Sequence[float]) -> float:
-    """The median of the paired ratios."""
+    """The median of these ratios."""
     return statistics.median(ratios(ours, theirs))
 
 
@@ -143,7 +143,7 @@ def peak_above(run: Callable[[], object], cuda: bool) -> float:
     def read(key: str) -> int:
         return next(int(line.split()[1]) for line in status.read_text().splitlines() if line.startswith(key))
 
-    # What malloc and our kernels keep of earlier steps would count as there before.
+    # Otherwise the memory that malloc and our kernels keep of earlier steps would count as there before.
     dispatch.release_kept_memory()
     ctypes.CDLL(None).malloc_trim(0)
     Path("/proc/self/clear_refs").write_text("5")  # This resets the high-water mark to what is left.

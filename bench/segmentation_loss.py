@@ -14,7 +14,7 @@ from torch import Tensor
 
 from bcmf_ext import BCL, CPG, boundary_corrected_loss, cpg_loss, reference, segmentation_loss
 
-# The dense form is the authors', with its three mistakes repaired (spec section 4).
+# The dense form is the authors', with its three mistakes repaired (docs/definitions.md, CPG loss).
 AUTHORS, SPARSE = reference.cpg_loss, reference.cpg_loss_sparse
 
 
@@ -66,8 +66,8 @@ def problems(labels: Tensor, classes: int) -> Iterator[Problem]:
 
 
 def sizes(labels: Tensor, classes: int) -> Iterator[Problem]:
-    """Ratios of 2, 4 and 16, none that is a whole number, a single logit pixel, more logits than labels, and corners
-    that are aligned."""
+    """Problems at ratios of 2, 4 and 16, none that is a whole number, a single logit pixel, more logits than labels,
+    and corners that are aligned."""
     height, width = labels.shape[1:]
     uneven = (height // 7 - 2, width // 9 + 3)
     for size in (*((height // k, width // k) for k in (2, 4, 16)), uneven, (1, 1), (3 * height // 2, 3 * width // 2)):
@@ -94,5 +94,5 @@ def problem(
 
 
 def cross_entropy(z: Tensor, target: Tensor, align_corners: bool) -> Tensor:
-    """As everybody writes it."""
+    """The cross-entropy alone, as everybody writes it."""
     return F.cross_entropy(interpolate(z, target.shape[1:], align_corners), target, ignore_index=255)

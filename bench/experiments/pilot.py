@@ -90,7 +90,7 @@ ARMS = {
 
 
 def challenger(arm: Arm) -> Arm:
-    """What was the default, with the arm's term in place of its own, and with its warm-up."""
+    """The old default, with the arm's term and warm-up in place of its own."""
     name = f"CE + {arm.name} + 1 CPG3" if arm.bcl else f"CE + 0.4 BCL + {arm.name}"
     return Arm(name, arm.bcl or OLD_DEFAULT.bcl, arm.cpg or OLD_DEFAULT.cpg, arm.warmup)
 
@@ -140,7 +140,7 @@ def main() -> None:
 
 
 def plan(runs: list[dict[str, Any]], challengers: list[str]) -> Iterator[tuple[Arm, int]]:
-    """What is still to do. `runs` grows meanwhile."""
+    """The arms and seeds that are still to be run. `runs` grows meanwhile."""
 
     def missing(arm: Arm, seed: int) -> bool:
         return not any((done["arm"], done["seed"]) == (arm.name, seed) for done in runs)
@@ -208,7 +208,7 @@ def run(arm: Arm, seed: int, root: Path, work: Path) -> dict[str, Any]:
 
 
 def score(checkpoint: Path, val_set: SegmentationDataset) -> dict[str, float]:
-    """Of the val split; selected: |S| / |V| of BCL with its defaults, whatever the network was trained with."""
+    """Scores on the val split; selected: |S| / |V| of BCL with its defaults, whatever the network was trained with."""
     predictor, classes = Predictor(checkpoint, "cpu"), len(val_set.classes)
     confusion, band = ConfusionMatrix(classes), BoundaryIoU(classes)
     f_score = BoundaryFScore(classes, widths=(1, 3))
@@ -246,7 +246,7 @@ def table(runs: list[dict[str, Any]]) -> str:
 
 
 def differences(runs: list[dict[str, Any]], arm: str, baseline: str, score: str) -> list[float]:
-    """Of an arm's scores from the baseline's, seed by seed."""
+    """The differences of an arm's scores from the baseline's, seed by seed."""
     scores = {(done["arm"], done["seed"]): done[score] for done in runs}
     return [scores[arm, seed] - scores[baseline, seed] for a, seed in scores if a == arm and (baseline, seed) in scores]
 
@@ -292,7 +292,7 @@ def draw_profile(axis: Axes, profiles: np.ndarray, offsets: np.ndarray, truth: n
 
 
 def probabilities(predictor: Predictor, val_set: SegmentationDataset) -> Iterator[tuple[np.ndarray, np.ndarray]]:
-    """Of each image: (C, H, W), and its labels."""
+    """Each image's probabilities (C, H, W), and its labels."""
     for index in range(len(val_set)):
         image, label = val_set.pair(index)
         logits = predictor.logits(torch.from_numpy(image).permute(2, 0, 1)[None])
