@@ -58,6 +58,7 @@ OPS = {
     "cross_entropy": cross_entropy.problems,
     "segmentation_loss": segmentation_loss.problems,
     "sizes": segmentation_loss.sizes,
+    "blocks": segmentation_loss.blocks,
     "lmfm": lmfm.problems,
 }
 COLUMNS = 6  # of the picture

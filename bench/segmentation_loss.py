@@ -4,7 +4,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 
 import torch
@@ -74,6 +74,18 @@ def sizes(labels: Tensor, classes: int) -> Iterator[Problem]:
         yield problem(labels, classes, size, ALL)
     for size in ((height // 8, width // 8), uneven):
         yield problem(labels, classes, size, Mix(bcl=BCL(), cpg=CPG(), align_corners=True))
+
+
+def blocks(labels: Tensor, classes: int) -> Iterator[Problem]:
+    """Problems with more edges than pictures have, where sparse work is most of all: labels of 8×8 blocks, each of one
+    of eleven classes, at the given size and in one image of 64×64 pixels."""
+    generator = torch.Generator(labels.device).manual_seed(0)
+    for n, height, width in (tuple(labels.shape), (1, 64, 64)):
+        few = torch.randint(0, 11, (n, -(-height // 8), -(-width // 8)), generator=generator, device=labels.device)
+        edgy = few.repeat_interleave(8, 1).repeat_interleave(8, 2)[:, :height, :width].to(torch.uint8)
+        for size in ((height, width), (height // 8, width // 8)):
+            made = problem(edgy, 11, size, ALL)
+            yield replace(made, title=f"{made.title}, labels of 8×8 blocks")
 
 
 def problem(
