@@ -1,4 +1,4 @@
-"""What every loss looks at first: shapes, dtypes and devices, the labels, and whether values may be looked at."""
+"""Checks that every loss begins with: shapes, dtypes and devices, labels, and whether values may be looked at."""
 
 from __future__ import annotations
 
@@ -9,14 +9,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
-# Dtypes of labels that kernels read where they are, and what the others are converted to.
+# Kernels read labels of the four LABEL_DTYPES where they are; others are converted first.
 _READ_AS = {torch.bool: torch.uint8, torch.int8: torch.int16, torch.uint16: torch.int32}
 _READ_AS |= {torch.uint32: torch.int64, torch.uint64: torch.int64}
 LABEL_DTYPES = (torch.uint8, torch.int16, torch.int32, torch.int64)
 
 
 def read_labels(target: Tensor) -> Tensor:
-    """Labels as all that follows takes them: (N, H, W), also of (N, 1, H, W), in one of LABEL_DTYPES."""
+    """Labels (N, H, W), or (N, 1, H, W), as (N, H, W) in one of LABEL_DTYPES, if they are bool or integers."""
     if target.dim() == 4 and target.shape[1] == 1:
         target = target.squeeze(1)
     return target.to(_READ_AS.get(target.dtype, target.dtype))
@@ -24,7 +24,7 @@ def read_labels(target: Tensor) -> Tensor:
 
 def check_inputs(logits: Tensor, target: Tensor, weight: Tensor | None = None) -> Tensor:
     """The target as `read_labels` gives it. Raises TypeError or ValueError unless shapes, dtypes and devices are those
-    of the module's docstring."""
+    that docs/definitions.md says under Conventions."""
     if not isinstance(logits, Tensor):
         of_heads = isinstance(logits, (tuple, list, Mapping))
         hint = ": of the outputs of several heads, SegmentationCriterion makes one loss" * of_heads
@@ -65,7 +65,7 @@ def describe_bad_labels(target: Tensor, num_classes: int, ignore_index: int) -> 
     """The sentence for labels that are neither a class nor ignore_index."""
     values = torch.unique(target.long())
     bad = [v for v in values.tolist() if v != ignore_index and not 0 <= v < num_classes]
-    if not bad:  # somebody else writes to it
+    if not bad:  # Somebody else writes to the target meanwhile.
         return "target held ids that are neither a class nor ignore_index; it has changed since."
     shown = ", ".join(map(str, bad[:8])) + (", …" if len(bad) > 8 else "")
     sentence = (
@@ -81,14 +81,17 @@ def describe_bad_labels(target: Tensor, num_classes: int, ignore_index: int) -> 
 def is_traced(tensor: Tensor) -> bool:
     """Whether what is computed must not depend on values: under torch.func, torch.jit.trace and in exports, and of
     meta tensors, which have none."""
-    if torch.compiler.is_compiling() and not torch.compiler.is_exporting():  # which breaks the graph there
+    if (
+        torch.compiler.is_compiling() and not torch.compiler.is_exporting()
+    ):  # The questions below would break the graph.
         return False
     exporting = torch.compiler.is_exporting() or torch.onnx.is_in_onnx_export()
     return exporting or tensor.is_meta or torch.jit.is_tracing() or in_torch_func()
 
 
 def without_autocast(tensor: Tensor) -> contextlib.AbstractContextManager[Any]:
-    """In which operations keep their tensors' precision; where the device has no autocast, nothing."""
+    """A context in which operations keep their tensors' precision; where the device has no autocast, it does
+    nothing."""
     device = tensor.device.type
     available = torch.amp.is_autocast_available(device)
     return torch.autocast(device, enabled=False) if available else contextlib.nullcontext()
@@ -100,7 +103,7 @@ def in_torch_func() -> bool:
 
 
 def check_labels(target: Tensor, num_classes: int, ignore_index: int) -> None:
-    """Raise ValueError if a label is neither a class nor ignore_index. Synchronises on CUDA."""
+    """Raises ValueError if a label is neither a class nor ignore_index. Synchronises on CUDA."""
     labels = target.long()
     if ((labels != ignore_index) & ((labels < 0) | (labels >= num_classes))).any():
         raise ValueError(describe_bad_labels(target, num_classes, ignore_index))

@@ -23,10 +23,10 @@ import torch
 
 from .checks import in_torch_func
 
-DEBUG = os.environ.get("BCMF_DEBUG") == "1"  # look at labels on CUDA too: a sync, for a sentence
+DEBUG = os.environ.get("BCMF_DEBUG") == "1"  # Labels are looked at on GPUs, too: an error for a wait.
 IMPLS = ("cuda", "triton", "cpu", "torch")
 _NO_SUCH_IMPL = f'there is no such impl; choose from "auto", {", ".join(map(repr, IMPLS))}'
-ORDER = {"cuda": ("cuda", "triton", "torch"), "cpu": ("cpu", "torch")}  # of "auto", by device
+ORDER = {"cuda": ("cuda", "triton", "torch"), "cpu": ("cpu", "torch")}  # what "auto" tries, by device
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"  # Triton kernels run on the CPU, slowly: for tests
 _REINSTALL = "pip install --force-reinstall --no-deps --no-cache-dir, from the same source"
 
@@ -39,9 +39,9 @@ def _find_build() -> Path | None:
 
 
 def _source_digest() -> str | None:
-    """Of csrc beside the package, as setup.py computes it; None where there is no source tree."""
+    """The digest of csrc beside the package, as setup.py computes it; None where there is no source tree."""
     csrc = Path(__file__).parents[1] / "csrc"
-    if not (csrc / "ops.cpp").is_file():  # installed; another package may own a csrc there
+    if not (csrc / "ops.cpp").is_file():  # The package is installed; a csrc beside it would be another package's.
         return None
     files = sorted(path for path in csrc.rglob("*") if path.is_file())
     return hashlib.sha256(b"".join(path.read_bytes() for path in files)).hexdigest() if files else None
@@ -74,7 +74,7 @@ def _load_extension() -> tuple[ModuleType | None, str | None, str | None]:
             return _import_from(folder), None, no_cuda
         except ImportError as error:
             reason = f"the extension does not load ({error}): reinstall it ({_REINSTALL})"
-    # Not warn: its second line would quote this one.
+    # warnings.warn would add a line that quotes this one.
     warnings.warn_explicit(
         f"{reason}. Until then its ops run in PyTorch, on GPUs in Triton.", RuntimeWarning, "bcmf_ext", 1
     )
@@ -95,7 +95,7 @@ _NO_TRITON = None if importlib.util.find_spec("triton") else "triton is not inst
 
 
 def _why_no_launcher() -> str | None:
-    """What triton lacks to compile, in C, what launches kernels; it does so when the first one runs."""
+    """Why triton cannot compile its launcher, which is in C, when the first kernel runs; None if it can."""
     compilers = [os.environ["CC"]] if "CC" in os.environ else ["gcc", "clang"]
     if not any(map(shutil.which, compilers)):
         return f"triton needs a C compiler ({' or '.join(compilers)}), and none was found"
@@ -112,13 +112,13 @@ _NAMES = {"triton": "Triton", "torch": "PyTorch"}
 
 def release_kept_memory() -> None:
     """Gives the memory back to the system that the CPU's kernels keep for their next call. It would take it back itself
-    whenever it needs it; without an extension there is none."""
+    whenever it needs it. Without the extension nothing is kept."""
     if EXTENSION is not None:
         EXTENSION.release_kept_memory()
 
 
 def check_impl(impl: str) -> str:
-    """``impl``, if there is one of this name; ValueError."""
+    """Returns ``impl``; raises ValueError if there is none of this name."""
     if impl not in ("auto", *IMPLS):
         raise ValueError(f"impl={impl!r}: {_NO_SUCH_IMPL}.")
     return impl
@@ -170,5 +170,5 @@ def _choose(op: str, impl: str, device: torch.device) -> str:
 
 @functools.cache
 def _say_once(sentence: str) -> None:
-    # Not warn: its second line would quote this one.
+    # warnings.warn would add a line that quotes this one.
     warnings.warn_explicit(sentence, RuntimeWarning, "bcmf_ext", 1)

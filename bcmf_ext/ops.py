@@ -21,7 +21,7 @@ LIB = Library("bcmf", "DEF")
 
 
 def acc_dtype(tensor: Tensor) -> torch.dtype:
-    """What is computed in: fp64 for fp64 logits or maps, else fp32. Losses are returned in it, too."""
+    """The dtype that is computed in, and that losses are returned in: fp64 for fp64 logits or maps, else fp32."""
     return torch.float64 if tensor.dtype == torch.float64 else torch.float32
 
 
@@ -32,7 +32,7 @@ def _raise_on_double_backward(ctx: Any, *_: Any) -> None:
 
 
 class _Function(torch.autograd.Function):
-    """What the ops' own Functions share."""
+    """The base of the ops' own Functions, which have no forward-mode derivative."""
 
     @staticmethod
     def jvp(ctx: Any, *_: Any) -> None:
@@ -58,13 +58,14 @@ def _define(lib: Library, name: str, schema: str, fake: Any, backward_schema: st
 
 
 # --------------------------------------------------------------------------------------------------------------------
-# loss: any mix of cross-entropy or OHEM, BCL and CPG, of logits of any size.
-#   logits (N, C, h, w), target (N, H, W), weight (C,) or None, and LossOptions
-#   → total (), differentiable;
-#     terms (3,), unweighted, in the order of options.TERMS: 0 for one that was not asked for;
-#     stats (2, N, H, W): m = max_c Z_c and log Σ_c exp(Z_c − m), kept apart so that small losses keep their digits;
-#     selected (N, H, W) uint8, (0, H, W) without BCL: bit s says whether BCL's step s selected the pixel;
-#     summary (SUMMARY,), see Summary.
+# bcmf::loss computes any mix of cross-entropy or OHEM, BCL and CPG, from logits of any size.
+#   It takes logits (N, C, h, w), target (N, H, W), weight (C,) or None, and LossOptions. It returns
+#   * total (), differentiable;
+#   * terms (3,), unweighted, in the order of options.TERMS: 0 for one that was not asked for;
+#   * stats (2, N, H, W): m = max_c Z_c and log Σ_c exp(Z_c − m), kept apart so that small losses keep their digits;
+#   * selected (N, H, W) uint8, (0, H, W) without BCL: bit s says whether BCL's step s selected the pixel;
+#   * summary (SUMMARY,), see Summary.
+# The backward takes the last three, and the upstream gradient of total.
 
 
 class Summary(IntEnum):
@@ -73,11 +74,11 @@ class Summary(IntEnum):
     C++ has the same numbers (csrc/device/common.cuh); a test holds the two together.
     """
 
-    DENOMINATOR = 0  # of the cross-entropy: the valid pixels' weights added up, or with OHEM the number of kept pixels
+    DENOMINATOR = 0  # what the cross-entropy is divided by: the valid pixels' weights, or with OHEM the kept pixels
     CUTOFF = 1  # the smallest loss that OHEM keeps
     VALID = 2  # |V|
     EDGES = 3  # |M| of CPG
-    SELECTED = 4  # |S| of BCL's first step; those of the others follow
+    SELECTED = 4  # |S| of BCL's first step; the others' follow
 
 
 SUMMARY = Summary.SELECTED + MAX_STEPS
@@ -133,7 +134,7 @@ def define_loss(lib: Library, name: str) -> Any:
             ctx.save_for_backward(logits, target, weight, *kept)
             ctx.options = options
             ctx.mark_non_differentiable(*others)
-            ctx.set_materialize_grads(False)  # no zeros the size of stats
+            ctx.set_materialize_grads(False)  # Otherwise zeros of the size of stats would be made.
             return total, *others
 
         @staticmethod
@@ -146,14 +147,15 @@ def define_loss(lib: Library, name: str) -> Any:
 
 
 LOSS = {"cpu": define_loss(LIB, "loss"), "triton": define_loss(LIB, "loss_triton")}
-"""bcmf::loss by impl."""
-LOSS["cuda"] = LOSS["cpu"]  # one op, whose kernel the tensors' device chooses
+"""The op that each impl calls."""
+LOSS["cuda"] = LOSS["cpu"]  # One op has both kernels; the tensors' device chooses.
 
 
 # --------------------------------------------------------------------------------------------------------------------
-# upsample_argmax: logits (N, C, h, w) → the class of each pixel, (N, height, width), uint8 or, of C > 256, int32.
-# upsample_confusion: the same at the size of target (N, H, W), and bins (C² + 2,) int64: how many pixels have which
-#   label and class, by label · C + class; how many a label that is neither a class nor ignored; how many are ignored.
+# bcmf::upsample_argmax resamples logits (N, C, h, w) to (height, width) and returns the class of each pixel, (N,
+# height,   width), uint8, or int32 where C > 256. bcmf::upsample_confusion does that at the size of target (N, H, W),
+# and also returns bins (C² + 2,) int64. Bin label · C   + class counts the pixels that have this label and class; the
+# last two count the pixels whose label is neither a   class nor ignored, and the ignored ones.
 
 
 def argmax_dtype(logits: Tensor) -> torch.dtype:
@@ -182,7 +184,7 @@ UPSAMPLE_ARGMAX = {
     "cpu": define_upsample_argmax(LIB, "upsample_argmax"),
     "triton": define_upsample_argmax(LIB, "upsample_argmax_triton"),
 }
-"""bcmf::upsample_argmax by impl."""
+"""The op that each impl calls."""
 UPSAMPLE_ARGMAX["cuda"] = UPSAMPLE_ARGMAX["cpu"]
 LIB.define(
     "upsample_confusion(Tensor logits, Tensor target, int ignore_index, bool align_corners)"
@@ -192,15 +194,15 @@ torch.library.register_fake("bcmf::upsample_confusion", _upsample_confusion_fake
 
 
 # --------------------------------------------------------------------------------------------------------------------
-# What metrics count, on the CPU.
-#   read_labels: prediction and target of any one shape → both as uint8 (int32 of more than 255 classes), num_classes
-#     where a pixel does not count, because it is ignored or out of range; and how many are out of range, () int64.
-#   count_pairs: a, b uint8 or int32 → (rows, columns) int64, how many pixels have which a and b; others are left out.
-#   match_within: see bcmf_ext.metrics.boundary.match_within.
+# These ops count for the metrics, on the CPU. bcmf::read_labels takes prediction and target of any one shape, and
+# returns both as uint8 (int32 where there are more   than 255 classes), with num_classes where a pixel does not count,
+# because it is ignored or out of range; and the   number of pixels that are out of range, () int64. bcmf::count_pairs
+# takes a and b, uint8 or int32, and returns (rows, columns) int64: how many pixels have which a and b.   Pixels with
+# other values are left out. bcmf::match_within is described at bcmf_ext.metrics.boundary.match_within.
 
 
 def label_dtype(num_classes: int) -> torch.dtype:
-    """Of maps that hold num_classes, too."""
+    """The dtype of label maps that may hold num_classes, too, for pixels that do not count."""
     return torch.uint8 if num_classes <= 255 else torch.int32
 
 
@@ -231,18 +233,21 @@ for _schema, _fake in (
 
 
 # --------------------------------------------------------------------------------------------------------------------
-# pool_norm_relu, add_norm_relu: what LMFM and DAPPM do between convolutions, relu(norm(·)) of several maps at once.
-#   pool_norm_relu: of the average pools 5/2, 9/4 and 17/8 (size/stride, centred, padding counts) and the global pool of
-#     x (N, C, h, w), which is read once → four maps.
-#   add_norm_relu: of each branch's sum of two maps, either of which may be missing: one that is resampled bilinearly to
-#     (height, width), and one of that size → the maps of one or two branches or, joined, one of all branches' channels.
-#   weights, biases and running means and variances: (C,) acc, in the order of the branches' channels; a norm may span
-#     several branches. In training statistics are those of the batch, and the running ones move towards them.
-#   → outputs, in the maps' dtype, in channels_last if x is or as asked: single pixels look like either (add_norm_relu:
-#     two, an empty one if there is none; their number is fixed: what writes to arguments must not return a list);
-#     stats (2, channels of all branches): mean and 1/√(variance + eps).
+# These ops do what LMFM and DAPPM need between convolutions: relu(norm(·)) of several maps at once.
+# bcmf::pool_norm_relu does it for the average pools 5/2, 9/4 and 17/8 (size/stride; centred; padding counts) and the
+#   global pool of x (N, C, h, w), which is read once. It returns four maps.
+# bcmf::add_norm_relu does it for each branch's sum of two maps, one that is resampled bilinearly to (height, width) and
+#   one of that size; either may be missing. It returns the maps of one or two branches (an empty one in the place of a
+#   second) or, joined, one map of all branches' channels. Their number is fixed, because an op that writes to arguments
+#   must not return a list.
+# Both take the norms' weights, biases, running means and running variances, (C,) in acc_dtype, in the order of the
+#   branches' channels; a norm may span several branches. In training the statistics are those of the batch, and the
+#   running ones move towards them.
+# Outputs have the maps' dtype. They are in channels_last if x is, or as asked: single pixels look like either layout.
+# Both also return stats (2, channels of all branches): mean and 1/√(variance + eps).
 
-POOLS = ((5, 2), (9, 4), (17, 8))  # size and stride
+POOLS = ((5, 2), (9, 4), (17, 8))
+"""The sizes and strides of the average pools."""
 
 
 def empty_map(like: Tensor, channels: int, height: int, width: int, channels_last: bool) -> Tensor:
@@ -275,7 +280,7 @@ def empty_sums(
 
 
 def empty_stats(like: Tensor, weights: Sequence[Tensor]) -> Tensor:
-    """(2, channels): the norms' statistics, or gradients of their weights and biases."""
+    """A tensor (2, channels) for the norms' statistics, or for gradients of their weights and biases."""
     return like.new_empty((2, sum(weight.shape[0] for weight in weights)), dtype=acc_dtype(like))
 
 
@@ -310,7 +315,7 @@ def _add_norm_relu_backward_fake(
 def _define_norm_relu(
     lib: Library, name: str, maps: str, size: str, outputs: int, fake: Any, backward_fake: Any
 ) -> tuple[Any, Any]:
-    """Adds one of the two, whose schema has these maps, this size and so many outputs."""
+    """Adds one of the two ops; maps and size are the parts of their schemas that differ, outputs the number of maps."""
     given = f"{maps}, Tensor[] weights, Tensor[] biases"
     running = "Tensor(a!)[] means, Tensor(b!)[] variances"
     return _define(
@@ -324,13 +329,14 @@ def _define_norm_relu(
 
 
 def _split_norms(grad_norms: Tensor, weights: Sequence[Tensor]) -> list[Tensor]:
-    """Gradients of all weights, then of all biases."""
+    """Takes a tensor of the norms' gradients apart: the gradients of all weights, then those of all biases."""
     sizes = [weight.shape[0] for weight in weights]
     return [*grad_norms[0].split(sizes), *grad_norms[1].split(sizes)]
 
 
 def _check_lengths(what: str, *lists: Sequence[Any]) -> None:
-    """Lists are taken apart by the length of the first: entries of another one would be taken for those of the next."""
+    """ValueError for lists of different lengths. Functions take them apart by the length of the first, so that entries
+    of one would be taken for those of the next."""
     if len({len(entries) for entries in lists}) > 1:
         raise ValueError(f"{what} are lists of one length, not of {', '.join(str(len(entries)) for entries in lists)}.")
 
@@ -341,7 +347,7 @@ def define_pool_norm_relu(lib: Library, name: str) -> Any:
     op, op_backward = _define_norm_relu(lib, name, "Tensor x", "", len(POOLS) + 1, *fakes)
 
     class PoolNormRelu(_Function):
-        """Lists are taken apart: autograd does not look into them."""
+        """Gets the entries of lists as arguments of their own, since autograd does not look into lists."""
 
         @staticmethod
         def forward(ctx: Any, norms: int, training: bool, momentum: float, eps: float, x: Tensor, *rest: Tensor) -> Any:
@@ -425,7 +431,7 @@ POOL_NORM_RELU["cuda"], ADD_NORM_RELU["cuda"] = POOL_NORM_RELU["cpu"], ADD_NORM_
 
 
 # --------------------------------------------------------------------------------------------------------------------
-# Triton's kernels. Importing triton takes a while: not before they are needed.
+# Triton's kernels are imported when they are first needed, because importing triton takes a while.
 
 
 def _triton_kernel(module: str, name: str) -> Any:
@@ -435,7 +441,7 @@ def _triton_kernel(module: str, name: str) -> Any:
     return kernel
 
 
-for _device in ("CUDA", "CPU"):  # on the CPU they are interpreted, for tests
+for _device in ("CUDA", "CPU"):  # On the CPU they are interpreted, for tests.
     LIB.impl("loss_triton", _triton_kernel("loss", "loss"), _device)
     LIB.impl("loss_triton_backward", _triton_kernel("loss", "loss_backward"), _device)
     LIB.impl("upsample_argmax_triton", _triton_kernel("argmax", "upsample_argmax"), _device)

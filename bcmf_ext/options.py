@@ -38,7 +38,7 @@ def real(name: str, value: Any) -> float:
 
 
 def whole_label(ignore_index: Any) -> int:
-    """``ignore_index`` as an int; TypeError."""
+    """``ignore_index`` as an int. TypeError for None and for what is no whole number, ValueError beyond 64 bits."""
     if ignore_index is None:
         raise TypeError(
             "ignore_index is the label that marks ignored pixels, not None: pass -1 (or another that is no class) "
@@ -58,7 +58,7 @@ def flag(name: str, value: Any) -> bool:
 
 
 def _set(option: Any, **values: Any) -> None:
-    """Fields of a frozen dataclass under construction."""
+    """Sets fields of a frozen dataclass under construction."""
     for name, value in values.items():
         object.__setattr__(option, name, value)
 
@@ -229,7 +229,8 @@ class LossOptions(NamedTuple):
 
 
 def _option(value: Any, kind: Any, keyword: str, field: str) -> Any:
-    """What was passed as ``keyword``: None, a ``kind``, or a number, which stands for ``kind(field=number)``."""
+    """The value of ``keyword`` as a ``kind`` or None: a number stands for ``kind(field=number)``. TypeError for
+    others."""
     if value is None or isinstance(value, kind):
         return value
     try:

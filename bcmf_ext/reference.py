@@ -32,25 +32,25 @@ from .checks import check_inputs, check_labels, is_traced, without_autocast
 from .options import BCL, CPG, OHEM, SegmentationLoss, check_not_built, resolve_options, whole_label
 
 # --------------------------------------------------------------------------------------------------------------------
-# What every loss does first (docs/definitions.md: Conventions, Resampling)
+# Conventions and resampling
 
 
 def resample(logits: Tensor, size: Sequence[int], align_corners: bool = False) -> Tensor:
-    """fp32 (fp64) logits (N, C, H, W) of ``size`` (H, W): bilinear, up or down.
+    """Logits (N, C, h, w) resampled bilinearly, up or down, to ``size`` (H, W); in fp32 (fp64).
 
     What F.interpolate would compute without rounding: positions and weights come from integers, beyond the last centre
     lie copies of the border, so that equal logits stay equal (BCL's selection depends on it), and an entry of weight 0
     is not read, whatever it holds.
     """
     logits = logits if logits.dtype == torch.float64 else logits.float()
-    for axis in (3, 2):  # columns first: the map is small then, and its rows lie together
+    for axis in (3, 2):  # Along rows first: the map is small then, and a row's entries lie together.
         if logits.shape[axis] != size[axis - 2]:
             logits = _resample_axis(logits, axis, size[axis - 2], align_corners)
     return logits
 
 
 def _resample_axis(logits: Tensor, axis: int, length: int, align_corners: bool) -> Tensor:
-    """One axis of it: (1 − weight) · logits[first] + weight · logits[first + 1]."""
+    """Resamples one axis: (1 − weight) · logits[first] + weight · logits[first + 1]."""
     given = logits.shape[axis]
     i = torch.arange(length, device=logits.device)
     if align_corners:
@@ -60,15 +60,17 @@ def _resample_axis(logits: Tensor, axis: int, length: int, align_corners: bool) 
     first = numerator // denominator
     weight = (numerator - first * denominator).to(logits.dtype) / denominator
     weight = torch.where(first == given - 1, 0.0, weight)
-    second = torch.where(weight == 0, given, first + 1)  # of weight 0: zeros that follow the last entry
+    second = torch.where(
+        weight == 0, given, first + 1
+    )  # An entry of weight 0 is one of the zeros that follow the last one.
     padded = F.pad(logits, [0, 0] * (3 - axis) + [0, 1])
     weight = weight.view([-1 if a == axis else 1 for a in range(4)])
-    # In place: the maps are large. Their backward needs the weights alone.
+    # The products are made in place, because the maps are large; the backward needs the weights alone.
     return _take(padded, axis, first).mul_(1 - weight).add_(_take(padded, axis, second).mul_(weight))
 
 
 def _take(logits: Tensor, axis: int, index: Tensor) -> Tensor:
-    """index_select; on GPUs by an indexing whose backward adds in a fixed order."""
+    """Entries along an axis: index_select, or on GPUs an indexing, whose backward adds in a fixed order there."""
     return logits[(slice(None),) * axis + (index,)] if logits.is_cuda else logits.index_select(axis, index)
 
 
@@ -132,15 +134,16 @@ def _cross_entropy(logits: Tensor, labels: Tensor, valid: Tensor, weight: Tensor
         # A pixel of weight 0 pulls at nothing, not even by 0·NaN. (The NaN of its logits stays in the value.)
         logits = torch.where((weight[labels] != 0).unsqueeze(1), logits, logits.detach())
     nll = _nll(_log_softmax(logits, valid), labels)
-    selected = valid if ohem is None else _hard_pixels(nll.detach(), valid, ohem)
-    if weight is None:  # not weights of 1: inductor multiplies them away, and then loses the gradient at a graph break
+    selected = valid if ohem is None else ohem_select(nll.detach(), valid, ohem)
+    if weight is None:  # Weights of 1 would do, but inductor then loses the gradient at a graph break.
         return _mean(nll, selected)
     w = weight.to(nll.dtype)[labels]
     return _mean(w * nll, selected, torch.where(valid, w, 0.0).sum() if ohem is None else None)
 
 
-def _hard_pixels(nll: Tensor, valid: Tensor, ohem: OHEM) -> Tensor:
-    """S of OHEM. Comparisons are negated so that a NaN counts as hard. Chosen on ℓ, not on p: p saturates into ties."""
+def ohem_select(nll: Tensor, valid: Tensor, ohem: OHEM) -> Tensor:
+    """S of OHEM, from the losses ℓ⁰: p would saturate into ties. Comparisons are negated so that a NaN counts as
+    hard."""
     hard = valid & ~(nll <= -math.log(ohem.threshold))
     kept = valid.sum().clamp(max=ohem.min_kept)
     enough = hard.sum() >= kept
@@ -220,7 +223,7 @@ def sobel_taps(kernel_size: int) -> tuple[Tensor, int]:
 
 
 def _dilate(mask: Tensor, radius: int) -> Tensor:
-    """Pixels with a true pixel in their (2·radius + 1)² window, clipped at the border. mask: bool (N, H, W)."""
+    """The pixels with a true pixel in their (2·radius + 1)² window, clipped at the border. mask: bool (N, H, W)."""
     if mask.numel() == 0:
         return mask
     return F.max_pool2d(mask.float().unsqueeze(1), 2 * radius + 1, stride=1, padding=radius).squeeze(1) > 0
@@ -255,7 +258,7 @@ def _cpg(logits: Tensor, labels: Tensor, valid: Tensor, cpg: CPG) -> Tensor:
     one_hot = (torch.arange(logits.shape[1], device=labels.device).view(-1, 1, 1) == labels.unsqueeze(1)) & valid[
         :, None
     ]
-    truth = gradients(one_hot.to(logits.dtype))  # integers: exact
+    truth = gradients(one_hot.to(logits.dtype))  # These are integers, and exact.
     usable = ~_dilate(~valid, radius) if cpg.ignore_mode == "window" else valid
     mask = (truth != 0) & usable[:, None, None]
 
@@ -279,7 +282,7 @@ def cpg_loss_sparse(
 
 
 def _cpg_sparse(logits: Tensor, labels: Tensor, valid: Tensor, cpg: CPG) -> Tensor:
-    if is_traced(logits):  # which pixels are edge pixels is a question of values
+    if is_traced(logits):  # Where edges are depends on values.
         return _cpg(logits, labels, valid, cpg)
     if labels.numel() == 0:
         return _mean(logits.sum(1), valid)
@@ -288,7 +291,7 @@ def _cpg_sparse(logits: Tensor, labels: Tensor, valid: Tensor, cpg: CPG) -> Tens
     taps, denominator = sobel_taps(kernel_size)
     taps = taps.flatten(1).to(logits)  # (2, k²)
 
-    ids = torch.where(valid, labels, num_classes).contiguous()  # ignored pixels are a class of their own
+    ids = torch.where(valid, labels, num_classes).contiguous()  # Ignored pixels are a class of their own.
     highest = F.max_pool2d(ids.float(), kernel_size, stride=1, padding=radius)
     lowest = -F.max_pool2d(-ids.float(), kernel_size, stride=1, padding=radius)
     usable = highest < num_classes if cpg.ignore_mode == "window" else valid
@@ -309,7 +312,7 @@ def _cpg_sparse(logits: Tensor, labels: Tensor, valid: Tensor, cpg: CPG) -> Tens
     p = logits.movedim(1, -1)[read.view_as(ids)].softmax(dim=1)  # (R, C)
     estimate = taps.new_zeros(2, len(n), num_classes)
     for tap in range(kernel_size**2):
-        if tap != kernel_size**2 // 2:  # both are 0 at the centre
+        if tap != kernel_size**2 // 2:  # Both taps are 0 at the centre.
             estimate = estimate + taps[:, tap].view(2, 1, 1) * p.index_select(0, rows_of_p[:, tap])
     return _mean(((truth - estimate) / denominator).square(), mask)
 

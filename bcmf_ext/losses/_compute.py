@@ -1,4 +1,4 @@
-"""What all loss functions share: inputs are checked, an impl is chosen, and the impl computes any mix of terms."""
+"""The way that all loss functions go: inputs are checked, an impl is chosen, and it computes any mix of terms."""
 
 from __future__ import annotations
 

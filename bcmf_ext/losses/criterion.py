@@ -146,10 +146,10 @@ class SegmentationCriterion(nn.Module):
         labels = read_labels(target).long()
         with without_autocast(main):
             logits = reference.resample(main, labels.shape[1:], self.align_corners)  # once for all of them
-            logits = logits.clone() if logits is main else logits  # what they do in place stays with them
+            logits = logits.clone() if logits is main else logits  # What they do in place must not reach main.
             found = {name: function(logits, labels.clone()) for name, (_, function) in self.extra.items()}
         for name, value in found.items():
-            if isinstance(value, Tensor) and value.numel() == 0:  # Lovász losses of others, where all is ignored
+            if isinstance(value, Tensor) and value.numel() == 0:  # Some Lovász losses do so where all is ignored.
                 found[name] = value = value.sum()
             if not isinstance(value, Tensor) or value.dim() != 0:
                 what = tuple(value.shape) if isinstance(value, Tensor) else type(value).__name__
@@ -165,7 +165,7 @@ class SegmentationCriterion(nn.Module):
         auxiliary head's loss has no part in it.
         """
         main, _ = main_and_auxiliary(outputs)
-        main = main.detach().to(acc_dtype(main)).requires_grad_()  # gradients of means are too small for fp16
+        main = main.detach().to(acc_dtype(main)).requires_grad_()  # Gradients of means are too small for fp16.
         terms = {"ce": (1.0, cross_entropy(main, target, **self._first_term, **self._common))}
         for name, option in (("bcl", self.bcl), ("cpg", self.cpg)):
             if option is not None:
@@ -176,12 +176,14 @@ class SegmentationCriterion(nn.Module):
             terms[name] = ramp * self.extra[name][0], value
         pulls = {}
         for name, (weight, term) in terms.items():
-            grad = None  # of an extra loss that only measures, or has parameters alone
+            grad = None  # That is so for an extra loss that only measures, or has parameters alone.
             if term.requires_grad:
-                (grad,) = torch.autograd.grad(term, main, retain_graph=True, allow_unused=True)  # they share a graph
+                (grad,) = torch.autograd.grad(
+                    term, main, retain_graph=True, allow_unused=True
+                )  # The terms share a graph.
             pulls[name] = torch.zeros_like(term) if grad is None else weight * grad.norm()
         total = torch.stack([*pulls.values()]).sum()
-        total = total.clamp(min=torch.finfo(total.dtype).tiny)  # where all is ignored, all shares are 0
+        total = total.clamp(min=torch.finfo(total.dtype).tiny)  # Where all is ignored, all shares are 0.
         return {name: pull / total for name, pull in pulls.items()}
 
     def extra_repr(self) -> str:
@@ -207,7 +209,8 @@ def _ramped(option: Any, ramp: float) -> Any:
 
 
 def main_and_auxiliary(outputs: Outputs) -> tuple[Tensor, Tensor | None]:
-    """The logits of the two heads, from whatever a network returns; TypeError for what is neither."""
+    """The logits of the main and the auxiliary head (or None), from whatever a network returns; TypeError for outputs
+    that are of no kind that is known."""
     if isinstance(outputs, Mapping):
         main = outputs.get("out", outputs.get("logits"))
         if main is None:
