@@ -20,7 +20,7 @@ import torch
 from torch import Tensor, nn
 
 from .config import read_saved_config
-from .errors import UserError, briefly
+from .errors import Damaged, FileError, briefly
 from .files import cannot_be_opened, damaged_entry, write_file
 
 VERSION = 1
@@ -178,10 +178,6 @@ def what_is_wrong(content: Any, fields: Mapping[str, Field]) -> str | None:
 # Writing and reading
 
 
-class Damaged(UserError):
-    """A file that is no checkpoint, or whose bytes are not those that were written."""
-
-
 def save_checkpoint(path: Path, content: dict[str, Any], older: Path | None = None) -> None:
     """Writes a checkpoint; older: see `write_file`."""
     # Not straight to the file: of a full disk, or Ctrl-C, torch's writer makes an error of its own.
@@ -191,21 +187,24 @@ def save_checkpoint(path: Path, content: dict[str, Any], older: Path | None = No
 
 
 def load_checkpoint(path: Path) -> dict[str, Any]:
-    """Reads a `last.pt` or `best.pt` to the CPU. `UserError` if it is neither, or a field is not what it must be;
-    `Damaged`, which is one, if it cannot be read at all."""
+    """The content of a `last.pt` or `best.pt`, with tensors on the CPU.
+
+    Raises `FileError` if the file is neither, or a field is not what it must be; `Damaged`, which is one, if
+    its bytes are not those that were written.
+    """
     content = read_zip(path)
     if not isinstance(content, dict) or not {"version", "config", "classes", "model"} <= content.keys():
-        raise UserError(
+        raise FileError(
             f"{path} is not a checkpoint of this trainer (last.pt, best.pt): weights from elsewhere can be trained "
-            "further with --pretrained."
+            "further with `pretrained`."
         )
     if _is_count(content["version"]) and content["version"] > VERSION:
-        raise UserError(f"{path} was written by a newer bcmf_ext: update the package.")
+        raise FileError(f"{path} was written by a newer bcmf_ext: update the package.")
     wrong = what_is_wrong(content, {**ABOUT, **PROGRESS} if "optimizer" in content else ABOUT)
     if wrong is not None:
-        raise UserError(f"In {path} {wrong}: take the file as the trainer wrote it.")
+        raise FileError(f"In {path} {wrong}: take the file as the trainer wrote it.")
     if len(content["palette"]) != len(content["classes"]):
-        raise UserError(
+        raise FileError(
             f"In {path} the field palette has {len(content['palette'])} colours for {len(content['classes'])} classes: "
             "take the file as the trainer wrote it."
         )
@@ -216,7 +215,7 @@ def load_checkpoint(path: Path) -> dict[str, Any]:
 def read_zip(path: Path) -> Any:
     """What `torch.save` wrote, without running code, if its bytes are those that were written."""
     if not os.path.isfile(path):
-        raise Damaged(f"There is no checkpoint {path}: check the path.")
+        raise FileError(f"There is no checkpoint {path}: check the path.")
     try:
         with open(path, "rb") as file:  # once: the trainer may write another meanwhile
             if (damaged := damaged_entry(file)) is not None:
@@ -225,30 +224,30 @@ def read_zip(path: Path) -> Any:
             return torch.load(file, map_location="cpu", weights_only=True)
     except OSError as error:
         raise cannot_be_opened(path, error) from error
-    except Damaged:
+    except FileError:
         raise
     except Exception as error:  # the unpickler raises whatever the bytes lead it to
         raise Damaged(f"{path} cannot be read as a checkpoint: it is damaged, or another kind of file.") from error
 
 
 def check_finite(weights: Mapping[str, Tensor], path: Path) -> None:
-    """`UserError` if a weight is NaN or infinite: such a network gives class 0 everywhere, as if it knew."""
+    """Raises `FileError` if a weight is NaN or infinite: such a network gives class 0 everywhere, as if it knew."""
     odd = [name for name, tensor in weights.items() if tensor.is_floating_point() and not tensor.isfinite().all()]
     if odd:
         more = f" and {len(odd) - 1} more" if len(odd) > 1 else ""
-        raise UserError(
+        raise FileError(
             f"The weights in {path} are not finite ({odd[0]}{more}): nothing can be computed with them, take a "
             "checkpoint from before."
         )
 
 
 def load_weights(network: nn.Module, saved: Mapping[str, Any], path: Path) -> None:
-    """Gives a network, made as the checkpoint says, its weights. `UserError` if they are those of another one."""
+    """Gives a network, made as the checkpoint says, its weights. Raises `FileError` if they are another network's."""
     try:
         network.load_state_dict(saved["model"])
     except RuntimeError as error:
         reason = " ".join(str(error).splitlines()[1].split()).rstrip(".")
-        raise UserError(
+        raise FileError(
             f"{path} says that it holds a {saved['config']['model']} of {len(saved['classes'])} classes, but its "
             f"weights are others ({reason}): take the file as the trainer wrote it."
         ) from error

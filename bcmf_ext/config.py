@@ -13,23 +13,12 @@ from pathlib import Path
 from types import UnionType
 from typing import Any, get_args, get_origin, get_type_hints
 
-from .errors import UserError, briefly
-from .models import bcmfnet, ddrnet_s
+from .data import DATASETS, SegmentationDataset
+from .errors import FileError, UserError, briefly
+from .models import NETWORKS
 
-# What suits each dataset (spec section 7); lr is that of the batch size beside it. Everything else has one default, in
-# `Config`.
-RECIPES: dict[str, dict[str, Any]] = {
-    # the images' own size; lr and epochs: what converges in two minutes on two cores
-    "demo": {"crop_size": (128, 256), "scale_range": (0.75, 1.5), "batch_size": 8, "epochs": 8, "lr": 0.05},
-    "camvid": {"crop_size": (360, 480), "scale_range": (0.5, 2.0), "batch_size": 16, "epochs": 200, "lr": 0.05},
-    "cityscapes": {"crop_size": (1024, 1024), "scale_range": (0.5, 2.0), "batch_size": 8, "epochs": 484, "lr": 0.01},
-    # own images, of any size: a crop that fits most (smaller ones are padded), and a rate between the two above
-    "folder": {"crop_size": (512, 512), "scale_range": (0.5, 2.0), "batch_size": 8, "epochs": 200, "lr": 0.02},
-}
-LABEL_OPTIONS = ("reduce_zero_label", "ignore_label", "binary_masks", "label_suffix")  # of `open_dataset`
-NETWORKS = {"bcmfnet": bcmfnet, "ddrnet_s": ddrnet_s}
-SMALLEST_CROP, LARGEST_CROP = 64, 1 << 15  # the deepest feature map is at 1/64
-MOST = 1000  # of weights, rates, factors and processes: more can only be a slip
+SMALLEST_CROP, LARGEST_CROP = 64, 1 << 15  # The deepest feature map of our networks is at 1/64.
+MOST = 1000  # A weight, rate, factor or number of processes above this can only be a slip.
 
 
 def knob(
@@ -37,20 +26,36 @@ def knob(
 ) -> Any:
     """A field of `Config`: what it means, its default, and how argparse reads its flag.
 
-    by_dataset: the default is `RECIPES[dataset]`'s. resumable: `--resume` accepts another value, because it
+    by_dataset: the default is that of the data set's recipe. resumable: `--resume` accepts another value, because it
     changes where or how the run is computed, not what is learnt.
     """
     metadata = {"meaning": meaning, "resumable": resumable, "argument": argument}
     return field(default=MISSING if by_dataset else default, metadata=metadata)
 
 
+def _layout(dataset: type[SegmentationDataset]) -> str | None:
+    """What a data set's folder holds, as help for the flag; None where it has none."""
+    if dataset.layout is None:
+        return None
+    otherwise = f" (${dataset.root_variable} when left out)" if dataset.root_variable else ""
+    return f"for {dataset.name} with {dataset.layout}{otherwise}"
+
+
+def dataset_options(config: Config) -> dict[str, Any]:
+    """The arguments of `open_dataset` beside name, root and split, also those that the data set refuses if given."""
+    options = dict.fromkeys(option for dataset in DATASETS.values() for option in dataset.options)
+    return {option: getattr(config, option) for option in options}
+
+
 @dataclass(frozen=True, kw_only=True)
 class Config:
     """What a training run does. Every field is the flag of the same name; a `UserError` says what cannot be."""
 
-    dataset: str = knob("what to train on; demo draws its own street scenes", "demo", choices=tuple(RECIPES))
+    dataset: str = knob("what to train on; demo draws its own street scenes", "demo", choices=tuple(DATASETS))
     data_root: str | None = knob(
-        "the dataset's folder; for cityscapes $CITYSCAPES_DATASET when left out", resumable=True, metavar="DIR"
+        "the dataset's folder: " + "; ".join(filter(None, map(_layout, DATASETS.values()))),
+        resumable=True,
+        metavar="DIR",
     )
     reduce_zero_label: bool = knob("folder: ignore label 0 and count the others from 0", False, action="store_true")
     ignore_label: int | None = knob("folder: ignore this id in the labels, besides 255", type=int, metavar="ID")
@@ -219,7 +224,8 @@ def _help(entry: Field[Any]) -> str:
     """A flag's help: its meaning and its default, or each dataset's."""
     default = str(entry.default)
     if entry.default is MISSING:
-        default = ", ".join(f"{dataset} {_words(recipe[entry.name])}" for dataset, recipe in RECIPES.items())
+        values = {name: getattr(dataset.recipe, entry.name) for name, dataset in DATASETS.items()}
+        default = ", ".join(f"{name} {_words(value)}" for name, value in values.items())
     elif entry.default in (None, ()) or isinstance(entry.default, bool):
         return entry.metadata["meaning"]
     return f"{entry.metadata['meaning']} ({default})"
@@ -263,7 +269,7 @@ def make_config(flags: Mapping[str, Any]) -> Config:
     The recipe's learning rate follows the batch size in proportion (Goyal et al., arXiv 1706.02677): half a batch makes
     steps twice as noisy, and on CamVid training from scratch at batch 8 suffered from the rate of batch 16.
     """
-    recipe = RECIPES[flags.get("dataset", "demo")]
+    recipe = asdict(DATASETS[flags.get("dataset", "demo")].recipe)
     config = recipe | _knobs(flags)
     if "lr" not in flags and config["batch_size"] != recipe["batch_size"]:
         config["lr"] = float(f"{recipe['lr'] * config['batch_size'] / recipe['batch_size']:.3g}")
@@ -271,12 +277,14 @@ def make_config(flags: Mapping[str, Any]) -> Config:
 
 
 def read_saved_config(saved: Mapping[str, Any], path: Path) -> dict[str, Any]:
-    """The settings that a checkpoint holds, complete: knobs may have joined since it was saved. `UserError` if one is
-    not what it can be, or unknown, as in a file of a newer version."""
+    """The settings that a checkpoint holds, complete: knobs may have joined since it was saved.
+
+    Raises `FileError` if a setting is not what it can be, or unknown, as in a file of a newer version.
+    """
     hints = get_type_hints(Config)
     unknown = saved.keys() - hints.keys()
     if unknown:
-        raise UserError(
+        raise FileError(
             f"{path} was written by a newer bcmf_ext, which has a setting {min(unknown)!r}: update the package."
         )
     for entry in fields(Config):
@@ -285,12 +293,12 @@ def read_saved_config(saved: Mapping[str, Any], path: Path) -> dict[str, Any]:
         value, choices = saved.get(entry.name), entry.metadata["argument"].get("choices")
         if not _is_of(value, hints[entry.name]):
             must = getattr(hints[entry.name], "__name__", hints[entry.name])
-            raise UserError(
+            raise FileError(
                 f"In {path} the setting {entry.name} is {briefly(value)}, but must be {must}: take the file as the "
                 "trainer wrote it."
             )
         if choices is not None and value not in choices:
-            raise UserError(
+            raise FileError(
                 f"In {path} the setting {entry.name} is {briefly(value)}, and this version knows only "
                 f"{', '.join(map(str, choices))}: update the package if the file is of a newer one."
             )
@@ -298,7 +306,7 @@ def read_saved_config(saved: Mapping[str, Any], path: Path) -> dict[str, Any]:
     try:
         Config(**config)
     except UserError as error:
-        raise UserError(f"The settings in {path} cannot be: {error}") from error
+        raise FileError(f"The settings in {path} cannot be: {error}") from error
     return config
 
 

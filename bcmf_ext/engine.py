@@ -65,7 +65,7 @@ def choose_device(name: str | None) -> torch.device:
         torch.zeros(1, device=device).item()  # which the meta device cannot
     except (RuntimeError, AssertionError) as error:  # AssertionError: "Torch not compiled with CUDA enabled"
         reason = str(error).splitlines()[0].split(". ")[0].rstrip(".")
-        raise UserError(f"--device {name} cannot be used ({reason}): choose another, such as cpu.") from error
+        raise UserError(f"`device={name!r}` cannot be used ({reason}): choose another, such as cpu.") from error
     return device
 
 
@@ -73,8 +73,8 @@ BF16_PAYS = 0.8  # of fp32's time: nearer to 1 noise would decide, and labels ch
 
 
 def choose_dtype(amp: str, device: torch.device, bf16_ratio: float | None = None) -> tuple[torch.dtype | None, str]:
-    """Autocast's dtype for `--amp` (None: fp32), and why. bf16_ratio: what `bf16_ratio_of` gave when the run began, so
-    that it goes on, and is evaluated, in the same precision."""
+    """Autocast's dtype (None: fp32), and why. amp: "auto", "bf16", "fp16" or "off". bf16_ratio: what `bf16_ratio_of`
+    gave when the run began, so that it goes on, and is evaluated, in the same precision."""
     if amp != "auto":
         return {"bf16": torch.bfloat16, "fp16": torch.float16, "off": None}[amp], "as asked"
     if device.type == "cuda":
@@ -92,7 +92,7 @@ def choose_dtype(amp: str, device: torch.device, bf16_ratio: float | None = None
 
 
 def bf16_ratio_of(amp: str, device: torch.device, measured: float | None = None) -> float | None:
-    """How long bf16 takes relative to fp32, as measured before, or now, where `--amp auto` has to know that: on CPUs
+    """How long bf16 takes relative to fp32, as measured before, or now, where amp="auto" has to know that: on CPUs
     with avx512_bf16 alone, of which some are faster with it, others slower. None elsewhere."""
     has = torch.cpu.get_capabilities()
     if amp != "auto" or device.type != "cpu" or has.get("amx_bf16") or not has.get("avx512_bf16"):
@@ -165,7 +165,7 @@ def close_loader(loader: DataLoader) -> None:
         iterator._shutdown_workers()
 
 
-class LoadingProcessDied(Exception):
+class LoadingProcessDied(UserError):
     """A process that loads data has ended: most often the system killed it for want of memory."""
 
 
@@ -184,7 +184,10 @@ def loaded(batches: Iterable[Any]) -> Iterator[Any]:
     except RuntimeError as error:
         if not str(error).startswith("DataLoader worker"):
             raise
-        raise LoadingProcessDied(str(error).splitlines()[0].rstrip(".")) from error
+        reason = str(error).splitlines()[0].rstrip(".")
+        raise LoadingProcessDied(
+            f"A process that loads data died ({reason}), often for want of memory: use fewer `workers`."
+        ) from error
 
 
 class StopSignals:
@@ -349,7 +352,7 @@ def train_one_epoch(
     state.model.train()
     began = time.perf_counter() - state.seconds
     pending: StepLosses | None = None
-    ended: LoadingProcessDied | UserError | None = None
+    ended: UserError | None = None
     try:
         for images, labels in loaded(batches):
             outputs, target = compute.run(state.model, images), labels.to(compute.device, non_blocking=True)
@@ -374,7 +377,7 @@ def train_one_epoch(
             bar.update()
             if interrupted():
                 break
-    except (LoadingProcessDied, UserError) as error:  # of the loader
+    except UserError as error:  # of the loader
         ended = error
     if pending is not None:
         _note(state, pending, bar)

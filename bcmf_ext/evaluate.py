@@ -14,10 +14,9 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from .config import LABEL_OPTIONS, RECIPES
-from .data import EvalSamples, SegmentationDataset, open_dataset
-from .engine import LoadingProcessDied, choose_workers, close_loader, evaluate, make_loader
-from .errors import UserError, run_command
+from .data import DATASETS, EvalSamples, SegmentationDataset, open_dataset
+from .engine import choose_workers, close_loader, evaluate, make_loader
+from .errors import UserError, command, counted, run_command
 from .files import LONGEST_NAME, check_replaceable, real, write_file
 from .inference import Predictor, not_finite
 from .metrics import BoundaryFScore, BoundaryIoU, TrimapIoU
@@ -26,6 +25,7 @@ from .report import metrics_record, metrics_table, none_for_nan, save_png
 COMMAND = "bcmf_ext.evaluate"
 
 
+@command
 def main(argv: Sequence[str] | None = None) -> None:
     """Prints mIoU, pixel accuracy and each class's IoU, Boundary IoU, boundary F-score and trimap IoU, and writes them
     to metrics.json; writes the predictions if asked to."""
@@ -36,7 +36,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     trained = predictor.config
     name = args.dataset or trained["dataset"]
     root = args.data_root or (trained["data_root"] if name == trained["dataset"] else None)
-    options = {option: trained[option] for option in LABEL_OPTIONS} if name == "folder" else {}
+    options = {option: trained[option] for option in DATASETS[name].options}
     dataset = open_dataset(name, root, args.split, **options)
     if dataset.classes != predictor.classes:
         raise UserError(
@@ -53,8 +53,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     if dataset.has_labels:
         check_writable(metrics)
     if not args.overwrite:
-        check_replaceable([metrics] if dataset.has_labels else [], COMMAND, "--metrics-file")
-        check_replaceable(predictions, COMMAND, "--save-preds")
+        check_replaceable([metrics] if dataset.has_labels else [], COMMAND, "metrics_file")
+        check_replaceable(predictions, COMMAND, "save_preds")
     print(dataset.protocol)
 
     def save(index: int, prediction: Tensor | np.ndarray) -> None:
@@ -98,23 +98,17 @@ def score(
 
     try:
         confusion = evaluate(logits_of, samples, device, classes, save, align_corners=corners, metrics=[band, *others])
-    except LoadingProcessDied as death:
-        raise UserError(
-            f"A process that loads data died ({death}), often for want of memory: use fewer --workers."
-        ) from death
     finally:
         close_loader(loader)
     if odd:
-        raise UserError(not_finite(predictor.path, f"{int(odd)} of {len(dataset)} images"))
+        raise UserError(not_finite(predictor.path, f"{int(odd)} of {counted(len(dataset), 'image')}"))
     about = {"pixel_accuracy": none_for_nan(confusion.pixel_accuracy()), "boundary_iou_ratio": band.ratio}
     return {**about, **metrics_record([confusion, band, *others], dataset.classes)}
 
 
 def prediction_files(dataset: SegmentationDataset, folder: Path) -> list[Path]:
     """Where the predictions go, by index. `UserError` if that is among the images or labels, or a name is too long."""
-    files = [path for item in getattr(dataset, "files", ()) for path in (item.image, item.label) if path is not None]
-    linked = {real(path).parent for path in files}  # labels may be links into another folder
-    for taken in (*dataset.folders, *linked):
+    for taken in dataset.folders:
         if real(taken) in (real(folder), *real(folder).parents):
             raise UserError(f"--save-preds {folder} lies in {taken}, which holds the data: choose another folder.")
     predictions = [folder / f"{dataset.stem(index)}.png" for index in range(len(dataset))]
@@ -146,7 +140,7 @@ def parse_flags(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument(
         "--checkpoint", required=True, metavar="PATH", help="best.pt or last.pt of a run, or its folder"
     )
-    parser.add_argument("--dataset", choices=tuple(RECIPES), help="what to score it on; as in training when left out")
+    parser.add_argument("--dataset", choices=tuple(DATASETS), help="what to score it on; as in training when left out")
     parser.add_argument("--data-root", metavar="DIR", help="the dataset's folder; as in training when left out")
     parser.add_argument("--split", default="val", choices=("train", "val", "test"), help="its split (%(default)s)")
     parser.add_argument(

@@ -19,7 +19,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.fx.experimental import _config as shape_config
 
-from .errors import UserError, run_command
+from .errors import UserError, command, run_command
 from .files import ZIP_MARK, check_replaceable, write_file
 from .inference import InferenceNetwork, load_network, not_finite, read_checkpoint
 
@@ -29,6 +29,7 @@ TRIED = ((1, 360, 480), (2, 97, 130), (1, 64, 64))  # images, height and width t
 LEAST_EQUAL, MOST_OFF = 0.999, 1e-3  # share of labels; and logits, relative to the largest: what is else not an export
 
 
+@command
 def main(argv: Sequence[str] | None = None) -> None:
     """Writes the network, runs what was written, and prints how far its results are from the network's own."""
     parser = argparse.ArgumentParser(
@@ -57,7 +58,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     if output.suffix != ending:
         raise UserError(f"--output {output} is a file of --format {args.format}, so its name has to end in {ending}.")
     if not args.overwrite:
-        check_replaceable([output], COMMAND, "--output")
+        check_replaceable([output], COMMAND, "output")
     saved = read_checkpoint(checkpoint)
     network = ExportedNetwork(load_network(saved, checkpoint, impl="torch"), saved, args.logits)
     print("tracing the network …")

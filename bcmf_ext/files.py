@@ -19,9 +19,7 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import IO
 
-from PIL import Image
-
-from .errors import UserError
+from .errors import FileError, UserError
 
 TEMPORARY = re.compile(r"\.bcmf_ext-[0-9a-f]{16}\.tmp")
 LONGEST_NAME = 255  # bytes, on the file systems of Linux, macOS and Windows
@@ -61,15 +59,16 @@ def write_file(path: Path, data: bytes | memoryview, *, sync: bool = False, olde
 
 
 def read_text(path: Path, errors: str = "strict") -> str:
-    """The text of a file, UTF-8. `UserError` if it cannot be opened."""
+    """The text of a file, UTF-8. Raises `FileError` if it cannot be opened."""
     try:
         return path.read_text(encoding="utf-8-sig", errors=errors)
     except OSError as error:
         raise cannot_be_opened(path, error) from error
 
 
-def cannot_be_opened(path: Path, error: OSError) -> UserError:
-    return UserError(f"{path} cannot be opened ({error.strerror or error}): check its permissions.")
+def cannot_be_opened(path: Path, error: OSError) -> FileError:
+    """What every reader raises where the system does not let it open a file."""
+    return FileError(f"{path} cannot be opened ({error.strerror or error}): check its permissions.")
 
 
 def _temporary_beside(path: Path) -> Path:
@@ -157,6 +156,8 @@ def mark_of(path: Path) -> str | None:
         with open(path, "rb") as file:
             head = file.read(200)
         if head.startswith(b"\x89PNG"):
+            from PIL import Image  # late: most files here are no pictures
+
             with Image.open(path) as picture:
                 mark = picture.info.get("Software")
         elif head.startswith(b"PK"):
@@ -171,9 +172,9 @@ def mark_of(path: Path) -> str | None:
     return mark if isinstance(mark, str) else None
 
 
-def check_replaceable(paths: Iterable[Path], command: str, flag: str) -> None:
-    """`UserError` if one of these is there already and `command` (such as "bcmf_ext.predict") has not made it: before
-    anything is computed. flag: what chooses another place."""
+def check_replaceable(paths: Iterable[Path], command: str, argument: str) -> None:
+    """Raises `UserError` if one of these is there already and `command` (such as "bcmf_ext.predict") has not made it:
+    before anything is computed. argument: the one that chooses another place."""
     foreign = [
         path for path in paths if os.path.lexists(path) and (not os.path.isfile(path) or mark_of(path) != command)
     ]
@@ -181,5 +182,5 @@ def check_replaceable(paths: Iterable[Path], command: str, flag: str) -> None:
         more = f" (and {len(foreign) - 1} more)" if len(foreign) > 1 else ""
         raise UserError(
             f"{foreign[0]}{more} is there already, without a mark of python -m {command} (results of 0.1.0 have none): "
-            f"choose another {flag}, or replace it with --overwrite."
+            f"choose another `{argument}`, or replace it with `overwrite=True`."
         )

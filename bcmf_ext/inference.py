@@ -18,12 +18,12 @@ from torch import Tensor, nn
 from torch.nn.utils.fusion import fuse_conv_bn_eval
 
 from .checkpoint import load_checkpoint, load_weights
-from .config import NETWORKS
 from .data.pictures import rgb_of
 from .data.transforms import of_bytes
 from .engine import choose_device, choose_dtype
 from .errors import UserError
 from .metrics import upsample_argmax
+from .models import NETWORKS
 
 
 class Predictor:
@@ -104,8 +104,8 @@ class Predictor:
 def not_finite(checkpoint: str | Path, where: str) -> str:
     """What to say of NaN or infinite logits: the network's weights are finite, so its arithmetic is not."""
     return (
-        f"The network of {checkpoint} computes NaN or infinite logits for {where}: try --amp off, or take a checkpoint "
-        "from before."
+        f"The network of {checkpoint} computes NaN or infinite logits for {where}: try `amp='off'`, or take a "
+        "checkpoint from before."
     )
 
 
@@ -125,19 +125,20 @@ def load_network(saved: dict[str, Any], path: str | Path, **options: Any) -> nn.
 class InferenceNetwork(nn.Module):
     """From uint8 images (N, 3, H, W) to logits (N, C, h, w): a trained network behind the normalisation of its images.
 
-    Takes the network over: in evaluation mode, without auxiliary head, batch norms folded. dtype: of its arithmetic,
-    fp32 or a half precision. The norms that remain stay in fp32: they are an affine map each, of maps in any dtype.
+    network: a `Network`, which is taken over: in evaluation mode, without auxiliary head, batch norms folded. mean and
+    std: RGB in 0..1. dtype: that of its arithmetic, fp32 or a half precision. The norms that remain stay in fp32: each
+    is an affine map, of maps in any dtype.
     """
 
     shift: Tensor
     scale: Tensor
 
     def __init__(
-        self, network: nn.Module, mean: Sequence[float], std: Sequence[float], dtype: torch.dtype = torch.float32
+        self, network: Any, mean: Sequence[float], std: Sequence[float], dtype: torch.dtype = torch.float32
     ) -> None:
         super().__init__()
         network.eval().requires_grad_(False)
-        setattr(network, "seghead_extra", None)  # noqa: B010
+        network.drop_auxiliary_head()
         fold_batch_norms(network)
         self.network, self.dtype = network.to(dtype), dtype
         self.register_buffer("shift", of_bytes(mean))
@@ -153,8 +154,7 @@ class InferenceNetwork(nn.Module):
 def fold_batch_norms(network: nn.Module) -> None:
     """Folds each batch norm that directly follows a convolution into it, in place; exact but for roundings.
 
-    Which norm follows which convolution a `Sequential` says by its order, and a block by its `norm_after`. The network
-    is in evaluation mode.
+    Which norm follows which convolution the network says, as `Network` describes. It is in evaluation mode.
     """
     for module in network.modules():
         if isinstance(module, nn.Sequential):

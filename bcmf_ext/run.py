@@ -1,4 +1,4 @@
-"""The folder of a run: who may write to it, what is in it, and which one `--resume` means."""
+"""The folder of a run: who may write to it, what is in it, and which one a run that goes on is in."""
 
 from __future__ import annotations
 
@@ -8,7 +8,6 @@ import itertools
 import json
 import os
 import re
-import shlex
 import socket
 import time
 from collections.abc import Iterator
@@ -17,9 +16,9 @@ from typing import Any
 
 import torch
 
-from .checkpoint import RECORD, VERSION, Damaged, load_checkpoint, save_checkpoint, what_is_wrong
-from .errors import UserError, warn
-from .files import TEMPORARY, read_text, remove_temporaries, write_file
+from .checkpoint import RECORD, VERSION, load_checkpoint, save_checkpoint, what_is_wrong
+from .errors import Damaged, FileError, UserError, warn
+from .files import TEMPORARY, cannot_be_opened, read_text, remove_temporaries, write_file
 
 LAST, OLDER, BEST, LOCK = "last.pt", "last-1.pt", "best.pt", ".lock"
 
@@ -39,7 +38,7 @@ class Lock:
         try:
             self._descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW, 0o666)
         except OSError as error:
-            raise UserError(f"{path} cannot be opened ({error.strerror}): check the folder's permissions.") from error
+            raise cannot_be_opened(path, error) from error
         try:
             fcntl.lockf(self._descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError as error:
@@ -123,23 +122,23 @@ class Run:
         """The state to go on from: that of `path` or, if this is a last.pt that is damaged or gone, of last-1.pt."""
         try:
             saved = load_checkpoint(path)
-        except Damaged as damage:
-            older = self.folder / OLDER
-            if path.name != LAST or not os.path.isfile(older):
+        except FileError as fault:
+            older, gone = self.folder / OLDER, not os.path.isfile(path)
+            if path.name != LAST or not os.path.isfile(older) or not (gone or isinstance(fault, Damaged)):
                 raise
-            what = str(damage).rstrip(".") if os.path.isfile(path) else f"{path} is gone"
+            what = f"{path} is gone" if gone else str(fault).rstrip(".")
             try:
                 saved = load_checkpoint(older)
             except Damaged as second:
-                raise UserError(
+                raise FileError(
                     f"{what}; and {str(second).rstrip('.')}, so the run cannot go on: start another from its "
-                    f"best weights with --pretrained {shlex.quote(str(self.best))}."
+                    f"best weights with `pretrained={str(self.best)!r}`."
                 ) from second
             warn(f"{what}; the run goes on from {older}, one save earlier.")
         else:
             self._last_is_whole = path.name == LAST or self._has_whole_last()
         if "optimizer" not in saved:
-            raise UserError(f"{path} holds weights only: resume from last.pt, or train them further with --pretrained.")
+            raise FileError(f"{path} holds weights only: resume from last.pt, or train them further with `pretrained`.")
         self.records = read_log(self.folder / "log.jsonl", saved["epoch"])
         return saved
 
@@ -187,9 +186,9 @@ def begin_run(output_dir: str, name: str | None, default_name: str) -> Run:
         try:
             folder.mkdir(parents=True)
         except OSError as error:
-            if not os.path.lexists(folder):  # also where --output-dir is a link to nowhere
+            if not os.path.lexists(folder):  # also where output_dir is a link to nowhere
                 raise UserError(
-                    f"{folder} cannot be made ({error.strerror}): choose another place with --output-dir."
+                    f"{folder} cannot be made ({error.strerror}): choose another place with `output_dir`."
                 ) from error
             if not _is_free(folder):
                 continue
@@ -202,7 +201,7 @@ def begin_run(output_dir: str, name: str | None, default_name: str) -> Run:
         if _is_free(folder):
             return Run(folder, lock)
         lock.release()  # it has begun, and ended, since we looked
-    raise UserError(f"{folder} exists already: choose another --name, or go on with that run by adding --resume.")
+    raise UserError(f"{folder} exists already: choose another `name`, or go on with that run by adding `resume`.")
 
 
 def _is_ours(lock: Path) -> bool:
@@ -220,13 +219,13 @@ def _is_free(folder: Path) -> bool:
 
 
 def resume_run(resume: str, output_dir: str, name: str | None, default_name: str | None) -> tuple[Run, dict[str, Any]]:
-    """The run that `--resume` means, see `find_checkpoint`, and its state. `UserError` if there is none, another
+    """The run that `resume` means, see `find_checkpoint`, and its state. Raises `UserError` if there is none, another
     process trains it, or nothing in it is whole."""
     path = find_checkpoint(resume, output_dir, name, default_name)
     if not os.path.isfile(path) and not (path.name == LAST and os.path.isfile(path.with_name(OLDER))):
         begun = path.name == LAST and os.path.exists(path.with_name(LOCK)) and _is_free(path.parent)
-        hint = "the run ended before it saved anything, begin it again without --resume" if begun else "check the path"
-        raise UserError(f"There is no checkpoint {path}: {hint}.")
+        hint = "the run ended before it saved anything, begin it again without `resume`" if begun else "check the path"
+        raise FileError(f"There is no checkpoint {path}: {hint}.")
     run = Run(path.parent, Lock(path.parent))
     try:
         return run, run.load_last(path)
@@ -236,7 +235,7 @@ def resume_run(resume: str, output_dir: str, name: str | None, default_name: str
 
 
 def find_checkpoint(resume: str, output_dir: str, name: str | None, default_name: str | None) -> Path:
-    """What `--resume` means: a file, a folder with a last.pt, or "auto", the run that was saved last.
+    """What `resume` means: a file, a folder with a last.pt, or "auto", the run that was saved last.
 
     That is the run `name`; without one, of those called `default_name`, default_name-2, …; without either, of all. A
     run that can go on comes before a finished one; when it was saved says the file itself, not its time.
@@ -250,7 +249,7 @@ def find_checkpoint(resume: str, output_dir: str, name: str | None, default_name
     if not found:
         first = Path(output_dir, name or default_name or "*", LAST)
         raise UserError(
-            f"There is no run to resume, {first} does not exist: say which with --resume PATH, or leave --resume out "
+            f"There is no run to resume, {first} does not exist: say which with `resume=PATH`, or leave `resume` out "
             "to begin one."
         )
     # Of files of older versions, which do not say when they were saved, the last number counts.

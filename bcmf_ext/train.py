@@ -28,10 +28,9 @@ from tqdm import tqdm
 from . import dispatch
 from .checkpoint import save_checkpoint
 from .config import (
-    LABEL_OPTIONS,
-    NETWORKS,
     Config,
     command_line,
+    dataset_options,
     make_config,
     parse_flags,
     resumed_config,
@@ -55,11 +54,11 @@ from .engine import (
     make_loader,
     train_one_epoch,
 )
-from .errors import UserError, run_command, sentence_of, warn
+from .errors import UserError, command, run_command, sentence_of, warn
 from .files import short_name
 from .losses.criterion import SegmentationCriterion
 from .metrics import ConfusionMatrix
-from .models import load_pretrained
+from .models import NETWORKS, load_pretrained
 from .options import BCL, CPG, OHEM
 from .report import absent_line, draw_curves, draw_sample, loss_line, score_lines, scores, share_lines
 from .run import Run, begin_run, resume_run
@@ -69,6 +68,7 @@ Evaluation = tuple[ConfusionMatrix, dict[int, np.ndarray]]
 BAR = "{desc} |{bar:8}| {n_fmt}/{total_fmt} [{elapsed}<{remaining}{postfix}]"
 
 
+@command
 def main(argv: Sequence[str] | None = None) -> None:
     """Reads the flags, checks the data, and trains. `UserError` for what the user can mend."""
     flags = parse_flags(argv)
@@ -91,8 +91,7 @@ def train(
 ) -> None:
     """Checks the data and trains: a new run, or one that goes on from what was saved."""
     train_set, val_set = (
-        open_dataset(config.dataset, config.data_root, split, **{name: getattr(config, name) for name in LABEL_OPTIONS})
-        for split in ("train", "val")
+        open_dataset(config.dataset, config.data_root, split, **dataset_options(config)) for split in ("train", "val")
     )
     for dataset in (train_set, val_set):
         pixels = dataset.check()

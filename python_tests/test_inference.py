@@ -17,10 +17,11 @@ from PIL import Image
 from torch import Tensor, nn
 
 from bcmf_ext.checkpoint import VERSION, save_checkpoint
-from bcmf_ext.config import NETWORKS, make_config
+from bcmf_ext.config import make_config
 from bcmf_ext.data import MEAN, STD, normalise
 from bcmf_ext.errors import UserError
 from bcmf_ext.inference import Captured, Graphs, InferenceNetwork, Predictor, fold_batch_norms
+from bcmf_ext.models import NETWORKS
 
 networks = pytest.mark.parametrize("name", NETWORKS)
 

@@ -23,13 +23,14 @@ from PIL import Image
 from torch import Tensor
 
 from bcmf_ext import BCL, CPG, OHEM, dispatch, engine, evaluate, predict, train
-from bcmf_ext.config import NETWORKS, parse_flags
+from bcmf_ext.config import parse_flags
 from bcmf_ext.data import Augmentation, open_dataset
 from bcmf_ext.engine import Compute, lr_factor
 from bcmf_ext.errors import UserError, run_command
 from bcmf_ext.inference import Predictor
 from bcmf_ext.losses.criterion import SegmentationCriterion
 from bcmf_ext.metrics import ConfusionMatrix
+from bcmf_ext.models import NETWORKS
 
 TIMINGS = ("seconds", "images_per_second")
 
@@ -106,7 +107,7 @@ def in_background(flags: list[str], **options: Any) -> subprocess.Popen[str]:
     """The command, with the tiny network."""
     program = (
         "import sys, torch; sys.path.insert(0, sys.argv.pop(1)); torch.set_num_threads(1)\n"
-        "from harness.tiny import TinyNet; from bcmf_ext import train; from bcmf_ext.config import NETWORKS\n"
+        "from harness.tiny import TinyNet; from bcmf_ext import train; from bcmf_ext.models import NETWORKS\n"
         "NETWORKS['bcmfnet'] = TinyNet\n"
         "train.run_command(train.main)"
     )

@@ -294,7 +294,7 @@ def _wrong_id(
         return UserError(f"{path}, {line}, but names id {own}: take the line out; ignored pixels have the id 255.")
     right = " ".join(map(str, (own, name, *(line.colour or ()))))
     from_1 = first_id == 0 and written == [str(n) for n in range(1, len(lines) + 1)]
-    hint = "; if 0 is unlabelled in the labels, pass --reduce-zero-label" if from_1 else ""
+    hint = "; if 0 is unlabelled in the labels, pass `reduce_zero_label=True`" if from_1 else ""
     return UserError(
         f"{path}, {line}, but names id {own}: write {_shown(right)}{otherwise}, or all classes in the order of their "
         f"ids{hint}."

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 import re
-import shlex
 import unicodedata
 from collections import Counter
 from collections.abc import Iterable, Iterator
@@ -95,7 +94,7 @@ def match_files(
     case or the Unicode form (é as one character or two), as copies from another system may.
 
     `UserError`: the first image without label, and what lies in the labels' folder instead, or the first label without
-    image. folder, ending: a label's path is {folder}/{key}{ending}. any_suffix: whether --label-suffix can change that.
+    image. folder, ending: a label's path is {folder}/{key}{ending}. any_suffix: whether `label_suffix` can change that.
     """
     labels = labels | _other_spellings(images, labels)
     missing = [key for key in images if key not in labels]
@@ -143,7 +142,7 @@ def _what_lies_there(folder: Path, key: str, used: set[Path], any_suffix: bool) 
     suffix = _plain(nearest.stem)[len(stem) :]
     if any_suffix and suffix:
         suffix = nearest.stem[-len(suffix) :]
-        return f" ({nearest} lies there: --label-suffix={shlex.quote(suffix)} takes labels of such names)"
+        return f" ({nearest} lies there: `label_suffix={suffix!r}` takes labels of such names)"
     return f" ({nearest} lies there)"
 
 

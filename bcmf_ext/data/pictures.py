@@ -15,7 +15,8 @@ from typing import IO, Any
 import numpy as np
 from PIL import ExifTags, Image
 
-from ..errors import UserError
+from ..errors import Damaged, FileError
+from ..files import cannot_be_opened
 
 IMAGE_ENDINGS = (".png", ".jpg", ".jpeg", ".jpe", ".jfif", ".bmp", ".tif", ".tiff", ".webp")
 LABEL_ENDINGS = (".png", ".bmp", ".tif", ".tiff")
@@ -57,11 +58,11 @@ class Label:
 def read_image(path: Path) -> np.ndarray:
     """(H, W, 3) uint8, RGB, upright as its EXIF orientation says, which is how viewers and annotation tools show it.
 
-    `UserError` if the file cannot be decoded, or has more than 8 bits per channel.
+    `FileError` if the file cannot be decoded, or has more than 8 bits per channel.
     """
     picture, bits = _decode(path)
     if bits > 8:
-        raise UserError(f"{path} has more than 8 bits per channel (mode {picture.mode}): convert it to 8 bits.")
+        raise FileError(f"{path} has more than 8 bits per channel (mode {picture.mode}): convert it to 8 bits.")
     picture.info.pop("transparency", None)  # of palettes, which Pillow would warn about; opacity is not read
     return np.array(picture if picture.mode == "RGB" else picture.convert("RGB"))
 
@@ -78,7 +79,7 @@ def rgb_of(picture: Image.Image) -> np.ndarray:
 def read_label(path: Path) -> Label:
     """The ids of a single-channel PNG, BMP or TIFF of one page, exactly as they are stored.
 
-    A palette picture holds ids already; what its colours say is for the caller to compare. `UserError` if the file
+    A palette picture holds ids already; what its colours say is for the caller to compare. `FileError` if the file
     cannot be decoded, fails its checksums, has several channels or pages, or was compressed with loss.
     """
     picture, bits = _decode(path, label=True)
@@ -118,11 +119,15 @@ def turned_on_its_side(path: Path) -> bool:
 def _decode(path: Path, *, label: bool = False) -> tuple[Image.Image, int]:
     """The picture, upright, and its bits per sample. label: only if it holds nothing but the ids of one picture."""
     try:
-        with open(path, "rb") as file:
+        opened = open(path, "rb")  # noqa: SIM115
+    except OSError as error:
+        raise cannot_be_opened(path, error) from error
+    try:
+        with opened as file:
             picture = Image.open(file)
             bits = _bits_per_sample(picture, file)
             if picture.format == "BMP" and picture.mode in ("1", "L") and bits != _BITS_OF_GREYS[picture.mode]:
-                raise UserError(
+                raise FileError(
                     f"{path} is a BMP of {bits} bits with a palette of greys, which Pillow misreads: save it as PNG."
                 )
             if label:
@@ -134,17 +139,17 @@ def _decode(path: Path, *, label: bool = False) -> tuple[Image.Image, int]:
             picture.load()
             orientation = _orientation(picture)  # of a TIFF 1: Pillow has turned it
             return picture.transpose(_TURNS[orientation]) if orientation in _TURNS else picture, bits
-    except UserError:
+    except FileError:
         raise
     except (Image.DecompressionBombError, Image.DecompressionBombWarning) as error:
         pixels = str(error).partition("(")[2].partition(" ")[0]
-        raise UserError(
+        raise FileError(
             f"{path} has {pixels} pixels, more than Pillow reads: cut it into parts, or make it smaller (in a program "
             "of your own, PIL.Image.MAX_IMAGE_PIXELS is the limit)."
         ) from error
     except Exception as error:  # Pillow's decoders raise many types: OSError, SyntaxError, ValueError, struct.error …
         reason = "" if isinstance(error, Image.UnidentifiedImageError) else f" ({str(error).rstrip('.')})"
-        raise UserError(f"{path} cannot be read as a picture{reason}: replace the file.") from error
+        raise Damaged(f"{path} cannot be read as a picture{reason}: replace the file.") from error
 
 
 def _bits_per_sample(picture: Image.Image, file: IO[bytes]) -> int:
@@ -175,32 +180,32 @@ def _orientation(picture: Image.Image) -> Any:
 
 
 def _check_is_label(path: Path, picture: Image.Image) -> None:
-    """`UserError` unless the header is that of one picture of ids, whose values come back as they were painted."""
+    """`FileError` unless the header is that of one picture of ids, whose values come back as they were painted."""
     form, compression = picture.format, picture.info.get("compression")
     if form not in _LABEL_FORMATS:
         form = "JPEG" if form == "MPO" else form
         named = f", whatever its name {os.path.splitext(path)[1]} says" if form == "JPEG" else ""
-        raise UserError(
+        raise FileError(
             f"{path} is a {form} file inside{named}, but labels are PNG, BMP or TIFF files, which keep every id: "
             "export it again from what it was made of."
         )
     if form == "TIFF" and compression not in _LOSSLESS_TIFF:
-        raise UserError(
+        raise FileError(
             f"{path} is a TIFF compressed by {compression}, which may change ids: export it again without loss, as PNG."
         )
     if form == "TIFF" and _tag(picture, _PHOTOMETRIC) == _WHITE_IS_ZERO:
-        raise UserError(f"{path} is a TIFF in which white is 0, so its ids may be inverted: save it as PNG.")
+        raise FileError(f"{path} is a TIFF in which white is 0, so its ids may be inverted: save it as PNG.")
     if getattr(picture, "n_frames", 1) > 1:
-        raise UserError(f"{path} holds {picture.n_frames} pictures, but a label is one: save that alone.")  # type: ignore[attr-defined]
+        raise FileError(f"{path} holds {picture.n_frames} pictures, but a label is one: save that alone.")  # type: ignore[attr-defined]
     if picture.mode.startswith("F"):
-        raise UserError(f"{path} holds fractions (mode {picture.mode}), but ids are whole: save it as an 8-bit PNG.")
+        raise FileError(f"{path} holds fractions (mode {picture.mode}), but ids are whole: save it as an 8-bit PNG.")
     if picture.mode in ("LA", "La"):
-        raise UserError(
+        raise FileError(
             f"{path} has transparency besides its grey values (mode LA), but a label needs one channel with the class "
             "index of each pixel: save it without, as an 8-bit grey PNG."
         )
     if picture.mode not in ("1", "L", "P") and not picture.mode.startswith("I"):
-        raise UserError(
+        raise FileError(
             f"{path} is a colour picture (mode {picture.mode}), but a label needs one channel with the class index of "
             "each pixel: convert its colours to indices and save it as an 8-bit grey or palette PNG."
         )

@@ -16,7 +16,7 @@ import torch
 from PIL import Image
 from torch.utils.data import Dataset, Sampler
 
-from ..errors import UserError
+from ..errors import UserError, counted
 from .dataset import IGNORE_INDEX, SegmentationDataset
 
 MEAN = (0.485, 0.456, 0.406)
@@ -156,10 +156,9 @@ class EpochSampler(Sampler[list[tuple[int, int]]]):
 
     def __init__(self, length: int, batch_size: int, seed: int) -> None:
         if length < batch_size:
-            advice = f"pass --batch-size {length} or less" if length >= 2 else "add more"
+            advice = f"pass `batch_size={length}` or less" if length >= 2 else "add more"
             raise UserError(
-                f"The training set holds {length} image{'s' * (length != 1)}, fewer than one batch of {batch_size}: "
-                f"{advice}."
+                f"The training set holds {counted(length, 'image')}, fewer than one batch of {batch_size}: {advice}."
             )
         self.length = length
         self.batch_size = batch_size

@@ -3,17 +3,22 @@
 from __future__ import annotations
 
 import math
+import sys
+from typing import TYPE_CHECKING, Any, TypeAlias, TypeGuard
 
 import numpy as np
 import torch
 import torch.distributed as dist
-from PIL import Image
 from torch import Tensor
 
 from .. import checks, dispatch, ops
 from ..options import whole, whole_label
 
-Labels = Tensor | np.ndarray | Image.Image  # what metrics count
+if TYPE_CHECKING:  # metrics take pictures and do not need Pillow
+    from PIL import Image
+
+Labels: TypeAlias = "Tensor | np.ndarray | Image.Image"
+"""What metrics count: class ids as a tensor, a NumPy array or a PIL picture."""
 
 
 class Counts:
@@ -133,10 +138,10 @@ class Counts:
 
 def as_labels(name: str, ids: Labels) -> Tensor:
     """Class ids as a tensor that the kernels read; TypeError for what holds no integers."""
-    if isinstance(ids, Image.Image) and len(ids.getbands()) > 1:
+    if _is_picture(ids) and len(ids.getbands()) > 1:
         raise TypeError(f"{name} is a picture of one channel with the class ids, not of mode {ids.mode}.")
     if not isinstance(ids, Tensor):
-        if not isinstance(ids, (np.ndarray, Image.Image)):
+        if not isinstance(ids, np.ndarray) and not _is_picture(ids):
             raise TypeError(
                 f"{name} is a tensor, a NumPy array or a PIL picture of class ids, not a {type(ids).__name__}."
             )
@@ -149,7 +154,14 @@ def as_labels(name: str, ids: Labels) -> Tensor:
     return checks.read_labels(ids)
 
 
+def _is_picture(ids: Any) -> TypeGuard[Image.Image]:
+    """Whether ids are a PIL picture: nothing is one where Pillow has not been imported."""
+    pillow = sys.modules.get("PIL.Image")
+    return pillow is not None and isinstance(ids, pillow.Image)
+
+
 def by_kernels(labels: Tensor) -> bool:
+    """Whether the CPU's kernels count these labels; PyTorch does otherwise."""
     return labels.device.type == "cpu" and dispatch.why_not("cpu", "cpu") is None
 
 

@@ -21,7 +21,7 @@ from typing import IO, Any
 
 import torch
 
-from ..errors import UserError, briefly
+from ..errors import Damaged, FileError, briefly
 from ..files import cannot_be_opened, damaged_entry
 from .safetensors import is_safetensors, read_safetensors
 
@@ -92,10 +92,10 @@ _STUBBED = (
 
 
 def read_foreign(path: Path) -> object:
-    """What the file holds, on the CPU. `UserError` if it cannot be read, with what it is and what to do."""
+    """What the file holds, on the CPU. `FileError` if it cannot be read, with what it is and what to do."""
     if not os.path.isfile(path):
         folder = " (this is a folder: give a file in it)" if os.path.isdir(path) else ""
-        raise UserError(f"There is no checkpoint file {path}{folder}: check the path.")
+        raise FileError(f"There is no checkpoint file {path}{folder}: check the path.")
     try:
         file = open(path, "rb")  # noqa: SIM115
     except OSError as error:
@@ -107,14 +107,14 @@ def read_foreign(path: Path) -> object:
                 return read_safetensors(file, path)
             for begins, sentence in _KINDS:
                 if re.match(begins, head, re.DOTALL):
-                    raise UserError(f"{path} {sentence}")
+                    raise FileError(f"{path} {sentence}")
             if head.startswith(_ZIP):
                 _check_zip(file, path)
             file.seek(0)
             with warnings.catch_warnings(), _stubs_allowed():
                 warnings.simplefilter("ignore")  # what PyTorch thinks of odd files, several lines of it
                 return torch.load(file, map_location="cpu", weights_only=True)
-        except UserError:
+        except FileError:
             raise
         except Exception as error:  # the readers raise whatever the bytes lead them to
             raise _unreadable(path, file, error) from error
@@ -138,29 +138,29 @@ def _stubs_allowed() -> Iterator[None]:
 
 
 def _check_zip(file: IO[bytes], path: Path) -> None:
-    """`UserError` if a zip is none of torch.save's, or damaged: PyTorch does not look at the sums of its bytes."""
+    """`FileError` if a zip is none of torch.save's, or damaged: PyTorch does not look at the sums of its bytes."""
     if not zipfile.is_zipfile(file):
-        raise UserError(
+        raise Damaged(
             f"{path} is damaged, it begins as a checkpoint, but its end is missing: the download or the writing was "
             "broken off, get the file again."
         )
     names = zipfile.ZipFile(file).namelist()
     entries = {name.rpartition("/")[2] for name in names}
     if "constants.pkl" in entries:
-        raise UserError(
+        raise FileError(
             f"{path} is a TorchScript program, which reading would run: if you trust it, save its weights, "
             'torch.save(torch.jit.load("…").state_dict(), "…"), and give those.'
         )
     if "archive_format" in entries:
-        raise UserError(f"{path} is a program of torch.export: give the checkpoint that it was made from.")
+        raise FileError(f"{path} is a program of torch.export: give the checkpoint that it was made from.")
     if "data.pkl" not in entries:
         shown = ", ".join(map(briefly, names[:3])) + (", …" if len(names) > 3 else "")
-        raise UserError(
+        raise FileError(
             f"{path} is a zip archive, but none of torch.save (it holds {shown or 'nothing'}): if a checkpoint is in "
             "it, unpack it and give that."
         )
     if (damaged := damaged_entry(file)) is not None:
-        raise UserError(
+        raise Damaged(
             f"{path} is damaged, the bytes of {briefly(damaged)} are not those that were written: get the file again."
         )
 
@@ -169,31 +169,31 @@ def _check_zip(file: IO[bytes], path: Path) -> None:
 # What could not be read
 
 
-def _unreadable(path: Path, file: IO[bytes], error: Exception) -> UserError:
+def _unreadable(path: Path, file: IO[bytes], error: Exception) -> FileError:
     """Why PyTorch could not read the file, which may lie in the pickle that it is or holds."""
     pickled = _pickle_in(file)
     refused = re.search(r"GLOBAL (\S+)|``(torch\.\S+)`` must be imported", str(error))
     is_pickle, called = _calls(pickled)
     if not is_pickle and (words := _words(pickled[:_LONGEST_KIND])):
-        return UserError(f"{path} is text, not a checkpoint ({words}): get the file with the weights.")
+        return FileError(f"{path} is text, not a checkpoint ({words}): get the file with the weights.")
     if called := (refused and (refused[1] or refused[2])) or called:
         called = re.sub(r"[^\w.]+", " ", called)[:80]
-        return UserError(
+        return FileError(
             f"{path} holds a Python object ({called}) beside its weights, which is code in a pickle, and reading "
             "it could run code: where the file was made, save the weights alone, "
             'torch.save(model.state_dict(), "…"), and load that.'
         )
     if is_pickle and _LEGACY not in pickled[:32] and not zipfile.is_zipfile(file):
-        return UserError(
+        return FileError(
             f"{path} is a pickle, but none of torch.save (detectron2's .pkl and Paddle's .pdparams are such): load it "
             "with the program that made it, and save the weights as tensors with torch.save."
         )
     if re.match(rb"\x80[\x03-\x05]", pickled):
-        return UserError(
+        return FileError(
             f"{path} was saved with pickle_protocol={pickled[1]}, which PyTorch reads only by running what is in the "
             "file: save it again without pickle_protocol."
         )
-    return UserError(
+    return FileError(
         f"{path} cannot be read as a PyTorch checkpoint, it is damaged or of another format: download or save it again."
     )
 

@@ -14,7 +14,7 @@ from typing import IO, Any
 import torch
 from torch import Tensor
 
-from ..errors import UserError, briefly
+from ..errors import Damaged, briefly
 
 _DTYPES = {  # of safetensors; it has smaller ones, too
     "F64": torch.float64,
@@ -44,7 +44,7 @@ def is_safetensors(head: bytes) -> bool:
 
 
 def read_safetensors(file: IO[bytes], path: Path) -> dict[str, Tensor]:
-    """The tensors by name. `UserError` if the file is damaged."""
+    """The tensors by name. Raises `Damaged` if the file is."""
     size = os.fstat(file.fileno()).st_size
     file.seek(0)
     length = int.from_bytes(file.read(8), "little")
@@ -70,8 +70,8 @@ def read_safetensors(file: IO[bytes], path: Path) -> dict[str, Tensor]:
     return tensors
 
 
-def _damaged(path: Path, what: str) -> UserError:
-    return UserError(f"{path} is damaged, {what}: the download or the writing was broken off, get the file again.")
+def _damaged(path: Path, what: str) -> Damaged:
+    return Damaged(f"{path} is damaged, {what}: the download or the writing was broken off, get the file again.")
 
 
 def _nbytes(entry: dict[str, Any]) -> int | None:

@@ -22,9 +22,9 @@ from typing import Any
 import torch
 
 from bcmf_ext import train
-from bcmf_ext.config import NETWORKS
 from bcmf_ext.errors import run_command
 from bcmf_ext.files import TEMPORARY
+from bcmf_ext.models import NETWORKS
 from harness.tiny import TinyNet, write_folder
 
 TIMINGS = ("seconds", "images_per_second")
