@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import os
 import re
+import runpy
 import shlex
 import textwrap
 from collections.abc import Mapping, Sequence
@@ -13,9 +14,14 @@ from pathlib import Path
 from types import UnionType
 from typing import Any, get_args, get_origin, get_type_hints
 
+import torch
+from torch import nn
+
 from .data import DATASETS, SegmentationDataset
 from .errors import FileError, UserError, briefly
+from .losses.criterion import ExtraLoss, SegmentationCriterion
 from .models import NETWORKS
+from .options import BCL, CPG, OHEM
 
 SMALLEST_CROP, LARGEST_CROP = 64, 1 << 15  # The deepest feature map of our networks is at 1/64.
 MOST = 1000  # A weight, rate, factor or number of processes above this can only be a slip.
@@ -363,3 +369,64 @@ def command_line(config: Config) -> str:
     glued = " ".join(word.replace(" ", "\0") for word in words)
     lines = textwrap.wrap(glued, 100, break_long_words=False, break_on_hyphens=False)
     return " \\\n".join(lines).replace("\0", " ")
+
+
+# --------------------------------------------------------------------------------------------------------------------
+# The loss that the flags ask for
+
+
+def make_criterion(config: Config) -> SegmentationCriterion:
+    """The loss of a run. Raises `UserError` if an extra loss is not there, or is none."""
+    ohem = None
+    if config.ohem is not None:
+        # The usual 131072 pixels are 1/64 of a batch of eight 1024×1024 crops: keep that share of other batches.
+        pixels = config.batch_size * config.crop_size[0] * config.crop_size[1]
+        ohem = OHEM(config.ohem, min_kept=pixels // 64)
+    cpg = None
+    if config.cpg != 0:
+        cpg = CPG(kernel_size=config.cpg_kernel) if config.cpg is None else CPG(config.cpg, config.cpg_kernel)
+    return SegmentationCriterion(
+        ohem=ohem,
+        bcl=BCL(config.bcl) if config.bcl > 0 else None,
+        cpg=cpg,
+        extra=load_extra_losses(config.extra_loss),
+        aux_weight=config.aux_weight,
+        impl=config.impl,
+    )
+
+
+def load_extra_losses(entries: Sequence[str]) -> dict[str, tuple[float, ExtraLoss]]:
+    """The losses of `--extra-loss`, by their names. Raises `UserError` if one is not there, or is none."""
+    losses: dict[str, tuple[float, ExtraLoss]] = {}
+    for entry in entries:
+        file, name, weight = split_extra_loss(entry)
+        if not os.path.isfile(file):
+            raise UserError(f"--extra-loss {entry}: there is no file {file}, check the path.")
+        try:
+            found = runpy.run_path(file).get(name)
+            loss: Any = found() if isinstance(found, type) and issubclass(found, nn.Module) else found
+        except (Exception, SystemExit) as error:  # whatever the user's code raises
+            raise UserError(f"--extra-loss {entry}: {file} fails with {type(error).__name__}: {error}") from error
+        if not callable(loss):
+            raise UserError(f"--extra-loss {entry}: {file} has no function or module {name}, check the name.")
+        if name in losses:
+            raise UserError(f"--extra-loss names {name} twice: give each loss a name of its own.")
+        losses[name] = weight, loss
+    try:
+        SegmentationCriterion(extra=losses)
+    except ValueError as error:  # a name of ours
+        raise UserError(f"--extra-loss {' '.join(entries)}: {error}") from error
+    return losses
+
+
+def try_extra_losses(criterion: SegmentationCriterion, classes: int, device: torch.device) -> None:
+    """Calls each once, before hours of training. Raises `UserError` if one fails, or gives no scalar."""
+    if not criterion.extra:
+        return
+    logits = torch.zeros(2, classes, 64, 64, device=device, requires_grad=True)
+    labels = torch.arange(2 * 64 * 64, device=device).view(2, 64, 64) // 64 % classes
+    try:
+        criterion.terms(logits, labels)
+    except Exception as error:  # whatever the user's code raises
+        names = " and ".join(criterion.extra)
+        raise UserError(f"--extra-loss fails on a trial ({names}), {type(error).__name__}: {error}") from error

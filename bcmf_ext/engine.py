@@ -9,6 +9,7 @@ import os
 import signal
 import threading
 import time
+import warnings
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from functools import partial
@@ -23,6 +24,7 @@ from torch.optim.lr_scheduler import LambdaLR
 from torch.utils.data import DataLoader, Dataset
 from tqdm import tqdm
 
+from . import dispatch
 from .checkpoint import load_weights
 from .data import normalise
 from .errors import UserError
@@ -43,6 +45,7 @@ class Compute:
 
     @property
     def memory_format(self) -> torch.memory_format:
+        """That of images and weights."""
         return torch.channels_last if self.channels_last else torch.contiguous_format
 
     def place(self, model: nn.Module) -> nn.Module:
@@ -122,6 +125,18 @@ def measure_bf16() -> float:
     for bf16 in (True, False):
         seconds(bf16)  # the first sets things up
     return max(ratio() for _ in range(3))
+
+
+def choose_impl(impl: str, device: torch.device) -> str:
+    """Which implementation of the loss runs, and why not the device's own. Raises `UserError` if the one asked for
+    cannot run there."""
+    if impl != "auto":
+        reason = dispatch.why_not(impl, device.type)
+        if reason is not None:
+            raise UserError(f"`impl={impl!r}` cannot run this loss on {device}: {reason}.")
+    chosen = dispatch.choose("segmentation_loss", impl, device)
+    reason = dispatch.why_not(device.type, device.type) if impl == "auto" else None
+    return f"{chosen} ({device.type}: {reason})" if reason else chosen
 
 
 def choose_workers(workers: int | None, device: torch.device) -> int:
@@ -259,7 +274,32 @@ class TrainState:
     best_miou: float = -1.0
     best_epoch: int = -1
 
+    @classmethod
+    def fresh(
+        cls,
+        model: nn.Module,
+        compute: Compute,
+        lr: float,
+        momentum: float,
+        weight_decay: float,
+        iterations: int,
+        power: float,
+        warmup: int,
+    ) -> TrainState:
+        """The state before the first step: SGD, and a rate that falls as `lr_factor` says.
+
+        The rate's function holds numbers alone: with the trainer in it, only the garbage collector would end the
+        trainer's loading processes.
+        """
+        optimizer = torch.optim.SGD(model.parameters(), lr, momentum, weight_decay=weight_decay)
+        scheduler = LambdaLR(optimizer, lambda i: lr_factor(i, iterations, power, warmup))
+        scaler = torch.amp.GradScaler(compute.device.type, enabled=compute.dtype is torch.float16)
+        if scaler.is_enabled():  # it skips steps until it has found its scale, of which the scheduler would warn
+            warnings.filterwarnings("ignore", "Detected call of `lr_scheduler.step", UserWarning)
+        return cls(model, optimizer, scheduler, scaler)
+
     def state_dict(self) -> dict[str, Any]:
+        """The fields, as a checkpoint holds them."""
         return {name: v.state_dict() if hasattr(v, "state_dict") else v for name, v in vars(self).items()}
 
     def load_state_dict(self, saved: dict[str, Any], path: Path) -> None:
@@ -289,7 +329,26 @@ class TrainState:
             state["param_groups"][0][rate] = saved["param_groups"][0][rate]
         self.optimizer.load_state_dict(state)
 
+    def record(self, batch_size: int, loss_warmup: int, with_shares: bool) -> dict[str, Any]:
+        """The epoch that ends here, as log.jsonl holds it: losses and shares in the mean, rates, and seconds."""
+        place = self.scheduler.last_epoch
+        record: dict[str, Any] = {
+            "epoch": self.epoch + 1,
+            "step": place,
+            "lr": self.scheduler.base_lrs[0] * self.scheduler.lr_lambdas[0](place - 1),
+            "loss": {name: total / self.step for name, total in self.loss_sums.items()},
+            "seconds": self.seconds,
+            "images_per_second": self.step * batch_size / self.seconds,
+        }
+        if loss_warmup:
+            record["loss_ramp"] = loss_ramp(place - 1, loss_warmup)
+        if with_shares:  # None where no iteration of the epoch took them
+            shares = {name: total / self.share_steps for name, total in self.share_sums.items()}
+            record["grad_share"] = shares or None
+        return record
+
     def begin_next_epoch(self) -> None:
+        """Moves to the beginning of the next epoch, of which there are no losses yet."""
         self.epoch, self.step, self.loss_sums, self.seconds = self.epoch + 1, 0, {}, 0.0
         self.share_sums, self.share_steps = {}, 0
 
@@ -300,6 +359,11 @@ class NonFiniteLoss(Exception):
     def __init__(self, state: TrainState, losses: StepLosses) -> None:
         self.epoch, self.step, self.terms, self.batch = state.epoch, losses.step, losses.read()[0], losses.batch
         super().__init__(", ".join(f"{name} {value:g}" for name, value in self.terms.items()))
+
+    @property
+    def terms_are_finite(self) -> bool:
+        """Whether the loss was finite after all: then it is the weights that are not."""
+        return all(map(math.isfinite, self.terms.values()))
 
 
 class StepLosses:

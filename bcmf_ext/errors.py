@@ -110,8 +110,10 @@ def as_flags(sentence: str) -> str:
 
     def flag(found: re.Match[str]) -> str:
         name, value = f"--{_OTHER_NAMES.get(found[1], found[1]).replace('_', '-')}", found[2]
-        if value is None or value == "True":
+        if value in (None, "True"):
             return name
+        if value == "False":
+            return name.replace("--", "--no-", 1)
         with contextlib.suppress(ValueError, SyntaxError):  # a placeholder, such as PATH
             value = str(ast.literal_eval(value))
         between = "=" if value.startswith("-") else " "  # argparse would take -x for a flag

@@ -11,11 +11,15 @@ from typing import Any
 
 import matplotlib
 import numpy as np
+import torch
 from matplotlib.figure import Figure
 from PIL import Image, ImageDraw, ImageFont, PngImagePlugin
 
-from .data import IGNORE_INDEX
-from .files import write_file
+from .data import IGNORE_INDEX, SegmentationDataset
+from .engine import Compute, NonFiniteLoss
+from .errors import counted, warn
+from .files import short_name, write_file
+from .losses.criterion import SegmentationCriterion
 from .metrics import ConfusionMatrix, Counts
 
 IGNORED_COLOUR = (0, 0, 0)
@@ -32,6 +36,89 @@ def scores(confusion: ConfusionMatrix, classes: Sequence[str]) -> dict[str, Any]
         "pixel_accuracy": confusion.pixel_accuracy(),
         "iou": {name: None if math.isnan(value) else value for name, value in iou},
     }
+
+
+def aligned(lines: Mapping[str, str]) -> str:
+    """Names and what is said of each, in two columns; lines of the second begin below each other."""
+    indent = "\n" + 10 * " "
+    return "\n".join(f"{name:<10}{line}".replace("\n", indent) for name, line in lines.items())
+
+
+def epoch_words(steps: int, batch_size: int, images: int) -> str:
+    """Such as "4 steps of 2 images; the short last batch, of 1, is left out, with other images each time"."""
+    words = f"{counted(steps, 'step')} of {counted(batch_size, 'image')}"
+    if short := images % batch_size:
+        words += f"; the short last batch, of {short}, is left out, with other images each time"
+    return words
+
+
+def network_words(network: Any) -> str:
+    """How many parameters a `Network` has, and its auxiliary head."""
+    head = network.auxiliary_head
+    auxiliary = 0 if head is None else sum(parameter.numel() for parameter in head.parameters())
+    parameters = sum(parameter.numel() for parameter in network.parameters()) - auxiliary
+    return f"{parameters:,} parameters, and {auxiliary:,} of the auxiliary head"
+
+
+def loss_words(criterion: SegmentationCriterion, impl: str, warmup: int, iterations: int) -> str:
+    """Such as "CE + 0.4 BCL + 1 CPG3, and 0.4 CE of the auxiliary head; impl cpu"; impl: as `choose_impl` says it.
+
+    warmup: in how many of the iterations the terms beside CE gain their weights; 0: they have them from the first on.
+    """
+    ohem, bcl, cpg = criterion.ohem, criterion.bcl, criterion.cpg
+    first = "CE" if ohem is None else f"OHEM (p < {ohem.threshold:g}, at least {ohem.min_kept:,} pixels)"
+    terms = [first]
+    if bcl is not None:
+        terms.append(f"{bcl.weight:g} BCL")
+    if cpg is not None:
+        terms.append(f"{cpg.weight:g} CPG{cpg.kernel_size}")
+    terms += [f"{weight:g} {name}" for name, (weight, _) in criterion.extra.items()]
+    words = f"{' + '.join(terms)}, and {criterion.aux_weight:g} {first.split()[0]} of the auxiliary head; impl {impl}"
+    ramped = [name.upper() for name in ("bcl", "cpg") if getattr(criterion, name) is not None]
+    ramped += criterion.extra
+    if warmup and ramped:
+        words += f"; {' and '.join(ramped)} gain weight in {counted(warmup, 'iteration')}"
+        words += ", more than there are" if warmup >= iterations else ""
+    elif warmup:
+        words += "; without BCL and CPG no loss has to warm up"
+    return words
+
+
+def device_words(device: torch.device, workers: int) -> str:
+    """Such as "cpu, 2 threads, 1 loading process"."""
+    threads = f", {counted(torch.get_num_threads(), 'thread')}" if device.type == "cpu" else ""
+    return f"{device}{threads}, {counted(workers, 'loading process', 'loading processes')}"
+
+
+def compute_words(compute: Compute, why_dtype: str, compiled: bool) -> str:
+    """Such as "bfloat16 (this GPU computes in it), channels_last, compiled"."""
+    dtype = str(compute.dtype).removeprefix("torch.") if compute.dtype else "float32"
+    layout = ", channels_last" if compute.channels_last else ""
+    return f"{dtype} ({why_dtype}){layout}{', compiled' if compiled else ''}"
+
+
+def nonfinite_words(stop: NonFiniteLoss, batch: Path | None, last: Path) -> str:
+    """What to say of a loss, or weights, that are not finite. batch: the file with the batch; None: it is the weights.
+    last: the checkpoint from before."""
+    place = f"epoch {stop.epoch + 1}, step {stop.step + 1}"
+    before = f"{last} is from before: try a lower `lr`, or `amp='off'`."
+    if batch is None:
+        return f"The weights are not finite after {place}, though the loss was; {before}"
+    return f"The loss is not finite in {place} ({stop}); the batch is saved as {batch}, and {before}"
+
+
+def failure_words(error: RuntimeError, batch_size: int, crop_size: tuple[int, int]) -> str | None:
+    """What to say of an error of PyTorch that users can do something about; None for all others."""
+    if isinstance(error, torch.OutOfMemoryError):
+        height, width = crop_size
+        return (
+            f"The GPU has too little memory for {counted(batch_size, 'crop')} of {height}×{width} pixels: lower "
+            "`batch_size` or `crop_size`."
+        )
+    if isinstance(error, torch._dynamo.exc.TorchDynamoException):
+        reason = " ".join(str(error).strip().split("\n\n")[0].split())  # advice to developers follows
+        return f"torch.compile failed ({reason}): `compile=False` trains without it."
+    return None
 
 
 def loss_line(record: Mapping[str, Any], epochs: int) -> str:
@@ -151,6 +238,27 @@ def error_map(image: np.ndarray, label: np.ndarray, prediction: np.ndarray) -> n
     picture[label != prediction] = WRONG_COLOUR
     picture[label == IGNORE_INDEX] = IGNORED_COLOUR
     return picture
+
+
+def draw_epoch(
+    folder: Path,
+    records: Sequence[dict[str, Any]],
+    dataset: SegmentationDataset,
+    predictions: Mapping[int, np.ndarray],
+) -> None:
+    """Draws a run's curves into its folder, and predictions, by their indices in the data set, into pictures/ there.
+    Whatever is in the way, no picture ends a run."""
+    for index in (None, *predictions):
+        try:
+            if index is None:
+                draw_curves(folder / "curves.png", records)
+                continue
+            stem, (image, label) = dataset.stem(index), dataset.pair(index)
+            path, title = folder / "pictures" / short_name(stem, ".png"), f"{stem}, epoch {records[-1]['epoch']}"
+            draw_sample(path, image, label, predictions[index], dataset.classes, dataset.palette, title)
+        except Exception as error:
+            what = "curves.png" if index is None else f"the picture of {dataset.source(index)}"
+            warn(f"{what} could not be drawn ({str(error).rstrip('.') or type(error).__name__}); the run goes on.")
 
 
 def draw_sample(

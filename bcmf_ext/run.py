@@ -10,14 +10,15 @@ import os
 import re
 import socket
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from .checkpoint import RECORD, VERSION, load_checkpoint, save_checkpoint, what_is_wrong
-from .errors import Damaged, FileError, UserError, warn
+from .engine import NonFiniteLoss
+from .errors import Damaged, FileError, UserError, counted, warn
 from .files import TEMPORARY, cannot_be_opened, read_text, remove_temporaries, write_file
 
 LAST, OLDER, BEST, LOCK = "last.pt", "last-1.pt", "best.pt", ".lock"
@@ -84,14 +85,17 @@ class Run:
 
     @property
     def last(self) -> Path:
+        """What the run goes on from."""
         return self.folder / LAST
 
     @property
     def best(self) -> Path:
+        """The weights of the best epoch."""
         return self.folder / BEST
 
     @property
     def pictures(self) -> Path:
+        """The folder of drawn predictions."""
         return self.folder / "pictures"
 
     def log(self, record: dict[str, Any]) -> None:
@@ -107,8 +111,16 @@ class Run:
         self._last_is_whole = True
 
     def save_best(self, model: dict[str, Any], epoch: int, miou: float) -> None:
+        """Writes best.pt: the weights of the best epoch so far, and its mIoU."""
         weights = {"model": model, "epoch": epoch, "miou": miou}
         save_checkpoint(self.best, {"version": VERSION, **self.about, **weights})
+
+    def save_batch(self, stop: NonFiniteLoss) -> Path:
+        """Keeps the batch whose loss is not finite, to be looked at. Returns the file."""
+        path, (images, labels) = self.folder / "nonfinite-batch.pt", stop.batch
+        where = {"epoch": stop.epoch, "step": stop.step, "terms": stop.terms}
+        save_checkpoint(path, {"images": images, "labels": labels, **where})
+        return path
 
     def what_is_wrong_with_best(self) -> str | None:
         """Why best.pt cannot be used, as a sentence; None if it can."""
@@ -232,6 +244,23 @@ def resume_run(resume: str, output_dir: str, name: str | None, default_name: str
     except UserError:
         run.close()
         raise
+
+
+def check_same_run(saved: Mapping[str, Any], about: Mapping[str, Any], steps: int, last: Path) -> None:
+    """Raises `UserError` where what would go on is another run: with other classes or another number of images, or at a
+    place that no run of so many steps an epoch can have. about: as `Run.about`. last: the file of what was saved."""
+    if saved["classes"] != about["classes"]:
+        old, new = (", ".join(content["classes"]) for content in (saved, about))
+        raise UserError(f"{last} knows the classes {old}, but the data has {new}: start another run.")
+    if saved["train_images"] != about["train_images"]:
+        old, new = counted(saved["train_images"], "image"), about["train_images"]
+        raise UserError(f"{last} was trained on {old}, but the training split has {new} now: start another run.")
+    epoch, step, iteration = saved["epoch"], saved["step"], saved["scheduler"]["last_epoch"]
+    if step > steps or iteration != epoch * steps + step:
+        raise FileError(
+            f"{last} is in epoch {epoch + 1} after {step} of {counted(steps, 'step')}, but its schedule is at "
+            f"iteration {iteration}: take the file as the trainer wrote it."
+        )
 
 
 def find_checkpoint(resume: str, output_dir: str, name: str | None, default_name: str | None) -> Path:

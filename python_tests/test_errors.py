@@ -19,6 +19,7 @@ from bcmf_ext.models.foreign import read_foreign
     ("sentence", "shown"),
     [
         ("pass `binary_masks=True` if so.", "pass --binary-masks if so."),
+        ("`compile=False` trains without it.", "--no-compile trains without it."),
         ("pass `ignore_label=255`, or leave `amp` out", "pass --ignore-label 255, or leave --amp out"),
         ("`label_suffix='-my mask'`", "--label-suffix='-my mask'"),
         (
