@@ -23,8 +23,8 @@ from .losses.criterion import SegmentationCriterion
 from .metrics import ConfusionMatrix, Counts
 
 IGNORED_COLOUR = (0, 0, 0)
-WRONG_COLOUR = (230, 30, 30)
-PANEL = 480  # width of each of the four panels, in pixels; they are at most twice as high
+WRONG_COLOUR = (255, 255, 255)  # White is near no class of our palettes, as each red is, and stands out from the dark.
+PANEL = 480  # Each of the four panels is so many pixels wide, and at most twice as high.
 FONT = ImageFont.truetype(str(Path(matplotlib.get_data_path(), "fonts", "ttf", "DejaVuSans.ttf")), 14)
 
 
@@ -232,9 +232,9 @@ def blend(image: np.ndarray, colours: np.ndarray, opacity: float = 0.6) -> np.nd
 
 
 def error_map(image: np.ndarray, label: np.ndarray, prediction: np.ndarray) -> np.ndarray:
-    """(H, W, 3) uint8: the image in pale grey, wrong pixels red, ignored ones black."""
+    """(H, W, 3) uint8: the image in dark grey, wrong pixels white, ignored ones black."""
     grey = image.mean(2, keepdims=True).repeat(3, 2)
-    picture = (150 + 0.4 * grey).astype(np.uint8)
+    picture = (40 + 0.4 * grey).astype(np.uint8)
     picture[label != prediction] = WRONG_COLOUR
     picture[label == IGNORE_INDEX] = IGNORED_COLOUR
     return picture
@@ -326,9 +326,9 @@ def _flow(
 
 def draw_curves(path: Path, records: Sequence[dict[str, Any]]) -> None:
     """Writes a PNG of the loss terms and the mIoU over the epochs of a log."""
-    figure = Figure((8, 6), dpi=100)
+    figure = Figure((10, 6), dpi=100)
     above, below = figure.subplots(2, 1, sharex=True)
-    figure.subplots_adjust(0.09, 0.08, 0.98, 0.98, hspace=0.08)
+    beside: dict[str, Any] = {"loc": "upper left", "bbox_to_anchor": (1, 1), "frameon": False}  # no curve lies there
     epochs = [record["epoch"] for record in records]
     marker = "o" if len(epochs) <= 30 else None
     for name in records[-1]["loss"]:
@@ -337,13 +337,13 @@ def draw_curves(path: Path, records: Sequence[dict[str, Any]]) -> None:
     above.set_ylabel("loss and its unweighted terms")
     if above.dataLim.y0 >= 0:  # an extra loss may be negative
         above.set_ylim(bottom=0)
-    above.legend(loc="upper right", ncols=5, frameon=False)
+    legends = [above.legend(**beside)]
     evaluated = [(record["epoch"], record["miou"]) for record in records if "miou" in record]
     if evaluated:
         below.plot(*zip(*evaluated, strict=True), color="tab:green", marker=marker, ms=3)
         best_epoch, best = max(evaluated, key=lambda pair: pair[1])
-        below.plot(best_epoch, best, "*", color="tab:orange", ms=12, label=f"best {best:.3f}, epoch {best_epoch}")
-        below.legend(loc="lower right", frameon=False)
+        below.plot(best_epoch, best, "*", color="tab:orange", ms=12, label=f"best {best:.3f},\nepoch {best_epoch}")
+        legends.append(below.legend(**beside))
     below.set_ylabel("val mIoU")
     below.set_ylim(0, 1)
     below.set_xlabel("epoch")
@@ -352,6 +352,9 @@ def draw_curves(path: Path, records: Sequence[dict[str, Any]]) -> None:
     for axes in (above, below):
         axes.grid(alpha=0.3)
         axes.spines[["top", "right"]].set_visible(False)
+    # As wide as the legends leave room for: matplotlib's own layouts take longer than all of the drawing.
+    right = 0.98 - max(legend.get_window_extent().width for legend in legends) / figure.bbox.width
+    figure.subplots_adjust(0.07, 0.08, max(0.3, right), 0.98, hspace=0.08)
     buffer = io.BytesIO()
     figure.savefig(buffer, format="png", metadata={"Software": "bcmf_ext.train"})
     write_file(path, buffer.getbuffer())
