@@ -32,11 +32,12 @@ def _cpu() -> str:
 
 
 def _instructions() -> str:
-    """The instruction sets that PyTorch and our kernels use, such as "AVX512 in PyTorch and AVX2 in our kernels"."""
-    pytorch = f"{torch.backends.cpu.get_cpu_capability()} in PyTorch"
-    if dispatch.EXTENSION is None:
-        return pytorch
-    return f"{pytorch} and {dispatch.EXTENSION.build_info()['cpu_capability']} in our kernels"
+    """The instruction sets that PyTorch and our kernels use, such as "AVX512 in PyTorch, AVX2 in our kernels"."""
+    pytorch = torch.backends.cpu.get_cpu_capability()
+    ours = None if dispatch.EXTENSION is None else dispatch.EXTENSION.build_info()["cpu_capability"]
+    if ours == pytorch:
+        return f"{pytorch} in PyTorch and our kernels"
+    return f"{pytorch} in PyTorch" + (f", {ours} in our kernels" if ours else "")
 
 
 def versions() -> str:
