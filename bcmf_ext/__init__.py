@@ -18,12 +18,12 @@ from .losses.cross_entropy import cross_entropy
 from .nn import DAPPM, LMFM
 from .options import BCL, CPG, OHEM, SegmentationLoss
 
-if TYPE_CHECKING:  # type checkers and editors see what __getattr__ imports
+if TYPE_CHECKING:  # Type checkers and editors see what __getattr__ imports.
     from . import data, inference, metrics, models
 
 try:
     __version__ = version("bcmf_ext")
-except PackageNotFoundError:  # a source tree that is not installed
+except PackageNotFoundError:  # A source tree need not be installed.
     __version__ = "0+unknown"
 
 __all__ = [

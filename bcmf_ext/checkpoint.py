@@ -45,11 +45,12 @@ def _is_count(value: Any) -> bool:
 
 
 def _is_number(value: Any) -> bool:
-    return type(value) in (int, float) and abs(value) < 2**63  # not NaN, and no endless integer
+    return type(value) in (int, float) and abs(value) < 2**63  # NaN fails this, as does an endless integer.
 
 
 def _is_tensor(value: Any) -> bool:
-    """One that can be computed with and written to: of a plain dtype, each element in memory of its own."""
+    """Whether a value is a tensor that can be computed with and written to: of a plain dtype, each element in memory of
+    its own."""
     return (
         isinstance(value, Tensor)
         and value.layout == torch.strided
@@ -84,7 +85,7 @@ def _is_palette(value: Any) -> bool:
 
 
 def _is_optimizer(value: Any) -> bool:
-    """As SGD's: momentum by the parameter's number, and one group of parameters."""
+    """Whether a value is the state of SGD: momentum by the parameter's number, and one group of parameters."""
     if not isinstance(value, dict) or not {"state", "param_groups"} <= value.keys():
         return False
     state, groups = value["state"], value["param_groups"]
@@ -116,7 +117,7 @@ SECONDS = Field("a number of at least 0, and below 10**9", _is_seconds)
 WEIGHTS = Field("tensors by name", _is_tensors)
 NUMBERS = Field("finite numbers by name", _is_numbers)
 
-ABOUT: Mapping[str, Field] = {  # of last.pt and best.pt
+ABOUT: Mapping[str, Field] = {  # last.pt and best.pt have these fields.
     "version": COUNT,
     "config": Field("the settings by name", lambda v: isinstance(v, dict) and all(isinstance(k, str) for k in v)),
     "classes": Field("1 to 255 names", _is_names),
@@ -127,7 +128,7 @@ ABOUT: Mapping[str, Field] = {  # of last.pt and best.pt
     "model": WEIGHTS,
     "bf16_ratio": Field("a number above 0, or None", lambda v: v is None or (_is_number(v) and v > 0), optional=True),
 }
-PROGRESS: Mapping[str, Field] = {  # of last.pt
+PROGRESS: Mapping[str, Field] = {  # last.pt has these as well.
     "train_images": COUNT,
     "optimizer": Field("the state of an SGD optimiser", _is_optimizer),
     "scheduler": Field("the state of a scheduler", _is_scheduler),
@@ -142,7 +143,7 @@ PROGRESS: Mapping[str, Field] = {  # of last.pt
     "best_epoch": Field("a whole number of at least -1", lambda v: _is_count(v) or (type(v) is int and v == -1)),
     "saved": Field(NUMBER.must, NUMBER.holds, optional=True),
 }
-RECORD: Mapping[str, Field] = {  # a line of log.jsonl
+RECORD: Mapping[str, Field] = {  # A line of log.jsonl has these fields.
     "epoch": Field("a whole number of at least 1", lambda v: _is_count(v) and v >= 1),
     "step": COUNT,
     "lr": NUMBER,
@@ -179,8 +180,8 @@ def what_is_wrong(content: Any, fields: Mapping[str, Field]) -> str | None:
 
 
 def save_checkpoint(path: Path, content: dict[str, Any], older: Path | None = None) -> None:
-    """Writes a checkpoint; older: see `write_file`."""
-    # Not straight to the file: of a full disk, or Ctrl-C, torch's writer makes an error of its own.
+    """Writes a checkpoint. older: the name that the one before is given, see `write_file`."""
+    # This does not go straight to the file: torch's writer makes an error of its own of a full disk, or Ctrl-C.
     buffer = io.BytesIO()
     torch.save(content, buffer)
     write_file(path, buffer.getbuffer(), sync=True, older=older)
@@ -217,7 +218,7 @@ def read_zip(path: Path) -> Any:
     if not os.path.isfile(path):
         raise FileError(f"There is no checkpoint {path}: check the path.")
     try:
-        with open(path, "rb") as file:  # once: the trainer may write another meanwhile
+        with open(path, "rb") as file:  # It is opened once, since the trainer may write another meanwhile.
             if (damaged := damaged_entry(file)) is not None:
                 raise Damaged(f"{path} is damaged, the bytes of {damaged} are not those that were written.")
             file.seek(0)
@@ -226,7 +227,7 @@ def read_zip(path: Path) -> Any:
         raise cannot_be_opened(path, error) from error
     except FileError:
         raise
-    except Exception as error:  # the unpickler raises whatever the bytes lead it to
+    except Exception as error:  # The unpickler raises whatever the bytes lead it to.
         raise Damaged(f"{path} cannot be read as a checkpoint: it is damaged, or another kind of file.") from error
 
 

@@ -207,7 +207,7 @@ class Config:
 
 
 def split_extra_loss(entry: str) -> tuple[str, str, float]:
-    """File, name and weight of an entry of ``extra_loss``; `UserError` if it is none."""
+    """File, name and weight of an entry of ``extra_loss``. Raises `UserError` if it is none."""
     found = re.fullmatch(r"(.+\.py):(\w+)=([\d.eE+-]+)", entry)
     try:
         weight = float(found[3]) if found else -1.0
@@ -260,7 +260,7 @@ def parse_flags(argv: Sequence[str] | None = None) -> dict[str, Any]:
     )
     parser.add_argument("--check-data", action="store_true", help="check every image and label, and stop")
     given = vars(parser.parse_args(argv))
-    if "extra_loss" in given:  # whole paths: the run may go on from another folder
+    if "extra_loss" in given:  # These become whole paths: the run may go on from another folder.
         given["extra_loss"] = [os.path.abspath(entry) for entry in given["extra_loss"]]
     return {name: tuple(value) if isinstance(value, list) else value for name, value in given.items()}
 
@@ -324,7 +324,7 @@ def _is_of(value: Any, hint: Any) -> bool:
     if get_origin(hint) is tuple:
         options = options[:1] * len(value) if options[-1] is ... and isinstance(value, tuple) else options
         return isinstance(value, tuple) and len(value) == len(options) and all(map(_is_of, value, options))
-    if isinstance(value, int) and abs(value) >= 2**63:  # which some of those that take it cannot hold
+    if isinstance(value, int) and abs(value) >= 2**63:  # Some of those that take it cannot hold more.
         return False
     return type(value) in ((int, float) if hint is float else (hint,))
 
@@ -332,7 +332,7 @@ def _is_of(value: Any, hint: Any) -> bool:
 def resumed_config(saved: Mapping[str, Any], flags: Mapping[str, Any], run: Path) -> Config:
     """The configuration of a run that goes on: as saved, but for what may change without changing what is learnt."""
     given = _knobs(flags)
-    if saved["extra_loss"] and given.get("extra_loss") != saved["extra_loss"]:  # a checkpoint alone must not run code
+    if saved["extra_loss"] and given.get("extra_loss") != saved["extra_loss"]:  # A checkpoint alone must not run code.
         raise UserError(
             f"{run} was trained with --extra-loss {_words(saved['extra_loss'])}, which is code that a checkpoint does "
             "not hold: give the same flag again."
@@ -356,16 +356,16 @@ def command_line(config: Config) -> str:
     words = ["python -m bcmf_ext.train"]
     for name, value in asdict(config).items():
         flag = f"--{name.replace('_', '-')}"
-        if name in ("channels_last", "compile"):  # these can be switched off
+        if name in ("channels_last", "compile"):  # These can be switched off.
             words.append(flag if value else flag.replace("--", "--no-", 1))
         elif value is True:
             words.append(flag)
         elif value is not None and value is not False and value != ():
             values = value if isinstance(value, tuple) else (value,)
             quoted = [shlex.quote(str(v)) for v in values]
-            is_flag = isinstance(value, str) and value.startswith("-")  # for argparse
+            is_flag = isinstance(value, str) and value.startswith("-")  # argparse would take it for a flag.
             words.append(f"{flag}={quoted[0]}" if is_flag else " ".join([flag, *quoted]))
-    # One word per flag: a line never breaks between a flag and its value.
+    # Each flag is one word here, so that no line breaks between a flag and its value.
     glued = " ".join(word.replace(" ", "\0") for word in words)
     lines = textwrap.wrap(glued, 100, break_long_words=False, break_on_hyphens=False)
     return " \\\n".join(lines).replace("\0", " ")
@@ -405,7 +405,7 @@ def load_extra_losses(entries: Sequence[str]) -> dict[str, tuple[float, ExtraLos
         try:
             found = runpy.run_path(file).get(name)
             loss: Any = found() if isinstance(found, type) and issubclass(found, nn.Module) else found
-        except (Exception, SystemExit) as error:  # whatever the user's code raises
+        except (Exception, SystemExit) as error:  # The user's code may raise anything.
             raise UserError(f"--extra-loss {entry}: {file} fails with {type(error).__name__}: {error}") from error
         if not callable(loss):
             raise UserError(f"--extra-loss {entry}: {file} has no function or module {name}, check the name.")
@@ -414,19 +414,19 @@ def load_extra_losses(entries: Sequence[str]) -> dict[str, tuple[float, ExtraLos
         losses[name] = weight, loss
     try:
         SegmentationCriterion(extra=losses)
-    except ValueError as error:  # a name of ours
+    except ValueError as error:  # The name is that of a term of ours.
         raise UserError(f"--extra-loss {' '.join(entries)}: {error}") from error
     return losses
 
 
 def try_extra_losses(criterion: SegmentationCriterion, classes: int, device: torch.device) -> None:
-    """Calls each once, before hours of training. Raises `UserError` if one fails, or gives no scalar."""
+    """Calls each extra loss once, before hours of training. Raises `UserError` if one fails, or gives no scalar."""
     if not criterion.extra:
         return
     logits = torch.zeros(2, classes, 64, 64, device=device, requires_grad=True)
     labels = torch.arange(2 * 64 * 64, device=device).view(2, 64, 64) // 64 % classes
     try:
         criterion.terms(logits, labels)
-    except Exception as error:  # whatever the user's code raises
+    except Exception as error:  # The user's code may raise anything.
         names = " and ".join(criterion.extra)
         raise UserError(f"--extra-loss fails on a trial ({names}), {type(error).__name__}: {error}") from error

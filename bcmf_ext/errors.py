@@ -1,4 +1,4 @@
-"""What is said to people: errors and warnings as sentences, and no byte that a terminal would obey.
+"""Speaks to people: errors and warnings as sentences, and no byte that a terminal would obey.
 
 A wrong argument of a function is a TypeError or a ValueError, as in PyTorch. What users can mend in their files, their
 settings or their machine is a `UserError`, which the commands print without a traceback. Library functions name their
@@ -71,9 +71,9 @@ def printable(text: str) -> str:
 
 def warn(sentence: str) -> None:
     """Says on stderr what went wrong, and goes on."""
-    from tqdm import tqdm  # late: whoever only uses a loss shows no bars
+    from tqdm import tqdm  # Imported late: whoever only uses a loss shows no bars.
 
-    with contextlib.suppress(OSError):  # whoever closed it does not want to know
+    with contextlib.suppress(OSError):  # Whoever closed it does not want to know.
         tqdm.write(f"warning: {printable(sentence)}", sys.stderr)
 
 
@@ -100,7 +100,7 @@ class _Output(io.TextIOWrapper):
 
     def _give_up(self, error: OSError) -> None:
         nowhere = os.open(os.devnull, os.O_WRONLY)
-        os.dup2(nowhere, self.fileno())  # takes what is still in the buffer, too
+        os.dup2(nowhere, self.fileno())  # This takes what is still in the buffer, too.
         os.close(nowhere)
         warn(f"what is printed has nowhere to go any more ({error.strerror}); the command goes on without.")
 
@@ -114,9 +114,9 @@ def as_flags(sentence: str) -> str:
             return name
         if value == "False":
             return name.replace("--", "--no-", 1)
-        with contextlib.suppress(ValueError, SyntaxError):  # a placeholder, such as PATH
+        with contextlib.suppress(ValueError, SyntaxError):  # A placeholder such as PATH is no literal.
             value = str(ast.literal_eval(value))
-        between = "=" if value.startswith("-") else " "  # argparse would take -x for a flag
+        between = "=" if value.startswith("-") else " "  # argparse would take -x for a flag.
         return f"{name}{between}{shlex.quote(value)}"
 
     return _ARGUMENT.sub(flag, sentence)
@@ -151,7 +151,7 @@ def run_command(main: Callable[[], None]) -> None:
     finally:
         if isinstance(sys.stdout, _Output):
             sys.stdout.flush()
-            sys.stdout.detach()  # without closing what it writes to
+            sys.stdout.detach()  # This does not close what it writes to.
             sys.stdout = stdout
 
 
@@ -163,7 +163,7 @@ def _open_what_is_closed() -> None:
         try:
             os.fstat(number)
         except OSError:
-            os.open(os.devnull, os.O_RDWR)  # takes the lowest number that is free
+            os.open(os.devnull, os.O_RDWR)  # This takes the lowest number that is free.
     sys.stdout = sys.stdout or open(os.devnull, "w")  # noqa: SIM115
     sys.stderr = sys.stderr or open(os.devnull, "w")  # noqa: SIM115
 

@@ -93,7 +93,7 @@ def score(
 
     def logits_of(images: Tensor) -> Tensor:
         logits = predictor.logits(images)
-        odd.add_(~logits.isfinite().all())  # read at the end: a GPU is not waited for
+        odd.add_(~logits.isfinite().all())  # It is read at the end, so that a GPU is not waited for.
         return logits
 
     try:
@@ -107,7 +107,8 @@ def score(
 
 
 def prediction_files(dataset: SegmentationDataset, folder: Path) -> list[Path]:
-    """Where the predictions go, by index. `UserError` if that is among the images or labels, or a name is too long."""
+    """Where the predictions go, by index. Raises `UserError` if that is among the images or labels, or a name is too
+    long."""
     for taken in dataset.folders:
         if real(taken) in (real(folder), *real(folder).parents):
             raise UserError(f"--save-preds {folder} lies in {taken}, which holds the data: choose another folder.")
@@ -119,19 +120,20 @@ def prediction_files(dataset: SegmentationDataset, folder: Path) -> list[Path]:
 
 
 def metrics_file(checkpoint: str) -> Path:
-    """metrics.json beside the checkpoint, or in a run's folder."""
+    """The file metrics.json beside the checkpoint, or in a run's folder."""
     path = Path(checkpoint)
     return (path if os.path.isdir(path) else path.parent) / "metrics.json"
 
 
 def check_writable(path: Path) -> None:
-    """Before all images are scored; `UserError` if they would be so in vain."""
+    """Raises `UserError` if the scores could not be written: before all images are scored."""
     folder = next(folder for folder in path.absolute().parents if os.path.exists(folder))
     if os.path.isdir(path) or not os.path.isdir(folder) or not os.access(folder, os.W_OK):
         raise UserError(f"The scores cannot be written to {path}: name another file with --metrics-file.")
 
 
 def parse_flags(argv: Sequence[str] | None) -> argparse.Namespace:
+    """Reads the command line."""
     parser = argparse.ArgumentParser(
         "python -m bcmf_ext.evaluate",
         usage="%(prog)s --checkpoint PATH [flags]",

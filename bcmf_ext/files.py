@@ -22,11 +22,11 @@ from typing import IO
 from .errors import FileError, UserError
 
 TEMPORARY = re.compile(r"\.bcmf_ext-[0-9a-f]{16}\.tmp")
-LONGEST_NAME = 255  # bytes, on the file systems of Linux, macOS and Windows
+LONGEST_NAME = 255  # The file systems of Linux, macOS and Windows allow so many bytes.
 
-# How a mark begins a file, but for PNGs, which have it in a text chunk: JSON, and ONNX (ir_version, producer_name).
+# JSON and ONNX (ir_version, producer_name) begin with the mark in these ways; PNGs have it in a text chunk.
 _MARKED_HEAD = re.compile(rb'\A(?:\{\s*"software": "(bcmf_ext\.[a-z]+)"|\x08.\x12.(bcmf_ext\.[a-z]+))', re.DOTALL)
-ZIP_MARK = "software"  # the extra file that has it in a program of torch.export
+ZIP_MARK = "software"  # A program of torch.export has the mark in this extra file.
 
 
 def write_file(path: Path, data: bytes | memoryview, *, sync: bool = False, older: Path | None = None) -> None:
@@ -50,7 +50,7 @@ def write_file(path: Path, data: bytes | memoryview, *, sync: bool = False, olde
                 _keep(path, older)
             os.replace(temporary, path)
         finally:
-            _remove(temporary)  # there is none any more, but after an error or Ctrl-C
+            _remove(temporary)  # There is none any more, except after an error or Ctrl-C.
         if sync:
             _sync_folder(path.parent)
     except OSError as error:
@@ -96,7 +96,7 @@ def _keep(path: Path, older: Path) -> None:
                 os.fsync(copy.fileno())
         os.replace(temporary, older)
     finally:
-        _remove(temporary)  # also where both were one file already: then replace does nothing
+        _remove(temporary)  # It is also left where both were one file already: then replace does nothing.
 
 
 def _remove(path: Path) -> None:
@@ -110,7 +110,7 @@ def _sync_folder(folder: Path) -> None:
     try:
         os.fsync(descriptor)
     except OSError as error:
-        if error.errno not in (errno.EINVAL, errno.ENOTSUP, errno.EBADF):  # some file systems cannot
+        if error.errno not in (errno.EINVAL, errno.ENOTSUP, errno.EBADF):  # Some file systems cannot do it.
             raise
     finally:
         os.close(descriptor)
@@ -118,14 +118,14 @@ def _sync_folder(folder: Path) -> None:
 
 def remove_temporaries(folder: Path) -> None:
     """Removes what a killed process left half written, in a folder that nobody else writes to."""
-    with contextlib.suppress(OSError):  # there is no such folder, or we may not look into it
+    with contextlib.suppress(OSError):  # There may be no such folder, or we may not look into it.
         for name in os.listdir(folder):
             if TEMPORARY.fullmatch(name):
                 _remove(folder / name)
 
 
 def real(path: Path) -> Path:
-    """Where a path leads. As Path.resolve, which raises for a loop of links."""
+    """Where a path leads. It is Path.resolve, which would raise for a loop of links."""
     return Path(os.path.realpath(path))
 
 
@@ -156,7 +156,7 @@ def mark_of(path: Path) -> str | None:
         with open(path, "rb") as file:
             head = file.read(200)
         if head.startswith(b"\x89PNG"):
-            from PIL import Image  # late: most files here are no pictures
+            from PIL import Image  # Imported late: most files here are no pictures.
 
             with Image.open(path) as picture:
                 mark = picture.info.get("Software")
@@ -167,7 +167,7 @@ def mark_of(path: Path) -> str | None:
         else:
             found = _MARKED_HEAD.match(head)
             mark = (found[1] or found[2]).decode() if found else None
-    except Exception:  # whatever a stranger's bytes lead the readers to: a file that cannot be read is not ours
+    except Exception:  # A stranger's bytes may raise anything, and a file that cannot be read is not ours.
         return None
     return mark if isinstance(mark, str) else None
 

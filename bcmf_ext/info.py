@@ -1,4 +1,4 @@
-"""Versions, what was built, and which impl runs where, and why not the others: python -m bcmf_ext.info."""
+"""Prints versions, what was built, and which impl runs where, and why not the others: python -m bcmf_ext.info."""
 
 from __future__ import annotations
 
@@ -70,7 +70,7 @@ def build() -> str:
 
 def impls() -> str:
     """For each device, the impl that "auto" takes for losses and metrics, and why not the others."""
-    said = {dispatch.why_not("cpu", "cpu"), dispatch.why_not("cuda", "cuda")} - {None}  # `build` says these
+    said = {dispatch.why_not("cpu", "cpu"), dispatch.why_not("cuda", "cuda")} - {None}  # `build` says these.
     lines = []
     for device in ("cpu", "cuda"):
         reasons = {impl: dispatch.why_not(impl, device) for impl in dispatch.ORDER[device]}

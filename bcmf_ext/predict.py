@@ -95,16 +95,17 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 
 def check_name(key: str, path: Path, endings: Sequence[str]) -> None:
-    """`UserError` if no file system has room for the name of a result."""
+    """Raises `UserError` if no file system has room for the name of a result."""
     name = max((f"{Path(key).name}{ending}" for ending in endings), key=len)
     if len(os.fsencode(name)) > LONGEST_NAME:
         raise UserError(f"{path} has too long a name for {name[:20]}…{name[-20:]} to be written: shorten it.")
 
 
 def predict_one(predictor: Predictor, image: np.ndarray, path: Path) -> np.ndarray:
+    """The label of an image. Raises `UserError` if there is too little memory for it."""
     try:
         return predictor(image)
-    except RuntimeError as error:  # also torch.OutOfMemoryError; on the CPU it has no class of its own
+    except RuntimeError as error:  # torch.OutOfMemoryError is one; on the CPU there is no such class.
         if "memory" not in str(error):
             raise
         height, width = image.shape[:2]
@@ -114,7 +115,7 @@ def predict_one(predictor: Predictor, image: np.ndarray, path: Path) -> np.ndarr
 
 
 def check_not_overwritten(images: Mapping[str, Path], output: Path, endings: Sequence[str]) -> None:
-    """`UserError` if a result would take the place of an image."""
+    """Raises `UserError` if a result would take the place of an image."""
     sources = {real(path) for path in images.values()}
     for key in images:
         for ending in endings:
@@ -123,6 +124,7 @@ def check_not_overwritten(images: Mapping[str, Path], output: Path, endings: Seq
 
 
 def summary(form: str, output: Path, images: int) -> str:
+    """What was written for so many images, in a line."""
     count = counted(images, "image")
     if form in SUBMISSIONS:
         return f"{count}: {output}/{SUBMISSIONS[form].names}.png, label ids for the evaluator and the server"
@@ -157,7 +159,7 @@ def official_names(
 def find_images(arguments: Sequence[str], output: Path) -> dict[str, Path]:
     """{name of the output, without ending: path}, without what lies in a folder `output` below one of the folders.
 
-    `UserError` if there is no image, two would share a name, or a folder is `output` itself.
+    Raises `UserError` if there is no image, two would share a name, or a folder is `output` itself.
     """
     found: dict[str, Path] = {}
     for argument in map(Path, arguments):

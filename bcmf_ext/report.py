@@ -1,4 +1,4 @@
-"""What a run shows of itself: lines and tables for the terminal, curves and pictures for the eye."""
+"""Shows what a run does: lines and tables for the terminal, curves and pictures for the eye."""
 
 from __future__ import annotations
 
@@ -116,7 +116,7 @@ def failure_words(error: RuntimeError, batch_size: int, crop_size: tuple[int, in
             "`batch_size` or `crop_size`."
         )
     if isinstance(error, torch._dynamo.exc.TorchDynamoException):
-        reason = " ".join(str(error).strip().split("\n\n")[0].split())  # advice to developers follows
+        reason = " ".join(str(error).strip().split("\n\n")[0].split())  # What follows is advice to developers.
         return f"torch.compile failed ({reason}): `compile=False` trains without it."
     return None
 
@@ -163,6 +163,7 @@ def metrics_record(metrics: Sequence[Counts], classes: Sequence[str]) -> dict[st
 
 
 def none_for_nan(value: float) -> float | None:
+    """The value, or None for NaN, which JSON does not know."""
     return None if math.isnan(value) else value
 
 
@@ -207,8 +208,8 @@ def absent_line(pixels: np.ndarray, classes: Sequence[str]) -> str:
 
 
 def save_png(path: Path, pixels: np.ndarray, command: str, palette: np.ndarray | None = None) -> None:
-    """Writes (H, W) or (H, W, 3) uint8; with a palette (C, 3), (H, W) as indices into it. Makes the folder. command:
-    the mark by which it knows its file again, see `files.mark_of`."""
+    """Writes pixels (H, W) or (H, W, 3), uint8, as a PNG; with a palette (C, 3), pixels (H, W) are indices into it.
+    Makes the folder. command: the mark by which it knows its file again, see `files.mark_of`."""
     picture = Image.fromarray(pixels)
     if palette is not None:
         picture.putpalette(palette.tobytes())
@@ -219,7 +220,7 @@ def save_png(path: Path, pixels: np.ndarray, command: str, palette: np.ndarray |
 
 
 def colourise(label: np.ndarray, palette: np.ndarray) -> np.ndarray:
-    """(H, W) class indices to (H, W, 3) uint8 colours; ignored pixels are black."""
+    """The colours of class indices (H, W), as (H, W, 3) uint8; ignored pixels are black."""
     table = np.zeros((256, 3), np.uint8)
     table[: len(palette)] = palette
     table[IGNORE_INDEX] = IGNORED_COLOUR
@@ -232,7 +233,7 @@ def blend(image: np.ndarray, colours: np.ndarray, opacity: float = 0.6) -> np.nd
 
 
 def error_map(image: np.ndarray, label: np.ndarray, prediction: np.ndarray) -> np.ndarray:
-    """(H, W, 3) uint8: the image in dark grey, wrong pixels white, ignored ones black."""
+    """The image in dark grey, with wrong pixels white and ignored ones black, (H, W, 3) uint8."""
     grey = image.mean(2, keepdims=True).repeat(3, 2)
     picture = (40 + 0.4 * grey).astype(np.uint8)
     picture[label != prediction] = WRONG_COLOUR
@@ -328,14 +329,14 @@ def draw_curves(path: Path, records: Sequence[dict[str, Any]]) -> None:
     """Writes a PNG of the loss terms and the mIoU over the epochs of a log."""
     figure = Figure((10, 6), dpi=100)
     above, below = figure.subplots(2, 1, sharex=True)
-    beside: dict[str, Any] = {"loc": "upper left", "bbox_to_anchor": (1, 1), "frameon": False}  # no curve lies there
+    beside: dict[str, Any] = {"loc": "upper left", "bbox_to_anchor": (1, 1), "frameon": False}  # No curve lies there.
     epochs = [record["epoch"] for record in records]
     marker = "o" if len(epochs) <= 30 else None
     for name in records[-1]["loss"]:
         style = {"color": "black", "linewidth": 2} if name == "total" else {}
         above.plot(epochs, [r["loss"].get(name, math.nan) for r in records], label=name, marker=marker, ms=3, **style)
     above.set_ylabel("loss and its unweighted terms")
-    if above.dataLim.y0 >= 0:  # an extra loss may be negative
+    if above.dataLim.y0 >= 0:  # An extra loss may be negative.
         above.set_ylim(bottom=0)
     legends = [above.legend(**beside)]
     evaluated = [(record["epoch"], record["miou"]) for record in records if "miou" in record]
@@ -348,11 +349,11 @@ def draw_curves(path: Path, records: Sequence[dict[str, Any]]) -> None:
     below.set_ylim(0, 1)
     below.set_xlabel("epoch")
     below.xaxis.get_major_locator().set_params(integer=True)
-    below.set_xlim(0.5, max(2, len(epochs)) + 0.5)  # whole numbers for a single epoch, too
+    below.set_xlim(0.5, max(2, len(epochs)) + 0.5)  # The ticks are whole numbers for a single epoch, too.
     for axes in (above, below):
         axes.grid(alpha=0.3)
         axes.spines[["top", "right"]].set_visible(False)
-    # As wide as the legends leave room for: matplotlib's own layouts take longer than all of the drawing.
+    # The axes take what the legends leave: matplotlib's own layouts would take longer than all of the drawing.
     right = 0.98 - max(legend.get_window_extent().width for legend in legends) / figure.bbox.width
     figure.subplots_adjust(0.07, 0.08, max(0.3, right), 0.98, hspace=0.08)
     buffer = io.BytesIO()

@@ -1,4 +1,4 @@
-"""The folder of a run: who may write to it, what is in it, and which one a run that goes on is in."""
+"""Keeps the folder of a run: who may write to it, what is in it, and which one a run that goes on is in."""
 
 from __future__ import annotations
 
@@ -63,7 +63,7 @@ class Lock:
             raise UserError(f"{path} cannot be written ({error.strerror}): check the folder and the disk.") from error
 
     def release(self) -> None:
-        """Gives it back, once."""
+        """Gives the lock back, once."""
         if self._descriptor >= 0:
             os.close(self._descriptor)
         self._descriptor = -1
@@ -155,7 +155,8 @@ class Run:
         return saved
 
     def _has_whole_last(self) -> bool:
-        """Also where the run goes on from another file: a newer last.pt is then kept as last-1.pt."""
+        """Whether last.pt is whole, also where the run goes on from another file: a newer last.pt is then kept as
+        last-1.pt."""
         try:
             load_checkpoint(self.last)
         except UserError:
@@ -176,7 +177,7 @@ def read_log(path: Path, epochs: int) -> list[dict[str, Any]]:
         try:
             record = json.loads(line)
             wrong = what_is_wrong(record, RECORD)
-        except (ValueError, RecursionError):  # also a number or a nesting without end
+        except (ValueError, RecursionError):  # A number or a nesting without end raises these, too.
             wrong = "it is no JSON"
         if wrong is not None:
             warn(f"{path}, line {number} is no record of an epoch ({wrong}); it is passed over.")
@@ -191,14 +192,15 @@ def read_log(path: Path, epochs: int) -> list[dict[str, Any]]:
 
 def begin_run(output_dir: str, name: str | None, default_name: str) -> Run:
     """Makes the folder of a new run: `name`, or the first free one of default_name, default_name-2, … A folder that a
-    process has died in before it could save anything is free. `UserError` if `name` is not, or cannot be made."""
+    process has died in before it could save anything is free. Raises `UserError` if `name` is not, or cannot be
+    made."""
     names = [name] if name is not None else (default_name + (f"-{n}" if n > 1 else "") for n in itertools.count(1))
     for candidate in names:
         folder = Path(output_dir, candidate)
         try:
             folder.mkdir(parents=True)
         except OSError as error:
-            if not os.path.lexists(folder):  # also where output_dir is a link to nowhere
+            if not os.path.lexists(folder):  # This is so, too, where output_dir is a link to nowhere.
                 raise UserError(
                     f"{folder} cannot be made ({error.strerror}): choose another place with `output_dir`."
                 ) from error
@@ -206,13 +208,13 @@ def begin_run(output_dir: str, name: str | None, default_name: str) -> Run:
                 continue
         try:
             lock = Lock(folder)
-        except UserError:  # a run that begins at this moment
+        except UserError:  # Another run begins there at this moment.
             if name is not None:
                 raise
             continue
         if _is_free(folder):
             return Run(folder, lock)
-        lock.release()  # it has begun, and ended, since we looked
+        lock.release()  # A run has begun there, and ended, since we looked.
     raise UserError(f"{folder} exists already: choose another `name`, or go on with that run by adding `resume`.")
 
 
@@ -226,7 +228,7 @@ def _is_free(folder: Path) -> bool:
     try:
         names = os.listdir(folder)
         return all(TEMPORARY.fullmatch(name) or (name == LOCK and _is_ours(folder / LOCK)) for name in names)
-    except OSError:  # a file, or nothing that we may read
+    except OSError:  # It is a file, or nothing that we may read.
         return False
 
 
@@ -272,7 +274,8 @@ def find_checkpoint(resume: str, output_dir: str, name: str | None, default_name
     if resume != "auto":
         path = Path(resume)
         path = path / LAST if os.path.isdir(path) else path
-        return path if path.parent.name not in ("", "..") else Path(os.path.abspath(path))  # from within the folder
+        # The path was given from within the folder.
+        return path if path.parent.name not in ("", "..") else Path(os.path.abspath(path))
     folders = [Path(output_dir, name)] if name is not None else _folders_of(Path(output_dir), default_name)
     found = [folder for folder in folders if any(os.path.isfile(folder / file) for file in (LAST, OLDER))]
     if not found:
@@ -281,7 +284,7 @@ def find_checkpoint(resume: str, output_dir: str, name: str | None, default_name
             f"There is no run to resume, {first} does not exist: say which with `resume=PATH`, or leave `resume` out "
             "to begin one."
         )
-    # Of files of older versions, which do not say when they were saved, the last number counts.
+    # Files of older versions do not say when they were saved: the last number counts then.
     return (found[0] if len(found) == 1 else max(reversed(found), key=_age)) / LAST
 
 
@@ -301,6 +304,6 @@ def _age(folder: Path) -> tuple[bool, float]:
         try:
             saved = torch.load(folder / name, map_location="cpu", weights_only=True, mmap=True)
             return saved["epoch"] < saved["config"]["epochs"], float(saved.get("saved", 0))
-        except Exception:  # it is looked at closely, and complained of, if it is chosen
+        except Exception:  # If it is chosen, it is looked at closely, and complained of.
             continue
     return False, -1.0

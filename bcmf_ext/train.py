@@ -138,7 +138,7 @@ class Trainer:
         )
         self.run, self.weights = self._begin() if run is None or saved is None else self._go_on(run, saved)
         if config.compile:
-            model.compile()  # in place: the names of the weights stay
+            model.compile()  # In place, so that the names of the weights stay.
 
     def _begin(self) -> tuple[Run, str]:
         """The folder of a new run, with a first last.pt in it, and where the weights are from."""
@@ -211,7 +211,7 @@ class Trainer:
             train_one_epoch(state, self.criterion, self.train_loader, self.compute, bar, *options)
             due = (state.epoch + 1) % config.eval_interval == 0 or state.epoch + 1 == config.epochs
             return self._evaluate(stopped, bar) if due and not stopped() else None
-        except UserError as error:  # a picture that could be read before, or a loading process that died
+        except UserError as error:  # A picture can no longer be read, or a loading process died.
             run.save_last(state.state_dict())
             raise UserError(
                 f"{sentence_of(error).rstrip('.')}; the run is saved: go on with --resume "
@@ -254,7 +254,7 @@ class Trainer:
         run.log(record)
         state.begin_next_epoch()
         run.save_last(state.state_dict())
-        tqdm.write(lines)  # where it is printed may be gone
+        tqdm.write(lines)  # The terminal may be gone: the run is saved before.
         report.draw_epoch(run.folder, run.records, self.val_set, evaluation[1] if evaluation is not None else {})
 
 

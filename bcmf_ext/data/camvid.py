@@ -52,7 +52,7 @@ PALETTE = np.array(
 
 
 class CamVid(FileDataset):
-    """11 classes, void (id 11) ignored. `UserError` if a folder is missing, empty, or its files do not match."""
+    """11 classes, void (id 11) ignored. Raises `UserError` if a folder is missing, empty, or its files do not match."""
 
     name = "camvid"
     recipe = Recipe(crop_size=(360, 480), scale_range=(0.5, 2.0), batch_size=16, epochs=200, lr=0.05)

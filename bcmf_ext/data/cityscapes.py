@@ -18,7 +18,7 @@ from ..errors import UserError, counted
 from .dataset import IGNORE_INDEX, FileDataset, Recipe, Submission
 from .listing import Files, find_files, match_files
 
-# train id, by position: label id, name, colour (cityscapesscripts/helpers/labels.py)
+# By train id: label id, name and colour, from cityscapesscripts/helpers/labels.py.
 _LABELS: tuple[tuple[int, str, tuple[int, int, int]], ...] = (
     (7, "road", (128, 64, 128)),
     (8, "sidewalk", (244, 35, 232)),
@@ -90,7 +90,7 @@ class Cityscapes(FileDataset):
         colours = {i: colour for i, (_, _, colour) in enumerate(_LABELS)}
         label_ids = _LABEL_ID_TO_TRAIN_ID if self._kind == "labelIds" else train_ids
         super().__init__(files, label_ids, colours, [root / "leftImg8bit", root / "gtFine"])
-        self.ids = TRAIN_ID_TO_LABEL_ID[: len(CLASSES)]  # for the official evaluator, whatever was read
+        self.ids = TRAIN_ID_TO_LABEL_ID[: len(CLASSES)]  # The official evaluator takes these, whatever was read.
         self.protocol = f"Cityscapes {split}: {counted(len(self), 'image')}, gtFine, {about}"
 
     def _find_labels(self, images: dict[str, Path], folder: Path) -> list[Files]:

@@ -1,4 +1,4 @@
-"""The ids in classes.txt: numbers that count the lines, and the check that each is that of its line."""
+"""Finds the ids in classes.txt, numbers that count the lines, and checks that each is that of its line."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ _WORD_FOR_ID = r"(?:no|nr|id|idx|index|class|label|category)[.:=#]? ?#?"
 _BEHIND = rf"(?:{SEPARATOR}[-–] |{SEPARATOR}|/| ?(?=[(\[])){SEPARATOR}?"
 STARTS_WITH_ID = re.compile(rf"{_ID}(?:[.)]?{SEPARATOR}(?:[-–] )?(?P<name>.*)|[.)]?)")
 """Matches a line that begins with an id, as in `0: road`."""
-# Where an id may stand, and how many lines must have a number there for it to be one: "zone 1" is a name as well.
+# An id may stand at these places, if any line, or all, have a number there: "zone 1" is a name as well.
 _IDS = (
     (STARTS_WITH_ID, any),
     (re.compile(rf"[(\[<]{_ID}[)\]>][.]?{SEPARATOR}?(?:[-–] )?(?P<name>.*)"), any),
@@ -24,7 +24,7 @@ _IDS = (
 
 
 def without_ids(path: Path, lines: list[Line], first_id: int) -> list[str]:
-    """The names without the ids that stand before or behind all of them. `UserError` if one is not its line's.
+    """The names without the ids that stand before or behind all of them. Raises `UserError` if one is not its line's.
 
     Numbers without a blank after them, or behind the names, are ids only where the names differ without them.
     """
@@ -56,7 +56,8 @@ def without_ids(path: Path, lines: list[Line], first_id: int) -> list[str]:
 
 
 def _check_numbers_inside(path: Path, lines: list[Line], first_id: int) -> None:
-    """`UserError` if numbers at any place count the lines, but otherwise than we do, and names differ without them."""
+    """Raises `UserError` if numbers at any place count the lines, but otherwise than we do, and names differ without
+    them."""
     runs = [[*re.finditer(r"[0-9]+", line.name)] for line in lines]
     for place in {*range(fewest := min(map(len, runs))), *range(-fewest, 0)}:
         numbers = [run[place] for run in runs]
@@ -77,7 +78,7 @@ def _check_numbers_inside(path: Path, lines: list[Line], first_id: int) -> None:
 def _wrong_id(
     path: Path, lines: list[Line], written: list[str], i: int, name: str, first_id: int, otherwise: str = ""
 ) -> UserError:
-    """What to do about line `i`, whose written id is not its own."""
+    """An error that says what to do about line `i`, whose written id is not its own."""
     line, own = lines[i], first_id + i
     classes = [number for number in written if number not in ("255", "-1")]
     if written[i] not in classes and classes == [str(first_id + n) for n in range(len(classes))]:

@@ -1,4 +1,4 @@
-"""One line of classes.txt: the name of a class, and the values behind it."""
+"""Reads one line of classes.txt: the name of a class, and the values behind it."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from pathlib import Path
 
 from ..errors import UserError
 
-SEPARATOR = r"(?: ?(?:=>|[-–—]>|→|[,;:=|、]) ?| )"  # in lines whose blanks and tabs are single blanks
+SEPARATOR = r"(?: ?(?:=>|[-–—]>|→|[,;:=|、]) ?| )"  # Blanks and tabs of a line are single blanks by then.
 _THREE = rf"(?P<r>[0-9]+){SEPARATOR}(?P<g>[0-9]+){SEPARATOR}(?P<b>[0-9]+)"
 _COLOUR = re.compile(
     rf"(?P<name>.*?){SEPARATOR}[(\[]?(?:#(?P<hex>[0-9a-fA-F]{{6}})|{_THREE}(?:{SEPARATOR}(?P<a>[0-9]+))?)[)\]]?"
@@ -37,7 +37,7 @@ class Line:
 
 
 def parse_line(path: Path, number: int, text: str) -> Line:
-    """A line's name and colour. `UserError` if it has no name, or a colour that is none."""
+    """A line's name and colour. Raises `UserError` if it has no name, or a colour that is none."""
     where = f"{path}, line {number} is {shown(text)}"
     plain = _plain(re.sub(r" # .*", "", text))
     name, colour = plain, None
@@ -45,13 +45,14 @@ def parse_line(path: Path, number: int, text: str) -> Line:
         raise UserError(f"{where}, but a class has one id, not a range: write one line for each id.")
     if found := _COLOUR.fullmatch(plain):
         name, colour = found["name"], _colour_of(found)
-        if colour is None and (three := _LAST_THREE.fullmatch(plain)):  # behind a number that is above 255
+        if colour is None and (three := _LAST_THREE.fullmatch(plain)):  # A number above 255 stands before the colour.
             name, colour = three["name"], _colour_of(three)
     if (found and colour is None) or _FRACTION.fullmatch(plain):
         name = re.split(rf"{SEPARATOR}[0-9]", name)[0]
         raise UserError(f"{where}: the colour's values must be 0 to 255, as in {shown(f'{name} 128 64 128')}.")
     name, swapped = unquoted(name), None
-    if first := _COLOUR_FIRST.fullmatch(name):  # three values; an id before them, and an opacity behind
+    # Three values are a colour; four or five begin with an id, and may end with an opacity.
+    if first := _COLOUR_FIRST.fullmatch(name):
         values = re.findall(r"[0-9]+", first["values"])
         swapped = [first["name"], *(values if len(values) == 3 else values[1:4])]
     elif hexadecimal := re.fullmatch(r"(#[0-9a-fA-F]{6})\W+(.*)", name):
@@ -91,5 +92,5 @@ def unquoted(name: str) -> str:
 
 
 def shown(text: str) -> str:
-    """Quoted, and not endless."""
+    """The text in quotation marks, cut where it is long."""
     return repr(text) if len(text) <= 60 else repr(text[:60])[:-1] + " …'"

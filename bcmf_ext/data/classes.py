@@ -1,4 +1,4 @@
-"""classes.txt: the class names, in the forms in which people and other tools write them.
+"""Reads classes.txt: the class names, in the forms in which people and other tools write them.
 
     road                     one name per line, the first line for the first id
     road 128 64 128          a colour: three values or #804080, with blanks, tabs, commas, semicolons or colons
@@ -35,7 +35,8 @@ _COLUMNS = _HEADINGS | _CHANNELS | {"value", "pixel", "a", "alpha", "color", "co
 def read_classes(path: Path, first_id: int) -> tuple[tuple[str, ...], dict[int, tuple[int, ...]]]:
     """The names of the ids `first_id`, `first_id` + 1, …, and the colours {position: (r, g, b)} of those that have one.
 
-    `UserError` if the file cannot be read or understood, or names fewer than 2 or more than `MAX_CLASSES` classes.
+    Raises `UserError` if the file cannot be read or understood, or names fewer than 2 or more than `MAX_CLASSES`
+    classes.
     """
     lines = _with_three_values(path, [parse_line(path, number, text) for number, text in _lines(path)], first_id)
     if not 2 <= len(lines) <= MAX_CLASSES:
@@ -55,7 +56,8 @@ def _lines(path: Path) -> list[tuple[int, str]]:
         content = read_text(path).rstrip().replace("\r\n", "\n").replace("\r", "\n")
     except UnicodeDecodeError as error:
         raise FileError(f"{path} is not a UTF-8 text file: save it as one ({error.reason}).") from error
-    texts = [" ".join(text.split()) for text in content.split("\n") if content]  # splitlines splits at form feeds too
+    # splitlines would split at form feeds, too.
+    texts = [" ".join(text.split()) for text in content.split("\n") if content]
     if "" in texts:
         raise UserError(f"{path}, line {texts.index('') + 1} is empty: write a name there, or take the line out.")
     lines = [(number, text) for number, text in enumerate(texts, 1) if not _is_comment(text)]
@@ -73,7 +75,7 @@ def _is_comment(text: str) -> bool:
 
 
 def _is_header(path: Path, number: int, text: str, others: list[str]) -> bool:
-    """Whether the first line tells what the columns are. `UserError` if it may be a class as well."""
+    """Whether the first line tells what the columns are. Raises `UserError` if it may be a class as well."""
     words, columns = re.findall(r"[^\W\d_]+", text.lower()), re.split(r"[,;:|] ?", text.rstrip(",;:|"))
     if re.search(r"[0-9]", text) or not words:
         return False
@@ -98,7 +100,7 @@ def _is_header(path: Path, number: int, text: str, others: list[str]) -> bool:
 
 def _with_three_values(path: Path, lines: list[Line], first_id: int) -> list[Line]:
     """The lines with colours of three values. A fourth one is an id before or behind the colour, which is put before
-    the name, an opacity, or a part of the name. `UserError` if it may be either."""
+    the name, an opacity, or a part of the name. Raises `UserError` if it may be either."""
     four = [line.colour for line in lines if line.colour is not None and len(line.colour) == 4]
     firsts, lasts = [values[0] for values in four], [values[3] for values in four]
     own = [*range(first_id, first_id + len(lines))]

@@ -1,4 +1,4 @@
-"""What every data set offers, and how ids in label files become classes and are checked.
+"""This file says what every data set offers, and how ids in label files become classes and are checked.
 
 A label is a (H, W) uint8 array with a class index 0..C-1 per pixel, or 255 where the pixel is ignored. Whatever is
 wrong with a file becomes one `UserError` sentence that names it, here on the CPU: the same label would end as a
@@ -24,7 +24,7 @@ from .pictures import read_image, read_label, turned_on_its_side
 
 IGNORE_INDEX = 255
 
-_UNKNOWN = 254  # what the table gives for ids that must not occur: hence at most 254 classes
+_UNKNOWN = 254  # The table gives this for ids that must not occur: hence there are at most 254 classes.
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -115,12 +115,12 @@ class SegmentationDataset:
                 f"its options are {', '.join(cls.options)}" if cls.options else "its labels' ids and names are known"
             )
             raise UserError(f"{cls.name} takes no `{option}`: {known}.")
-        make: Any = cls  # a constructor with root, or without
+        make: Any = cls  # Constructors take a root, or none.
         return make(split, **given) if cls.layout is None else make(cls._find_root(root), split, **given)
 
     @classmethod
     def _find_root(cls, root: str | Path | None) -> Path:
-        """The data set's folder, which exists. `UserError` if none is given, or it is no folder."""
+        """The data set's folder, which exists. Raises `UserError` if none is given, or it is no folder."""
         if root is None and cls.root_variable is not None:
             root = os.environ.get(cls.root_variable) or None
         if root is None:
@@ -139,7 +139,7 @@ class SegmentationDataset:
 
     @property
     def folders(self) -> Iterable[Path]:
-        """Those that hold images and labels, where nothing of ours is to be written."""
+        """The folders that hold images and labels, where nothing of ours is to be written."""
         return ()
 
     def __len__(self) -> int:
@@ -158,7 +158,7 @@ class SegmentationDataset:
         raise NotImplementedError
 
     def pair(self, index: int) -> tuple[np.ndarray, np.ndarray]:
-        """Image and label of the same size, else `UserError`."""
+        """Image and label, see `image` and `label`. Raises `UserError` if they differ in size."""
         image, label = self.image(index), self.label(index)
         if image.shape[:2] != label.shape:
             (h, w), (label_h, label_w) = image.shape[:2], label.shape
@@ -177,7 +177,8 @@ class SegmentationDataset:
         return self.stem(index)
 
     def check(self) -> np.ndarray:
-        """Decodes every image and label, in threads. `UserError`: the first problem, and how many more files have one.
+        """Decodes every image and label, in threads. Raises `UserError` with the first problem, and says how many more
+        files have one.
 
         Training labels that hold a single class in the whole split are a problem too: nothing can be learnt from them,
         and the usual reason (a mask painted with 255, which is ignored) would otherwise show as a perfect score.
@@ -199,7 +200,7 @@ class SegmentationDataset:
             bar = tqdm(found, f"checking {self.name} {self.split}", len(self), unit=" images", disable=None)
             results = list(bar)
         finally:
-            pool.shutdown(cancel_futures=True)  # Ctrl-C does not wait for the rest
+            pool.shutdown(cancel_futures=True)  # Ctrl-C does not wait for the rest.
         problems = [result for result in results if isinstance(result, str)]
         if problems:
             others = and_more(len(problems) - 1, "file with a problem", "files with problems")
@@ -263,7 +264,7 @@ class FileDataset(SegmentationDataset):
 
     @property
     def folders(self) -> Iterable[Path]:
-        """Those of the layout, and those to which links lead from there."""
+        """The folders of the layout, and those to which links lead from there."""
         files = (path for item in self.files for path in (item.image, item.label) if path is not None)
         return (*self._folders, *{real(path).parent for path in files})
 
@@ -297,7 +298,8 @@ class FileDataset(SegmentationDataset):
         return label
 
     def _check_palette(self, path: Path, ids: np.ndarray, palette: np.ndarray) -> None:
-        """`UserError` if a palette says that an index in use is another class, or another id, than the index itself.
+        """Raises `UserError` if a palette says that an index in use is another class, or another id, than the index
+        itself.
 
         Colours say so that belong to other classes, and greys that differ from their indices: PNG optimisers turn the
         grey values in use into a palette. A mask of two classes in black and white is what it seems to be. An index

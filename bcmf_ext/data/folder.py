@@ -99,7 +99,8 @@ class Folder(FileDataset):
         )
 
     def _check_labels(self, root: Path, endings: tuple[str, ...], *, decided: bool) -> None:
-        """`UserError` if labels contradict one another, or hold 0 and 255 only and nobody has `decided` what 255 is."""
+        """Raises `UserError` if labels contradict one another, or hold 0 and 255 only and nobody has `decided` what 255
+        is."""
         labels = [item.label for item in self.files if item.label is not None]
         codings = _codings(labels)
         check_same_depth(codings)

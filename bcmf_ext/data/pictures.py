@@ -1,4 +1,4 @@
-"""Pictures from files: images as viewers show them, and labels as the ids that a file holds.
+"""Reads pictures from files: images as viewers show them, and labels as the ids that a file holds.
 
 What is decoded is decided by the file itself, not by its name, and not by the mode that Pillow chooses: it scales grey
 pictures of 2 and 4 bits to 0..255, and cuts colours of 16 bits to 8.
@@ -26,11 +26,11 @@ _LOSSLESS_TIFF = (
     *("raw", "packbits", "tiff_lzw", "tiff_deflate", "tiff_adobe_deflate", "lzma", "zstd"),
     *("tiff_ccitt", "group3", "group4"),
 )
-_BITS_PER_SAMPLE, _PHOTOMETRIC, _SAMPLE_FORMAT = 258, 262, 339  # tags of TIFF
+_BITS_PER_SAMPLE, _PHOTOMETRIC, _SAMPLE_FORMAT = 258, 262, 339  # These are tags of TIFF.
 _WHITE_IS_ZERO, _SIGNED = 0, 2
-_BITS_OF_GREYS = {"1": 1, "L": 8}  # by Pillow's modes
+_BITS_OF_GREYS = {"1": 1, "L": 8}  # The keys are Pillow's modes.
 
-_TURNS = {  # what EXIF's orientation asks for, as in ImageOps.exif_transpose
+_TURNS = {  # EXIF's orientations ask for these turns, as in ImageOps.exif_transpose.
     2: Image.Transpose.FLIP_LEFT_RIGHT,
     3: Image.Transpose.ROTATE_180,
     4: Image.Transpose.FLIP_TOP_BOTTOM,
@@ -58,17 +58,18 @@ class Label:
 def read_image(path: Path) -> np.ndarray:
     """(H, W, 3) uint8, RGB, upright as its EXIF orientation says, which is how viewers and annotation tools show it.
 
-    `FileError` if the file cannot be decoded, or has more than 8 bits per channel.
+    Raises `FileError` if the file cannot be decoded, or has more than 8 bits per channel.
     """
     picture, bits = _decode(path)
     if bits > 8:
         raise FileError(f"{path} has more than 8 bits per channel (mode {picture.mode}): convert it to 8 bits.")
-    picture.info.pop("transparency", None)  # of palettes, which Pillow would warn about; opacity is not read
+    picture.info.pop("transparency", None)  # Pillow would warn about a palette's; opacity is not read.
     return np.array(picture if picture.mode == "RGB" else picture.convert("RGB"))
 
 
 def rgb_of(picture: Image.Image) -> np.ndarray:
-    """The same of a picture in memory. ValueError if it has more than 8 bits per channel."""
+    """A PIL picture in memory as `read_image` gives that of a file: (H, W, 3) uint8, RGB, upright. Raises ValueError if
+    it has more than 8 bits per channel."""
     if picture.mode.startswith(("I", "F")):
         raise ValueError(f"The picture has more than 8 bits per channel (mode {picture.mode}): convert it to 8 bits.")
     orientation = _orientation(picture)
@@ -79,8 +80,8 @@ def rgb_of(picture: Image.Image) -> np.ndarray:
 def read_label(path: Path) -> Label:
     """The ids of a single-channel PNG, BMP or TIFF of one page, exactly as they are stored.
 
-    A palette picture holds ids already; what its colours say is for the caller to compare. `FileError` if the file
-    cannot be decoded, fails its checksums, has several channels or pages, or was compressed with loss.
+    A palette picture holds ids already; what its colours say is for the caller to compare. Raises `FileError` if the
+    file cannot be decoded, fails its checksums, has several channels or pages, or was compressed with loss.
     """
     picture, bits = _decode(path, label=True)
     if picture.mode == "P":
@@ -98,14 +99,16 @@ def read_label(path: Path) -> Label:
 def label_coding(path: Path) -> tuple[int, bytes | None] | None:
     """How a label is stored, from its header: bits per sample, and the RGB values of a palette, or None.
 
-    None where it cannot be read, which decoding it will tell."""
+    It is None where the file cannot be read, which decoding it will tell.
+    """
     with contextlib.suppress(Exception), open(path, "rb") as file:
         picture = Image.open(file)
         bits = _bits_per_sample(picture, file)
         if picture.mode != "P" or picture.palette is None:
             return bits, None
         order, values = picture.palette.getdata()
-        return bits, bytes(values if order == "RGB" else picture.getpalette("RGB") or ())  # which decodes the picture
+        # getpalette decodes the picture.
+        return bits, bytes(values if order == "RGB" else picture.getpalette("RGB") or ())
     return None
 
 
@@ -117,7 +120,8 @@ def turned_on_its_side(path: Path) -> bool:
 
 
 def _decode(path: Path, *, label: bool = False) -> tuple[Image.Image, int]:
-    """The picture, upright, and its bits per sample. label: only if it holds nothing but the ids of one picture."""
+    """The picture, upright, and its bits per sample. label: whether to raise `FileError` if it holds anything but the
+    ids of one picture."""
     try:
         opened = open(path, "rb")  # noqa: SIM115
     except OSError as error:
@@ -133,11 +137,11 @@ def _decode(path: Path, *, label: bool = False) -> tuple[Image.Image, int]:
             if label:
                 _check_is_label(path, picture)
                 if picture.format == "PNG":
-                    picture.verify()  # the checksums, which Pillow does not look at when it decodes
+                    picture.verify()  # Pillow does not look at the checksums when it decodes.
                     file.seek(0)
                     picture = Image.open(file)
             picture.load()
-            orientation = _orientation(picture)  # of a TIFF 1: Pillow has turned it
+            orientation = _orientation(picture)  # It is 1 for a TIFF: Pillow has turned that.
             return picture.transpose(_TURNS[orientation]) if orientation in _TURNS else picture, bits
     except FileError:
         raise
@@ -153,11 +157,11 @@ def _decode(path: Path, *, label: bool = False) -> tuple[Image.Image, int]:
 
 
 def _bits_per_sample(picture: Image.Image, file: IO[bytes]) -> int:
-    """As the header says."""
+    """The bits per sample that the header says."""
     if picture.format == "PNG":
-        return _byte(file, 24)  # in IHDR, behind the signature, its length and name, width and height
+        return _byte(file, 24)  # IHDR has it behind the signature, its length and name, width and height.
     if picture.format == "BMP" and picture.mode in ("1", "L", "P"):
-        return _byte(file, 24 if _byte(file, 14) == 12 else 28)  # the oldest of its headers has 12 bytes
+        return _byte(file, 24 if _byte(file, 14) == 12 else 28)  # The oldest of BMP's headers has 12 bytes.
     if picture.format == "TIFF":
         return max(np.atleast_1d(picture.tag_v2.get(_BITS_PER_SAMPLE, 1)).tolist())  # type: ignore[attr-defined]
     return 1 if picture.mode == "1" else 16 if picture.mode.startswith(("I", "F")) else 8
@@ -173,14 +177,16 @@ def _byte(file: IO[bytes], place: int) -> int:
 
 
 def _orientation(picture: Image.Image) -> Any:
-    """As EXIF or XMP says; 1, upright, where they are damaged, for which Pillow raises many types."""
+    """The orientation that EXIF or XMP says; 1, which is upright, where they are damaged, for which Pillow raises many
+    types."""
     with contextlib.suppress(Exception):
         return picture.getexif().get(ExifTags.Base.Orientation, 1)
     return 1
 
 
 def _check_is_label(path: Path, picture: Image.Image) -> None:
-    """`FileError` unless the header is that of one picture of ids, whose values come back as they were painted."""
+    """Raises `FileError` unless the header is that of one picture of ids, whose values come back as they were
+    painted."""
     form, compression = picture.format, picture.info.get("compression")
     if form not in _LABEL_FORMATS:
         form = "JPEG" if form == "MPO" else form

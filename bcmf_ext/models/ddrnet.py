@@ -148,6 +148,7 @@ class DDRNet(nn.Module):
         self.seghead_extra = None
 
     def forward(self, images: Tensor) -> Tensor | tuple[Tensor, Tensor]:
+        """Logits, or in training (main, auxiliary) logits, as the class describes."""
         self._check(images)
         x = F.relu(self.layer2(F.relu(self.layer1(self.conv1(images)))))  # at 1/8
         size = x.shape[-2:]

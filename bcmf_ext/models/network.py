@@ -1,4 +1,4 @@
-"""What a network is to the rest of the package: the only thing that others may rely on."""
+"""This file says what a network is to the rest of the package, and what others may rely on."""
 
 from __future__ import annotations
 

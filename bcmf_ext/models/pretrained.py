@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from ..errors import FileError, briefly
 from .foreign import read_foreign
 
-# Where trainers keep the state dict, the averaged weights first: they are the better start.
+# Trainers keep the state dict under these names. Averaged weights come first: they are the better start.
 _WRAPPERS = (
     "state_dict_ema",  # timm
     "model_ema",  # torchvision, DeiT
@@ -35,7 +35,7 @@ _WRAPPERS = (
     "weights",
     "weight",
 )
-# What they, and PyTorch's own wrappers of a network or of a part of it, put into names. No network here has such parts.
+# Trainers, and PyTorch's own wrappers of networks, put these into names; no network here has parts of such names.
 _WRAPPER_PARTS = {
     "module",  # DataParallel, DistributedDataParallel, AveragedModel
     "model",
@@ -127,11 +127,11 @@ def _state_dicts(content: object, depth: int = 4) -> Iterator[dict[str, Tensor]]
     """The tensors by name that lie in a checkpoint where trainers put them, the best start first."""
     if not isinstance(content, dict) or depth == 0:
         return
-    # A file can give its dicts and tensors attributes that hide their methods: hence dict's own, and detached ones.
+    # A file can give its dicts and tensors attributes that hide their methods: hence we call dict's own, and detach.
     entries = dict(dict.items(content))
     about, wrappers = entries.get("meta"), list(_WRAPPERS)
     if isinstance(about, dict) and "mmengine_version" in about:
-        wrappers.insert(0, "state_dict")  # MMEngine's averaged weights are here, the others in ema_state_dict
+        wrappers.insert(0, "state_dict")  # MMEngine's averaged weights are here, the others in ema_state_dict.
     for wrapper in wrappers:
         yield from _state_dicts(entries.get(wrapper), depth - 1)
     if tensors := {name: Tensor.detach(t) for name, t in entries.items() if isinstance(name, str) and _is_tensor(t)}:
@@ -178,7 +178,7 @@ def _beginning(theirs: dict[str, Tensor], ours: dict[str, Tensor], path: Path) -
         parts = _bare(name).split(".")
         for cut in range(min(len(parts), 8)):
             rest = ".".join(parts[cut:])
-            if rest in ours and ours[rest].shape == tensor.shape and tensor.dim() > 0:  # counters fit anything
+            if rest in ours and ours[rest].shape == tensor.shape and tensor.dim() > 0:  # Counters fit anything.
                 found.add("".join(f"{part}." for part in parts[:cut]))
     if "" in found or not found:
         return ""
@@ -207,8 +207,8 @@ def _fitting(theirs: dict[str, Tensor], ours: dict[str, Tensor]) -> list[str]:
 
 
 def _usable(name: str, theirs: Tensor, ours: Tensor, path: Path) -> Tensor:
-    """Their weights in the model's dtype. `FileError` if they are others there, as quantised ones, which need a scale,
-    would be, or not finite: such a network gives class 0 everywhere, as if it knew."""
+    """Their weights in the model's dtype. Raises `FileError` if they are others there, as quantised ones, which need a
+    scale, would be, or not finite: such a network gives class 0 everywhere, as if it knew."""
     if theirs.dtype not in (_FLOATS if ours.is_floating_point() else _NUMBERS):
         raise FileError(
             f"In {path} {name} is {briefly(theirs)}, but only float16, bfloat16, float32 and float64 can be loaded: "

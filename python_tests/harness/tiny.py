@@ -13,7 +13,7 @@ from PIL import Image
 from torch import Tensor, nn
 
 CLASSES = ("floor", "wall", "red box")
-STEPS = 4  # batches of 2 in the training split of `write_folder`, with one image left over
+STEPS = 4  # The training split of `write_folder` has so many batches of 2, and one image left over.
 
 
 @pytest.fixture(autouse=True)
