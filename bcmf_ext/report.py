@@ -54,10 +54,11 @@ def epoch_words(steps: int, batch_size: int, images: int) -> str:
 
 def network_words(network: Any) -> str:
     """How many parameters a `Network` has, and its auxiliary head."""
-    head = network.auxiliary_head
-    auxiliary = 0 if head is None else sum(parameter.numel() for parameter in head.parameters())
-    parameters = sum(parameter.numel() for parameter in network.parameters()) - auxiliary
-    return f"{parameters:,} parameters, and {auxiliary:,} of the auxiliary head"
+    parameters, head = sum(parameter.numel() for parameter in network.parameters()), network.auxiliary_head
+    if head is None:
+        return f"{parameters:,} parameters"
+    auxiliary = sum(parameter.numel() for parameter in head.parameters())
+    return f"{parameters - auxiliary:,} parameters, and {auxiliary:,} of the auxiliary head"
 
 
 def loss_words(criterion: SegmentationCriterion, impl: str, warmup: int, iterations: int) -> str:

@@ -143,7 +143,7 @@ class Trainer:
     def _begin(self) -> tuple[Run, str]:
         """The folder of a new run, with a first last.pt in it, and where the weights are from."""
         config = self.config
-        weights = f"random, seed {config.seed} (--pretrained PATH would start from public DDRNet weights)"
+        weights = f"random, seed {config.seed} (--pretrained PATH would start from public weights)"
         if config.pretrained is not None:
             weights = str(load_pretrained(self.state.model, config.pretrained))
         run = begin_run(config.output_dir, config.name, config.default_name)

@@ -84,15 +84,17 @@ def test_every_network_keeps_the_protocol(name: str) -> None:
     entry of NETWORKS offers, without or with its auxiliary head, which no main logit depends on."""
     network = NETWORKS[name](5, aux_head=True, impl="torch")
     assert isinstance(network, nn.Module)
-    main, auxiliary = network.train()(images(2, 3, 65, 100))
-    assert main.shape[:2] == auxiliary.shape[:2] == (2, 5)
-    head = {id(parameter) for parameter in network.auxiliary_head.parameters()}
+    outputs, head = network.train()(images(2, 3, 65, 100)), network.auxiliary_head
+    assert isinstance(outputs, tuple) == (head is not None)
+    main = outputs[0] if isinstance(outputs, tuple) else outputs
+    assert all(logits.shape[:2] == (2, 5) for logits in ((main, outputs[1]) if head is not None else (main,)))
+    auxiliary = {id(parameter) for parameter in head.parameters()} if head is not None else set()
     everything = {id(parameter) for parameter in network.parameters()}
     expected = network.eval()(images(2, 3, 65, 100))
     assert expected.shape == main.shape
     network.drop_auxiliary_head()
     assert network.auxiliary_head is None
-    assert {id(parameter) for parameter in network.parameters()} == everything - head
+    assert {id(parameter) for parameter in network.parameters()} == everything - auxiliary
     assert torch.equal(network(images(2, 3, 65, 100)), expected)
     assert isinstance(network.train()(images(2, 3, 65, 100)), Tensor)
     assert NETWORKS[name](5, aux_head=False, impl="torch").state_dict().keys() == network.state_dict().keys()

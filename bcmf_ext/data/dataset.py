@@ -110,11 +110,9 @@ class SegmentationDataset:
         if cls.layout is None and root is not None:
             raise UserError(f"{cls.name} has no folder and takes no `root`: choose the data set of that folder.")
         given = {option: value for option, value in options.items() if value is not None and value is not False}
-        for option in given.keys() - set(cls.options):
-            known = (
-                f"its options are {', '.join(cls.options)}" if cls.options else "its labels' ids and names are known"
-            )
-            raise UserError(f"{cls.name} takes no `{option}`: {known}.")
+        if other := [option for option in given if option not in cls.options]:
+            known = f"its options are {', '.join(cls.options)}" if cls.options else "it knows its labels' ids and names"
+            raise UserError(f"{cls.name} takes no `{other[0]}`: {known}.")
         make: Any = cls  # Constructors take a root, or none.
         return make(split, **given) if cls.layout is None else make(cls._find_root(root), split, **given)
 
