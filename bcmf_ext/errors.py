@@ -22,7 +22,7 @@ from torch import Tensor
 
 # File names and classes may hold any character; these move the cursor, change colours or send keys.
 _CONTROL = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f]")
-# An argument in a sentence, as it is typed in Python; its flag has the same name, but for these.
+# A sentence names an argument as it is typed in Python. Its flag has the same name, but for these.
 _ARGUMENT = re.compile(r"`([a-z][a-z_]*)(?:=([^`]+))?`")
 _OTHER_NAMES = {"root": "data_root"}
 

@@ -33,21 +33,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     if args.workers is not None and args.workers < 0:
         raise UserError(f"--workers is {args.workers}, but must be at least 0.")
     predictor = Predictor(args.checkpoint, args.device, args.amp)
-    trained = predictor.config
-    name = args.dataset or trained["dataset"]
-    root = args.data_root or (trained["data_root"] if name == trained["dataset"] else None)
-    options = {option: trained[option] for option in DATASETS[name].options}
-    dataset = open_dataset(name, root, args.split, **options)
-    if dataset.classes != predictor.classes:
-        raise UserError(
-            f"{args.checkpoint} knows the {len(predictor.classes)} classes {', '.join(predictor.classes)}; {name} has "
-            f"{len(dataset.classes)}, {', '.join(dataset.classes)}: they cannot be compared."
-        )
-    if not dataset.has_labels and args.save_preds is None:
-        raise UserError(
-            f"{name} {args.split} has no labels, so there is no mIoU: write the predictions with --save-preds DIR, or "
-            "score --split val."
-        )
+    dataset = open_split(args, predictor)
     metrics = metrics_file(args.checkpoint) if args.metrics_file is None else Path(args.metrics_file)
     predictions = [] if args.save_preds is None else prediction_files(dataset, Path(args.save_preds))
     if dataset.has_labels:
@@ -65,7 +51,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         record = {
             "software": COMMAND,
             "checkpoint": str(args.checkpoint),
-            "dataset": name,
+            "dataset": dataset.name,
             "split": args.split,
             "images": len(dataset),
             **score(predictor, dataset, args.workers, save),
@@ -78,6 +64,27 @@ def main(argv: Sequence[str] | None = None) -> None:
             save(index, predictor(dataset.image(index)))
     if args.save_preds is not None:
         print(f"predictions {args.save_preds}")
+
+
+def open_split(args: argparse.Namespace, predictor: Predictor) -> SegmentationDataset:
+    """The split to score: as in training, where the flags say nothing else. Raises `UserError` if it has other classes
+    than the network, or no labels and no predictions are asked for."""
+    trained = predictor.config
+    name = args.dataset or trained["dataset"]
+    root = args.data_root or (trained["data_root"] if name == trained["dataset"] else None)
+    options = {option: trained[option] for option in DATASETS[name].options}
+    dataset = open_dataset(name, root, args.split, **options)
+    if dataset.classes != predictor.classes:
+        raise UserError(
+            f"{args.checkpoint} knows the {len(predictor.classes)} classes {', '.join(predictor.classes)}; {name} has "
+            f"{len(dataset.classes)}, {', '.join(dataset.classes)}: they cannot be compared."
+        )
+    if not dataset.has_labels and args.save_preds is None:
+        raise UserError(
+            f"{name} {args.split} has no labels, so there is no mIoU: write the predictions with --save-preds DIR, or "
+            "score --split val."
+        )
+    return dataset
 
 
 def score(

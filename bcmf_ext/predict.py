@@ -32,31 +32,7 @@ ENDINGS = {  # What is written for an image ends so, by --format.
 def main(argv: Sequence[str] | None = None) -> None:
     """Writes what `--format` says for each image, under its name: by default a palette PNG with the class of each
     pixel, and the image with its classes laid over it."""
-    parser = argparse.ArgumentParser(
-        "python -m bcmf_ext.predict",
-        usage="%(prog)s --checkpoint PATH IMAGES… [flags]",
-        description="Predicts the class of each pixel.",
-    )
-    parser.add_argument("images", nargs="+", metavar="IMAGES", help="files, or folders of them")
-    parser.add_argument("--checkpoint", required=True, metavar="PATH", help="best.pt or last.pt of a run")
-    parser.add_argument("--output", default="predictions", metavar="DIR", help="where to write (%(default)s)")
-    parser.add_argument(
-        "--format",
-        default="both",
-        choices=tuple(ENDINGS),
-        help="labels: PNGs of class ids (NAME_label.png); overlays: the images in their classes' colours "
-        f"(NAME_overlay.png); {', '.join(SUBMISSIONS)}: label ids under the names that the official evaluator and "
-        "server take (both)",
-    )
-    parser.add_argument(
-        "--amp", choices=("auto", "bf16", "fp16", "off"), help="precision; as in training when left out"
-    )
-    parser.add_argument("--device", help="cpu, cuda, cuda:1, …; the first GPU, or the CPU, when left out")
-    parser.add_argument(
-        "--overwrite", action="store_true", help="replace files of the results' names that this command has not made"
-    )
-    args = parser.parse_args(argv)
-
+    args = parse_flags(argv)
     output, endings = Path(args.output), ENDINGS[args.format]
     images = find_images(args.images, output)
     predictor = Predictor(args.checkpoint, args.device, args.amp)
@@ -183,6 +159,34 @@ def find_images(arguments: Sequence[str], output: Path) -> dict[str, Path]:
             if other != path:
                 raise UserError(f"{other} and {path} would both be written as {key}_label.png: predict them apart.")
     return found
+
+
+def parse_flags(argv: Sequence[str] | None) -> argparse.Namespace:
+    """Reads the command line."""
+    parser = argparse.ArgumentParser(
+        "python -m bcmf_ext.predict",
+        usage="%(prog)s --checkpoint PATH IMAGES… [flags]",
+        description="Predicts the class of each pixel.",
+    )
+    parser.add_argument("images", nargs="+", metavar="IMAGES", help="files, or folders of them")
+    parser.add_argument("--checkpoint", required=True, metavar="PATH", help="best.pt or last.pt of a run")
+    parser.add_argument("--output", default="predictions", metavar="DIR", help="where to write (%(default)s)")
+    parser.add_argument(
+        "--format",
+        default="both",
+        choices=tuple(ENDINGS),
+        help="labels: PNGs of class ids (NAME_label.png); overlays: the images in their classes' colours "
+        f"(NAME_overlay.png); {', '.join(SUBMISSIONS)}: label ids under the names that the official evaluator and "
+        "server take (both)",
+    )
+    parser.add_argument(
+        "--amp", choices=("auto", "bf16", "fp16", "off"), help="precision; as in training when left out"
+    )
+    parser.add_argument("--device", help="cpu, cuda, cuda:1, …; the first GPU, or the CPU, when left out")
+    parser.add_argument(
+        "--overwrite", action="store_true", help="replace files of the results' names that this command has not made"
+    )
+    return parser.parse_args(argv)
 
 
 if __name__ == "__main__":
