@@ -20,7 +20,7 @@ import torch
 from torch import Tensor, nn
 
 from .config import read_saved_config
-from .errors import UserError, briefly
+from .errors import Damaged, FileError, briefly
 from .files import cannot_be_opened, damaged_entry, write_file
 
 VERSION = 1
@@ -45,11 +45,12 @@ def _is_count(value: Any) -> bool:
 
 
 def _is_number(value: Any) -> bool:
-    return type(value) in (int, float) and abs(value) < 2**63  # not NaN, and no endless integer
+    return type(value) in (int, float) and abs(value) < 2**63  # NaN fails this, as does an endless integer.
 
 
 def _is_tensor(value: Any) -> bool:
-    """One that can be computed with and written to: of a plain dtype, each element in memory of its own."""
+    """Whether a value is a tensor that can be computed with and written to: of a plain dtype, each element in memory of
+    its own."""
     return (
         isinstance(value, Tensor)
         and value.layout == torch.strided
@@ -84,7 +85,7 @@ def _is_palette(value: Any) -> bool:
 
 
 def _is_optimizer(value: Any) -> bool:
-    """As SGD's: momentum by the parameter's number, and one group of parameters."""
+    """Whether a value is the state of SGD: momentum by the parameter's number, and one group of parameters."""
     if not isinstance(value, dict) or not {"state", "param_groups"} <= value.keys():
         return False
     state, groups = value["state"], value["param_groups"]
@@ -116,7 +117,7 @@ SECONDS = Field("a number of at least 0, and below 10**9", _is_seconds)
 WEIGHTS = Field("tensors by name", _is_tensors)
 NUMBERS = Field("finite numbers by name", _is_numbers)
 
-ABOUT: Mapping[str, Field] = {  # of last.pt and best.pt
+ABOUT: Mapping[str, Field] = {  # last.pt and best.pt have these fields.
     "version": COUNT,
     "config": Field("the settings by name", lambda v: isinstance(v, dict) and all(isinstance(k, str) for k in v)),
     "classes": Field("1 to 255 names", _is_names),
@@ -127,7 +128,7 @@ ABOUT: Mapping[str, Field] = {  # of last.pt and best.pt
     "model": WEIGHTS,
     "bf16_ratio": Field("a number above 0, or None", lambda v: v is None or (_is_number(v) and v > 0), optional=True),
 }
-PROGRESS: Mapping[str, Field] = {  # of last.pt
+PROGRESS: Mapping[str, Field] = {  # last.pt has these as well.
     "train_images": COUNT,
     "optimizer": Field("the state of an SGD optimiser", _is_optimizer),
     "scheduler": Field("the state of a scheduler", _is_scheduler),
@@ -142,7 +143,7 @@ PROGRESS: Mapping[str, Field] = {  # of last.pt
     "best_epoch": Field("a whole number of at least -1", lambda v: _is_count(v) or (type(v) is int and v == -1)),
     "saved": Field(NUMBER.must, NUMBER.holds, optional=True),
 }
-RECORD: Mapping[str, Field] = {  # a line of log.jsonl
+RECORD: Mapping[str, Field] = {  # A line of log.jsonl has these fields.
     "epoch": Field("a whole number of at least 1", lambda v: _is_count(v) and v >= 1),
     "step": COUNT,
     "lr": NUMBER,
@@ -178,34 +179,33 @@ def what_is_wrong(content: Any, fields: Mapping[str, Field]) -> str | None:
 # Writing and reading
 
 
-class Damaged(UserError):
-    """A file that is no checkpoint, or whose bytes are not those that were written."""
-
-
 def save_checkpoint(path: Path, content: dict[str, Any], older: Path | None = None) -> None:
-    """Writes a checkpoint; older: see `write_file`."""
-    # Not straight to the file: of a full disk, or Ctrl-C, torch's writer makes an error of its own.
+    """Writes a checkpoint. older: the name that the one before is given, see `write_file`."""
+    # This does not go straight to the file: torch's writer makes an error of its own of a full disk, or Ctrl-C.
     buffer = io.BytesIO()
     torch.save(content, buffer)
     write_file(path, buffer.getbuffer(), sync=True, older=older)
 
 
 def load_checkpoint(path: Path) -> dict[str, Any]:
-    """Reads a `last.pt` or `best.pt` to the CPU. `UserError` if it is neither, or a field is not what it must be;
-    `Damaged`, which is one, if it cannot be read at all."""
+    """The content of a `last.pt` or `best.pt`, with tensors on the CPU.
+
+    Raises `FileError` if the file is neither, or a field is not what it must be; `Damaged`, which is one, if
+    its bytes are not those that were written.
+    """
     content = read_zip(path)
     if not isinstance(content, dict) or not {"version", "config", "classes", "model"} <= content.keys():
-        raise UserError(
+        raise FileError(
             f"{path} is not a checkpoint of this trainer (last.pt, best.pt): weights from elsewhere can be trained "
-            "further with --pretrained."
+            "further with `pretrained`."
         )
     if _is_count(content["version"]) and content["version"] > VERSION:
-        raise UserError(f"{path} was written by a newer bcmf_ext: update the package.")
+        raise FileError(f"{path} was written by a newer bcmf_ext: update the package.")
     wrong = what_is_wrong(content, {**ABOUT, **PROGRESS} if "optimizer" in content else ABOUT)
     if wrong is not None:
-        raise UserError(f"In {path} {wrong}: take the file as the trainer wrote it.")
+        raise FileError(f"In {path} {wrong}: take the file as the trainer wrote it.")
     if len(content["palette"]) != len(content["classes"]):
-        raise UserError(
+        raise FileError(
             f"In {path} the field palette has {len(content['palette'])} colours for {len(content['classes'])} classes: "
             "take the file as the trainer wrote it."
         )
@@ -216,39 +216,39 @@ def load_checkpoint(path: Path) -> dict[str, Any]:
 def read_zip(path: Path) -> Any:
     """What `torch.save` wrote, without running code, if its bytes are those that were written."""
     if not os.path.isfile(path):
-        raise Damaged(f"There is no checkpoint {path}: check the path.")
+        raise FileError(f"There is no checkpoint {path}: check the path.")
     try:
-        with open(path, "rb") as file:  # once: the trainer may write another meanwhile
+        with open(path, "rb") as file:  # It is opened once, since the trainer may write another meanwhile.
             if (damaged := damaged_entry(file)) is not None:
                 raise Damaged(f"{path} is damaged, the bytes of {damaged} are not those that were written.")
             file.seek(0)
             return torch.load(file, map_location="cpu", weights_only=True)
     except OSError as error:
         raise cannot_be_opened(path, error) from error
-    except Damaged:
+    except FileError:
         raise
-    except Exception as error:  # the unpickler raises whatever the bytes lead it to
+    except Exception as error:  # The unpickler raises whatever the bytes lead it to.
         raise Damaged(f"{path} cannot be read as a checkpoint: it is damaged, or another kind of file.") from error
 
 
 def check_finite(weights: Mapping[str, Tensor], path: Path) -> None:
-    """`UserError` if a weight is NaN or infinite: such a network gives class 0 everywhere, as if it knew."""
+    """Raises `FileError` if a weight is NaN or infinite: such a network gives class 0 everywhere, as if it knew."""
     odd = [name for name, tensor in weights.items() if tensor.is_floating_point() and not tensor.isfinite().all()]
     if odd:
         more = f" and {len(odd) - 1} more" if len(odd) > 1 else ""
-        raise UserError(
+        raise FileError(
             f"The weights in {path} are not finite ({odd[0]}{more}): nothing can be computed with them, take a "
             "checkpoint from before."
         )
 
 
 def load_weights(network: nn.Module, saved: Mapping[str, Any], path: Path) -> None:
-    """Gives a network, made as the checkpoint says, its weights. `UserError` if they are those of another one."""
+    """Gives a network, made as the checkpoint says, its weights. Raises `FileError` if they are another network's."""
     try:
         network.load_state_dict(saved["model"])
     except RuntimeError as error:
         reason = " ".join(str(error).splitlines()[1].split()).rstrip(".")
-        raise UserError(
+        raise FileError(
             f"{path} says that it holds a {saved['config']['model']} of {len(saved['classes'])} classes, but its "
             f"weights are others ({reason}): take the file as the trainer wrote it."
         ) from error

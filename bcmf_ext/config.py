@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import os
 import re
+import runpy
 import shlex
 import textwrap
 from collections.abc import Mapping, Sequence
@@ -13,23 +14,17 @@ from pathlib import Path
 from types import UnionType
 from typing import Any, get_args, get_origin, get_type_hints
 
-from .errors import UserError, briefly
-from .models import bcmfnet, ddrnet_s
+import torch
+from torch import nn
 
-# What suits each dataset (spec section 7); lr is that of the batch size beside it. Everything else has one default, in
-# `Config`.
-RECIPES: dict[str, dict[str, Any]] = {
-    # the images' own size; lr and epochs: what converges in two minutes on two cores
-    "demo": {"crop_size": (128, 256), "scale_range": (0.75, 1.5), "batch_size": 8, "epochs": 8, "lr": 0.05},
-    "camvid": {"crop_size": (360, 480), "scale_range": (0.5, 2.0), "batch_size": 16, "epochs": 200, "lr": 0.05},
-    "cityscapes": {"crop_size": (1024, 1024), "scale_range": (0.5, 2.0), "batch_size": 8, "epochs": 484, "lr": 0.01},
-    # own images, of any size: a crop that fits most (smaller ones are padded), and a rate between the two above
-    "folder": {"crop_size": (512, 512), "scale_range": (0.5, 2.0), "batch_size": 8, "epochs": 200, "lr": 0.02},
-}
-LABEL_OPTIONS = ("reduce_zero_label", "ignore_label", "binary_masks", "label_suffix")  # of `open_dataset`
-NETWORKS = {"bcmfnet": bcmfnet, "ddrnet_s": ddrnet_s}
-SMALLEST_CROP, LARGEST_CROP = 64, 1 << 15  # the deepest feature map is at 1/64
-MOST = 1000  # of weights, rates, factors and processes: more can only be a slip
+from .data import DATASETS, SegmentationDataset
+from .errors import FileError, UserError, briefly
+from .losses.criterion import ExtraLoss, SegmentationCriterion
+from .models import NETWORKS
+from .options import BCL, CPG, OHEM
+
+SMALLEST_CROP, LARGEST_CROP = 64, 1 << 15  # The deepest feature map of our networks is at 1/64.
+MOST = 1000  # A weight, rate, factor or number of processes above this can only be a slip.
 
 
 def knob(
@@ -37,20 +32,36 @@ def knob(
 ) -> Any:
     """A field of `Config`: what it means, its default, and how argparse reads its flag.
 
-    by_dataset: the default is `RECIPES[dataset]`'s. resumable: `--resume` accepts another value, because it
+    by_dataset: the default is that of the data set's recipe. resumable: `--resume` accepts another value, because it
     changes where or how the run is computed, not what is learnt.
     """
     metadata = {"meaning": meaning, "resumable": resumable, "argument": argument}
     return field(default=MISSING if by_dataset else default, metadata=metadata)
 
 
+def _layout(dataset: type[SegmentationDataset]) -> str | None:
+    """What a data set's folder holds, as help for the flag; None where it has none."""
+    if dataset.layout is None:
+        return None
+    otherwise = f" (${dataset.root_variable} when left out)" if dataset.root_variable else ""
+    return f"for {dataset.name} with {dataset.layout}{otherwise}"
+
+
+def dataset_options(config: Config) -> dict[str, Any]:
+    """The arguments of `open_dataset` beside name, root and split, also those that the data set refuses if given."""
+    options = dict.fromkeys(option for dataset in DATASETS.values() for option in dataset.options)
+    return {option: getattr(config, option) for option in options}
+
+
 @dataclass(frozen=True, kw_only=True)
 class Config:
     """What a training run does. Every field is the flag of the same name; a `UserError` says what cannot be."""
 
-    dataset: str = knob("what to train on; demo draws its own street scenes", "demo", choices=tuple(RECIPES))
+    dataset: str = knob("what to train on; demo draws its own street scenes", "demo", choices=tuple(DATASETS))
     data_root: str | None = knob(
-        "the dataset's folder; for cityscapes $CITYSCAPES_DATASET when left out", resumable=True, metavar="DIR"
+        "the dataset's folder: " + "; ".join(filter(None, map(_layout, DATASETS.values()))),
+        resumable=True,
+        metavar="DIR",
     )
     reduce_zero_label: bool = knob("folder: ignore label 0 and count the others from 0", False, action="store_true")
     ignore_label: int | None = knob("folder: ignore this id in the labels, besides 255", type=int, metavar="ID")
@@ -196,7 +207,7 @@ class Config:
 
 
 def split_extra_loss(entry: str) -> tuple[str, str, float]:
-    """File, name and weight of an entry of ``extra_loss``; `UserError` if it is none."""
+    """File, name and weight of an entry of ``extra_loss``. Raises `UserError` if it is none."""
     found = re.fullmatch(r"(.+\.py):(\w+)=([\d.eE+-]+)", entry)
     try:
         weight = float(found[3]) if found else -1.0
@@ -219,7 +230,8 @@ def _help(entry: Field[Any]) -> str:
     """A flag's help: its meaning and its default, or each dataset's."""
     default = str(entry.default)
     if entry.default is MISSING:
-        default = ", ".join(f"{dataset} {_words(recipe[entry.name])}" for dataset, recipe in RECIPES.items())
+        values = {name: getattr(dataset.recipe, entry.name) for name, dataset in DATASETS.items()}
+        default = ", ".join(f"{name} {_words(value)}" for name, value in values.items())
     elif entry.default in (None, ()) or isinstance(entry.default, bool):
         return entry.metadata["meaning"]
     return f"{entry.metadata['meaning']} ({default})"
@@ -248,7 +260,7 @@ def parse_flags(argv: Sequence[str] | None = None) -> dict[str, Any]:
     )
     parser.add_argument("--check-data", action="store_true", help="check every image and label, and stop")
     given = vars(parser.parse_args(argv))
-    if "extra_loss" in given:  # whole paths: the run may go on from another folder
+    if "extra_loss" in given:  # These become whole paths: the run may go on from another folder.
         given["extra_loss"] = [os.path.abspath(entry) for entry in given["extra_loss"]]
     return {name: tuple(value) if isinstance(value, list) else value for name, value in given.items()}
 
@@ -263,7 +275,7 @@ def make_config(flags: Mapping[str, Any]) -> Config:
     The recipe's learning rate follows the batch size in proportion (Goyal et al., arXiv 1706.02677): half a batch makes
     steps twice as noisy, and on CamVid training from scratch at batch 8 suffered from the rate of batch 16.
     """
-    recipe = RECIPES[flags.get("dataset", "demo")]
+    recipe = asdict(DATASETS[flags.get("dataset", "demo")].recipe)
     config = recipe | _knobs(flags)
     if "lr" not in flags and config["batch_size"] != recipe["batch_size"]:
         config["lr"] = float(f"{recipe['lr'] * config['batch_size'] / recipe['batch_size']:.3g}")
@@ -271,12 +283,14 @@ def make_config(flags: Mapping[str, Any]) -> Config:
 
 
 def read_saved_config(saved: Mapping[str, Any], path: Path) -> dict[str, Any]:
-    """The settings that a checkpoint holds, complete: knobs may have joined since it was saved. `UserError` if one is
-    not what it can be, or unknown, as in a file of a newer version."""
+    """The settings that a checkpoint holds, complete: knobs may have joined since it was saved.
+
+    Raises `FileError` if a setting is not what it can be, or unknown, as in a file of a newer version.
+    """
     hints = get_type_hints(Config)
     unknown = saved.keys() - hints.keys()
     if unknown:
-        raise UserError(
+        raise FileError(
             f"{path} was written by a newer bcmf_ext, which has a setting {min(unknown)!r}: update the package."
         )
     for entry in fields(Config):
@@ -285,12 +299,12 @@ def read_saved_config(saved: Mapping[str, Any], path: Path) -> dict[str, Any]:
         value, choices = saved.get(entry.name), entry.metadata["argument"].get("choices")
         if not _is_of(value, hints[entry.name]):
             must = getattr(hints[entry.name], "__name__", hints[entry.name])
-            raise UserError(
+            raise FileError(
                 f"In {path} the setting {entry.name} is {briefly(value)}, but must be {must}: take the file as the "
                 "trainer wrote it."
             )
         if choices is not None and value not in choices:
-            raise UserError(
+            raise FileError(
                 f"In {path} the setting {entry.name} is {briefly(value)}, and this version knows only "
                 f"{', '.join(map(str, choices))}: update the package if the file is of a newer one."
             )
@@ -298,7 +312,7 @@ def read_saved_config(saved: Mapping[str, Any], path: Path) -> dict[str, Any]:
     try:
         Config(**config)
     except UserError as error:
-        raise UserError(f"The settings in {path} cannot be: {error}") from error
+        raise FileError(f"The settings in {path} cannot be: {error}") from error
     return config
 
 
@@ -310,7 +324,7 @@ def _is_of(value: Any, hint: Any) -> bool:
     if get_origin(hint) is tuple:
         options = options[:1] * len(value) if options[-1] is ... and isinstance(value, tuple) else options
         return isinstance(value, tuple) and len(value) == len(options) and all(map(_is_of, value, options))
-    if isinstance(value, int) and abs(value) >= 2**63:  # which some of those that take it cannot hold
+    if isinstance(value, int) and abs(value) >= 2**63:  # Some of those that take it cannot hold more.
         return False
     return type(value) in ((int, float) if hint is float else (hint,))
 
@@ -318,7 +332,7 @@ def _is_of(value: Any, hint: Any) -> bool:
 def resumed_config(saved: Mapping[str, Any], flags: Mapping[str, Any], run: Path) -> Config:
     """The configuration of a run that goes on: as saved, but for what may change without changing what is learnt."""
     given = _knobs(flags)
-    if saved["extra_loss"] and given.get("extra_loss") != saved["extra_loss"]:  # a checkpoint alone must not run code
+    if saved["extra_loss"] and given.get("extra_loss") != saved["extra_loss"]:  # A checkpoint alone must not run code.
         raise UserError(
             f"{run} was trained with --extra-loss {_words(saved['extra_loss'])}, which is code that a checkpoint does "
             "not hold: give the same flag again."
@@ -342,16 +356,77 @@ def command_line(config: Config) -> str:
     words = ["python -m bcmf_ext.train"]
     for name, value in asdict(config).items():
         flag = f"--{name.replace('_', '-')}"
-        if name in ("channels_last", "compile"):  # these can be switched off
+        if name in ("channels_last", "compile"):  # These can be switched off.
             words.append(flag if value else flag.replace("--", "--no-", 1))
         elif value is True:
             words.append(flag)
         elif value is not None and value is not False and value != ():
             values = value if isinstance(value, tuple) else (value,)
             quoted = [shlex.quote(str(v)) for v in values]
-            is_flag = isinstance(value, str) and value.startswith("-")  # for argparse
+            is_flag = isinstance(value, str) and value.startswith("-")  # argparse would take it for a flag.
             words.append(f"{flag}={quoted[0]}" if is_flag else " ".join([flag, *quoted]))
-    # One word per flag: a line never breaks between a flag and its value.
+    # Each flag is one word here, so that no line breaks between a flag and its value.
     glued = " ".join(word.replace(" ", "\0") for word in words)
     lines = textwrap.wrap(glued, 100, break_long_words=False, break_on_hyphens=False)
     return " \\\n".join(lines).replace("\0", " ")
+
+
+# --------------------------------------------------------------------------------------------------------------------
+# The loss that the flags ask for
+
+
+def make_criterion(config: Config) -> SegmentationCriterion:
+    """The loss of a run. Raises `UserError` if an extra loss is not there, or is none."""
+    ohem = None
+    if config.ohem is not None:
+        # The usual 131072 pixels are 1/64 of a batch of eight 1024×1024 crops: keep that share of other batches.
+        pixels = config.batch_size * config.crop_size[0] * config.crop_size[1]
+        ohem = OHEM(config.ohem, min_kept=pixels // 64)
+    cpg = None
+    if config.cpg != 0:
+        cpg = CPG(kernel_size=config.cpg_kernel) if config.cpg is None else CPG(config.cpg, config.cpg_kernel)
+    return SegmentationCriterion(
+        ohem=ohem,
+        bcl=BCL(config.bcl) if config.bcl > 0 else None,
+        cpg=cpg,
+        extra=load_extra_losses(config.extra_loss),
+        aux_weight=config.aux_weight,
+        impl=config.impl,
+    )
+
+
+def load_extra_losses(entries: Sequence[str]) -> dict[str, tuple[float, ExtraLoss]]:
+    """The losses of `--extra-loss`, by their names. Raises `UserError` if one is not there, or is none."""
+    losses: dict[str, tuple[float, ExtraLoss]] = {}
+    for entry in entries:
+        file, name, weight = split_extra_loss(entry)
+        if not os.path.isfile(file):
+            raise UserError(f"--extra-loss {entry}: there is no file {file}, check the path.")
+        try:
+            found = runpy.run_path(file).get(name)
+            loss: Any = found() if isinstance(found, type) and issubclass(found, nn.Module) else found
+        except (Exception, SystemExit) as error:  # The user's code may raise anything.
+            raise UserError(f"--extra-loss {entry}: {file} fails with {type(error).__name__}: {error}") from error
+        if not callable(loss):
+            raise UserError(f"--extra-loss {entry}: {file} has no function or module {name}, check the name.")
+        if name in losses:
+            raise UserError(f"--extra-loss names {name} twice: give each loss a name of its own.")
+        losses[name] = weight, loss
+    try:
+        SegmentationCriterion(extra=losses)
+    except ValueError as error:  # The name is that of a term of ours.
+        raise UserError(f"--extra-loss {' '.join(entries)}: {error}") from error
+    return losses
+
+
+def try_extra_losses(criterion: SegmentationCriterion, classes: int, device: torch.device) -> None:
+    """Calls each extra loss once, before hours of training. Raises `UserError` if one fails, or gives no scalar."""
+    if not criterion.extra:
+        return
+    logits = torch.zeros(2, classes, 64, 64, device=device, requires_grad=True)
+    labels = torch.arange(2 * 64 * 64, device=device).view(2, 64, 64) // 64 % classes
+    try:
+        criterion.terms(logits, labels)
+    except Exception as error:  # The user's code may raise anything.
+        names = " and ".join(criterion.extra)
+        raise UserError(f"--extra-loss fails on a trial ({names}), {type(error).__name__}: {error}") from error

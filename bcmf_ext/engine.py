@@ -9,6 +9,7 @@ import os
 import signal
 import threading
 import time
+import warnings
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from functools import partial
@@ -23,6 +24,7 @@ from torch.optim.lr_scheduler import LambdaLR
 from torch.utils.data import DataLoader, Dataset
 from tqdm import tqdm
 
+from . import dispatch
 from .checkpoint import load_weights
 from .data import normalise
 from .errors import UserError
@@ -43,6 +45,7 @@ class Compute:
 
     @property
     def memory_format(self) -> torch.memory_format:
+        """The memory format of images and weights."""
         return torch.channels_last if self.channels_last else torch.contiguous_format
 
     def place(self, model: nn.Module) -> nn.Module:
@@ -57,24 +60,24 @@ class Compute:
 
 
 def choose_device(name: str | None) -> torch.device:
-    """The device of that name, or without one the first GPU, or the CPU. `UserError` if it is not there."""
+    """The device of that name, or without one the first GPU, or the CPU. Raises `UserError` if it is not there."""
     if name is None:
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
     try:
         device = torch.device(name)
-        torch.zeros(1, device=device).item()  # which the meta device cannot
-    except (RuntimeError, AssertionError) as error:  # AssertionError: "Torch not compiled with CUDA enabled"
+        torch.zeros(1, device=device).item()  # The meta device cannot do this.
+    except (RuntimeError, AssertionError) as error:  # AssertionError says "Torch not compiled with CUDA enabled".
         reason = str(error).splitlines()[0].split(". ")[0].rstrip(".")
-        raise UserError(f"--device {name} cannot be used ({reason}): choose another, such as cpu.") from error
+        raise UserError(f"`device={name!r}` cannot be used ({reason}): choose another, such as cpu.") from error
     return device
 
 
-BF16_PAYS = 0.8  # of fp32's time: nearer to 1 noise would decide, and labels change a little in bf16
+BF16_PAYS = 0.8  # A share of fp32's time: nearer to 1 noise would decide, and labels change a little in bf16.
 
 
 def choose_dtype(amp: str, device: torch.device, bf16_ratio: float | None = None) -> tuple[torch.dtype | None, str]:
-    """Autocast's dtype for `--amp` (None: fp32), and why. bf16_ratio: what `bf16_ratio_of` gave when the run began, so
-    that it goes on, and is evaluated, in the same precision."""
+    """Autocast's dtype (None: fp32), and why. amp: "auto", "bf16", "fp16" or "off". bf16_ratio: what `bf16_ratio_of`
+    gave when the run began, so that it goes on, and is evaluated, in the same precision."""
     if amp != "auto":
         return {"bf16": torch.bfloat16, "fp16": torch.float16, "off": None}[amp], "as asked"
     if device.type == "cuda":
@@ -92,7 +95,7 @@ def choose_dtype(amp: str, device: torch.device, bf16_ratio: float | None = None
 
 
 def bf16_ratio_of(amp: str, device: torch.device, measured: float | None = None) -> float | None:
-    """How long bf16 takes relative to fp32, as measured before, or now, where `--amp auto` has to know that: on CPUs
+    """How long bf16 takes relative to fp32, as measured before, or now, where amp="auto" has to know that: on CPUs
     with avx512_bf16 alone, of which some are faster with it, others slower. None elsewhere."""
     has = torch.cpu.get_capabilities()
     if amp != "auto" or device.type != "cpu" or has.get("amx_bf16") or not has.get("avx512_bf16"):
@@ -120,8 +123,20 @@ def measure_bf16() -> float:
         return min(bf16 for bf16, _ in pairs) / min(fp32 for _, fp32 in pairs)
 
     for bf16 in (True, False):
-        seconds(bf16)  # the first sets things up
+        seconds(bf16)  # The first call sets things up.
     return max(ratio() for _ in range(3))
+
+
+def choose_impl(impl: str, device: torch.device) -> str:
+    """Which implementation of the loss runs, and why not the device's own. Raises `UserError` if the one asked for
+    cannot run there."""
+    if impl != "auto":
+        reason = dispatch.why_not(impl, device.type)
+        if reason is not None:
+            raise UserError(f"`impl={impl!r}` cannot run this loss on {device}: {reason}.")
+    chosen = dispatch.choose("segmentation_loss", impl, device)
+    reason = dispatch.why_not(device.type, device.type) if impl == "auto" else None
+    return f"{chosen} ({device.type}: {reason})" if reason else chosen
 
 
 def choose_workers(workers: int | None, device: torch.device) -> int:
@@ -150,7 +165,8 @@ def _begin_to_load(trainer: int, worker: int) -> None:
     A terminal sends Ctrl-C, and SLURM SIGTERM, to every process; the trainer still needs its batch to finish the step.
     So the first SIGTERM is ignored; the trainer ends its loading processes by `close_loader`.
     """
-    if os.getppid() != trainer:  # killed since the fork: PyTorch looks for its end from a little later on only
+    # The trainer was killed since the fork: PyTorch looks for its end only from a little later on.
+    if os.getppid() != trainer:
         os._exit(1)
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.signal(signal.SIGHUP, signal.SIG_IGN)
@@ -158,19 +174,19 @@ def _begin_to_load(trainer: int, worker: int) -> None:
 
 
 def close_loader(loader: DataLoader) -> None:
-    """Ends its processes. After an error the loader would live as long as the error does, until the end of the program,
-    which sends a process that it no longer needs one SIGTERM and then waits for it: see `_begin_to_load`."""
-    iterator = getattr(loader, "_iterator", None)  # of persistent workers
+    """Ends a loader's processes. After an error the loader would live as long as the error does, until the end of the
+    program, which sends a process that it no longer needs one SIGTERM and then waits for it: see `_begin_to_load`."""
+    iterator = getattr(loader, "_iterator", None)  # Only loaders with persistent workers have one.
     if iterator is not None:
         iterator._shutdown_workers()
 
 
-class LoadingProcessDied(Exception):
+class LoadingProcessDied(UserError):
     """A process that loads data has ended: most often the system killed it for want of memory."""
 
 
 def loaded(batches: Iterable[Any]) -> Iterator[Any]:
-    """The batches of a loader. `LoadingProcessDied` where one does not come, and nowhere else.
+    """The batches of a loader. Raises `LoadingProcessDied` where one does not come, and nowhere else.
 
     PyTorch's own error would come wherever the program is at that moment, also in the middle of a step: it is raised by
     a handler of SIGCHLD. Without it the loader finds out within five seconds, while it waits for a batch.
@@ -184,7 +200,10 @@ def loaded(batches: Iterable[Any]) -> Iterator[Any]:
     except RuntimeError as error:
         if not str(error).startswith("DataLoader worker"):
             raise
-        raise LoadingProcessDied(str(error).splitlines()[0].rstrip(".")) from error
+        reason = str(error).splitlines()[0].rstrip(".")
+        raise LoadingProcessDied(
+            f"A process that loads data died ({reason}), often for want of memory: use fewer `workers`."
+        ) from error
 
 
 class StopSignals:
@@ -218,8 +237,8 @@ class StopSignals:
         self.number = number
         for other in self._before:
             signal.signal(other, signal.default_int_handler if other == signal.SIGINT else signal.SIG_DFL)
-        with contextlib.suppress(OSError):  # a closed terminal
-            # Not print: this may run in the middle of one.
+        with contextlib.suppress(OSError):  # The terminal may be closed.
+            # This is not print, since it may run in the middle of one.
             os.write(2, b"\nstopping after this step; a second signal stops at once, without saving\n")
 
 
@@ -256,22 +275,47 @@ class TrainState:
     best_miou: float = -1.0
     best_epoch: int = -1
 
+    @classmethod
+    def fresh(
+        cls,
+        model: nn.Module,
+        compute: Compute,
+        lr: float,
+        momentum: float,
+        weight_decay: float,
+        iterations: int,
+        power: float,
+        warmup: int,
+    ) -> TrainState:
+        """The state before the first step: SGD, and a rate that falls as `lr_factor` says.
+
+        The rate's function holds numbers alone: with the trainer in it, only the garbage collector would end the
+        trainer's loading processes.
+        """
+        optimizer = torch.optim.SGD(model.parameters(), lr, momentum, weight_decay=weight_decay)
+        scheduler = LambdaLR(optimizer, lambda i: lr_factor(i, iterations, power, warmup))
+        scaler = torch.amp.GradScaler(compute.device.type, enabled=compute.dtype is torch.float16)
+        if scaler.is_enabled():  # It skips steps until it has found its scale, and the scheduler would warn of that.
+            warnings.filterwarnings("ignore", "Detected call of `lr_scheduler.step", UserWarning)
+        return cls(model, optimizer, scheduler, scaler)
+
     def state_dict(self) -> dict[str, Any]:
+        """The fields, as a checkpoint holds them."""
         return {name: v.state_dict() if hasattr(v, "state_dict") else v for name, v in vars(self).items()}
 
     def load_state_dict(self, saved: dict[str, Any], path: Path) -> None:
-        """Takes the content of a `last.pt`, whose fields are those of `checkpoint.PROGRESS`. `UserError` if it belongs
-        to another network."""
+        """Takes the content of a `last.pt`, whose fields are those of `checkpoint.PROGRESS`. Raises `UserError` if it
+        belongs to another network."""
         load_weights(self.model, saved, path)
         self._load_momentum(saved["optimizer"], path)
-        # Of the schedule the place alone: all else follows from the settings, and its names change with torch.
+        # We take the place in the schedule alone: all else follows from the settings, and its names change with torch.
         places = {name: saved["scheduler"][name] for name in ("last_epoch", "_step_count", "base_lrs", "_last_lr")}
         self.scheduler.load_state_dict({**self.scheduler.state_dict(), **places})
         scaler = self.scaler.state_dict()
         self.scaler.load_state_dict({name: saved["scaler"].get(name, value) for name, value in scaler.items()})
         for name, value in vars(self).items():
             if not hasattr(value, "load_state_dict"):
-                setattr(self, name, saved.get(name, value))  # some have joined since older files
+                setattr(self, name, saved.get(name, value))  # Older files lack fields that have joined since.
 
     def _load_momentum(self, saved: dict[str, Any], path: Path) -> None:
         parameters, state = list(self.model.parameters()), self.optimizer.state_dict()
@@ -286,7 +330,26 @@ class TrainState:
             state["param_groups"][0][rate] = saved["param_groups"][0][rate]
         self.optimizer.load_state_dict(state)
 
+    def record(self, batch_size: int, loss_warmup: int, with_shares: bool) -> dict[str, Any]:
+        """The epoch that ends here, as log.jsonl holds it: losses and shares in the mean, rates, and seconds."""
+        place = self.scheduler.last_epoch
+        record: dict[str, Any] = {
+            "epoch": self.epoch + 1,
+            "step": place,
+            "lr": self.scheduler.base_lrs[0] * self.scheduler.lr_lambdas[0](place - 1),
+            "loss": {name: total / self.step for name, total in self.loss_sums.items()},
+            "seconds": self.seconds,
+            "images_per_second": self.step * batch_size / self.seconds,
+        }
+        if loss_warmup:
+            record["loss_ramp"] = loss_ramp(place - 1, loss_warmup)
+        if with_shares:  # They are None where no iteration of the epoch took them.
+            shares = {name: total / self.share_steps for name, total in self.share_sums.items()}
+            record["grad_share"] = shares or None
+        return record
+
     def begin_next_epoch(self) -> None:
+        """Moves to the beginning of the next epoch, of which there are no losses yet."""
         self.epoch, self.step, self.loss_sums, self.seconds = self.epoch + 1, 0, {}, 0.0
         self.share_sums, self.share_steps = {}, 0
 
@@ -297,6 +360,11 @@ class NonFiniteLoss(Exception):
     def __init__(self, state: TrainState, losses: StepLosses) -> None:
         self.epoch, self.step, self.terms, self.batch = state.epoch, losses.step, losses.read()[0], losses.batch
         super().__init__(", ".join(f"{name} {value:g}" for name, value in self.terms.items()))
+
+    @property
+    def terms_are_finite(self) -> bool:
+        """Whether the loss was finite after all: then it is the weights that are not."""
+        return all(map(math.isfinite, self.terms.values()))
 
 
 class StepLosses:
@@ -321,7 +389,7 @@ class StepLosses:
         self._copied = torch.cuda.current_stream(values.device).record_event() if on_gpu else None
 
     def read(self) -> tuple[dict[str, float], dict[str, float]]:
-        """Terms and shares."""
+        """The terms and the shares, by their names."""
         if self._copied is not None:
             self._copied.synchronize()
         values, count = self._values.tolist(), len(self.terms)
@@ -349,13 +417,13 @@ def train_one_epoch(
     state.model.train()
     began = time.perf_counter() - state.seconds
     pending: StepLosses | None = None
-    ended: LoadingProcessDied | UserError | None = None
+    ended: UserError | None = None
     try:
         for images, labels in loaded(batches):
             outputs, target = compute.run(state.model, images), labels.to(compute.device, non_blocking=True)
             iteration = state.scheduler.last_epoch
             ramp = loss_ramp(iteration, loss_warmup)
-            # Outside autocast: the losses compute in fp32 themselves.
+            # This is outside autocast: the losses compute in fp32 themselves.
             terms = criterion.terms(outputs, target, ramp)
             logged = log_grad_share and iteration % log_grad_share == 0
             shares = criterion.gradient_shares(outputs, target, ramp) if logged else {}
@@ -374,11 +442,11 @@ def train_one_epoch(
             bar.update()
             if interrupted():
                 break
-    except (LoadingProcessDied, UserError) as error:  # of the loader
+    except UserError as error:  # The loader raises it, between two steps.
         ended = error
     if pending is not None:
         _note(state, pending, bar)
-        # Finite losses, but infinite gradients in the last step: the next loss would show it, and comes too late.
+        # Losses may be finite and the last step's gradients infinite: the next loss would show it, and comes too late.
         if not _finite(state.model):
             raise NonFiniteLoss(state, pending)
     state.seconds = time.perf_counter() - began
@@ -399,7 +467,7 @@ def _note(state: TrainState, losses: StepLosses, bar: tqdm, images_per_second: f
     if images_per_second is not None:
         loss, *others = (f"{name} {value:.2f}" for name, value in terms.items())
         rates = f"lr {losses.lr:.2g}, {images_per_second:.1f} images/s"
-        # The single terms last: a terminal may be narrow.
+        # The single terms come last, since a terminal may be narrow.
         bar.set_postfix_str(f"{loss}, {rates}, {' '.join(others)}", refresh=False)
 
 

@@ -1,29 +1,55 @@
-"""What the commands say to people: errors and warnings as sentences, and no byte that a terminal would obey."""
+"""Speaks to people: errors and warnings as sentences, and no byte that a terminal would obey.
+
+A wrong argument of a function is a TypeError or a ValueError, as in PyTorch. What users can mend in their files, their
+settings or their machine is a `UserError`, which the commands print without a traceback. Library functions name their
+arguments; only the commands know flags, and `command` puts these in the arguments' place.
+"""
 
 from __future__ import annotations
 
+import ast
 import contextlib
+import functools
 import io
 import os
 import re
+import shlex
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 from torch import Tensor
-from tqdm import tqdm
 
 # File names and classes may hold any character; these move the cursor, change colours or send keys.
 _CONTROL = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f]")
+# A sentence names an argument as it is typed in Python. Its flag has the same name, but for these.
+_ARGUMENT = re.compile(r"`([a-z][a-z_]*)(?:=([^`]+))?`")
+_OTHER_NAMES = {"root": "data_root"}
 
 
 class UserError(ValueError):
-    """Something the user can mend: what was wrong, where, and what to do, in one sentence."""
+    """Something the user can mend: what was wrong, where, and what to do, in one sentence.
+
+    An argument of the library stands in backquotes, as in "pass `ignore_label=7`".
+    """
+
+
+class FileError(UserError):
+    """A file that is not there, cannot be opened, or is not what its reader takes."""
+
+
+class Damaged(FileError):
+    """A file whose bytes are not those that were written, or of another kind: another copy may be whole."""
 
 
 def sentence_of(error: UserError) -> str:
-    """Its sentence alone: from a loading process it arrives with that process's traceback before it."""
-    return str(error).rpartition("UserError: ")[2].strip()
+    """The error's sentence alone: from a loading process it arrives with that process's traceback before it."""
+    return str(error).rpartition(f"{type(error).__name__}: ")[2].strip()
+
+
+def counted(count: int, one: str, many: str | None = None) -> str:
+    """A number with its noun: "1 epoch", "2 epochs", "0 classes" (many: a plural that does not end in s alone)."""
+    return f"{count} {one if count == 1 else many or f'{one}s'}"
 
 
 def briefly(value: Any) -> str:
@@ -43,7 +69,9 @@ def printable(text: str) -> str:
 
 def warn(sentence: str) -> None:
     """Says on stderr what went wrong, and goes on."""
-    with contextlib.suppress(OSError):  # whoever closed it does not want to know
+    from tqdm import tqdm  # Imported late: whoever only uses a loss shows no bars.
+
+    with contextlib.suppress(OSError):  # Whoever closed it does not want to know.
         tqdm.write(f"warning: {printable(sentence)}", sys.stderr)
 
 
@@ -70,9 +98,40 @@ class _Output(io.TextIOWrapper):
 
     def _give_up(self, error: OSError) -> None:
         nowhere = os.open(os.devnull, os.O_WRONLY)
-        os.dup2(nowhere, self.fileno())  # takes what is still in the buffer, too
+        os.dup2(nowhere, self.fileno())  # This takes what is still in the buffer, too.
         os.close(nowhere)
         warn(f"what is printed has nowhere to go any more ({error.strerror}); the command goes on without.")
+
+
+def as_flags(sentence: str) -> str:
+    """The sentence with flags in the place of arguments: `ignore_label=7` becomes --ignore-label 7."""
+
+    def flag(found: re.Match[str]) -> str:
+        name, value = f"--{_OTHER_NAMES.get(found[1], found[1]).replace('_', '-')}", found[2]
+        if value in (None, "True"):
+            return name
+        if value == "False":
+            return name.replace("--", "--no-", 1)
+        with contextlib.suppress(ValueError, SyntaxError):  # A placeholder such as PATH is no literal.
+            value = str(ast.literal_eval(value))
+        between = "=" if value.startswith("-") else " "  # argparse would take -x for a flag.
+        return f"{name}{between}{shlex.quote(value)}"
+
+    return _ARGUMENT.sub(flag, sentence)
+
+
+def command(main: Callable[[Sequence[str] | None], None]) -> Callable[..., None]:
+    """Decorates the `main` of a command: its errors name flags where those of the library name arguments."""
+
+    @functools.wraps(main)
+    def with_flags(argv: Sequence[str] | None = None) -> None:
+        try:
+            main(argv)
+        except UserError as error:
+            error.args = (as_flags(str(error)),)
+            raise
+
+    return with_flags
 
 
 def run_command(main: Callable[[], None]) -> None:
@@ -90,7 +149,7 @@ def run_command(main: Callable[[], None]) -> None:
     finally:
         if isinstance(sys.stdout, _Output):
             sys.stdout.flush()
-            sys.stdout.detach()  # without closing what it writes to
+            sys.stdout.detach()  # This does not close what it writes to.
             sys.stdout = stdout
 
 
@@ -102,7 +161,7 @@ def _open_what_is_closed() -> None:
         try:
             os.fstat(number)
         except OSError:
-            os.open(os.devnull, os.O_RDWR)  # takes the lowest number that is free
+            os.open(os.devnull, os.O_RDWR)  # This takes the lowest number that is free.
     sys.stdout = sys.stdout or open(os.devnull, "w")  # noqa: SIM115
     sys.stderr = sys.stderr or open(os.devnull, "w")  # noqa: SIM115
 

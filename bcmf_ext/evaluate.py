@@ -14,10 +14,9 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from .config import LABEL_OPTIONS, RECIPES
-from .data import EvalSamples, SegmentationDataset, open_dataset
-from .engine import LoadingProcessDied, choose_workers, close_loader, evaluate, make_loader
-from .errors import UserError, run_command
+from .data import DATASETS, EvalSamples, SegmentationDataset, open_dataset
+from .engine import choose_workers, close_loader, evaluate, make_loader
+from .errors import UserError, command, counted, run_command
 from .files import LONGEST_NAME, check_replaceable, real, write_file
 from .inference import Predictor, not_finite
 from .metrics import BoundaryFScore, BoundaryIoU, TrimapIoU
@@ -26,6 +25,7 @@ from .report import metrics_record, metrics_table, none_for_nan, save_png
 COMMAND = "bcmf_ext.evaluate"
 
 
+@command
 def main(argv: Sequence[str] | None = None) -> None:
     """Prints mIoU, pixel accuracy and each class's IoU, Boundary IoU, boundary F-score and trimap IoU, and writes them
     to metrics.json; writes the predictions if asked to."""
@@ -33,28 +33,14 @@ def main(argv: Sequence[str] | None = None) -> None:
     if args.workers is not None and args.workers < 0:
         raise UserError(f"--workers is {args.workers}, but must be at least 0.")
     predictor = Predictor(args.checkpoint, args.device, args.amp)
-    trained = predictor.config
-    name = args.dataset or trained["dataset"]
-    root = args.data_root or (trained["data_root"] if name == trained["dataset"] else None)
-    options = {option: trained[option] for option in LABEL_OPTIONS} if name == "folder" else {}
-    dataset = open_dataset(name, root, args.split, **options)
-    if dataset.classes != predictor.classes:
-        raise UserError(
-            f"{args.checkpoint} knows the {len(predictor.classes)} classes {', '.join(predictor.classes)}; {name} has "
-            f"{len(dataset.classes)}, {', '.join(dataset.classes)}: they cannot be compared."
-        )
-    if not dataset.has_labels and args.save_preds is None:
-        raise UserError(
-            f"{name} {args.split} has no labels, so there is no mIoU: write the predictions with --save-preds DIR, or "
-            "score --split val."
-        )
+    dataset = open_split(args, predictor)
     metrics = metrics_file(args.checkpoint) if args.metrics_file is None else Path(args.metrics_file)
     predictions = [] if args.save_preds is None else prediction_files(dataset, Path(args.save_preds))
     if dataset.has_labels:
         check_writable(metrics)
     if not args.overwrite:
-        check_replaceable([metrics] if dataset.has_labels else [], COMMAND, "--metrics-file")
-        check_replaceable(predictions, COMMAND, "--save-preds")
+        check_replaceable([metrics] if dataset.has_labels else [], COMMAND, "metrics_file")
+        check_replaceable(predictions, COMMAND, "save_preds")
     print(dataset.protocol)
 
     def save(index: int, prediction: Tensor | np.ndarray) -> None:
@@ -65,7 +51,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         record = {
             "software": COMMAND,
             "checkpoint": str(args.checkpoint),
-            "dataset": name,
+            "dataset": dataset.name,
             "split": args.split,
             "images": len(dataset),
             **score(predictor, dataset, args.workers, save),
@@ -78,6 +64,27 @@ def main(argv: Sequence[str] | None = None) -> None:
             save(index, predictor(dataset.image(index)))
     if args.save_preds is not None:
         print(f"predictions {args.save_preds}")
+
+
+def open_split(args: argparse.Namespace, predictor: Predictor) -> SegmentationDataset:
+    """The split to score: as in training, where the flags say nothing else. Raises `UserError` if it has other classes
+    than the network, or no labels and no predictions are asked for."""
+    trained = predictor.config
+    name = args.dataset or trained["dataset"]
+    root = args.data_root or (trained["data_root"] if name == trained["dataset"] else None)
+    options = {option: trained[option] for option in DATASETS[name].options}
+    dataset = open_dataset(name, root, args.split, **options)
+    if dataset.classes != predictor.classes:
+        raise UserError(
+            f"{args.checkpoint} knows the {len(predictor.classes)} classes {', '.join(predictor.classes)}; {name} has "
+            f"{len(dataset.classes)}, {', '.join(dataset.classes)}: they cannot be compared."
+        )
+    if not dataset.has_labels and args.save_preds is None:
+        raise UserError(
+            f"{name} {args.split} has no labels, so there is no mIoU: write the predictions with --save-preds DIR, or "
+            "score --split val."
+        )
+    return dataset
 
 
 def score(
@@ -93,28 +100,23 @@ def score(
 
     def logits_of(images: Tensor) -> Tensor:
         logits = predictor.logits(images)
-        odd.add_(~logits.isfinite().all())  # read at the end: a GPU is not waited for
+        odd.add_(~logits.isfinite().all())  # It is read at the end, so that a GPU is not waited for.
         return logits
 
     try:
         confusion = evaluate(logits_of, samples, device, classes, save, align_corners=corners, metrics=[band, *others])
-    except LoadingProcessDied as death:
-        raise UserError(
-            f"A process that loads data died ({death}), often for want of memory: use fewer --workers."
-        ) from death
     finally:
         close_loader(loader)
     if odd:
-        raise UserError(not_finite(predictor.path, f"{int(odd)} of {len(dataset)} images"))
+        raise UserError(not_finite(predictor.path, f"{int(odd)} of {counted(len(dataset), 'image')}"))
     about = {"pixel_accuracy": none_for_nan(confusion.pixel_accuracy()), "boundary_iou_ratio": band.ratio}
     return {**about, **metrics_record([confusion, band, *others], dataset.classes)}
 
 
 def prediction_files(dataset: SegmentationDataset, folder: Path) -> list[Path]:
-    """Where the predictions go, by index. `UserError` if that is among the images or labels, or a name is too long."""
-    files = [path for item in getattr(dataset, "files", ()) for path in (item.image, item.label) if path is not None]
-    linked = {real(path).parent for path in files}  # labels may be links into another folder
-    for taken in (*dataset.folders, *linked):
+    """Where the predictions go, by index. Raises `UserError` if that is among the images or labels, or a name is too
+    long."""
+    for taken in dataset.folders:
         if real(taken) in (real(folder), *real(folder).parents):
             raise UserError(f"--save-preds {folder} lies in {taken}, which holds the data: choose another folder.")
     predictions = [folder / f"{dataset.stem(index)}.png" for index in range(len(dataset))]
@@ -125,19 +127,20 @@ def prediction_files(dataset: SegmentationDataset, folder: Path) -> list[Path]:
 
 
 def metrics_file(checkpoint: str) -> Path:
-    """metrics.json beside the checkpoint, or in a run's folder."""
+    """The file metrics.json beside the checkpoint, or in a run's folder."""
     path = Path(checkpoint)
     return (path if os.path.isdir(path) else path.parent) / "metrics.json"
 
 
 def check_writable(path: Path) -> None:
-    """Before all images are scored; `UserError` if they would be so in vain."""
+    """Raises `UserError` if the scores could not be written: before all images are scored."""
     folder = next(folder for folder in path.absolute().parents if os.path.exists(folder))
     if os.path.isdir(path) or not os.path.isdir(folder) or not os.access(folder, os.W_OK):
         raise UserError(f"The scores cannot be written to {path}: name another file with --metrics-file.")
 
 
 def parse_flags(argv: Sequence[str] | None) -> argparse.Namespace:
+    """Reads the command line."""
     parser = argparse.ArgumentParser(
         "python -m bcmf_ext.evaluate",
         usage="%(prog)s --checkpoint PATH [flags]",
@@ -146,7 +149,7 @@ def parse_flags(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument(
         "--checkpoint", required=True, metavar="PATH", help="best.pt or last.pt of a run, or its folder"
     )
-    parser.add_argument("--dataset", choices=tuple(RECIPES), help="what to score it on; as in training when left out")
+    parser.add_argument("--dataset", choices=tuple(DATASETS), help="what to score it on; as in training when left out")
     parser.add_argument("--data-root", metavar="DIR", help="the dataset's folder; as in training when left out")
     parser.add_argument("--split", default="val", choices=("train", "val", "test"), help="its split (%(default)s)")
     parser.add_argument(

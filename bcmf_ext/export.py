@@ -19,16 +19,19 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.fx.experimental import _config as shape_config
 
-from .errors import UserError, run_command
+from .errors import UserError, command, run_command
 from .files import ZIP_MARK, check_replaceable, write_file
 from .inference import InferenceNetwork, load_network, not_finite, read_checkpoint
 
 COMMAND = "bcmf_ext.export"
 ENDINGS = {"onnx": ".onnx", "torch-export": ".pt2"}
-TRIED = ((1, 360, 480), (2, 97, 130), (1, 64, 64))  # images, height and width that the exported network is run on
-LEAST_EQUAL, MOST_OFF = 0.999, 1e-3  # share of labels; and logits, relative to the largest: what is else not an export
+# The exported network is run on so many images of this height and width.
+TRIED = ((1, 360, 480), (2, 97, 130), (1, 64, 64))
+# So many labels must be equal, and logits differ by at most so much of the largest one.
+LEAST_EQUAL, MOST_OFF = 0.999, 1e-3
 
 
+@command
 def main(argv: Sequence[str] | None = None) -> None:
     """Writes the network, runs what was written, and prints how far its results are from the network's own."""
     parser = argparse.ArgumentParser(
@@ -57,7 +60,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     if output.suffix != ending:
         raise UserError(f"--output {output} is a file of --format {args.format}, so its name has to end in {ending}.")
     if not args.overwrite:
-        check_replaceable([output], COMMAND, "--output")
+        check_replaceable([output], COMMAND, "output")
     saved = read_checkpoint(checkpoint)
     network = ExportedNetwork(load_network(saved, checkpoint, impl="torch"), saved, args.logits)
     print("tracing the network …")
@@ -75,8 +78,8 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 
 class ExportedNetwork(nn.Module):
-    """What is exported: uint8 images (N, 3, H, W) to the class of each pixel, (N, H, W) uint8, or to logits; in plain
-    PyTorch, fp32."""
+    """The network that is exported: uint8 images (N, 3, H, W) to the class of each pixel, (N, H, W) uint8, or to
+    logits; in plain PyTorch, fp32."""
 
     def __init__(self, network: nn.Module, saved: dict[str, Any], logits: bool) -> None:
         super().__init__()
@@ -87,7 +90,7 @@ class ExportedNetwork(nn.Module):
         logits = self.network(images)
         if self.logits:
             return logits
-        # As one operator of ONNX, which every runtime knows; reference.resample differs in the last digit.
+        # This is one operator of ONNX, which every runtime knows; reference.resample differs in the last digit.
         full = F.interpolate(logits, size=images.shape[2:], mode="bilinear", align_corners=self.align_corners)
         return full.argmax(1).to(torch.uint8)
 
@@ -96,12 +99,13 @@ def trace(network: nn.Module) -> torch.export.ExportedProgram:
     """The network for any number of images of any height and width."""
     images = torch.zeros(2, 3, 640, 704, dtype=torch.uint8)
     sides = dict.fromkeys((0, 2, 3), torch.export.Dim.DYNAMIC)
-    # Otherwise sizes whose maps have a single pixel somewhere (at 1/512: those below 513) were cases apart.
+    # Without this, sizes whose maps have a single pixel somewhere (at 1/512: those below 513) would be cases apart.
     with shape_config.patch(backed_size_oblivious=True), torch.no_grad():  # type: ignore[attr-defined]
         return torch.export.export(network.eval(), (images,), dynamic_shapes=(sides,))
 
 
 def check_onnx() -> None:
+    """Raises `UserError` if a package is missing that writes or runs ONNX."""
     missing = [name for name in ("onnx", "onnxscript", "onnxruntime") if not importlib.util.find_spec(name)]
     if missing:
         raise UserError(
@@ -116,7 +120,7 @@ def to_onnx(program: torch.export.ExportedProgram, result: str, classes: list[st
     """The program as an ONNX file, with the names of the classes in its metadata; and what runs it."""
     import onnxruntime
 
-    logging.getLogger("torch.onnx").setLevel(logging.ERROR)  # of torchvision's ops, which are not there
+    logging.getLogger("torch.onnx").setLevel(logging.ERROR)  # It would complain that torchvision's ops are not there.
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         onnx = torch.onnx.export(program, dynamo=True, verbose=False, input_names=["images"], output_names=[result])
@@ -150,20 +154,21 @@ def to_program(program: torch.export.ExportedProgram, classes: list[str]) -> tup
 
 @torch.inference_mode()
 def compare(network: ExportedNetwork, run: Run, checkpoint: Path) -> str:
-    """How equal the results are. `UserError` if what was exported computes something else."""
+    """How equal the results are. Raises `UserError` if what was exported computes something else."""
     generator = torch.Generator().manual_seed(0)
     sizes = ", ".join(f"{n}×{height}×{width}" for n, height, width in TRIED)
     results = []
     for n, height, width in TRIED:
         images = torch.randint(0, 256, (n, 3, height, width), dtype=torch.uint8, generator=generator)
         expected, found = network(images), run(images)
-        if not network.network(images).isfinite().all():  # the class of such a pixel is 0, there as here
+        if not network.network(images).isfinite().all():  # The class of such a pixel is 0 in both, so they would agree.
             raise UserError(not_finite(checkpoint, "noise"))
         if network.logits:
             results.append((found - expected).abs().max() / expected.abs().max())
         else:
             results.append((found == expected).double().mean())
-    worst = (torch.stack(results).max() if network.logits else torch.stack(results).min()).item()  # NaN, if one is
+    # It is NaN if one of them is.
+    worst = (torch.stack(results).max() if network.logits else torch.stack(results).min()).item()
     if not (worst <= MOST_OFF if network.logits else worst >= LEAST_EQUAL):
         raise UserError(
             f"The export of {checkpoint} does not compute what the network does ({worst:g}), so nothing was written: "

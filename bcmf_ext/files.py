@@ -19,16 +19,14 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import IO
 
-from PIL import Image
-
-from .errors import UserError
+from .errors import FileError, UserError
 
 TEMPORARY = re.compile(r"\.bcmf_ext-[0-9a-f]{16}\.tmp")
-LONGEST_NAME = 255  # bytes, on the file systems of Linux, macOS and Windows
+LONGEST_NAME = 255  # The file systems of Linux, macOS and Windows allow so many bytes.
 
-# How a mark begins a file, but for PNGs, which have it in a text chunk: JSON, and ONNX (ir_version, producer_name).
+# JSON and ONNX (ir_version, producer_name) begin with the mark in these ways; PNGs have it in a text chunk.
 _MARKED_HEAD = re.compile(rb'\A(?:\{\s*"software": "(bcmf_ext\.[a-z]+)"|\x08.\x12.(bcmf_ext\.[a-z]+))', re.DOTALL)
-ZIP_MARK = "software"  # the extra file that has it in a program of torch.export
+ZIP_MARK = "software"  # A program of torch.export has the mark in this extra file.
 
 
 def write_file(path: Path, data: bytes | memoryview, *, sync: bool = False, older: Path | None = None) -> None:
@@ -52,7 +50,7 @@ def write_file(path: Path, data: bytes | memoryview, *, sync: bool = False, olde
                 _keep(path, older)
             os.replace(temporary, path)
         finally:
-            _remove(temporary)  # there is none any more, but after an error or Ctrl-C
+            _remove(temporary)  # There is none any more, except after an error or Ctrl-C.
         if sync:
             _sync_folder(path.parent)
     except OSError as error:
@@ -61,15 +59,16 @@ def write_file(path: Path, data: bytes | memoryview, *, sync: bool = False, olde
 
 
 def read_text(path: Path, errors: str = "strict") -> str:
-    """The text of a file, UTF-8. `UserError` if it cannot be opened."""
+    """The text of a file, UTF-8. Raises `FileError` if it cannot be opened."""
     try:
         return path.read_text(encoding="utf-8-sig", errors=errors)
     except OSError as error:
         raise cannot_be_opened(path, error) from error
 
 
-def cannot_be_opened(path: Path, error: OSError) -> UserError:
-    return UserError(f"{path} cannot be opened ({error.strerror or error}): check its permissions.")
+def cannot_be_opened(path: Path, error: OSError) -> FileError:
+    """What every reader raises where the system does not let it open a file."""
+    return FileError(f"{path} cannot be opened ({error.strerror or error}): check its permissions.")
 
 
 def _temporary_beside(path: Path) -> Path:
@@ -97,7 +96,7 @@ def _keep(path: Path, older: Path) -> None:
                 os.fsync(copy.fileno())
         os.replace(temporary, older)
     finally:
-        _remove(temporary)  # also where both were one file already: then replace does nothing
+        _remove(temporary)  # It is also left where both were one file already: then replace does nothing.
 
 
 def _remove(path: Path) -> None:
@@ -111,7 +110,7 @@ def _sync_folder(folder: Path) -> None:
     try:
         os.fsync(descriptor)
     except OSError as error:
-        if error.errno not in (errno.EINVAL, errno.ENOTSUP, errno.EBADF):  # some file systems cannot
+        if error.errno not in (errno.EINVAL, errno.ENOTSUP, errno.EBADF):  # Some file systems cannot do it.
             raise
     finally:
         os.close(descriptor)
@@ -119,14 +118,14 @@ def _sync_folder(folder: Path) -> None:
 
 def remove_temporaries(folder: Path) -> None:
     """Removes what a killed process left half written, in a folder that nobody else writes to."""
-    with contextlib.suppress(OSError):  # there is no such folder, or we may not look into it
+    with contextlib.suppress(OSError):  # There may be no such folder, or we may not look into it.
         for name in os.listdir(folder):
             if TEMPORARY.fullmatch(name):
                 _remove(folder / name)
 
 
 def real(path: Path) -> Path:
-    """Where a path leads. As Path.resolve, which raises for a loop of links."""
+    """Where a path leads. It is Path.resolve, which would raise for a loop of links."""
     return Path(os.path.realpath(path))
 
 
@@ -157,6 +156,8 @@ def mark_of(path: Path) -> str | None:
         with open(path, "rb") as file:
             head = file.read(200)
         if head.startswith(b"\x89PNG"):
+            from PIL import Image  # Imported late: most files here are no pictures.
+
             with Image.open(path) as picture:
                 mark = picture.info.get("Software")
         elif head.startswith(b"PK"):
@@ -166,14 +167,14 @@ def mark_of(path: Path) -> str | None:
         else:
             found = _MARKED_HEAD.match(head)
             mark = (found[1] or found[2]).decode() if found else None
-    except Exception:  # whatever a stranger's bytes lead the readers to: a file that cannot be read is not ours
+    except Exception:  # A stranger's bytes may raise anything, and a file that cannot be read is not ours.
         return None
     return mark if isinstance(mark, str) else None
 
 
-def check_replaceable(paths: Iterable[Path], command: str, flag: str) -> None:
-    """`UserError` if one of these is there already and `command` (such as "bcmf_ext.predict") has not made it: before
-    anything is computed. flag: what chooses another place."""
+def check_replaceable(paths: Iterable[Path], command: str, argument: str) -> None:
+    """Raises `UserError` if one of these is there already and `command` (such as "bcmf_ext.predict") has not made it:
+    before anything is computed. argument: the one that chooses another place."""
     foreign = [
         path for path in paths if os.path.lexists(path) and (not os.path.isfile(path) or mark_of(path) != command)
     ]
@@ -181,5 +182,5 @@ def check_replaceable(paths: Iterable[Path], command: str, flag: str) -> None:
         more = f" (and {len(foreign) - 1} more)" if len(foreign) > 1 else ""
         raise UserError(
             f"{foreign[0]}{more} is there already, without a mark of python -m {command} (results of 0.1.0 have none): "
-            f"choose another {flag}, or replace it with --overwrite."
+            f"choose another `{argument}`, or replace it with `overwrite=True`."
         )

@@ -18,12 +18,12 @@ from torch import Tensor, nn
 from torch.nn.utils.fusion import fuse_conv_bn_eval
 
 from .checkpoint import load_checkpoint, load_weights
-from .config import NETWORKS
 from .data.pictures import rgb_of
 from .data.transforms import of_bytes
 from .engine import choose_device, choose_dtype
 from .errors import UserError
 from .metrics import upsample_argmax
+from .models import NETWORKS
 
 
 class Predictor:
@@ -65,25 +65,25 @@ class Predictor:
 
     @torch.inference_mode()
     def logits(self, images: Tensor) -> Tensor:
-        """The network's logits (N, C, h, w) for uint8 RGB images (N, 3, H, W) on any device; TypeError for what is no
-        tensor, ValueError for others."""
+        """The network's logits (N, C, h, w) for uint8 RGB images (N, 3, H, W) on any device. Raises TypeError for what
+        is no tensor, ValueError for other tensors."""
         if not isinstance(images, Tensor):
             raise TypeError(f"images are a uint8 tensor (N, 3, H, W), not a {type(images).__name__}.")
         if images.dtype != torch.uint8 or images.dim() != 4 or images.shape[1] != 3:
             raise ValueError(f"Predictor takes uint8 images (N, 3, H, W), not {tuple(images.shape)} {images.dtype}.")
         images = images.to(self.device, non_blocking=True).contiguous(memory_format=torch.channels_last)
-        with torch.autocast(self.device.type, enabled=False):  # it has its own precision
+        with torch.autocast(self.device.type, enabled=False):  # The network has its own precision.
             return self.network(images) if self._graphs is None else self._graphs(images)
 
     @torch.inference_mode()
     def labels(self, images: Tensor) -> Tensor:
-        """The class of each pixel, (N, H, W) uint8 on the predictor's device, of such images."""
+        """The class of each pixel, (N, H, W) uint8 on the predictor's device, of images as `logits` takes them."""
         return upsample_argmax(self.logits(images), images.shape[2:], self.align_corners)
 
     def __call__(self, image: np.ndarray | Image.Image) -> np.ndarray:
-        """The class of each pixel, (H, W) uint8, of an RGB image, (H, W, 3) uint8, or a PIL picture, which is turned
-        as its EXIF orientation says. TypeError and ValueError for anything else; `UserError` if the network computes
-        NaN or infinite logits for it: its class would be 0 there, as if it knew."""
+        """The class of each pixel, (H, W) uint8, of an RGB image, (H, W, 3) uint8, or a PIL picture, which is turned as
+        its EXIF orientation says. Raises TypeError and ValueError for anything else, and `UserError` if the
+        network computes NaN or infinite logits for it: its class would be 0 there, as if it knew."""
         if isinstance(image, Image.Image):
             image = rgb_of(image)
         if not isinstance(image, np.ndarray):
@@ -93,7 +93,7 @@ class Predictor:
             )
         if image.ndim != 3 or image.shape[2] != 3 or image.dtype != np.uint8:
             raise ValueError(f"Predictor takes (H, W, 3) uint8 images, not {image.shape} {image.dtype}.")
-        pixels = torch.tensor(np.ascontiguousarray(image))  # torch knows no negative strides, as of [..., ::-1]
+        pixels = torch.tensor(np.ascontiguousarray(image))  # torch knows no negative strides, as [..., ::-1] has.
         logits = self.logits(pixels.permute(2, 0, 1)[None])
         label = upsample_argmax(logits, image.shape[:2], self.align_corners)[0].cpu().numpy()
         if not logits.isfinite().all():
@@ -104,8 +104,8 @@ class Predictor:
 def not_finite(checkpoint: str | Path, where: str) -> str:
     """What to say of NaN or infinite logits: the network's weights are finite, so its arithmetic is not."""
     return (
-        f"The network of {checkpoint} computes NaN or infinite logits for {where}: try --amp off, or take a checkpoint "
-        "from before."
+        f"The network of {checkpoint} computes NaN or infinite logits for {where}: try `amp='off'`, or take a "
+        "checkpoint from before."
     )
 
 
@@ -116,7 +116,7 @@ def read_checkpoint(path: str | Path) -> dict:
 
 
 def load_network(saved: dict[str, Any], path: str | Path, **options: Any) -> nn.Module:
-    """The network of a checkpoint, made with these options, with its weights. `UserError` if they do not fit."""
+    """The network of a checkpoint, made with these options, with its weights. Raises `UserError` if they do not fit."""
     network = NETWORKS[saved["config"]["model"]](len(saved["classes"]), **options)
     load_weights(network, saved, Path(path))
     return network
@@ -125,19 +125,20 @@ def load_network(saved: dict[str, Any], path: str | Path, **options: Any) -> nn.
 class InferenceNetwork(nn.Module):
     """From uint8 images (N, 3, H, W) to logits (N, C, h, w): a trained network behind the normalisation of its images.
 
-    Takes the network over: in evaluation mode, without auxiliary head, batch norms folded. dtype: of its arithmetic,
-    fp32 or a half precision. The norms that remain stay in fp32: they are an affine map each, of maps in any dtype.
+    network: a `Network`, which is taken over: in evaluation mode, without auxiliary head, batch norms folded. mean and
+    std: RGB in 0..1. dtype: that of its arithmetic, fp32 or a half precision. The norms that remain stay in fp32: each
+    is an affine map, of maps in any dtype.
     """
 
     shift: Tensor
     scale: Tensor
 
     def __init__(
-        self, network: nn.Module, mean: Sequence[float], std: Sequence[float], dtype: torch.dtype = torch.float32
+        self, network: Any, mean: Sequence[float], std: Sequence[float], dtype: torch.dtype = torch.float32
     ) -> None:
         super().__init__()
         network.eval().requires_grad_(False)
-        setattr(network, "seghead_extra", None)  # noqa: B010
+        network.drop_auxiliary_head()
         fold_batch_norms(network)
         self.network, self.dtype = network.to(dtype), dtype
         self.register_buffer("shift", of_bytes(mean))
@@ -153,8 +154,7 @@ class InferenceNetwork(nn.Module):
 def fold_batch_norms(network: nn.Module) -> None:
     """Folds each batch norm that directly follows a convolution into it, in place; exact but for roundings.
 
-    Which norm follows which convolution a `Sequential` says by its order, and a block by its `norm_after`. The network
-    is in evaluation mode.
+    Which norm follows which convolution the network says, as `Network` describes. It is in evaluation mode.
     """
     for module in network.modules():
         if isinstance(module, nn.Sequential):
@@ -183,29 +183,29 @@ class Captured:
 class Graphs:
     """A network on a GPU, replayed as CUDA graphs: one for each size of images that comes more than once."""
 
-    MOST = 8  # sizes, the last ones: each keeps its memory
+    MOST = 8  # So many sizes are kept, the last ones: each keeps its memory.
 
     def __init__(self, network: nn.Module) -> None:
         self.network = network
         self._captured: OrderedDict[torch.Size, Captured | None] = OrderedDict()
-        self._lock = threading.Lock()  # a graph has one place for images, and one for logits
+        self._lock = threading.Lock()  # A graph has one place for images, and one for logits.
 
     def __call__(self, images: Tensor) -> Tensor:
         with self._lock, torch.cuda.device_of(images):
             size = images.shape
-            if size not in self._captured:  # the first time is the warm-up
+            if size not in self._captured:  # The first time is the warm-up.
                 self._captured[size] = None
                 if len(self._captured) > self.MOST:
                     _, oldest = self._captured.popitem(last=False)
                     if oldest is not None:
-                        oldest.used.synchronize()  # its memory is given back
+                        oldest.used.synchronize()  # Its memory is given back.
                 return self.network(images)
             self._captured.move_to_end(size)
             captured = self._captured[size] = self._captured[size] or self._capture(images)
-            captured.used.wait()  # it may be in use on another thread's stream
+            captured.used.wait()  # It may be in use on another thread's stream.
             captured.images.copy_(images)
             captured.graph.replay()
-            logits = captured.logits.clone()  # the next replay writes there
+            logits = captured.logits.clone()  # The next replay writes there.
             captured.used.record()
             return logits
 

@@ -1,4 +1,4 @@
-"""Versions, what was built, and which impl runs where, and why not the others: python -m bcmf_ext.info."""
+"""Prints versions, what was built, and which impl runs where, and why not the others: python -m bcmf_ext.info."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from pathlib import Path
 import torch
 
 from . import dispatch
-from .errors import run_command
+from .errors import counted, run_command
 
 
 def _version(package: str) -> str:
@@ -31,6 +31,15 @@ def _cpu() -> str:
     return next(names, platform.machine())
 
 
+def _instructions() -> str:
+    """The instruction sets that PyTorch and our kernels use, such as "AVX512 in PyTorch, AVX2 in our kernels"."""
+    pytorch = torch.backends.cpu.get_cpu_capability()
+    ours = None if dispatch.EXTENSION is None else dispatch.EXTENSION.build_info()["cpu_capability"]
+    if ours == pytorch:
+        return f"{pytorch} in PyTorch and our kernels"
+    return f"{pytorch} in PyTorch" + (f", {ours} in our kernels" if ours else "")
+
+
 def versions() -> str:
     """One line each: bcmf_ext, Python, torch, CUDA, triton, GPU, CPU."""
     gpu = torch.cuda.get_device_name() if torch.cuda.is_available() else "none"
@@ -40,7 +49,7 @@ def versions() -> str:
         "torch": f"{torch.__version__} (CUDA {torch.version.cuda or 'none'})",
         "triton": _version("triton"),
         "GPU": gpu,
-        "CPU": f"{_cpu()}, {torch.backends.cpu.get_cpu_capability()}, {torch.get_num_threads()} threads",
+        "CPU": f"{_cpu()}, {counted(torch.get_num_threads(), 'thread')}, {_instructions()}",
     }
     return "\n".join(f"{name:<10} {value}" for name, value in rows.items())
 
@@ -54,7 +63,6 @@ def build() -> str:
     return "\n".join(
         [
             f"extension  for torch {facts['torch']}, compiled by C++ compiler {facts['compiler']}",
-            f"CPU        {facts['cpu_capability']} kernels in use",
             f"CUDA       {'left out: ' + no_cuda if no_cuda else 'built for ' + facts['cuda_archs']}",
         ]
     )
@@ -62,7 +70,7 @@ def build() -> str:
 
 def impls() -> str:
     """For each device, the impl that "auto" takes for losses and metrics, and why not the others."""
-    said = {dispatch.why_not("cpu", "cpu"), dispatch.why_not("cuda", "cuda")} - {None}  # by `build`
+    said = {dispatch.why_not("cpu", "cpu"), dispatch.why_not("cuda", "cuda")} - {None}  # `build` says these.
     lines = []
     for device in ("cpu", "cuda"):
         reasons = {impl: dispatch.why_not(impl, device) for impl in dispatch.ORDER[device]}
@@ -74,7 +82,7 @@ def impls() -> str:
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    """Prints it; there are no flags but --help."""
+    """Prints all of that; there are no flags but --help."""
     parser = argparse.ArgumentParser("python -m bcmf_ext.info", description="What was built, and what runs where.")
     parser.parse_args(argv)
     print(versions(), build(), "", impls(), sep="\n")

@@ -1,4 +1,4 @@
-"""What a run shows of itself: lines and tables for the terminal, curves and pictures for the eye."""
+"""Shows what a run does: lines and tables for the terminal, curves and pictures for the eye."""
 
 from __future__ import annotations
 
@@ -11,16 +11,20 @@ from typing import Any
 
 import matplotlib
 import numpy as np
+import torch
 from matplotlib.figure import Figure
 from PIL import Image, ImageDraw, ImageFont, PngImagePlugin
 
-from .data import IGNORE_INDEX
-from .files import write_file
+from .data import IGNORE_INDEX, SegmentationDataset
+from .engine import Compute, NonFiniteLoss
+from .errors import counted, warn
+from .files import short_name, write_file
+from .losses.criterion import SegmentationCriterion
 from .metrics import ConfusionMatrix, Counts
 
 IGNORED_COLOUR = (0, 0, 0)
-WRONG_COLOUR = (230, 30, 30)
-PANEL = 480  # width of each of the four panels, in pixels; they are at most twice as high
+WRONG_COLOUR = (255, 255, 255)  # White is near no class of our palettes, as each red is, and stands out from the dark.
+PANEL = 480  # Each of the four panels is so many pixels wide, and at most twice as high.
 FONT = ImageFont.truetype(str(Path(matplotlib.get_data_path(), "fonts", "ttf", "DejaVuSans.ttf")), 14)
 
 
@@ -32,6 +36,90 @@ def scores(confusion: ConfusionMatrix, classes: Sequence[str]) -> dict[str, Any]
         "pixel_accuracy": confusion.pixel_accuracy(),
         "iou": {name: None if math.isnan(value) else value for name, value in iou},
     }
+
+
+def aligned(lines: Mapping[str, str]) -> str:
+    """Names and what is said of each, in two columns; lines of the second begin below each other."""
+    indent = "\n" + 10 * " "
+    return "\n".join(f"{name:<10}{line}".replace("\n", indent) for name, line in lines.items())
+
+
+def epoch_words(steps: int, batch_size: int, images: int) -> str:
+    """Such as "4 steps of 2 images; the short last batch, of 1, is left out, with other images each time"."""
+    words = f"{counted(steps, 'step')} of {counted(batch_size, 'image')}"
+    if short := images % batch_size:
+        words += f"; the short last batch, of {short}, is left out, with other images each time"
+    return words
+
+
+def network_words(network: Any) -> str:
+    """How many parameters a `Network` has, and its auxiliary head."""
+    parameters, head = sum(parameter.numel() for parameter in network.parameters()), network.auxiliary_head
+    if head is None:
+        return f"{parameters:,} parameters"
+    auxiliary = sum(parameter.numel() for parameter in head.parameters())
+    return f"{parameters - auxiliary:,} parameters, and {auxiliary:,} of the auxiliary head"
+
+
+def loss_words(criterion: SegmentationCriterion, impl: str, warmup: int, iterations: int) -> str:
+    """Such as "CE + 0.4 BCL + 1 CPG3, and 0.4 CE of the auxiliary head; impl cpu"; impl: as `choose_impl` says it.
+
+    warmup: in how many of the iterations the terms beside CE gain their weights; 0: they have them from the first on.
+    """
+    ohem, bcl, cpg = criterion.ohem, criterion.bcl, criterion.cpg
+    first = "CE" if ohem is None else f"OHEM (p < {ohem.threshold:g}, at least {ohem.min_kept:,} pixels)"
+    terms = [first]
+    if bcl is not None:
+        terms.append(f"{bcl.weight:g} BCL")
+    if cpg is not None:
+        terms.append(f"{cpg.weight:g} CPG{cpg.kernel_size}")
+    terms += [f"{weight:g} {name}" for name, (weight, _) in criterion.extra.items()]
+    words = f"{' + '.join(terms)}, and {criterion.aux_weight:g} {first.split()[0]} of the auxiliary head; impl {impl}"
+    ramped = [name.upper() for name in ("bcl", "cpg") if getattr(criterion, name) is not None]
+    ramped += criterion.extra
+    if warmup and ramped:
+        words += f"; {' and '.join(ramped)} gain weight in {counted(warmup, 'iteration')}"
+        words += ", more than there are" if warmup >= iterations else ""
+    elif warmup:
+        words += "; without BCL and CPG no loss has to warm up"
+    return words
+
+
+def device_words(device: torch.device, workers: int) -> str:
+    """Such as "cpu, 2 threads, 1 loading process"."""
+    threads = f", {counted(torch.get_num_threads(), 'thread')}" if device.type == "cpu" else ""
+    return f"{device}{threads}, {counted(workers, 'loading process', 'loading processes')}"
+
+
+def compute_words(compute: Compute, why_dtype: str, compiled: bool) -> str:
+    """Such as "bfloat16 (this GPU computes in it), channels_last, compiled"."""
+    dtype = str(compute.dtype).removeprefix("torch.") if compute.dtype else "float32"
+    layout = ", channels_last" if compute.channels_last else ""
+    return f"{dtype} ({why_dtype}){layout}{', compiled' if compiled else ''}"
+
+
+def nonfinite_words(stop: NonFiniteLoss, batch: Path | None, last: Path) -> str:
+    """What to say of a loss, or weights, that are not finite. batch: the file with the batch; None: it is the weights.
+    last: the checkpoint from before."""
+    place = f"epoch {stop.epoch + 1}, step {stop.step + 1}"
+    before = f"{last} is from before: try a lower `lr`, or `amp='off'`."
+    if batch is None:
+        return f"The weights are not finite after {place}, though the loss was; {before}"
+    return f"The loss is not finite in {place} ({stop}); the batch is saved as {batch}, and {before}"
+
+
+def failure_words(error: RuntimeError, batch_size: int, crop_size: tuple[int, int]) -> str | None:
+    """What to say of an error of PyTorch that users can do something about; None for all others."""
+    if isinstance(error, torch.OutOfMemoryError):
+        height, width = crop_size
+        return (
+            f"The GPU has too little memory for {counted(batch_size, 'crop')} of {height}×{width} pixels: lower "
+            "`batch_size` or `crop_size`."
+        )
+    if isinstance(error, torch._dynamo.exc.TorchDynamoException):
+        reason = " ".join(str(error).strip().split("\n\n")[0].split())  # What follows is advice to developers.
+        return f"torch.compile failed ({reason}): `compile=False` trains without it."
+    return None
 
 
 def loss_line(record: Mapping[str, Any], epochs: int) -> str:
@@ -76,6 +164,7 @@ def metrics_record(metrics: Sequence[Counts], classes: Sequence[str]) -> dict[st
 
 
 def none_for_nan(value: float) -> float | None:
+    """The value, or None for NaN, which JSON does not know."""
     return None if math.isnan(value) else value
 
 
@@ -120,8 +209,8 @@ def absent_line(pixels: np.ndarray, classes: Sequence[str]) -> str:
 
 
 def save_png(path: Path, pixels: np.ndarray, command: str, palette: np.ndarray | None = None) -> None:
-    """Writes (H, W) or (H, W, 3) uint8; with a palette (C, 3), (H, W) as indices into it. Makes the folder. command:
-    the mark by which it knows its file again, see `files.mark_of`."""
+    """Writes pixels (H, W) or (H, W, 3), uint8, as a PNG; with a palette (C, 3), pixels (H, W) are indices into it.
+    Makes the folder. command: the mark by which it knows its file again, see `files.mark_of`."""
     picture = Image.fromarray(pixels)
     if palette is not None:
         picture.putpalette(palette.tobytes())
@@ -132,7 +221,7 @@ def save_png(path: Path, pixels: np.ndarray, command: str, palette: np.ndarray |
 
 
 def colourise(label: np.ndarray, palette: np.ndarray) -> np.ndarray:
-    """(H, W) class indices to (H, W, 3) uint8 colours; ignored pixels are black."""
+    """The colours of class indices (H, W), as (H, W, 3) uint8; ignored pixels are black."""
     table = np.zeros((256, 3), np.uint8)
     table[: len(palette)] = palette
     table[IGNORE_INDEX] = IGNORED_COLOUR
@@ -145,12 +234,33 @@ def blend(image: np.ndarray, colours: np.ndarray, opacity: float = 0.6) -> np.nd
 
 
 def error_map(image: np.ndarray, label: np.ndarray, prediction: np.ndarray) -> np.ndarray:
-    """(H, W, 3) uint8: the image in pale grey, wrong pixels red, ignored ones black."""
+    """The image in dark grey, with wrong pixels white and ignored ones black, (H, W, 3) uint8."""
     grey = image.mean(2, keepdims=True).repeat(3, 2)
-    picture = (150 + 0.4 * grey).astype(np.uint8)
+    picture = (40 + 0.4 * grey).astype(np.uint8)
     picture[label != prediction] = WRONG_COLOUR
     picture[label == IGNORE_INDEX] = IGNORED_COLOUR
     return picture
+
+
+def draw_epoch(
+    folder: Path,
+    records: Sequence[dict[str, Any]],
+    dataset: SegmentationDataset,
+    predictions: Mapping[int, np.ndarray],
+) -> None:
+    """Draws a run's curves into its folder, and predictions, by their indices in the data set, into pictures/ there.
+    Whatever is in the way, no picture ends a run."""
+    for index in (None, *predictions):
+        try:
+            if index is None:
+                draw_curves(folder / "curves.png", records)
+                continue
+            stem, (image, label) = dataset.stem(index), dataset.pair(index)
+            path, title = folder / "pictures" / short_name(stem, ".png"), f"{stem}, epoch {records[-1]['epoch']}"
+            draw_sample(path, image, label, predictions[index], dataset.classes, dataset.palette, title)
+        except Exception as error:
+            what = "curves.png" if index is None else f"the picture of {dataset.source(index)}"
+            warn(f"{what} could not be drawn ({str(error).rstrip('.') or type(error).__name__}); the run goes on.")
 
 
 def draw_sample(
@@ -218,32 +328,35 @@ def _flow(
 
 def draw_curves(path: Path, records: Sequence[dict[str, Any]]) -> None:
     """Writes a PNG of the loss terms and the mIoU over the epochs of a log."""
-    figure = Figure((8, 6), dpi=100)
+    figure = Figure((10, 6), dpi=100)
     above, below = figure.subplots(2, 1, sharex=True)
-    figure.subplots_adjust(0.09, 0.08, 0.98, 0.98, hspace=0.08)
+    beside: dict[str, Any] = {"loc": "upper left", "bbox_to_anchor": (1, 1), "frameon": False}  # No curve lies there.
     epochs = [record["epoch"] for record in records]
     marker = "o" if len(epochs) <= 30 else None
     for name in records[-1]["loss"]:
         style = {"color": "black", "linewidth": 2} if name == "total" else {}
         above.plot(epochs, [r["loss"].get(name, math.nan) for r in records], label=name, marker=marker, ms=3, **style)
     above.set_ylabel("loss and its unweighted terms")
-    if above.dataLim.y0 >= 0:  # an extra loss may be negative
+    if above.dataLim.y0 >= 0:  # An extra loss may be negative.
         above.set_ylim(bottom=0)
-    above.legend(loc="upper right", ncols=5, frameon=False)
+    legends = [above.legend(**beside)]
     evaluated = [(record["epoch"], record["miou"]) for record in records if "miou" in record]
     if evaluated:
         below.plot(*zip(*evaluated, strict=True), color="tab:green", marker=marker, ms=3)
         best_epoch, best = max(evaluated, key=lambda pair: pair[1])
-        below.plot(best_epoch, best, "*", color="tab:orange", ms=12, label=f"best {best:.3f}, epoch {best_epoch}")
-        below.legend(loc="lower right", frameon=False)
+        below.plot(best_epoch, best, "*", color="tab:orange", ms=12, label=f"best {best:.3f},\nepoch {best_epoch}")
+        legends.append(below.legend(**beside))
     below.set_ylabel("val mIoU")
     below.set_ylim(0, 1)
     below.set_xlabel("epoch")
     below.xaxis.get_major_locator().set_params(integer=True)
-    below.set_xlim(0.5, max(2, len(epochs)) + 0.5)  # whole numbers for a single epoch, too
+    below.set_xlim(0.5, max(2, len(epochs)) + 0.5)  # The ticks are whole numbers for a single epoch, too.
     for axes in (above, below):
         axes.grid(alpha=0.3)
         axes.spines[["top", "right"]].set_visible(False)
+    # The axes take what the legends leave: matplotlib's own layouts would take longer than all of the drawing.
+    right = 0.98 - max(legend.get_window_extent().width for legend in legends) / figure.bbox.width
+    figure.subplots_adjust(0.07, 0.08, max(0.3, right), 0.98, hspace=0.08)
     buffer = io.BytesIO()
     figure.savefig(buffer, format="png", metadata={"Software": "bcmf_ext.train"})
     write_file(path, buffer.getbuffer())

@@ -1,4 +1,4 @@
-"""The folder of a run: who may write to it, what is in it, and which one `--resume` means."""
+"""Keeps the folder of a run: who may write to it, what is in it, and which one a run that goes on is in."""
 
 from __future__ import annotations
 
@@ -8,18 +8,18 @@ import itertools
 import json
 import os
 import re
-import shlex
 import socket
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from .checkpoint import RECORD, VERSION, Damaged, load_checkpoint, save_checkpoint, what_is_wrong
-from .errors import UserError, warn
-from .files import TEMPORARY, read_text, remove_temporaries, write_file
+from .checkpoint import RECORD, VERSION, load_checkpoint, save_checkpoint, what_is_wrong
+from .engine import NonFiniteLoss
+from .errors import Damaged, FileError, UserError, counted, warn
+from .files import TEMPORARY, cannot_be_opened, read_text, remove_temporaries, write_file
 
 LAST, OLDER, BEST, LOCK = "last.pt", "last-1.pt", "best.pt", ".lock"
 
@@ -39,7 +39,7 @@ class Lock:
         try:
             self._descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW, 0o666)
         except OSError as error:
-            raise UserError(f"{path} cannot be opened ({error.strerror}): check the folder's permissions.") from error
+            raise cannot_be_opened(path, error) from error
         try:
             fcntl.lockf(self._descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError as error:
@@ -63,7 +63,7 @@ class Lock:
             raise UserError(f"{path} cannot be written ({error.strerror}): check the folder and the disk.") from error
 
     def release(self) -> None:
-        """Gives it back, once."""
+        """Gives the lock back, once."""
         if self._descriptor >= 0:
             os.close(self._descriptor)
         self._descriptor = -1
@@ -85,14 +85,17 @@ class Run:
 
     @property
     def last(self) -> Path:
+        """What the run goes on from."""
         return self.folder / LAST
 
     @property
     def best(self) -> Path:
+        """The weights of the best epoch."""
         return self.folder / BEST
 
     @property
     def pictures(self) -> Path:
+        """The folder of drawn predictions."""
         return self.folder / "pictures"
 
     def log(self, record: dict[str, Any]) -> None:
@@ -108,8 +111,16 @@ class Run:
         self._last_is_whole = True
 
     def save_best(self, model: dict[str, Any], epoch: int, miou: float) -> None:
+        """Writes best.pt: the weights of the best epoch so far, and its mIoU."""
         weights = {"model": model, "epoch": epoch, "miou": miou}
         save_checkpoint(self.best, {"version": VERSION, **self.about, **weights})
+
+    def save_batch(self, stop: NonFiniteLoss) -> Path:
+        """Keeps the batch whose loss is not finite, to be looked at. Returns the file."""
+        path, (images, labels) = self.folder / "nonfinite-batch.pt", stop.batch
+        where = {"epoch": stop.epoch, "step": stop.step, "terms": stop.terms}
+        save_checkpoint(path, {"images": images, "labels": labels, **where})
+        return path
 
     def what_is_wrong_with_best(self) -> str | None:
         """Why best.pt cannot be used, as a sentence; None if it can."""
@@ -123,28 +134,29 @@ class Run:
         """The state to go on from: that of `path` or, if this is a last.pt that is damaged or gone, of last-1.pt."""
         try:
             saved = load_checkpoint(path)
-        except Damaged as damage:
-            older = self.folder / OLDER
-            if path.name != LAST or not os.path.isfile(older):
+        except FileError as fault:
+            older, gone = self.folder / OLDER, not os.path.isfile(path)
+            if path.name != LAST or not os.path.isfile(older) or not (gone or isinstance(fault, Damaged)):
                 raise
-            what = str(damage).rstrip(".") if os.path.isfile(path) else f"{path} is gone"
+            what = f"{path} is gone" if gone else str(fault).rstrip(".")
             try:
                 saved = load_checkpoint(older)
             except Damaged as second:
-                raise UserError(
+                raise FileError(
                     f"{what}; and {str(second).rstrip('.')}, so the run cannot go on: start another from its "
-                    f"best weights with --pretrained {shlex.quote(str(self.best))}."
+                    f"best weights with `pretrained={str(self.best)!r}`."
                 ) from second
             warn(f"{what}; the run goes on from {older}, one save earlier.")
         else:
             self._last_is_whole = path.name == LAST or self._has_whole_last()
         if "optimizer" not in saved:
-            raise UserError(f"{path} holds weights only: resume from last.pt, or train them further with --pretrained.")
+            raise FileError(f"{path} holds weights only: resume from last.pt, or train them further with `pretrained`.")
         self.records = read_log(self.folder / "log.jsonl", saved["epoch"])
         return saved
 
     def _has_whole_last(self) -> bool:
-        """Also where the run goes on from another file: a newer last.pt is then kept as last-1.pt."""
+        """Whether last.pt is whole, also where the run goes on from another file: a newer last.pt is then kept as
+        last-1.pt."""
         try:
             load_checkpoint(self.last)
         except UserError:
@@ -165,7 +177,7 @@ def read_log(path: Path, epochs: int) -> list[dict[str, Any]]:
         try:
             record = json.loads(line)
             wrong = what_is_wrong(record, RECORD)
-        except (ValueError, RecursionError):  # also a number or a nesting without end
+        except (ValueError, RecursionError):  # A number or a nesting without end raises these, too.
             wrong = "it is no JSON"
         if wrong is not None:
             warn(f"{path}, line {number} is no record of an epoch ({wrong}); it is passed over.")
@@ -180,29 +192,30 @@ def read_log(path: Path, epochs: int) -> list[dict[str, Any]]:
 
 def begin_run(output_dir: str, name: str | None, default_name: str) -> Run:
     """Makes the folder of a new run: `name`, or the first free one of default_name, default_name-2, … A folder that a
-    process has died in before it could save anything is free. `UserError` if `name` is not, or cannot be made."""
+    process has died in before it could save anything is free. Raises `UserError` if `name` is not, or cannot be
+    made."""
     names = [name] if name is not None else (default_name + (f"-{n}" if n > 1 else "") for n in itertools.count(1))
     for candidate in names:
         folder = Path(output_dir, candidate)
         try:
             folder.mkdir(parents=True)
         except OSError as error:
-            if not os.path.lexists(folder):  # also where --output-dir is a link to nowhere
+            if not os.path.lexists(folder):  # This is so, too, where output_dir is a link to nowhere.
                 raise UserError(
-                    f"{folder} cannot be made ({error.strerror}): choose another place with --output-dir."
+                    f"{folder} cannot be made ({error.strerror}): choose another place with `output_dir`."
                 ) from error
             if not _is_free(folder):
                 continue
         try:
             lock = Lock(folder)
-        except UserError:  # a run that begins at this moment
+        except UserError:  # Another run begins there at this moment.
             if name is not None:
                 raise
             continue
         if _is_free(folder):
             return Run(folder, lock)
-        lock.release()  # it has begun, and ended, since we looked
-    raise UserError(f"{folder} exists already: choose another --name, or go on with that run by adding --resume.")
+        lock.release()  # A run has begun there, and ended, since we looked.
+    raise UserError(f"{folder} exists already: choose another `name`, or go on with that run by adding `resume`.")
 
 
 def _is_ours(lock: Path) -> bool:
@@ -215,18 +228,18 @@ def _is_free(folder: Path) -> bool:
     try:
         names = os.listdir(folder)
         return all(TEMPORARY.fullmatch(name) or (name == LOCK and _is_ours(folder / LOCK)) for name in names)
-    except OSError:  # a file, or nothing that we may read
+    except OSError:  # It is a file, or nothing that we may read.
         return False
 
 
 def resume_run(resume: str, output_dir: str, name: str | None, default_name: str | None) -> tuple[Run, dict[str, Any]]:
-    """The run that `--resume` means, see `find_checkpoint`, and its state. `UserError` if there is none, another
+    """The run that `resume` means, see `find_checkpoint`, and its state. Raises `UserError` if there is none, another
     process trains it, or nothing in it is whole."""
     path = find_checkpoint(resume, output_dir, name, default_name)
     if not os.path.isfile(path) and not (path.name == LAST and os.path.isfile(path.with_name(OLDER))):
         begun = path.name == LAST and os.path.exists(path.with_name(LOCK)) and _is_free(path.parent)
-        hint = "the run ended before it saved anything, begin it again without --resume" if begun else "check the path"
-        raise UserError(f"There is no checkpoint {path}: {hint}.")
+        hint = "the run ended before it saved anything, begin it again without `resume`" if begun else "check the path"
+        raise FileError(f"There is no checkpoint {path}: {hint}.")
     run = Run(path.parent, Lock(path.parent))
     try:
         return run, run.load_last(path)
@@ -235,8 +248,25 @@ def resume_run(resume: str, output_dir: str, name: str | None, default_name: str
         raise
 
 
+def check_same_run(saved: Mapping[str, Any], about: Mapping[str, Any], steps: int, last: Path) -> None:
+    """Raises `UserError` where what would go on is another run: with other classes or another number of images, or at a
+    place that no run of so many steps an epoch can have. about: as `Run.about`. last: the file of what was saved."""
+    if saved["classes"] != about["classes"]:
+        old, new = (", ".join(content["classes"]) for content in (saved, about))
+        raise UserError(f"{last} knows the classes {old}, but the data has {new}: start another run.")
+    if saved["train_images"] != about["train_images"]:
+        old, new = counted(saved["train_images"], "image"), about["train_images"]
+        raise UserError(f"{last} was trained on {old}, but the training split has {new} now: start another run.")
+    epoch, step, iteration = saved["epoch"], saved["step"], saved["scheduler"]["last_epoch"]
+    if step > steps or iteration != epoch * steps + step:
+        raise FileError(
+            f"{last} is in epoch {epoch + 1} after {step} of {counted(steps, 'step')}, but its schedule is at "
+            f"iteration {iteration}: take the file as the trainer wrote it."
+        )
+
+
 def find_checkpoint(resume: str, output_dir: str, name: str | None, default_name: str | None) -> Path:
-    """What `--resume` means: a file, a folder with a last.pt, or "auto", the run that was saved last.
+    """What `resume` means: a file, a folder with a last.pt, or "auto", the run that was saved last.
 
     That is the run `name`; without one, of those called `default_name`, default_name-2, …; without either, of all. A
     run that can go on comes before a finished one; when it was saved says the file itself, not its time.
@@ -244,16 +274,17 @@ def find_checkpoint(resume: str, output_dir: str, name: str | None, default_name
     if resume != "auto":
         path = Path(resume)
         path = path / LAST if os.path.isdir(path) else path
-        return path if path.parent.name not in ("", "..") else Path(os.path.abspath(path))  # from within the folder
+        # The path was given from within the folder.
+        return path if path.parent.name not in ("", "..") else Path(os.path.abspath(path))
     folders = [Path(output_dir, name)] if name is not None else _folders_of(Path(output_dir), default_name)
     found = [folder for folder in folders if any(os.path.isfile(folder / file) for file in (LAST, OLDER))]
     if not found:
         first = Path(output_dir, name or default_name or "*", LAST)
         raise UserError(
-            f"There is no run to resume, {first} does not exist: say which with --resume PATH, or leave --resume out "
+            f"There is no run to resume, {first} does not exist: say which with `resume=PATH`, or leave `resume` out "
             "to begin one."
         )
-    # Of files of older versions, which do not say when they were saved, the last number counts.
+    # Files of older versions do not say when they were saved: the last number counts then.
     return (found[0] if len(found) == 1 else max(reversed(found), key=_age)) / LAST
 
 
@@ -273,6 +304,6 @@ def _age(folder: Path) -> tuple[bool, float]:
         try:
             saved = torch.load(folder / name, map_location="cpu", weights_only=True, mmap=True)
             return saved["epoch"] < saved["config"]["epochs"], float(saved.get("saved", 0))
-        except Exception:  # it is looked at closely, and complained of, if it is chosen
+        except Exception:  # If it is chosen, it is looked at closely, and complained of.
             continue
     return False, -1.0

@@ -52,11 +52,12 @@ from protocol import (
 )
 
 from bcmf_ext.checkpoint import VERSION, save_checkpoint
-from bcmf_ext.config import NETWORKS, make_config
+from bcmf_ext.config import make_config
 from bcmf_ext.data import MEAN, STD, normalise
 from bcmf_ext.engine import choose_device, choose_dtype
 from bcmf_ext.errors import run_command
 from bcmf_ext.inference import Predictor
+from bcmf_ext.models import NETWORKS
 
 CLASSES = 19
 SIZES = ((1024, 2048), (720, 960))

@@ -33,10 +33,10 @@ from protocol import (
 from torch.optim import SGD
 
 from bcmf_ext import SegmentationCriterion
-from bcmf_ext.config import NETWORKS, RECIPES
 from bcmf_ext.data import Augmentation, EpochSampler, TrainSamples, open_dataset
 from bcmf_ext.engine import Compute, choose_device, choose_dtype
 from bcmf_ext.errors import run_command
+from bcmf_ext.models import NETWORKS
 
 PHASES = ("data", "forward", "loss", "backward", "optimizer")
 
@@ -50,8 +50,8 @@ class Step:
         self.compute = Compute(self.device, choose_dtype(arguments.amp, self.device)[0])
         name = "camvid" if arguments.data else "demo"
         dataset = open_dataset(name, arguments.data, "train")
-        crop = tuple(arguments.crop or RECIPES[name]["crop_size"])
-        self.samples = TrainSamples(dataset, Augmentation(crop, RECIPES[name]["scale_range"]), 0)
+        crop = tuple(arguments.crop or dataset.recipe.crop_size)
+        self.samples = TrainSamples(dataset, Augmentation(crop, dataset.recipe.scale_range), 0)
         self.batches = itertools.cycle(EpochSampler(len(dataset), arguments.batch, 0))
         self.model = self.compute.place(NETWORKS[arguments.model](len(dataset.classes))).train()
         self.optimizer = SGD(self.model.parameters(), 1e-3, 0.9, weight_decay=5e-4)

@@ -21,7 +21,7 @@ PROCESSES = 2
 def train() -> None:
     accelerator = Accelerator(cpu=torch.cuda.device_count() < PROCESSES)
     set_seed(0)
-    model = ddrnet_s(NUM_CLASSES)  # in training it gives (main, auxiliary) logits
+    model = ddrnet_s(NUM_CLASSES)  # In training it gives (main, auxiliary) logits.
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3)
     loader = DataLoader(tensors(), BATCH // PROCESSES, shuffle=True)
     model, optimizer, loader = accelerator.prepare(model, optimizer, loader)

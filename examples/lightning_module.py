@@ -18,14 +18,14 @@ class Segmenter(L.LightningModule):
 
     def __init__(self, num_classes: int) -> None:
         super().__init__()
-        self.network = bcmfnet(num_classes)  # in training it gives (main, auxiliary) logits
-        self.criterion = SegmentationCriterion()  # a module: class weights go to the GPU with the network
+        self.network = bcmfnet(num_classes)  # In training it gives (main, auxiliary) logits.
+        self.criterion = SegmentationCriterion()  # Class weights go to the GPU with the network.
 
     def training_step(self, batch, batch_idx):
         images, labels = batch
         terms = self.criterion.terms(self.network(images), labels)
-        self.log_dict(terms)  # total, ce, bcl, cpg, aux
-        return terms["total"]  # without a log: return self.criterion(self.network(images), labels)
+        self.log_dict(terms)  # These are total, ce, bcl, cpg and aux.
+        return terms["total"]  # Without a log self.criterion(self.network(images), labels) will do.
 
     def configure_optimizers(self):
         return torch.optim.AdamW(self.parameters(), lr=1e-3)

@@ -19,7 +19,7 @@ device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 transform = Compose(
     [
         EnsureChannelFirstd("image", channel_dim=-1),
-        EnsureChannelFirstd("label", channel_dim="no_channel"),  # batches (N, 1, H, W), as MONAI's losses take them
+        EnsureChannelFirstd("label", channel_dim="no_channel"),  # MONAI's losses take (N, 1, H, W).
         NormalizeIntensityd("image", channel_wise=True),
         RandFlipd(["image", "label"], prob=0.5, spatial_axis=1),
     ]

@@ -1,4 +1,4 @@
-"""What the examples share: drawn street scenes to train on, and the check that the loss fell."""
+"""Gives the examples drawn street scenes to train on, and checks that the loss fell."""
 
 import math
 

@@ -15,7 +15,7 @@ device = "cuda" if torch.cuda.is_available() else "cpu"
 model = smp.Unet("resnet18", encoder_weights=None, classes=NUM_CLASSES).to(device).train()
 optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3)
 
-# Any loss of (logits, labels) goes in as it is, smp's too: a name for the log, a weight, the loss.
+# Any loss of (logits, labels) goes in as it is, smp's too, with a name for the log and a weight.
 lovasz = smp.losses.LovaszLoss("multiclass", ignore_index=255)
 criterion = SegmentationCriterion(extra={"lovasz": (0.5, lovasz)})
 

@@ -19,12 +19,12 @@ transform = v2.Compose(
     [
         v2.ToImage(),
         v2.RandomHorizontalFlip(),
-        v2.ToDtype({tv_tensors.Image: torch.float32, "others": None}, scale=True),  # labels stay uint8
+        v2.ToDtype({tv_tensors.Image: torch.float32, "others": None}, scale=True),  # Labels stay uint8.
         v2.Normalize(MEAN, STD),
     ]
 )
 samples = [transform(image, tv_tensors.Mask(label)) for image, label in pictures()]
-criterion = SegmentationCriterion(aux_weight=0.5)  # the weight of the auxiliary head in torchvision's references
+criterion = SegmentationCriterion(aux_weight=0.5)  # It is 0.5 in torchvision's references.
 
 random = {"weights": None, "weights_backbone": None, "num_classes": NUM_CLASSES}
 for network in (deeplabv3_mobilenet_v3_large(aux_loss=True, **random), lraspp_mobilenet_v3_large(**random)):
@@ -33,7 +33,7 @@ for network in (deeplabv3_mobilenet_v3_large(aux_loss=True, **random), lraspp_mo
     losses = []
     for images, labels in DataLoader(samples, BATCH, shuffle=True):
         images, labels = images.to(device), labels.to(device)
-        loss = criterion(model(images), labels)  # of {"out", "aux"}; LRASPP's: {"out"}
+        loss = criterion(model(images), labels)  # DeepLabV3 gives {"out", "aux"}, LRASPP {"out"}.
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()

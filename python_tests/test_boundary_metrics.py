@@ -55,7 +55,7 @@ def updated(metric: Counts, prediction: Tensor, target: Tensor) -> Counts:
 
 
 # --------------------------------------------------------------------------------------------------------------------
-# The definitions (spec section 10), mask by mask
+# The definitions (docs/definitions.md, "Metrics"), mask by mask
 
 
 def neighbours(mask: np.ndarray, reach: int, square: bool) -> np.ndarray:

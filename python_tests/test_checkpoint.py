@@ -20,13 +20,12 @@ from bcmf_ext.checkpoint import (
     PROGRESS,
     RECORD,
     VERSION,
-    Damaged,
     load_checkpoint,
     save_checkpoint,
     what_is_wrong,
 )
 from bcmf_ext.config import make_config
-from bcmf_ext.errors import UserError
+from bcmf_ext.errors import Damaged, FileError, UserError
 
 CONTENT: dict[str, Any] = {
     "version": VERSION,
@@ -108,7 +107,7 @@ def test_not_a_checkpoint(tmp_path: Path) -> None:
     """Each kind of wrong file gets its own sentence, with its path."""
     good, path = tmp_path / "good.pt", tmp_path / "a file.pt"
     save_checkpoint(good, CONTENT)
-    with pytest.raises(Damaged, match=r"There is no checkpoint .*a file\.pt"):
+    with pytest.raises(FileError, match=r"There is no checkpoint .*a file\.pt"):
         load_checkpoint(path)
     for damaged in (b"", b"no checkpoint at all", b"a\nb\nc\n", b"hello", good.read_bytes()[:-100]):
         path.write_bytes(damaged)
@@ -116,7 +115,7 @@ def test_not_a_checkpoint(tmp_path: Path) -> None:
             load_checkpoint(path)
     for other in ({"state_dict": {}}, [1, 2]):
         torch.save(other, path)
-        with pytest.raises(UserError, match="--pretrained"):
+        with pytest.raises(UserError, match="`pretrained`"):
             load_checkpoint(path)
     torch.save({**CONTENT, "version": checkpoint.VERSION + 1}, path)
     with pytest.raises(UserError, match="newer"):

@@ -167,7 +167,7 @@ def test_cityscapes_test_has_no_labels(cityscapes: Path) -> None:
 def test_cityscapes_root_from_the_environment(cityscapes: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """$CITYSCAPES_DATASET serves where no root is given, as with the official tools; a given root wins."""
     monkeypatch.delenv("CITYSCAPES_DATASET", raising=False)
-    sentence(lambda: open_dataset("cityscapes", None, "val"), "--data-root", "CITYSCAPES_DATASET")
+    sentence(lambda: open_dataset("cityscapes", None, "val"), "`root=DIR`", "CITYSCAPES_DATASET")
     monkeypatch.setenv("CITYSCAPES_DATASET", str(cityscapes))
     assert len(open_dataset("cityscapes", None, "val")) == 1
     monkeypatch.setenv("CITYSCAPES_DATASET", "/nowhere")
@@ -272,7 +272,7 @@ def test_reduce_zero_label(folder: Path) -> None:
     write(folder / "labels/val/c.png", ids(0, 1, 3, 255))
     val = open_dataset("folder", folder, "val", reduce_zero_label=True)
     assert (val.label(0) == ids(255, 0, 2, 255)).all()
-    sentence(lambda: open_dataset("demo", None, "val", reduce_zero_label=True), "--reduce-zero-label")
+    sentence(lambda: open_dataset("demo", None, "val", reduce_zero_label=True), "takes no `reduce_zero_label`")
 
 
 def test_palette_is_distinct_for_any_count() -> None:
@@ -317,7 +317,7 @@ def test_images_of_any_mode_become_rgb(folder: Path) -> None:
     ("pixels", "classes", "needles"),
     [
         (photo(), 3, ["colour picture (mode RGB)"]),
-        (ids(0, 3), 3, ["3 (120 px)", "3 classes", "--reduce-zero-label"]),
+        (ids(0, 3), 3, ["3 (120 px)", "3 classes", "`reduce_zero_label=True`"]),
         (ids(0, 4, 5), 3, ["4 (80 px), 5 (80 px)", "may lack a line"]),
         (ids(7, 26, 33), 19, ["26 (80 px), 33 (80 px)", "Cityscapes label ids"]),
         (np.arange(240, dtype=np.uint8).reshape(SIZE), 3, ["3 (1 px), 4 (1 px), 5 (1 px), 6 (1 px) …", "grey picture"]),
@@ -472,7 +472,7 @@ def test_links_that_lead_upwards_end(tmp_path: Path) -> None:
 def test_wrong_roots_and_splits(name: str, tmp_path: Path) -> None:
     """No root, a root that is not there, an empty one, a file, and a split of another name: a sentence each."""
     if name == "demo":
-        sentence(lambda: open_dataset(name, tmp_path, "train"), "--data-root")
+        sentence(lambda: open_dataset(name, tmp_path, "train"), "`root`")
         sentence(lambda: open_dataset(name, None, "test"), "'test'", "train, val")
         return
     (tmp_path / "file").touch()
@@ -481,7 +481,19 @@ def test_wrong_roots_and_splits(name: str, tmp_path: Path) -> None:
     sentence(lambda: open_dataset(name, tmp_path, "train"), str(tmp_path), "does not exist")
     sentence(lambda: open_dataset(name, tmp_path, "trian"), "'trian'", "train, val, test")
     if name != "cityscapes":
-        sentence(lambda: open_dataset(name, None, "train"), "--data-root")
+        sentence(lambda: open_dataset(name, None, "train"), "`root=DIR`")
+
+
+@pytest.mark.parametrize("name", DATASETS)
+def test_every_dataset_speaks_for_itself(name: str) -> None:
+    """Protects those who add a data set: what the trainer and the commands ask for, each entry of DATASETS says."""
+    dataset = DATASETS[name]
+    assert dataset.name == name
+    assert dataset.recipe.batch_size >= 2
+    assert {"train", "val"} <= set(dataset.splits) <= {"train", "val", "test"}
+    if dataset.submission is not None:
+        assert dataset.submission.ids.shape == (256,)
+        assert dataset.submission.ids.dtype == np.uint8
 
 
 def test_unknown_dataset() -> None:
@@ -796,7 +808,7 @@ def test_ignore_label(folder: Path) -> None:
         label = ids(0, 2, 3, 255).astype(np.uint16)
         label[label == 3] = void
         write(path, label)
-        sentence(open_dataset("folder", folder, "val").check, str(path), f"--ignore-label {void}")
+        sentence(open_dataset("folder", folder, "val").check, str(path), f"`ignore_label={void}`")
         val = open_dataset("folder", folder, "val", ignore_label=void)
         assert np.array_equal(val.label(0), ids(0, 2, 255, 255))
         assert f"{min(void, 255)} and {max(void, 255)} ignored" in val.protocol
@@ -807,12 +819,12 @@ def test_ignore_label(folder: Path) -> None:
     assert np.array_equal(val.label(0), ids(0, 255, 1, 255))
     assert val.ids.tolist() == [0, 2]
     (folder / "classes.txt").write_text("ground\nwall\n")
-    sentence(lambda: open_dataset("folder", folder, "val", ignore_label=1), "--ignore-label 1", "one of the two")
-    sentence(lambda: open_dataset("demo", None, "val", ignore_label=1), "--ignore-label is for --dataset folder")
+    sentence(lambda: open_dataset("folder", folder, "val", ignore_label=1), "`ignore_label=1`", "one of the two")
+    sentence(lambda: open_dataset("demo", None, "val", ignore_label=1), "demo takes no `ignore_label`")
 
 
 def test_binary_masks(folder: Path) -> None:
-    """With two classes, masks of 0 and 255 are asked about, also when scoring, and the flags in that sentence read
+    """With two classes, masks of 0 and 255 are asked about, also when scoring, and the options in that sentence read
     them; masks of one bit, and of 0 and 1, need none."""
     (folder / "classes.txt").write_text("ground\nwall\n")
     keys = ("train/a", "train/sub/b", "val/c")
@@ -822,8 +834,8 @@ def test_binary_masks(folder: Path) -> None:
         sentence(
             lambda split=split: open_dataset("folder", folder, split),
             "only 0 and 255",
-            "--binary-masks",
-            "--ignore-label 255",
+            "`binary_masks=True`",
+            "`ignore_label=255`",
         )
     assert np.array_equal(open_dataset("folder", folder, "val", ignore_label=255).label(0), ids(0, 255))
     train = open_dataset("folder", folder, "train", binary_masks=True)
@@ -834,7 +846,7 @@ def test_binary_masks(folder: Path) -> None:
     for options in ({"reduce_zero_label": True}, {"ignore_label": 255}):
         sentence(
             lambda options=options: open_dataset("folder", folder, "val", binary_masks=True, **options),
-            "--binary-masks",
+            "`binary_masks`",
         )
     for content in (
         png(ids(0, 1)[..., None], "grey", 1),
@@ -905,7 +917,7 @@ def test_names_with_numbers_and_commas(tmp_path: Path, names: str) -> None:
 @pytest.mark.parametrize(
     ("text", "needles"),
     [
-        ("1 road\n2 car", ["line 1 is '1 road'", "'0 road'", "--reduce-zero-label"]),
+        ("1 road\n2 car", ["line 1 is '1 road'", "'0 road'", "`reduce_zero_label=True`"]),
         ("7: road\n8: car", ["line 1 is '7: road'", "'0 road'"]),
         ("0 road\n2 car 1 2 3", ["line 2", "'1 car 1 2 3'"]),
         ("-1 void\n0 road\n1 car", ["line 1", "take the line out"]),
@@ -941,8 +953,8 @@ def test_names_with_numbers_and_commas(tmp_path: Path, names: str) -> None:
         ("a -> 1\nb -> 2", ["'0 a'"]),
         ("0-10 a\n11-20 b", ["line 1", "not a range"]),
         ("0 - 10 a\n11 - 20 b", ["line 1", "not a range"]),
-        ("01 a\n02 b", ["'0 a'", "--reduce-zero-label"]),
-        ("01_a\n02_b", ["'0 a'", "--reduce-zero-label"]),
+        ("01 a\n02 b", ["'0 a'", "`reduce_zero_label=True`"]),
+        ("01_a\n02_b", ["'0 a'", "`reduce_zero_label=True`"]),
         ("#1 a\n#2 b", ["all its lines begin with #"]),
         ("name,b,g,r\na,1,2,3\nb,4,5,6", ["line 1", "red, green, blue"]),
         ("class bgr\na 1 2 3\nb 4 5 6", ["line 1", "red, green, blue"]),
@@ -973,7 +985,7 @@ def test_every_form_of_an_id(tmp_path: Path, form: str) -> None:
     path.write_text("\n".join(form.format(i, name) for i, name in enumerate(("road", "car", "sky"))), encoding="utf-8")
     assert read_classes(path, 0) == (("road", "car", "sky"), {})
     path.write_text("\n".join(form.format(i, name) for i, name in enumerate(("road", "car"), 1)), encoding="utf-8")
-    sentence(lambda: read_classes(path, 0), "line 1", "'0 road'", "--reduce-zero-label")
+    sentence(lambda: read_classes(path, 0), "line 1", "'0 road'", "`reduce_zero_label=True`")
     assert read_classes(path, 1) == (("road", "car"), {})
 
 
@@ -1019,7 +1031,7 @@ def test_lines_end_where_editors_end_them(tmp_path: Path) -> None:
 
 
 def test_classes_txt_from_1_on(folder: Path) -> None:
-    """With --reduce-zero-label the first line is that of id 1, with its number or without."""
+    """With reduce_zero_label the first line is that of id 1, with its number or without."""
     (folder / "classes.txt").write_text("1 ground\n2 wall\n3 sky\n")
     assert open_dataset("folder", folder, "val", reduce_zero_label=True).classes == ("ground", "wall", "sky")
     (folder / "classes.txt").write_text("0 ground\n1 wall\n2 sky\n")
@@ -1216,8 +1228,8 @@ def test_a_size_that_an_orientation_explains(folder: Path) -> None:
 @pytest.mark.parametrize(
     ("name", "needle"),
     [
-        ("c_mask.png", "c_mask.png lies there: --label-suffix=_mask"),
-        ("c_my mask.tif", "--label-suffix='_my mask'"),
+        ("c_mask.png", "c_mask.png lies there: `label_suffix='_mask'`"),
+        ("c_my mask.tif", "`label_suffix='_my mask'`"),
         ("c.jpg", "c.jpg lies there, but labels are files that keep every id"),
         ("c.webp", "c.webp lies there"),
         ("sub/c.png", "sub/c.png lies there"),

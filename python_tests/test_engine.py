@@ -106,7 +106,7 @@ def test_compute_normalises_and_autocasts() -> None:
 def test_devices_and_types() -> None:
     """A device that is not there is a sentence; `--amp` is obeyed, and auto says why."""
     for name in ("nonsense", "cuda:99"):
-        with pytest.raises(UserError, match=f"--device {name} cannot be used"):
+        with pytest.raises(UserError, match=f"`device='{name}'` cannot be used"):
             choose_device(name)
     assert choose_device("cpu") == CPU
     assert choose_dtype("fp16", CPU) == (torch.float16, "as asked")

@@ -22,7 +22,7 @@ from PIL import Image
 
 from bcmf_ext import evaluate, export, predict
 from bcmf_ext.checkpoint import VERSION, save_checkpoint
-from bcmf_ext.config import NETWORKS, make_config
+from bcmf_ext.config import make_config
 from bcmf_ext.data import MEAN, STD, open_dataset
 from bcmf_ext.data.cityscapes import CLASSES as CITYSCAPES_CLASSES
 from bcmf_ext.data.cityscapes import PALETTE as CITYSCAPES_PALETTE
@@ -31,6 +31,7 @@ from bcmf_ext.errors import UserError, run_command
 from bcmf_ext.files import mark_of
 from bcmf_ext.inference import Predictor
 from bcmf_ext.metrics import BoundaryFScore, BoundaryIoU, ConfusionMatrix, TrimapIoU
+from bcmf_ext.models import NETWORKS
 from bcmf_ext.report import metrics_record, save_png
 
 PALETTE = np.array([(128, 0, 0), (0, 128, 0), (0, 0, 200)], np.uint8)
@@ -297,7 +298,7 @@ def test_predict_for_cityscapes(tmp_path: Path, capsys: pytest.CaptureFixture[st
     Image.fromarray(image).save(single)
     with pytest.raises(UserError, match="is not named <city>_<sequence>_<frame>_leftImg8bit"):
         predict.main([*flags, str(single)])
-    with pytest.raises(UserError, match="takes a network of the 19 Cityscapes classes"):
+    with pytest.raises(UserError, match="takes a network of the 19 classes of cityscapes"):
         predict.main(["--checkpoint", str(write_checkpoint(tmp_path / "other")), *flags[2:], str(single)])
 
 
@@ -516,7 +517,7 @@ def test_what_cannot_be_predicted(tmp_path: Path, root: Path) -> None:
     for arguments, message in (
         ([tmp_path / "none.png"], r"no image or folder .*none\.png"),
         ([tmp_path / "empty"], "empty holds no images"),
-        ([tmp_path / "text.png"], r"1 of 1 images had to be left out, such as .*text\.png"),
+        ([tmp_path / "text.png"], r"1 of 1 image had to be left out, such as .*text\.png"),
         ([first, second], "would both be written as val0"),
     ):
         flags = ["--checkpoint", checkpoint, "--output", str(tmp_path / "out"), "--device", "cpu"]

@@ -17,10 +17,10 @@ from harness.tiny import TinyNet
 from test_inference import picture, trained, write_run
 
 from bcmf_ext import export
-from bcmf_ext.config import NETWORKS
 from bcmf_ext.errors import UserError
 from bcmf_ext.files import mark_of
 from bcmf_ext.inference import Predictor
+from bcmf_ext.models import NETWORKS
 
 needs_onnx = pytest.mark.skipif(
     not all(map(importlib.util.find_spec, ("onnx", "onnxscript", "onnxruntime"))), reason="pip install '.[export]'"

@@ -173,14 +173,14 @@ def test_only_our_own_files_are_replaced(tmp_path: Path) -> None:
     """A file of the same command may go; another command's, a user's, a folder and a broken link may not."""
     ours = tmp_path / "ours.png"
     save_png(ours, np.zeros((4, 5), np.uint8), "bcmf_ext.predict")
-    check_replaceable([ours, tmp_path / "none.png"], "bcmf_ext.predict", "--output")
+    check_replaceable([ours, tmp_path / "none.png"], "bcmf_ext.predict", "output")
     with pytest.raises(UserError, match=r"ours\.png is there already, without a mark of python -m bcmf_ext\.evaluate"):
-        check_replaceable([ours], "bcmf_ext.evaluate", "--output")
+        check_replaceable([ours], "bcmf_ext.evaluate", "output")
     (tmp_path / "theirs.png").write_bytes(b"theirs")
     (tmp_path / "folder.png").mkdir()
     (tmp_path / "link.png").symlink_to(tmp_path / "nowhere")
     for name in ("theirs", "folder", "link"):
         with pytest.raises(
-            UserError, match=rf"{name}\.png \(and 1 more\) is there already, .*another --output.*--overwrite"
+            UserError, match=rf"{name}\.png \(and 1 more\) is there already, .*another `output`.*`overwrite=True`"
         ):
-            check_replaceable([ours, *[tmp_path / f"{name}.png"] * 2], "bcmf_ext.predict", "--output")
+            check_replaceable([ours, *[tmp_path / f"{name}.png"] * 2], "bcmf_ext.predict", "output")

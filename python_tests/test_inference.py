@@ -17,10 +17,11 @@ from PIL import Image
 from torch import Tensor, nn
 
 from bcmf_ext.checkpoint import VERSION, save_checkpoint
-from bcmf_ext.config import NETWORKS, make_config
+from bcmf_ext.config import make_config
 from bcmf_ext.data import MEAN, STD, normalise
 from bcmf_ext.errors import UserError
 from bcmf_ext.inference import Captured, Graphs, InferenceNetwork, Predictor, fold_batch_norms
+from bcmf_ext.models import NETWORKS
 
 networks = pytest.mark.parametrize("name", NETWORKS)
 
@@ -94,8 +95,8 @@ def test_half_precision(tmp_path: Path, name: str) -> None:
     assert (half.labels(images) == exact.labels(images)).double().mean() > 0.95
 
 
-@networks
-def test_norms_are_folded(name: str) -> None:
+@pytest.mark.parametrize(("name", "in_context"), [("bcmfnet", 10), ("ddrnet_s", 11)])
+def test_norms_are_folded(name: str, in_context: int) -> None:
     """Protects speed: only those norms remain that no convolution directly precedes, and the auxiliary head is gone."""
     network = trained(name)
     before = sum(isinstance(module, nn.BatchNorm2d) for module in network.modules())
@@ -103,9 +104,9 @@ def test_norms_are_folded(name: str) -> None:
     left = [n for n, module in fast.network.named_modules() if isinstance(module, nn.BatchNorm2d)]
     context = [n for n in left if n.startswith("spp.")]
     assert [n for n in left if n not in context] == ["final_layer.bn1"]
-    assert len(context) == {"bcmfnet": 10, "ddrnet_s": 11}[name]
+    assert len(context) == in_context
     assert before - len(left) == 43 + 2  # of the auxiliary head
-    assert fast.network.seghead_extra is None
+    assert fast.network.auxiliary_head is None
     assert all(conv.bias is not None for conv in fast.network.layer1.modules() if isinstance(conv, nn.Conv2d))
 
 

@@ -14,8 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
-from bcmf_ext.errors import UserError
-from bcmf_ext.models import DDRNet, bcmfnet, ddrnet_s
+from bcmf_ext.models import NETWORKS, DDRNet, bcmfnet, ddrnet_s
 
 MODELS = pytest.mark.parametrize("build", [ddrnet_s, bcmfnet])
 KEYS = Path(__file__).resolve().parents[2] / "shared" / "data" / "ddrnet23s_keys.txt"
@@ -45,7 +44,7 @@ def images(*size: int) -> Tensor:
     ],
 )
 def test_parameters(build: Any, aux_head: bool, parameters: int) -> None:
-    """The networks have exactly the published number of parameters at 19 classes (spec section 7)."""
+    """The networks have exactly the published number of parameters at 19 classes (docs/definitions.md)."""
     with torch.device("meta"):
         model = build(aux_head=aux_head)
     assert sum(p.numel() for p in model.parameters()) == parameters
@@ -77,6 +76,32 @@ def test_bcmfnet_differs_from_ddrnet_in_the_context_module_alone() -> None:
     ]
     assert shapes[0] == shapes[1]
     assert not any(name.startswith("seghead_extra") for name in shapes[0])
+
+
+@pytest.mark.parametrize("name", NETWORKS)
+def test_every_network_keeps_the_protocol(name: str) -> None:
+    """Protects those who add a network: whatever the trainer, checkpoints and the Predictor ask for (`Network`), each
+    entry of NETWORKS offers, without or with its auxiliary head, which no main logit depends on."""
+    network = NETWORKS[name](5, aux_head=True, impl="torch")
+    assert isinstance(network, nn.Module)
+    outputs, head = network.train()(images(2, 3, 65, 100)), network.auxiliary_head
+    assert isinstance(outputs, tuple) == (head is not None)
+    main = outputs[0] if isinstance(outputs, tuple) else outputs
+    assert all(logits.shape[:2] == (2, 5) for logits in ((main, outputs[1]) if head is not None else (main,)))
+    auxiliary = {id(parameter) for parameter in head.parameters()} if head is not None else set()
+    everything = {id(parameter) for parameter in network.parameters()}
+    expected = network.eval()(images(2, 3, 65, 100))
+    assert expected.shape == main.shape
+    network.drop_auxiliary_head()
+    assert network.auxiliary_head is None
+    assert {id(parameter) for parameter in network.parameters()} == everything - auxiliary
+    assert torch.equal(network(images(2, 3, 65, 100)), expected)
+    assert isinstance(network.train()(images(2, 3, 65, 100)), Tensor)
+    assert NETWORKS[name](5, aux_head=False, impl="torch").state_dict().keys() == network.state_dict().keys()
+    for module in network.modules():
+        for convolution, norm in getattr(module, "norm_after", {}).items():
+            assert isinstance(getattr(module, convolution), nn.Conv2d)
+            assert isinstance(getattr(module, norm), nn.BatchNorm2d)
 
 
 # Wiring
@@ -236,7 +261,7 @@ def test_compiles_in_one_graph(net: DDRNet) -> None:
     reference = copy.deepcopy(model)
     x = images(2, 3, 64, 64)
     torch.testing.assert_close(compiled(x), reference(x))
-    with pytest.raises(UserError, match="at least two images"):
+    with pytest.raises(ValueError, match="at least two images"):
         torch.compile(model, backend="eager")(x[:1])
     torch.compiler.reset()
 
@@ -266,7 +291,7 @@ def test_exports_with_dynamic_sizes(net: DDRNet) -> None:
 )
 def test_wrong_images(net: DDRNet, wrong: Tensor, match: str) -> None:
     """Images of another shape or dtype are refused in a sentence that says what to do."""
-    with pytest.raises(UserError, match=match):
+    with pytest.raises(TypeError if wrong.dtype == torch.uint8 else ValueError, match=match):
         net.eval()(wrong)
 
 
@@ -275,7 +300,7 @@ def test_training_with_one_image(build: Any) -> None:
     """The global pool leaves batch norm one value per channel, and PyTorch's traceback tells nobody so: a sentence,
     before any statistics change. In eval mode one image is what everyone uses."""
     model = build(3).train()
-    with pytest.raises(UserError, match="at least two images per device"):
+    with pytest.raises(ValueError, match="at least two images per device"):
         model(images(1, 3, 64, 64))
     assert model.conv1[1].num_batches_tracked == 0
     assert model.eval()(images(1, 3, 64, 64)).shape == (1, 3, 8, 8)
@@ -301,5 +326,5 @@ def test_one_image_with_synchronised_batch_norm(
     monkeypatch.setattr(dist, "get_world_size", lambda group: world_size)
     model = nn.SyncBatchNorm.convert_sync_batchnorm(bcmfnet(3)).train()
     assert isinstance(model.spp.scale4[1], nn.SyncBatchNorm)
-    with contextlib.nullcontext() if copes else pytest.raises(UserError, match="at least two images"):
+    with contextlib.nullcontext() if copes else pytest.raises(ValueError, match="at least two images"):
         model._check(images(1, 3, 64, 64))

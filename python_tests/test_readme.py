@@ -6,6 +6,7 @@ import importlib
 import importlib.util
 import re
 import shlex
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -14,7 +15,8 @@ import torch
 from harness.tiny import TinyNet, one_thread, write_folder  # noqa: F401
 from PIL import Image
 
-from bcmf_ext.config import NETWORKS, RECIPES
+from bcmf_ext.data import DATASETS
+from bcmf_ext.models import NETWORKS
 
 README = Path(__file__).parents[1] / "README.md"
 COMMAND = re.compile(r"python -m bcmf_ext\.(\w+)((?: [^`#\n&]*)?)")
@@ -49,8 +51,8 @@ def test_every_command_twice(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) ->
     monkeypatch.chdir(tmp_path)
     for name in NETWORKS:
         monkeypatch.setitem(NETWORKS, name, TinyNet)
-    for name, recipe in RECIPES.items():
-        monkeypatch.setitem(RECIPES, name, recipe | {"epochs": 1, "batch_size": 2, "crop_size": (64, 64)})
+    for dataset in DATASETS.values():
+        monkeypatch.setattr(dataset, "recipe", replace(dataset.recipe, epochs=1, batch_size=2, crop_size=(64, 64)))
     write_camvid(Path("CamVid"))
     for name in ("cityscapes", "DIR"):
         write_cityscapes(Path(name))

@@ -12,6 +12,8 @@ from matplotlib.figure import Figure
 from PIL import Image
 
 from bcmf_ext import report
+from bcmf_ext.data import DATASETS
+from bcmf_ext.data.classes import palette_for
 from bcmf_ext.metrics import BoundaryFScore, ConfusionMatrix, TrimapIoU
 from bcmf_ext.report import (
     IGNORED_COLOUR,
@@ -98,16 +100,27 @@ def test_metrics_table() -> None:
 
 
 def test_colours() -> None:
-    """Classes get their colour, ignored pixels black; errors are red, but not where the truth is ignored."""
+    """Classes get their colour, ignored pixels black; errors are marked, but not where the truth is ignored."""
     colours = colourise(LABEL, PALETTE)
     assert colours[0, 0].tolist() == [10, 20, 30]
     assert tuple(colours[0, 2]) == IGNORED_COLOUR
     image = np.full((2, 3, 3), 100, np.uint8)
     errors = error_map(image, LABEL, PREDICTION)
-    red = (errors == WRONG_COLOUR).all(2)
-    assert red.tolist() == [[False, True, False], [False, False, False]]
+    marked = (errors == WRONG_COLOUR).all(2)
+    assert marked.tolist() == [[False, True, False], [False, False, False]]
     assert tuple(errors[0, 2]) == IGNORED_COLOUR
     assert blend(image, colours, 0.5)[0, 0].tolist() == [55, 60, 65]
+
+
+@pytest.mark.parametrize(
+    "palette", [*(DATASETS[name].palette for name in ("demo", "cityscapes", "camvid")), palette_for(254)]
+)
+def test_no_class_looks_like_an_error(palette: np.ndarray) -> None:
+    """Protects pictures of errors from a class of nearly the colour that marks what is wrong: no palette of ours has
+    one, nor has the darkened image under the mark."""
+    assert np.linalg.norm(palette.astype(float) - WRONG_COLOUR, axis=1).min() > 80
+    image, label = np.full((1, 1, 3), 255, np.uint8), np.zeros((1, 1), np.uint8)
+    assert error_map(image, label, label).max() < 160
 
 
 def test_palette_png(tmp_path: Path) -> None:
@@ -154,6 +167,20 @@ def test_curves(tmp_path: Path) -> None:
     pictures = [np.array(Image.open(tmp_path / name).convert("L")) for name in ("none.png", "curves.png")]
     assert pictures[0].shape == pictures[1].shape
     assert all((picture < 128).any() for picture in pictures)
+
+
+def test_legends_lie_beside_the_curves(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Protects curves from being covered: no legend overlaps its axes, for many terms and long names either, and all of
+    each is on the picture."""
+    figures: list[Figure] = []
+    monkeypatch.setattr(report, "Figure", lambda *a, **k: figures.append(Figure(*a, **k)) or figures[-1])
+    loss = {"total": 3.0, **{f"a rather long name {i}": 1.0 for i in range(8)}}
+    draw_curves(tmp_path / "curves.png", [{"epoch": 1, "loss": loss, "miou": 0.5}])
+    for axes in figures[0].axes:
+        legend = axes.get_legend().get_window_extent()
+        assert not legend.overlaps(axes.get_window_extent())
+        assert figures[0].bbox.contains(legend.x1, legend.y0)
+        assert figures[0].bbox.contains(legend.x0, legend.y1)
 
 
 def test_curves_of_negative_losses(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -112,14 +112,14 @@ def test_new_runs_never_overwrite(tmp_path: Path) -> None:
     (tmp_path / "mine" / "notes.txt").touch()
     (tmp_path / "file").touch()
     for name in ("demo-bcmfnet", "mine", "file"):
-        with pytest.raises(UserError, match=rf"{name} exists already: .*--name.*--resume"):
+        with pytest.raises(UserError, match=rf"{name} exists already: .*`name`.*`resume`"):
             begin(tmp_path, name)
     (tmp_path / "other").mkdir()
     (tmp_path / "other" / ".lock").write_text("of another program")
     with pytest.raises(UserError, match="other exists already"):
         begin(tmp_path, "other")
     assert (tmp_path / "other" / ".lock").read_text() == "of another program"
-    with pytest.raises(UserError, match=r"cannot be made .*--output-dir"):
+    with pytest.raises(UserError, match=r"cannot be made .*`output_dir`"):
         begin(tmp_path / "file")
     assert os.listdir(tmp_path / "mine") == ["notes.txt"]
 
@@ -198,7 +198,7 @@ def test_two_generations(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> 
     run.close()
     older.write_bytes(damaged)
     last.write_bytes(damaged)
-    with pytest.raises(UserError, match=r"last\.pt is damaged, .*; and .*last-1\.pt is damaged, .*--pretrained .*best"):
+    with pytest.raises(UserError, match=r"last\.pt is damaged, .*; and .*last-1\.pt is damaged, .*`pretrained=.*best"):
         resume_run(str(tmp_path / "x"), str(tmp_path), None, None)
     older.unlink()
     with pytest.raises(UserError, match=r"last\.pt is damaged"):

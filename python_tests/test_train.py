@@ -22,14 +22,15 @@ from harness.tiny import CLASSES, STEPS, TinyNet, one_thread, write_folder  # no
 from PIL import Image
 from torch import Tensor
 
-from bcmf_ext import BCL, CPG, OHEM, dispatch, engine, evaluate, predict, train
-from bcmf_ext.config import NETWORKS, parse_flags
+from bcmf_ext import BCL, CPG, OHEM, dispatch, engine, evaluate, predict, report, train
+from bcmf_ext.config import parse_flags
 from bcmf_ext.data import Augmentation, open_dataset
 from bcmf_ext.engine import Compute, lr_factor
 from bcmf_ext.errors import UserError, run_command
 from bcmf_ext.inference import Predictor
 from bcmf_ext.losses.criterion import SegmentationCriterion
 from bcmf_ext.metrics import ConfusionMatrix
+from bcmf_ext.models import NETWORKS
 
 TIMINGS = ("seconds", "images_per_second")
 
@@ -106,7 +107,7 @@ def in_background(flags: list[str], **options: Any) -> subprocess.Popen[str]:
     """The command, with the tiny network."""
     program = (
         "import sys, torch; sys.path.insert(0, sys.argv.pop(1)); torch.set_num_threads(1)\n"
-        "from harness.tiny import TinyNet; from bcmf_ext import train; from bcmf_ext.config import NETWORKS\n"
+        "from harness.tiny import TinyNet; from bcmf_ext import train; from bcmf_ext.models import NETWORKS\n"
         "NETWORKS['bcmfnet'] = TinyNet\n"
         "train.run_command(train.main)"
     )
@@ -155,7 +156,7 @@ def test_loss_warmup_and_gradient_shares(
     assert first.keys() == {"ce", "cpg"}
     assert second is None
     train.main([*flags, "--epochs", "1", "--name", "z", "--bcl", "0", "--cpg", "0", "--loss-warmup", "5"])
-    assert "; --loss-warmup changes nothing without BCL and CPG\n" in capsys.readouterr().out
+    assert "; without BCL and CPG no loss has to warm up\n" in capsys.readouterr().out
     assert "grad_share" not in log(run.with_name("z"))[0]
     with pytest.raises(UserError, match="--loss-warmup is -1, but must be at least 0"):
         train.main([*flags, "--loss-warmup", "-1"])
@@ -540,7 +541,8 @@ def test_a_killed_loading_process(epoch: int, flags: list[str], run: Path, tmp_p
     said = process.communicate(timeout=60)[1]
     assert process.returncode == 2, said
     assert re.search(
-        r"^error: A process that loads data died \(.*\), .* --resume '.*' and fewer --workers than 2\.$", said
+        r"^error: A process that loads data died \(.*\), .* fewer --workers; .* --resume '.*' when that is mended\.$",
+        said,
     )
     saved = load(run / "last.pt")
     assert (saved["epoch"], saved["scheduler"]["last_epoch"]) == (len(log(run)), saved["epoch"] * STEPS + saved["step"])
@@ -568,7 +570,7 @@ def test_no_picture_ends_a_run(
         raise MemoryError
 
     for drawing in ("draw_curves", "draw_sample"):
-        monkeypatch.setattr(train, drawing, fail)
+        monkeypatch.setattr(report, drawing, fail)
     train.main([*flags, "--name", "y", "--epochs", "2"])
     said = capsys.readouterr().err
     assert "warning: curves.png could not be drawn (MemoryError); the run goes on." in said

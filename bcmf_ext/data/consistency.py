@@ -1,4 +1,4 @@
-"""Label files compared with one another: what each of them says may be right alone and contradict the others.
+"""Compares label files with one another: what each of them says may be right alone and contradict the others.
 
 They are compared when the folder is opened, most of them by their headers alone (see `pictures.label_coding`), so that
 scoring is as safe as training.
@@ -14,12 +14,12 @@ import numpy as np
 from ..errors import UserError
 from .pictures import read_label
 
-Coding = tuple[int, bytes | None]  # bits per sample, RGB values of the palette
+Coding = tuple[int, bytes | None]  # These are the bits per sample, and the RGB values of the palette.
 Colour = tuple[int, ...]
 
 
 def check_same_depth(codings: Mapping[Path, Coding]) -> None:
-    """`UserError` if grey labels of less than 8 bits lie among others of 8 and hold more than 0.
+    """Raises `UserError` if grey labels of less than 8 bits lie among others of 8 and hold more than 0.
 
     White of a 1-bit picture may be id 1, or 255 if a tool has shrunk it from 8 bits (PNG optimisers and ImageMagick
     do); where all labels have so few bits, they were painted so.
@@ -38,7 +38,7 @@ def check_same_depth(codings: Mapping[Path, Coding]) -> None:
 
 
 def check_same_palettes(codings: Mapping[Path, Coding]) -> None:
-    """`UserError` if labels with palettes show an id in different colours, or different ids in the same colour.
+    """Raises `UserError` if labels with palettes show an id in different colours, or different ids in the same colour.
 
     Tools that make a palette of the colours in each picture give a class another index in every file.
     """
@@ -47,7 +47,7 @@ def check_same_palettes(codings: Mapping[Path, Coding]) -> None:
         if palette is not None:
             files.setdefault(palette, []).append(path)
     longest = max(files, key=len, default=b"")
-    if all(longest.startswith(palette) for palette in files):  # also those that end with the last index in use
+    if all(longest.startswith(palette) for palette in files):  # Some tools end a palette with the last index in use.
         return
     colour_of: dict[int, tuple[Colour, Path]] = {}
     index_of: dict[Colour, tuple[int, Path]] = {}

@@ -18,10 +18,10 @@ from pathlib import Path
 
 import numpy as np
 
-from ..errors import UserError
+from ..errors import UserError, counted
 from .classes import MAX_CLASSES, palette_for, read_classes
 from .consistency import check_same_depth, check_same_palettes, masks_of_255
-from .dataset import IGNORE_INDEX, FileDataset
+from .dataset import IGNORE_INDEX, FileDataset, Recipe
 from .listing import Files, find_files, find_images, match_files
 from .pictures import IMAGE_ENDINGS, LABEL_ENDINGS, label_coding, read_label
 from .splits import SPLITS, check_no_splits, find_split_folder, names_of_split_folders
@@ -44,6 +44,14 @@ class Folder(FileDataset):
     """
 
     name = "folder"
+    # Images may have any size: a crop that fits most (smaller ones are padded), and a rate between the others'.
+    recipe = Recipe(crop_size=(512, 512), scale_range=(0.5, 2.0), batch_size=8, epochs=200, lr=0.02)
+    splits = SPLITS
+    layout = "images/, labels/ and classes.txt"
+    options = ("reduce_zero_label", "ignore_label", "binary_masks", "label_suffix")
+
+    _advice_on_ignored = "; a mask of 0 and 255 needs two names in classes.txt and `binary_masks=True`, or 0 and 1"
+    _advice_on_greys = ", or give the classes those colours in classes.txt if the indices are right"
 
     def __init__(
         self,
@@ -55,13 +63,10 @@ class Folder(FileDataset):
         binary_masks: bool = False,
         label_suffix: str | None = None,
     ) -> None:
-        if split not in SPLITS:
-            raise UserError(f"A folder has no split {split!r}: choose one of {', '.join(SPLITS)}.")
-        self.split, self.folders = split, (root / "images", root / "labels")
+        self._check_split(split)
+        self.split = split
         if not os.path.isdir(root / "images"):
-            raise UserError(
-                f"{root / 'images'} does not exist: the data root must hold images/, labels/ and classes.txt."
-            )
+            raise UserError(f"{root / 'images'} does not exist: the data root must hold {self.layout}.")
         endings = tuple(f"{label_suffix or ''}{ending}" for ending in LABEL_ENDINGS)
         files, about = _find_split(root, split, endings)
         first = int(reduce_zero_label)
@@ -70,7 +75,7 @@ class Folder(FileDataset):
         kept = [i for i, named in enumerate(self._named) if named != ignore_label]
         self.classes = tuple(names[i] for i in kept)
         if len(kept) < 2:
-            raise UserError(f"--ignore-label {ignore_label} leaves one of the two classes of classes.txt: add some.")
+            raise UserError(f"`ignore_label={ignore_label}` leaves one of the two classes of classes.txt: add some.")
         known = {index: colours[i] for index, i in enumerate(kept) if i in colours}
         self.palette = palette_for(len(kept))
         self.palette[list(known)] = np.array(list(known.values()), np.uint8).reshape(-1, 3)
@@ -80,7 +85,8 @@ class Folder(FileDataset):
         if binary_masks:
             _check_binary(self.classes, first, ignored)
             label_ids[255] = 1
-        super().__init__(files, label_ids | dict.fromkeys(ignored, IGNORE_INDEX), known)
+        label_ids |= dict.fromkeys(ignored, IGNORE_INDEX)
+        super().__init__(files, label_ids, known, [root / "images", root / "labels"])
         if binary_masks:
             self.ids[1] = 255
         else:
@@ -88,11 +94,13 @@ class Folder(FileDataset):
         self._check_labels(root, endings, decided=binary_masks or ignore_label is not None or reduce_zero_label)
         ids = " and ".join(map(str, sorted(ignored))) or "nothing"
         self.protocol = (
-            f"{root} {split}: {len(self)} images{about}, {len(self.classes)} classes of classes.txt, {ids} ignored"
+            f"{root} {split}: {counted(len(self), 'image')}{about}, {len(self.classes)} classes of classes.txt, {ids} "
+            "ignored"
         )
 
     def _check_labels(self, root: Path, endings: tuple[str, ...], *, decided: bool) -> None:
-        """`UserError` if labels contradict one another, or hold 0 and 255 only and nobody has `decided` what 255 is."""
+        """Raises `UserError` if labels contradict one another, or hold 0 and 255 only and nobody has `decided` what 255
+        is."""
         labels = [item.label for item in self.files if item.label is not None]
         codings = _codings(labels)
         check_same_depth(codings)
@@ -100,7 +108,7 @@ class Folder(FileDataset):
         if len(self.classes) == 2 and not decided and masks_of_255(labels):
             raise UserError(
                 f"The labels of {root} {self.split} hold only 0 and 255, which may be {self.classes[1]!r} or ignored: "
-                "pass --binary-masks if 255 is that class, or --ignore-label 255 if it is ignored."
+                "pass `binary_masks=True` if 255 is that class, or `ignore_label=255` if it is ignored."
             )
 
     def _likely_cause(self, ids: set[int], wrong: set[int]) -> str:
@@ -110,13 +118,13 @@ class Folder(FileDataset):
         elif len(ids) > 64:
             return "so many values look like a grey picture or blurred colours, not class indices"
         elif count == 19 and max(ids - {IGNORE_INDEX}) <= 33:
-            return "these look like Cityscapes label ids, not train ids 0 to 18; map them, or use --dataset cityscapes"
+            return "these look like Cityscapes label ids, not train ids 0 to 18; map them, or read them as cityscapes"
         else:
             cause = f"classes.txt names {count} classes, ids {self._named[0]} to {last}; it may lack a line"
             if wrong == {count} and not self._named[0]:
-                cause += ", or the classes start at 1 and 0 is unlabelled (then pass --reduce-zero-label)"
+                cause += ", or the classes start at 1 and 0 is unlabelled (then pass `reduce_zero_label=True`)"
         if len(wrong) == 1 and 0 <= min(wrong) < 1 << 16:
-            cause += f", or {min(wrong)} means ignored (then pass --ignore-label {min(wrong)})"
+            cause += f", or {min(wrong)} means ignored (then pass `ignore_label={min(wrong)}`)"
         return cause
 
 
@@ -209,6 +217,6 @@ def _ids_in_use(files: Sequence[Files], at_most: int = 50) -> str:
 def _check_binary(classes: Sequence[str], first_id: int, ignored: set[int]) -> None:
     if len(classes) != 2 or first_id or ignored & {0, 1, 255}:
         raise UserError(
-            f"--binary-masks reads labels of 0 and 255 (or 1) as two classes, but there are {len(classes)} with the "
-            "other flags: name two in classes.txt, without --reduce-zero-label or an --ignore-label of 0, 1 or 255."
+            f"`binary_masks` reads labels of 0 and 255 (or 1) as two classes, but there are {len(classes)} with the "
+            "other options: name two in classes.txt, without `reduce_zero_label` or an `ignore_label` of 0, 1 or 255."
         )

@@ -1,10 +1,10 @@
-"""Which files there are, and which label belongs to which image, on the file systems of three operating systems."""
+"""Finds which files there are, and which label belongs to which image, on the file systems of three operating
+systems."""
 
 from __future__ import annotations
 
 import os
 import re
-import shlex
 import unicodedata
 from collections import Counter
 from collections.abc import Iterable, Iterator
@@ -28,14 +28,14 @@ def find_files(folder: Path, endings: tuple[str, ...]) -> dict[str, Path]:
     """All files below `folder` (links followed, hidden ones left out) whose names end so, upper case or lower. What is
     called so and is no ordinary file is passed over with a word: to open a FIFO waits for ever.
 
-    Returns {path below `folder` without the ending, with forward slashes: path}, sorted. `UserError` if two files share
-    a key (a.jpg beside a.png), or a folder cannot be read.
+    Returns {path below `folder` without the ending, with forward slashes: path}, sorted. Raises `UserError` if two
+    files share a key (a.jpg beside a.png), or a folder cannot be read.
     """
     return _by_key(folder, _walk(folder), endings)
 
 
 def find_images(folder: Path) -> dict[str, Path]:
-    """`find_files` for images. How many files have other endings is said: photos may be among them."""
+    """`find_files` for images. Says how many files have other endings, since photos may be among them."""
     paths = list(_walk(folder))
     others = Counter(
         path.suffix.lower() or "without ending" for path in paths if not path.name.lower().endswith(IMAGE_ENDINGS)
@@ -73,7 +73,7 @@ def _walk(folder: Path) -> Iterator[Path]:
     """Every file below a folder, sorted in each, links followed, without what is hidden."""
     visited: set[str] = set()
     for parent, subfolders, names in os.walk(folder, followlinks=True, onerror=_cannot_be_read):
-        if os.path.realpath(parent) in visited:  # by a link that points upwards
+        if os.path.realpath(parent) in visited:  # A link that points upwards leads here again.
             subfolders.clear()
             continue
         visited.add(os.path.realpath(parent))
@@ -94,8 +94,9 @@ def match_files(
     """Pairs images with labels of the same key; of those left over, also those whose keys differ in nothing but upper
     case or the Unicode form (é as one character or two), as copies from another system may.
 
-    `UserError`: the first image without label, and what lies in the labels' folder instead, or the first label without
-    image. folder, ending: a label's path is {folder}/{key}{ending}. any_suffix: whether --label-suffix can change that.
+    Raises `UserError` with the first image without label, and what lies in the labels' folder instead, or with the
+    first label without image. folder, ending: a label's path is {folder}/{key}{ending}. any_suffix: whether
+    `label_suffix` can change that.
     """
     labels = labels | _other_spellings(images, labels)
     missing = [key for key in images if key not in labels]
@@ -143,7 +144,7 @@ def _what_lies_there(folder: Path, key: str, used: set[Path], any_suffix: bool) 
     suffix = _plain(nearest.stem)[len(stem) :]
     if any_suffix and suffix:
         suffix = nearest.stem[-len(suffix) :]
-        return f" ({nearest} lies there: --label-suffix={shlex.quote(suffix)} takes labels of such names)"
+        return f" ({nearest} lies there: `label_suffix={suffix!r}` takes labels of such names)"
     return f" ({nearest} lies there)"
 
 

@@ -1,5 +1,5 @@
-"""Which folder holds which split, as other data sets name theirs: `Train`, `training`, `train2017`, `train_images`,
-`TrainingSet`, …
+"""Finds which folder holds which split, as other data sets name theirs: `Train`, `training`, `train2017`,
+`train_images`, `TrainingSet`, …
 
 Whoever has splits of their own must not find their val images in the training: names that look like splits and cannot
 be followed are refused. One name alone may be that of a place or a thing, such as `my_test` or `trains`; names side by
@@ -29,7 +29,7 @@ _COMPOUND = re.compile(
     r"(train|training|val|valid|validation|test|testing)"
     r"(?:set|data|dataset|split|part|fold|folder|img|image|pic|picture|photo|frame|mask|label|annot)s?"
 )
-# Words that mean a split beside another one, and those that must not have other names beside them: tr is Turkish too.
+# The first mean a split beside another one; the second only where no other names stand beside them: tr is Turkish, too.
 _IN_PAIRS = {"trn": "train", "trains": "train", "vld": "val", "vals": "val", "tst": "test", "tests": "test"}
 _ABBREVIATIONS = {"tr": "train", "va": "val", "vl": "val", "te": "test", "ts": "test"}
 _CAMEL_CASE = re.compile(r"(?<=[a-z])(?=[A-Z])|(?<=[A-Z])(?=[A-Z][a-z])")
@@ -39,8 +39,8 @@ _NO_LISTS = {"log", "logs", "results", "metrics", "scores", "notes", "readme", "
 
 
 def find_split_folder(parent: Path, split: str) -> Path | None:
-    """The folder in `parent` for a split: the one of that very name, or the only one whose name means it. `UserError`
-    if several do."""
+    """The folder in `parent` for a split: the one of that very name, or the only one whose name means it. Raises
+    `UserError` if several do."""
     if os.path.isdir(parent / split):
         return parent / split
     found = [name for name, meaning in _split_folders(parent).items() if meaning == split]
@@ -57,8 +57,8 @@ def names_of_split_folders(parent: Path) -> list[str]:
 
 
 def check_no_splits(root: Path, keys: list[str]) -> None:
-    """`UserError` if images that are to be split by us have splits already: by the names of folders, by their own
-    names, or by lists beside them (as PASCAL VOC's ImageSets)."""
+    """Raises `UserError` if images that are to be split by us have splits already: by the names of folders, by their
+    own names, or by lists beside them (as PASCAL VOC's ImageSets)."""
     _check_folders(root / "images", keys)
     _check_names(root / "images", keys)
     _check_lists(root, keys)
@@ -88,7 +88,7 @@ def _folders_of(key: str) -> list[str]:
 
 
 def _check_names(images: Path, keys: list[str]) -> None:
-    """`UserError` if images begin with different splits, or most of them hold such words."""
+    """Raises `UserError` if images begin with different splits, or most of them hold such words."""
     names = {key: key.rpartition("/")[2] for key in keys}
     pair = _two_of({key: _meaning(_words(name)[:1]) for key, name in names.items()})
     if not pair and 2 * sum(_meaning(_words(name)) is not None for name in names.values()) >= len(names):
@@ -101,8 +101,8 @@ def _check_names(images: Path, keys: list[str]) -> None:
 
 
 def _check_lists(root: Path, keys: list[str]) -> None:
-    """`UserError` if a list in the data root or a folder there may say what is for training. A file in a
-    folder that begins with an image's name is none: it may be that image's annotation."""
+    """Raises `UserError` if a list in the data root or a folder there may say what is for training. A file in a folder
+    that begins with an image's name is none: it may be that image's annotation."""
     images = set(keys)
     for path in sorted([*root.glob("*"), *root.glob("*/*")]):
         stem, ending = os.path.splitext(path.name)

@@ -23,7 +23,7 @@ from PIL import Image, ImageDraw
 from .dataset import IGNORE_INDEX
 
 HEIGHT, WIDTH = 128, 256
-FINE = 3  # scenes are drawn at this many times the size: odd, so that a pixel's centre is one fine pixel
+FINE = 3  # Scenes are drawn at this many times the size: odd, so that a pixel's centre is one fine pixel.
 
 CLASSES = ("road", "sidewalk", "building", "vegetation", "sky", "car", "person", "pole", "sign")
 ROAD, SIDEWALK, BUILDING, VEGETATION, SKY, CAR, PERSON, POLE, SIGN = range(9)
@@ -32,19 +32,19 @@ VOID = IGNORE_INDEX
 Colour = tuple[float, float, float]
 Point = tuple[float, float]
 Corner = tuple[float, float, float]
-Thing = tuple[float, Callable[[], None]]  # how far away, and what draws it
+Thing = tuple[float, Callable[[], None]]  # A thing is a distance, and a function that draws it.
 
 
 @dataclass(frozen=True)
 class Light:
-    """What the hour does to colours."""
+    """The light of an hour: what it does to colours."""
 
     zenith: Colour
     horizon: Colour
-    tint: Colour  # multiplies every colour
-    shadow: int  # opacity of shadows on the ground, 0 to 255
-    sun: bool = False  # stands in the sky
-    lamps: bool = False  # windows and lamps are lit
+    tint: Colour  # It multiplies every colour.
+    shadow: int  # This is the opacity of shadows on the ground, 0 to 255.
+    sun: bool = False  # The sun stands in the sky.
+    lamps: bool = False  # Windows and lamps are lit.
 
 
 DAY = Light((74, 138, 212), (198, 224, 242), (1.0, 1.0, 1.0), 95)
@@ -75,7 +75,7 @@ WHITE, BLACK, RED, BLUE = (236, 236, 232), (30, 30, 34), (206, 36, 40), (34, 86,
 TRAFFIC_LIGHTS = ((240, 60, 50), (250, 190, 60), (80, 220, 120))
 # fmt: on
 
-# By class, in grey levels: how strong the fine grain and the blotches of its surfaces are.
+# For each class these say, in grey levels, how strong the fine grain and the blotches of its surfaces are.
 GRAIN = np.zeros(256, np.float32)
 GRAIN[: len(CLASSES)] = [9, 4, 4, 18, 1, 2, 3, 3, 2]
 BLOTCH = np.zeros(256, np.float32)
@@ -100,7 +100,7 @@ def _with_texture(image: np.ndarray, label: np.ndarray, rng: Random) -> np.ndarr
 
 
 def mix(a: Colour, b: Colour, t: float) -> Colour:
-    """a at t = 0, b at t = 1."""
+    """The mixture of two colours: a at t = 0, b at t = 1."""
     return a[0] + (b[0] - a[0]) * t, a[1] + (b[1] - a[1]) * t, a[2] + (b[2] - a[2]) * t
 
 
@@ -114,10 +114,11 @@ class Canvas:
         self._picture = Image.new("RGB", (FINE * WIDTH, FINE * HEIGHT))
         self._classes = Image.new("L", (FINE * WIDTH, FINE * HEIGHT), SKY)
         self._brush = ImageDraw.Draw(self._picture)
-        self._glaze = ImageDraw.Draw(self._picture, "RGBA")  # slower: only for what shines through
+        self._glaze = ImageDraw.Draw(self._picture, "RGBA")  # This one is slower, and only for what shines through.
         self._class_brush = ImageDraw.Draw(self._classes)
 
     def polygon(self, points: Sequence[Point], colour: Colour, label: int | None = None, opacity: int = 255) -> None:
+        """Draws a polygon through these points."""
         corners = [(round(FINE * x), round(FINE * y)) for x, y in points]
         self._with(opacity).polygon(corners, _rgba(colour, opacity))
         if label is not None:
@@ -126,6 +127,7 @@ class Canvas:
     def ellipse(
         self, centre: Point, rx: float, ry: float, colour: Colour, label: int | None = None, opacity: int = 255
     ) -> None:
+        """Draws an ellipse about a centre, with two radii."""
         x, y = centre
         box = tuple(round(FINE * edge) for edge in (x - rx, y - ry, x + rx, y + ry))
         self._with(opacity).ellipse(box, _rgba(colour, opacity))
@@ -135,6 +137,7 @@ class Canvas:
     def rectangle(
         self, left: float, top: float, right: float, bottom: float, colour: Colour, label: int | None = None
     ) -> None:
+        """Draws a rectangle along the axes."""
         box = (round(FINE * left), round(FINE * top), round(FINE * right) - 1, round(FINE * bottom) - 1)
         if box[0] <= box[2] and box[1] <= box[3]:
             self._brush.rectangle(box, _rgba(colour, 255))
@@ -145,7 +148,8 @@ class Canvas:
         return self._brush if opacity == 255 else self._glaze
 
     def finish(self) -> tuple[np.ndarray, np.ndarray]:
-        """(H, W, 3) mean colour of each pixel and (H, W) class at its centre, uint8."""
+        """The picture, (H, W, 3), with the mean colour of each pixel, and the label, (H, W), with the class at its
+        centre; both uint8."""
         centre = slice(FINE // 2, None, FINE)
         return np.array(self._picture.reduce(FINE)), np.array(self._classes)[centre, centre].copy()
 
@@ -169,14 +173,15 @@ class Street:
         self.tint = mix((0, 0, 0), self.light.tint, rng.uniform(0.9, 1.08))
         self.shady_side = rng.choice((-1, 1))
         self.leaves = rng.choice(LEAVES)
-        self.focal = rng.uniform(145, 175)  # pixels
+        self.focal = rng.uniform(145, 175)  # in pixels
         self.camera = (rng.uniform(-1.2, 1.2), rng.uniform(1.8, 2.3))
         self.vanishing_point = (WIDTH * rng.uniform(0.36, 0.64), HEIGHT * rng.uniform(0.40, 0.50))
-        self.kerb = rng.uniform(3.0, 3.9)  # half the road's width
-        self.front = self.kerb + rng.uniform(3.0, 4.4)  # where houses and gardens begin
+        self.kerb = rng.uniform(3.0, 3.9)  # This is half the road's width.
+        self.front = self.kerb + rng.uniform(3.0, 4.4)  # Houses and gardens begin here.
         self.end = rng.uniform(26, 42)
 
     def draw(self) -> tuple[np.ndarray, np.ndarray]:
+        """The picture and its label, see `Canvas.finish`."""
         self.draw_sky()
         self.draw_far_end()
         self.draw_ground()
@@ -189,7 +194,7 @@ class Street:
             self.draw_bonnet()
         return self.canvas.finish()
 
-    # What is where: lists of things, each with its distance.
+    # The next methods decide what stands where: each gives a list of things, with their distances.
 
     def plots(self, side: int) -> list[Thing]:
         """Houses and gardens in a row, from beside the camera to the end of the street."""
@@ -225,6 +230,7 @@ class Street:
         return things
 
     def walkers(self, side: int) -> list[Thing]:
+        """People on the pavement of that side."""
         things: list[Thing] = []
         for _ in range(self.rng.randint(1, 3)):
             z = self.rng.uniform(5.5, 8.5)
@@ -246,7 +252,7 @@ class Street:
             things.append((z, partial(self.draw_car, self.rng.choice((-1, 1)) * (self.kerb - 3), z)))
         return things
 
-    # Geometry, light and chance.
+    # The next methods are about geometry, light and chance.
 
     def at(self, x: float, y: float, z: float) -> Point:
         """The pixel that shows this place."""
@@ -263,6 +269,7 @@ class Street:
         return r, g, b
 
     def one_of(self, colours: Sequence[Colour]) -> Colour:
+        """One of these colours, or one near it."""
         return self.near(self.rng.choice(colours))
 
     def lit(self, colour: Colour, z: float, shade: float = 1) -> Colour:
@@ -271,35 +278,36 @@ class Street:
         return mix((r, g, b), self.horizon, min(0.7, z / 90))
 
     def face(self, corners: Sequence[Corner], colour: Colour, label: int | None = None, shade: float = 1) -> None:
-        """A flat face given by its corners in space."""
+        """Draws a flat face, given by its corners in space."""
         z = sum(corner[2] for corner in corners) / len(corners)
         self.canvas.polygon([self.at(*corner) for corner in corners], self.lit(colour, z, shade), label)
 
     def floor(
         self, x: Point, z: Point, colour: Colour, label: int | None = None, shade: float = 1, y: float = 0
     ) -> None:
-        """A horizontal face from x[0] to x[1] and z[0] to z[1]."""
+        """Draws a horizontal face from x[0] to x[1] and z[0] to z[1]."""
         self.face(((x[0], y, z[0]), (x[1], y, z[0]), (x[1], y, z[1]), (x[0], y, z[1])), colour, label, shade)
 
     def wall(self, x: float, y: Point, z: Point, colour: Colour, label: int | None = None, shade: float = 1) -> None:
-        """An upright face along the street."""
+        """Draws an upright face along the street."""
         self.face(((x, y[0], z[0]), (x, y[1], z[0]), (x, y[1], z[1]), (x, y[0], z[1])), colour, label, shade)
 
     def front_face(
         self, x: Point, y: Point, z: float, colour: Colour, label: int | None = None, shade: float = 1
     ) -> None:
-        """An upright face across the street."""
+        """Draws an upright face across the street."""
         self.face(((x[0], y[0], z), (x[0], y[1], z), (x[1], y[1], z), (x[1], y[0], z)), colour, label, shade)
 
     def shadow(self, x: float, z: float, rx: float, rz: float) -> None:
-        """On the ground below a thing."""
+        """Draws a shadow on the ground below a thing."""
         centre = self.at(x, 0, z)
         depth = (self.at(x, 0, max(1.5, z - rz))[1] - self.at(x, 0, z + rz)[1]) / 2
         self.canvas.ellipse(centre, rx * self.focal / z, depth, SHADOW, opacity=self.light.shadow + 20)
 
-    # Sky and ground.
+    # The next methods draw sky and ground.
 
     def draw_sky(self) -> None:
+        """Draws the sky, with clouds or the sun."""
         rng, horizon = self.rng, self.vanishing_point[1]
         rows = round(horizon) + 12
         for row in range(rows):
@@ -318,7 +326,7 @@ class Street:
                 x += size * rng.uniform(0.7, 1.4)
 
     def draw_far_end(self) -> None:
-        """Trees and houses across the end of the street."""
+        """Draws trees and houses across the end of the street."""
         rng, z = self.rng, self.end
         x, y = self.at(-25, 0, z)
         self.canvas.rectangle(0, y - 8, WIDTH, y + 1, self.lit(self.leaves, z, 0.8), VEGETATION)
@@ -342,6 +350,7 @@ class Street:
             x += 6 * columns + 2
 
     def draw_ground(self) -> None:
+        """Draws the road and what lies beside it."""
         rng, kerb, front = self.rng, self.kerb, self.front
         grass, paving, tarmac = self.near(self.leaves), self.one_of(PAVINGS), self.one_of(TARMACS)
         depths = (self.end, 20, 12, 8, 5, 2.5)
@@ -362,6 +371,7 @@ class Street:
         self.canvas.polygon([self.at(x, 0, z) for x, z in strip], SHADOW, opacity=self.light.shadow)
 
     def draw_markings(self) -> None:
+        """Draws the markings of the road."""
         paint = self.near((218, 214, 204))
         if self.rng.random() < 0.8:
             z = self.rng.uniform(3, 6)
@@ -374,9 +384,10 @@ class Street:
                 self.floor((x, x + 0.5), (z, z + 2.5), paint)
                 x += 1
 
-    # Houses and gardens.
+    # The next methods draw houses and gardens.
 
     def draw_house(self, side: int, z0: float, z1: float) -> None:
+        """Draws a house."""
         rng, near, x = self.rng, max(z0, 1.5), side * self.front
         colour, roof, awning = self.one_of(WALLS), self.one_of(ROOFS), self.one_of(PAINTS)
         shade = 0.72 if side == self.shady_side else 1.05
@@ -401,6 +412,7 @@ class Street:
             self.face(((x, 3, near), (out, 2.5, near), (out, 2.5, z1), (x, 3, z1)), awning, BUILDING, shade)
 
     def draw_window(self, x: float, y: Point, z: Point, trim: Colour, shade: float) -> None:
+        """Draws a window in a wall."""
         (low, high), (near, far) = y, z
         if near < 22:
             self.wall(x, (low - 0.15, high + 0.15), (near - 0.1, far + 0.1), trim, shade=shade)
@@ -414,6 +426,7 @@ class Street:
             self.wall(x, (bar, bar + 0.08), z, trim, shade=shade)
 
     def draw_garden(self, side: int, z0: float, z1: float) -> None:
+        """Draws a garden."""
         hedge, height = self.near(self.leaves), self.rng.uniform(1.0, 1.8)
         for z in (z1 - 1.5, (z0 + z1) / 2):
             if z > 3:
@@ -423,6 +436,7 @@ class Street:
         self.floor((x, x + side), (near, z1), hedge, VEGETATION, 1.1, y=height)
 
     def draw_tree(self, x: float, z: float, height: float) -> None:
+        """Draws a tree."""
         rng, scale = self.rng, self.focal / z
         leaves, bark = self.near(self.leaves, 20), self.lit(self.near(BARK), z)
         radius = height * rng.uniform(0.26, 0.34)
@@ -448,10 +462,10 @@ class Street:
                     centre, r * puff * size, 0.9 * r * puff * size, self.lit(leaves, z, shade), VEGETATION
                 )
 
-    # Street furniture.
+    # The next methods draw street furniture.
 
     def draw_pole(self, x: float, z: float, height: float) -> Point:
-        """A pole a whole number of pixels wide, 1 to 3; returns the middle of its top."""
+        """Draws a pole, a whole number of pixels wide, 1 to 3; returns the middle of its top."""
         metal = self.lit(self.one_of(METALS), z)
         width = min(3, max(1, round(0.22 * self.focal / z)))
         (px, bottom), top = self.at(x, 0, z), self.at(x, height, z)[1]
@@ -461,6 +475,7 @@ class Street:
         return left + width / 2, top
 
     def draw_lamp(self, side: int, z: float) -> None:
+        """Draws a street lamp."""
         scale, x = self.focal / z, side * (self.kerb + 0.35)
         self.shadow(x, z, 0.3, 0.15)
         px, y = self.draw_pole(x, z, self.rng.uniform(4.2, 5.4))
@@ -472,6 +487,7 @@ class Street:
         self.canvas.ellipse((end, y + 0.1 * scale), max(1.5, 0.3 * scale), max(1.0, 0.16 * scale), head, POLE)
 
     def draw_sign(self, side: int, z: float) -> None:
+        """Draws a traffic sign on a pole."""
         r = max(3.0, self.rng.uniform(0.48, 0.6) * self.focal / z)
         x, top = self.draw_pole(side * (self.kerb + 0.4), z, self.rng.uniform(2.8, 3.3))
         y, red, white, blue = top + r, self.lit(RED, z), self.lit(WHITE, z), self.lit(BLUE, z)
@@ -487,7 +503,7 @@ class Street:
             self.canvas.rectangle(x - 0.45 * r, y - 0.6 * r, x + 0.45 * r, y + 0.6 * r, white)
 
     def draw_traffic_light(self, side: int, z: float) -> None:
-        """Counts as a pole, as the lamps do."""
+        """Draws a traffic light, which counts as a pole, as lamps do."""
         r = max(3.0, self.rng.uniform(0.48, 0.6) * self.focal / z)
         x, top = self.draw_pole(side * (self.kerb + 0.4), z, self.rng.uniform(3.0, 3.6))
         self.canvas.rectangle(x - 0.62 * r, top, x + 0.62 * r, top + 3 * r, self.lit(BLACK, z), POLE)
@@ -497,14 +513,16 @@ class Street:
             self.canvas.ellipse((x, top + (0.55 + 0.95 * i) * r), 0.38 * r, 0.38 * r, bulb)
 
     def draw_bin(self, x: float, z: float) -> None:
+        """Draws a litter bin, which is ignored."""
         colour = self.one_of(PAINTS)
         self.shadow(x, z, 0.5, 0.3)
         self.front_face((x - 0.35, x + 0.35), (0, 1), z, colour, VOID, 0.8)
         self.front_face((x - 0.4, x + 0.4), (0.9, 1.1), z, colour, VOID)
 
-    # People and cars.
+    # The next methods draw people and cars.
 
     def draw_person(self, x: float, z: float) -> None:
+        """Draws somebody who walks."""
         rng = self.rng
         coat, trousers, skin, hair = (self.one_of(kind) for kind in (CLOTHES, CLOTHES, SKINS, HAIRS))
         height, stride, hem = rng.uniform(0.9, 1.08), rng.uniform(0.05, 0.3), rng.choice((0.6, 0.82, 0.82))
@@ -526,7 +544,7 @@ class Street:
         self.canvas.ellipse(self.at(x, 1.63 * height, z), 0.13 * scale, 0.12 * scale, self.lit(skin, z), PERSON)
 
     def draw_car(self, x: float, z: float) -> None:
-        """Seen from behind or in front, with the flank that faces the middle of the picture."""
+        """Draws a car from behind or in front, with the flank that faces the middle of the picture."""
         rng = self.rng
         paint, length, top, waist = self.one_of(PAINTS), rng.uniform(3.6, 4.4), rng.uniform(1.4, 1.75), 0.92
         glass = mix(GLASS, self.horizon, 0.25)
@@ -553,6 +571,7 @@ class Street:
     def draw_flank(
         self, x: float, seen: int, z: float, length: float, top: float, paint: Colour, glass: Colour
     ) -> None:
+        """Draws the side of a car."""
         waist, cabin = 0.92, x - seen * 0.16
         body = ((0, 0.3), (0, waist), (length, 0.8), (length, 0.3))
         self.face([(x, v, z + w) for w, v in body], paint, CAR, 0.78)
@@ -567,7 +586,7 @@ class Street:
             self.canvas.ellipse(centre, max(0.8, narrow), wheel, self.lit(BLACK, z), CAR)
 
     def draw_bonnet(self) -> None:
-        """Of the car that carries the camera: ignored, as in Cityscapes."""
+        """Draws the bonnet of the car that carries the camera, which is ignored, as in Cityscapes."""
         paint, top = self.one_of(PAINTS), HEIGHT - self.rng.uniform(7, 12)
         x = WIDTH / 2 + self.rng.uniform(-8, 8)
         self.canvas.ellipse((x, top + 22), 112, 22, self.lit(paint, 0, 0.7), VOID)

@@ -1,4 +1,4 @@
-"""From images and labels to training crops: scale, crop, flip and colour jitter on the CPU in uint8, then tensors.
+"""Makes training crops of images and labels: scale, crop, flip and colour jitter on the CPU in uint8, then tensors.
 
 Augmentation is a pure function of (seed, epoch, index): the same crops come out with any number of workers, and after a
 resume. Pixels stay uint8 until they are on the device, where `normalise` makes floats of them.
@@ -16,7 +16,7 @@ import torch
 from PIL import Image
 from torch.utils.data import Dataset, Sampler
 
-from ..errors import UserError
+from ..errors import UserError, counted
 from .dataset import IGNORE_INDEX, SegmentationDataset
 
 MEAN = (0.485, 0.456, 0.406)
@@ -46,7 +46,8 @@ class Augmentation:
     colour_jitter: float = 0.1
 
     def __call__(self, image: np.ndarray, label: np.ndarray, rng: np.random.Generator) -> tuple[np.ndarray, np.ndarray]:
-        """(H, W, 3) and (H, W) uint8 to the same of size `crop`. Only the pixels of the crop are resized."""
+        """Makes an image (crop height, crop width, 3) and its label of an image (H, W, 3) and its label (H, W), all
+        uint8. Only the pixels of the crop are resized."""
         scale = rng.uniform(*self.scale)
         rows = _draw_span(image.shape[0], self.crop[0], scale, rng)
         columns = _draw_span(image.shape[1], self.crop[1], scale, rng)
@@ -82,7 +83,7 @@ def _draw_span(source: int, crop: int, scale: float, rng: np.random.Generator) -
 
 
 def _resize(pixels: np.ndarray, rows: _Span, columns: _Span, resampling: Image.Resampling) -> Image.Image:
-    """That part of `pixels`, resized as if the whole array were resized first and cropped then.
+    """The spans of `pixels`, resized as if the whole array were resized first and cropped then.
 
     Pixel centres are at half-integers for every `resampling`, so that an image and its label stay aligned. Bilinear
     resampling to a smaller size averages over all the pixels that an output pixel covers.
@@ -100,7 +101,8 @@ def _needed(span: _Span, source: int) -> tuple[int, int]:
 
 
 def _colour_matrix(brightness: float, contrast: float, saturation: float) -> tuple[float, ...]:
-    """The three as one affine map for `Image.convert`: contrast turns about mid-grey, saturation about the luma."""
+    """The three factors as one affine map for `Image.convert`: contrast turns about mid-grey, saturation about the
+    luma."""
     mix = brightness * contrast * (saturation * np.eye(3) + (1 - saturation) * _LUMA)
     offset = brightness * (1 - contrast) * float(_LUMA @ _MEAN_COLOUR)
     return tuple(np.column_stack([mix, np.full(3, offset)]).ravel().tolist())
@@ -156,10 +158,9 @@ class EpochSampler(Sampler[list[tuple[int, int]]]):
 
     def __init__(self, length: int, batch_size: int, seed: int) -> None:
         if length < batch_size:
-            advice = f"pass --batch-size {length} or less" if length >= 2 else "add more"
+            advice = f"pass `batch_size={length}` or less" if length >= 2 else "add more"
             raise UserError(
-                f"The training set holds {length} image{'s' * (length != 1)}, fewer than one batch of {batch_size}: "
-                f"{advice}."
+                f"The training set holds {counted(length, 'image')}, fewer than one batch of {batch_size}: {advice}."
             )
         self.length = length
         self.batch_size = batch_size
@@ -182,15 +183,16 @@ class EpochSampler(Sampler[list[tuple[int, int]]]):
 
 
 def normalise(images: torch.Tensor, mean: Sequence[float] = MEAN, std: Sequence[float] = STD) -> torch.Tensor:
-    """(N, 3, H, W) uint8 to float32 with mean 0 and deviation 1 per channel, on the images' device, in their layout.
+    """The images (N, 3, H, W), uint8, as float32 with mean 0 and deviation 1 per channel, on their device, in their
+    layout.
 
     `mean`, `std`: RGB in 0..1.
     """
-    # non_blocking: a plain copy of even three numbers makes a GPU finish its work first, at every step.
+    # Without non_blocking the copy of even three numbers makes a GPU finish its work first, at every step.
     shift, scale = (of_bytes(v).to(images.device, non_blocking=True) for v in (mean, std))
     return images.float().sub_(shift).div_(scale)
 
 
 def of_bytes(values: Sequence[float]) -> torch.Tensor:
-    """(3, 1, 1): a mean or deviation of images whose values are 0..255."""
+    """A mean or deviation as a tensor (3, 1, 1) for images whose values are 0..255."""
     return torch.tensor(values).view(-1, 1, 1).mul(255)

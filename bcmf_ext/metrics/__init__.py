@@ -1,4 +1,4 @@
-"""Metrics over a data set, computed where the tensors are (spec section 10).
+"""Metrics over a data set, computed where the tensors are. docs/definitions.md, "Metrics", defines them.
 
 Each has ``update(prediction, target)``, ``all_reduce()`` and ``reset()``; what it scores has methods of its own.
 """

@@ -1,4 +1,5 @@
-"""How well boundaries are met: Boundary IoU, boundary F-score and trimap IoU, per class (spec section 10).
+"""Scores how well boundaries are met: Boundary IoU, boundary F-score and trimap IoU, per class, as docs/definitions.md,
+"Metrics", defines them.
 
 All work on binary masks of one class each; a mask holds neither ignored pixels nor, of course, what lies outside the
 image. No mask is made, though: masks of a label map do not overlap, so one map of labels stands for all of them.
@@ -17,8 +18,8 @@ from torch import Tensor
 from ..options import real, whole
 from ._counts import Counts, by_kernels, count_pairs, differ, keep
 
-WIDTHS = (1, 3, 5, 9, 12)  # pixels (spec section 10)
-MOST = 128  # pixels of a width: squared, it has to fit into 16 bits of the kernels
+WIDTHS = (1, 3, 5, 9, 12)  # These pixels are those of docs/definitions.md, "Metrics".
+MOST = 128  # A width of so many pixels, squared, has to fit into 16 bits of the kernels.
 
 
 class BoundaryIoU(Counts):
@@ -48,15 +49,15 @@ class BoundaryIoU(Counts):
         guess, truth = _with_batch(guess), _with_batch(truth)
         distance, classes = max(1, round(self.ratio * math.hypot(*truth.shape[1:]))), self.num_classes
         truth, guess = (_only_band(labels, distance, classes) for labels in (truth, guess))
-        pairs = count_pairs(truth, guess, classes + 1, classes + 1)  # the last are of what is in no band
+        pairs = count_pairs(truth, guess, classes + 1, classes + 1)  # The last row and column count what is in no band.
         return torch.stack([pairs.diagonal(), pairs.sum(1), pairs.sum(0)])[:, :-1]
 
     def iou(self) -> Tensor:
-        """Of each class, float64 (C,) on the CPU; NaN for a class that is in neither truth nor prediction."""
+        """The IoU of each class, float64 (C,) on the CPU; NaN for a class that is in neither truth nor prediction."""
         return self._iou(*self._counts)
 
     def scores(self) -> dict[str, Tensor]:
-        """boundary_iou."""
+        """The score by its name, boundary_iou."""
         return {"boundary_iou": self.iou()}
 
     def mean_iou(self) -> float:
@@ -104,7 +105,7 @@ class BoundaryFScore(_ByWidth):
     num_classes, ignore_index, device, and ids out of range: see `Counts`.
     """
 
-    _kinds = 2  # of counts: of the true boundary, and of the predicted one
+    _kinds = 2  # Counts are kept of the true boundary, and of the predicted one.
 
     def _count(self, guess: Tensor, truth: Tensor) -> Tensor:
         classes, maps = self.num_classes, map(_with_batch, (truth, guess))
@@ -125,13 +126,14 @@ class BoundaryFScore(_ByWidth):
         return self._matched()[0]
 
     def f_score(self) -> Tensor:
-        """By width and class: float64 (widths, C) on the CPU; NaN for a class without a boundary in the truth."""
+        """The score by width and class, float64 (widths, C) on the CPU; NaN for a class without a boundary in the
+        truth."""
         recall, precision = self._matched()
         score = 2 * precision * recall / (precision + recall)
         return score.nan_to_num(0).where(~recall.isnan(), math.nan)
 
     def scores(self) -> dict[str, Tensor]:
-        """boundary_f_1px and so on."""
+        """The scores by their names, boundary_f_1px and so on."""
         return {f"boundary_f_{width}px": score for width, score in zip(self.widths, self.f_score(), strict=True)}
 
     def mean_f_score(self) -> list[float]:
@@ -153,21 +155,22 @@ class TrimapIoU(_ByWidth):
     num_classes, ignore_index, device, and ids out of range: see `Counts`.
     """
 
-    _kinds = 3  # of counts: of pixels where both are the same, of the truth and of the prediction
+    _kinds = 3  # Counts are kept of pixels where both are the same, of the truth and of the prediction.
 
     def _count(self, guess: Tensor, truth: Tensor) -> Tensor:
         guess, truth, classes = _with_batch(guess), _with_batch(truth), self.num_classes
-        no_edge = differ(_boundary(truth, classes), 1)  # so that an edge is label 0, and nothing else a label
+        no_edge = differ(_boundary(truth, classes), 1)  # So an edge is label 0, and nothing else is a label.
         near = match_within(torch.zeros_like(truth), no_edge, 1, self.widths)
         same = keep(truth, 1 - differ(truth, guess), classes)
         return torch.stack([self._by_width(ids, near) for ids in (same, truth, guess)])
 
     def iou(self) -> Tensor:
-        """By width and class: float64 (widths, C) on the CPU; NaN for a class in neither truth nor prediction there."""
+        """The IoU by width and class, float64 (widths, C) on the CPU; NaN for a class in neither truth nor prediction
+        there."""
         return self._iou(*self._counts.cumsum(1)[:, :-1])
 
     def scores(self) -> dict[str, Tensor]:
-        """trimap_iou_1px and so on."""
+        """The scores by their names, trimap_iou_1px and so on."""
         return {f"trimap_iou_{width}px": iou for width, iou in zip(self.widths, self.iou(), strict=True)}
 
     def mean_iou(self) -> list[float]:
@@ -187,7 +190,8 @@ def match_within(queries: Tensor, sites: Tensor, num_classes: int, radii: Sequen
 
 
 def _match_within(queries: Tensor, sites: Tensor, num_classes: int, radii: Sequence[int]) -> Tensor:
-    """In PyTorch: each class is a bit, and a disc is a pile of rows, so that all classes are dilated at once."""
+    """The same in PyTorch: each class is a bit, and a disc is a pile of rows, so that all classes are dilated at
+    once."""
     height, width = queries.shape[1:]
     most = radii[-1]
     found = torch.full_like(queries, len(radii), dtype=torch.uint8)
@@ -195,7 +199,7 @@ def _match_within(queries: Tensor, sites: Tensor, num_classes: int, radii: Seque
         last = min(first + 31, num_classes)
         bits = (1 << (sites.int() - first).clamp(0, 30)).where((sites >= first) & (sites < last), 0)
         bits = F.pad(bits, (most, most, most, most))
-        rows = [bits[..., most : most + width]]  # dilated along x by 0, 1, 2, …
+        rows = [bits[..., most : most + width]]  # Entry n is dilated along x by n.
         for x in range(1, most + 1):
             rows.append(rows[-1] | bits[..., most - x :][..., :width] | bits[..., most + x :][..., :width])
         asked, ours = (queries.int() - first).clamp(0, 30), (queries >= first) & (queries < last)
@@ -208,7 +212,8 @@ def _match_within(queries: Tensor, sites: Tensor, num_classes: int, radii: Seque
 
 
 def _boundary(labels: Tensor, none: int) -> Tensor:
-    """1 for pixels that have one of another label among their four neighbours, neither ``none``; else 0."""
+    """A map that is 1 for pixels that have one of another label among their four neighbours, neither ``none``; else
+    0."""
     edge, some = torch.zeros_like(labels), differ(labels, none)
     for dim in (1, 2):
         pairs = max(0, labels.shape[dim] - 1)
@@ -241,7 +246,7 @@ def _windows(x: Tensor, reduce: Callable[[Tensor, Tensor], Tensor], distance: in
 
 
 def _with_batch(labels: Tensor) -> Tensor:
-    """(N, H, W) of (N, H, W) or (H, W)."""
+    """The labels as (N, H, W), also where they are (H, W)."""
     if labels.dim() not in (2, 3):
         raise ValueError(f"prediction and target have the shape (N, H, W) or (H, W), not {tuple(labels.shape)}.")
     return labels[(None,) * (3 - labels.dim())]

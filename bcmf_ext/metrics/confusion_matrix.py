@@ -37,7 +37,7 @@ def _check_logits(logits: Tensor) -> None:
 
 
 def _impl(logits: Tensor) -> str:
-    if not torch.compiler.is_compiling() and in_torch_func():  # which knows PyTorch's own ops alone
+    if not torch.compiler.is_compiling() and in_torch_func():  # torch.func knows PyTorch's own ops alone.
         return "torch"
     return dispatch.choose("upsample_argmax", "auto", logits.device)
 

@@ -10,7 +10,6 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ..errors import UserError
 from ..nn import DAPPM, LMFM
 from ..nn.dappm import upsample
 
@@ -33,7 +32,7 @@ def projection(in_channels: int, out_channels: int, stride: int) -> nn.Module:
 class BasicBlock(nn.Module):
     """Residual block of two 3×3 convolutions; ``relu=False`` returns the sum before its ReLU."""
 
-    norm_after = {"conv1": "bn1", "conv2": "bn2"}  # noqa: RUF012 - see inference.fold_batch_norms
+    norm_after = {"conv1": "bn1", "conv2": "bn2"}  # noqa: RUF012 - see `Network`
 
     def __init__(self, in_channels: int, out_channels: int, stride: int = 1, *, relu: bool = True) -> None:
         super().__init__()
@@ -103,9 +102,9 @@ class DDRNet(nn.Module):
     module's sum of convolutions, which no norm follows, drowns the high-resolution branch, and the first logits are
     large. On CamVid from scratch that costs a third of the mIoU after six epochs (bench/NOTES.md).
 
-    Raises UserError for images of another shape or dtype, and in training for a batch of one image, whose globally
-    pooled features are a single value per channel, from which batch norm can compute no variance. Frozen batch norm
-    (in eval mode) and SyncBatchNorm over several processes train with one image each.
+    Raises TypeError for images of integers, ValueError for images of another shape, and in training for a batch of one
+    image, whose globally pooled features are a single value per channel, from which batch norm can compute no variance.
+    Frozen batch norm (in eval mode) and SyncBatchNorm over several processes train with one image each.
     """
 
     def __init__(self, context: DAPPM | LMFM, num_classes: int = 19, *, aux_head: bool = True) -> None:
@@ -139,25 +138,35 @@ class DDRNet(nn.Module):
         self.seghead_extra = SegmentationHead(64, 64, num_classes) if aux_head else None
         self.final_layer = SegmentationHead(128, 64, num_classes)
 
+    @property
+    def auxiliary_head(self) -> nn.Module | None:
+        """See `Network`."""
+        return self.seghead_extra
+
+    def drop_auxiliary_head(self) -> None:
+        """See `Network`."""
+        self.seghead_extra = None
+
     def forward(self, images: Tensor) -> Tensor | tuple[Tensor, Tensor]:
+        """Logits, or in training (main, auxiliary) logits, as the class describes."""
         self._check(images)
-        x = F.relu(self.layer2(F.relu(self.layer1(self.conv1(images)))))  # 1/8
+        x = F.relu(self.layer2(F.relu(self.layer1(self.conv1(images)))))  # at 1/8
         size = x.shape[-2:]
 
-        low, high = self.layer3(x), self.layer3_(x)  # 1/16 and 1/8
+        low, high = self.layer3(x), self.layer3_(x)  # at 1/16 and 1/8
         low, high = (
             low + self.down3(F.relu(high)),
             high + upsample(self.compression3(F.relu(low)), size),
         )
         first_fusion = high
 
-        low, high = self.layer4(F.relu(low)), self.layer4_(F.relu(high))  # 1/32 and 1/8
+        low, high = self.layer4(F.relu(low)), self.layer4_(F.relu(high))  # at 1/32 and 1/8
         low, high = (
             low + self.down4(F.relu(high)),
             high + upsample(self.compression4(F.relu(low)), size),
         )
 
-        context = self.spp(self.layer5(F.relu(low)))  # 1/64
+        context = self.spp(self.layer5(F.relu(low)))  # at 1/64
         logits = self.final_layer(upsample(context, size) + self.layer5_(F.relu(high)))
         if self.training and self.seghead_extra is not None:
             return logits, self.seghead_extra(first_fusion)
@@ -165,17 +174,17 @@ class DDRNet(nn.Module):
 
     def _check(self, images: Tensor) -> None:
         if images.dim() != 4 or images.shape[1] != 3:
-            raise UserError(
+            raise ValueError(
                 f"The network takes images of the shape (N, 3, H, W), not {tuple(images.shape)}: "
                 "colour channels come second, and a single image needs a batch dimension, image[None]."
             )
         if not images.is_floating_point():
-            raise UserError(
+            raise TypeError(
                 f"The network takes normalised floating-point images, not {images.dtype}: "
                 "divide by 255, subtract the mean and divide by the standard deviation first."
             )
         if self.training and images.shape[0] == 1 and not self._batch_norm_copes_with_one_image():
-            raise UserError(
+            raise ValueError(
                 "Training needs at least two images per device and step, but this batch holds one, which leaves the "
                 "batch norm after global pooling a single value per channel: raise the batch size, and drop a short "
                 "last batch."
@@ -192,7 +201,7 @@ class DDRNet(nn.Module):
 
 
 def ddrnet_s(num_classes: int = 19, *, aux_head: bool = True, impl: str = "auto") -> DDRNet:
-    """DDRNet-23-slim. impl: of its context module.
+    """DDRNet-23-slim. impl: the implementation of DAPPM.
 
     5,695,987 parameters without the auxiliary head (19 classes), 36.28 GMACs at 1×3×1024×2048.
     """

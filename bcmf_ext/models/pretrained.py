@@ -11,10 +11,10 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from ..errors import UserError, briefly
+from ..errors import FileError, briefly
 from .foreign import read_foreign
 
-# Where trainers keep the state dict, the averaged weights first: they are the better start.
+# Trainers keep the state dict under these names. Averaged weights come first: they are the better start.
 _WRAPPERS = (
     "state_dict_ema",  # timm
     "model_ema",  # torchvision, DeiT
@@ -35,7 +35,7 @@ _WRAPPERS = (
     "weights",
     "weight",
 )
-# What they, and PyTorch's own wrappers of a network or of a part of it, put into names. No network here has such parts.
+# Trainers, and PyTorch's own wrappers of networks, put these into names; no network here has parts of such names.
 _WRAPPER_PARTS = {
     "module",  # DataParallel, DistributedDataParallel, AveragedModel
     "model",
@@ -94,7 +94,7 @@ def load_pretrained(model: nn.Module, path: str | Path) -> LoadReport:
     then, without a beginning of any other name, such as ``backbone.``. A head for another number of classes is "other
     shape".
 
-    Raises UserError if the file cannot be read, is no checkpoint, has two tensors for one name, weights that are not
+    Raises FileError if the file cannot be read, is no checkpoint, has two tensors for one name, weights that are not
     finite or not floating-point, or if nothing in it fits the model.
     """
     path = Path(path)
@@ -127,11 +127,11 @@ def _state_dicts(content: object, depth: int = 4) -> Iterator[dict[str, Tensor]]
     """The tensors by name that lie in a checkpoint where trainers put them, the best start first."""
     if not isinstance(content, dict) or depth == 0:
         return
-    # A file can give its dicts and tensors attributes that hide their methods: hence dict's own, and detached ones.
+    # A file can give its dicts and tensors attributes that hide their methods: hence we call dict's own, and detach.
     entries = dict(dict.items(content))
     about, wrappers = entries.get("meta"), list(_WRAPPERS)
     if isinstance(about, dict) and "mmengine_version" in about:
-        wrappers.insert(0, "state_dict")  # MMEngine's averaged weights are here, the others in ema_state_dict
+        wrappers.insert(0, "state_dict")  # MMEngine's averaged weights are here, the others in ema_state_dict.
     for wrapper in wrappers:
         yield from _state_dicts(entries.get(wrapper), depth - 1)
     if tensors := {name: Tensor.detach(t) for name, t in entries.items() if isinstance(name, str) and _is_tensor(t)}:
@@ -159,7 +159,7 @@ def _named_as(theirs: dict[str, Tensor], ours: dict[str, Tensor], path: Path) ->
         bare = _bare(name)
         key = own.get(bare.removeprefix(beginning), bare)
         if key in ours and key in named and not _same(tensor, named[key]):
-            raise UserError(
+            raise FileError(
                 f"{path} has two different tensors for {key}, {origin[key]} and {name}: save the weights of one "
                 "network alone, and give those."
             )
@@ -178,13 +178,13 @@ def _beginning(theirs: dict[str, Tensor], ours: dict[str, Tensor], path: Path) -
         parts = _bare(name).split(".")
         for cut in range(min(len(parts), 8)):
             rest = ".".join(parts[cut:])
-            if rest in ours and ours[rest].shape == tensor.shape and tensor.dim() > 0:  # counters fit anything
+            if rest in ours and ours[rest].shape == tensor.shape and tensor.dim() > 0:  # Counters fit anything.
                 found.add("".join(f"{part}." for part in parts[:cut]))
     if "" in found or not found:
         return ""
     if len(found) > 1:
         shown = ", ".join(briefly(beginning) for beginning in sorted(found)[:3])
-        raise UserError(
+        raise FileError(
             f"{path} has weights for this model under more than one name ({shown}): save those of one alone, and give "
             "them."
         )
@@ -207,37 +207,37 @@ def _fitting(theirs: dict[str, Tensor], ours: dict[str, Tensor]) -> list[str]:
 
 
 def _usable(name: str, theirs: Tensor, ours: Tensor, path: Path) -> Tensor:
-    """Their weights in the model's dtype. `UserError` if they are others there, as quantised ones, which need a scale,
-    would be, or not finite: such a network gives class 0 everywhere, as if it knew."""
+    """Their weights in the model's dtype. Raises `FileError` if they are others there, as quantised ones, which need a
+    scale, would be, or not finite: such a network gives class 0 everywhere, as if it knew."""
     if theirs.dtype not in (_FLOATS if ours.is_floating_point() else _NUMBERS):
-        raise UserError(
+        raise FileError(
             f"In {path} {name} is {briefly(theirs)}, but only float16, bfloat16, float32 and float64 can be loaded: "
             "convert the weights where the file was made."
         )
     tensor = theirs.to(ours.dtype)
     if not tensor.isfinite().all():
-        raise UserError(
+        raise FileError(
             f"The weights in {path} are not finite ({name}): nothing can be trained from them, give another checkpoint."
         )
     return tensor
 
 
-def _nothing_fits(content: object, theirs: dict[str, Tensor], ours: dict[str, Tensor], path: Path) -> UserError:
+def _nothing_fits(content: object, theirs: dict[str, Tensor], ours: dict[str, Tensor], path: Path) -> FileError:
     """Where the weights are instead, or what is there."""
     entries = dict(dict.items(content)) if isinstance(content, dict) else {}
     for key, value in entries.items():
         if any(_fitting(_named_as(state_dict, ours, path), ours) for state_dict in _state_dicts(value)):
-            return UserError(
+            return FileError(
                 f"{path} holds weights that fit under {briefly(key)}, where no trainer is known to put them: save them "
                 f'alone, torch.save(checkpoint[{briefly(key)}], "…"), and give those.'
             )
     if theirs:
-        return UserError(
+        return FileError(
             f"Nothing in {path} fits this model: the file has {_examples(theirs)}, the model has {_examples(ours)}; "
             "is it a checkpoint of another network?"
         )
     keys = ", ".join(briefly(key) for key in list(entries)[:8] if isinstance(key, str))
-    return UserError(
+    return FileError(
         f"{path} holds no tensors by name{f', only {keys}' if keys else ''}, so it is not a checkpoint of a model "
         "(neither NumPy arrays nor sparse or meta tensors count): give another file."
     )

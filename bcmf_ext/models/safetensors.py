@@ -14,9 +14,9 @@ from typing import IO, Any
 import torch
 from torch import Tensor
 
-from ..errors import UserError, briefly
+from ..errors import Damaged, briefly
 
-_DTYPES = {  # of safetensors; it has smaller ones, too
+_DTYPES = {  # The format has smaller dtypes, too.
     "F64": torch.float64,
     "F32": torch.float32,
     "F16": torch.float16,
@@ -35,7 +35,7 @@ _DTYPES = {  # of safetensors; it has smaller ones, too
     "U8": torch.uint8,
     "BOOL": torch.bool,
 }
-_LONGEST_HEADER = 100_000_000  # bytes, as the format has it
+_LONGEST_HEADER = 100_000_000  # The format allows so many bytes.
 
 
 def is_safetensors(head: bytes) -> bool:
@@ -44,7 +44,7 @@ def is_safetensors(head: bytes) -> bool:
 
 
 def read_safetensors(file: IO[bytes], path: Path) -> dict[str, Tensor]:
-    """The tensors by name. `UserError` if the file is damaged."""
+    """The tensors by name. Raises `Damaged` if the file is."""
     size = os.fstat(file.fileno()).st_size
     file.seek(0)
     length = int.from_bytes(file.read(8), "little")
@@ -54,10 +54,10 @@ def read_safetensors(file: IO[bytes], path: Path) -> dict[str, Tensor]:
         header = json.loads(file.read(length))
         header.pop("__metadata__", None)
         entries = sorted(header.items(), key=lambda item: item[1]["data_offsets"])
-    except Exception as error:  # whatever JSON of another kind, or none, leads to
+    except Exception as error:  # JSON of another kind, or none, raises many types.
         raise _damaged(path, "its header is no list of tensors") from error
     tensors, position = {}, 8 + length
-    for name, entry in entries:  # one right behind the other, so that no two share bytes and none are left
+    for name, entry in entries:  # Each follows the one before, so that no two share bytes and none are left.
         if (nbytes := _nbytes(entry)) is None:
             raise _damaged(path, f"its header says {briefly(entry)} of {briefly(name)}")
         begin, end = (8 + length + offset for offset in entry["data_offsets"])
@@ -70,12 +70,12 @@ def read_safetensors(file: IO[bytes], path: Path) -> dict[str, Tensor]:
     return tensors
 
 
-def _damaged(path: Path, what: str) -> UserError:
-    return UserError(f"{path} is damaged, {what}: the download or the writing was broken off, get the file again.")
+def _damaged(path: Path, what: str) -> Damaged:
+    return Damaged(f"{path} is damaged, {what}: the download or the writing was broken off, get the file again.")
 
 
 def _nbytes(entry: dict[str, Any]) -> int | None:
-    """How many bytes a tensor takes; None if its entry in the header is not one of a tensor."""
+    """How many bytes a tensor takes; None if its entry in the header is none of a tensor."""
     shape = entry.get("shape")
     if (
         entry.get("dtype") not in _DTYPES

@@ -1,4 +1,4 @@
-"""What the context modules share where kernels run them: which impl does, and the ops between two convolutions."""
+"""Runs the context modules by kernels: it chooses the impl, and makes the ops between two convolutions."""
 
 from __future__ import annotations
 
@@ -63,7 +63,7 @@ def why_not_bypassed(module: nn.Module) -> str | None:
     has changed a part, or hooked onto one."""
     for name, unit in module.named_children():
         if not name.startswith(("scale", "process", *_JOINED)):
-            continue  # of a subclass
+            continue  # A subclass has parts of its own.
         bypassed = [*unit.children()][: None if name in _JOINED else -1]
         if [_kind(part) for part in bypassed] != [*_POOLS.get(name, ()), *_NORM_RELU, *_JOINED.get(name, ())]:
             return f"its {name} is not as it was made"
@@ -89,7 +89,7 @@ def _has_hooks(part: nn.Module) -> bool:
     return any((*forward, *backward))
 
 
-# Of the units by name: what `_kind` tells of their parts.
+# By the names of the units, these are what `_kind` tells of their parts.
 _NORM_RELU = (nn.BatchNorm2d, nn.ReLU)
 _JOINED = dict.fromkeys(("compression", "shortcut"), ((nn.Conv2d, (1, 1), (1, 1), (0, 0), 1, None),))
 _POOLS: dict[str, tuple[Any, ...]] = {
@@ -128,7 +128,7 @@ class FusedNorms:
     def join_convolve(self, maps: Sequence[Tensor], units: Sequence[Any]) -> Tensor:
         """Σ A1(·) over units of (BN, ReLU, 1×1 convolution), whose inputs are the maps, joined along the channels: as
         one convolution. The last map is the last unit's."""
-        if maps[-1].dtype != maps[0].dtype:  # autocast, of a map that comes in fp32 and is normalised in it
+        if maps[-1].dtype != maps[0].dtype:  # Under autocast a map may come in fp32, and is normalised in it.
             return self.join_convolve(maps[:-1], units[:-1]) + self.join_convolve(maps[-1:], units[-1:])
         nothing = [None] * len(maps)
         (joined,) = self.add(nothing, maps, maps[0].shape[2:], [unit[0] for unit in units], joined=True)
@@ -136,6 +136,6 @@ class FusedNorms:
 
 
 def parameters(norms: Sequence[Any]) -> tuple[list[Tensor], ...]:
-    """Weights, biases, running means and variances."""
+    """The norms' weights, biases, running means and running variances."""
     columns = zip(*((norm.weight, norm.bias, norm.running_mean, norm.running_var) for norm in norms), strict=True)
     return tuple(list(column) for column in columns)

@@ -12,7 +12,8 @@ from ._kernels import FusedNorms, choose_kernels
 
 
 def norm_relu_conv(in_channels: int, out_channels: int, kernel_size: int) -> tuple[nn.Module, ...]:
-    """A_k of the definitions: batch norm, ReLU, k×k convolution without bias that keeps the size."""
+    """A_k of docs/definitions.md, "Context modules": batch norm, ReLU, k×k convolution without bias that keeps the
+    size."""
     return (
         nn.BatchNorm2d(in_channels),
         nn.ReLU(inplace=True),

@@ -1,4 +1,5 @@
-"""LMFM, the Low-resolution Multi-scale Fusion Module of BCMFNet (Jiang et al., arXiv 2203.00436; spec section 6)."""
+"""LMFM, the Low-resolution Multi-scale Fusion Module of BCMFNet (Jiang et al., arXiv 2203.00436), as
+docs/definitions.md, "Context modules", has it."""
 
 from __future__ import annotations
 
@@ -60,7 +61,8 @@ class LMFM(nn.Module):
         size = x.shape[-2:]
         scales = (self.scale1, self.scale2, self.scale3, self.scale4)
         pooled = norms.pool(x, [scale[1] for scale in scales])
-        v1, v2, v3, v4 = (scale[-1](map) for scale, map in zip(scales, pooled, strict=True))  # before U
+        # These are the ui before U.
+        v1, v2, v3, v4 = (scale[-1](map) for scale, map in zip(scales, pooled, strict=True))
         a3, a4 = norms.add((v3, v4), (None, None), size, (self.process3[0], self.process4[0]))
         y3, y4 = self.process3[-1](a3), self.process4[-1](a4)
         a1, a2 = norms.add((v1, v2), (y3, y4), size, (self.process1[0], self.process2[0]))

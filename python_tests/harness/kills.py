@@ -22,9 +22,9 @@ from typing import Any
 import torch
 
 from bcmf_ext import train
-from bcmf_ext.config import NETWORKS
 from bcmf_ext.errors import run_command
 from bcmf_ext.files import TEMPORARY
+from bcmf_ext.models import NETWORKS
 from harness.tiny import TinyNet, write_folder
 
 TIMINGS = ("seconds", "images_per_second")
@@ -49,7 +49,7 @@ def start(output: Path, flags: list[str]) -> int:
         print(f"Traceback: {error!r}", file=sys.stderr)
         code = 1
     sys.stdout.flush()
-    # Not sys.exit: the child would end what the parent began. Loading processes see that their parent is gone.
+    # With sys.exit the child would end what the parent began. Loading processes see that their parent is gone.
     os._exit(code or 0)
 
 
@@ -80,7 +80,7 @@ def stop_and_go_on(folder: Path, flags: list[str], number: int, rng: random.Rand
             time.sleep(rng.uniform(0, longest))
             os.kill(child, number)
         status = wait(child)
-        # Of a killed trainer the loading processes complain.
+        # The loading processes of a killed trainer complain.
         if status not in EXITS[number] or (status != -signal.SIGKILL and "Traceback" in said.read_text()):
             return stops, f"exit {status}: {said.read_text()}"
         if status == 0:
@@ -95,7 +95,7 @@ def main() -> None:
         parser.add_argument(f"--{name}", type=int, default=0)
     parser.add_argument("--seed", type=int, default=0)
     arguments = parser.parse_args()
-    for number in EXITS.keys() - {signal.SIGKILL}:  # a shell lets what it starts with & ignore Ctrl-C
+    for number in EXITS.keys() - {signal.SIGKILL}:  # A shell lets what it starts with & ignore Ctrl-C.
         signal.signal(number, signal.default_int_handler if number == signal.SIGINT else signal.SIG_DFL)
     torch.set_num_threads(1)
     NETWORKS["bcmfnet"] = TinyNet

@@ -7,7 +7,7 @@ import zlib
 
 import numpy as np
 
-COLOUR_TYPES = {  # of a PNG: its number, samples per pixel, and the depths that it may have
+COLOUR_TYPES = {  # Each has its number, samples per pixel, and the depths that it may have.
     "grey": (0, 1, (1, 2, 4, 8, 16)),
     "RGB": (2, 3, (8, 16)),
     "palette": (3, 1, (1, 2, 4, 8)),

@@ -13,7 +13,7 @@ from PIL import Image
 from torch import Tensor, nn
 
 CLASSES = ("floor", "wall", "red box")
-STEPS = 4  # batches of 2 in the training split of `write_folder`, with one image left over
+STEPS = 4  # The training split of `write_folder` has so many batches of 2, and one image left over.
 
 
 @pytest.fixture(autouse=True)
@@ -46,15 +46,22 @@ def write_folder(root: Path, train: int = 2 * STEPS + 1, val: int = 3) -> Path:
 
 
 class TinyNet(nn.Module):
-    """Takes and returns what a `DDRNet` does, with two convolutions."""
+    """A `Network` of two convolutions, whose weights have the names of a DDRNet's heads."""
 
-    def __init__(self, num_classes: int, impl: str = "auto") -> None:
+    def __init__(self, num_classes: int, aux_head: bool = True, impl: str = "auto") -> None:
         super().__init__()
         self.body = nn.Sequential(nn.Conv2d(3, 8, 9, stride=8, padding=4), nn.BatchNorm2d(8), nn.ReLU())
         self.final_layer = nn.Conv2d(8, num_classes, 1)
-        self.seghead_extra = nn.Conv2d(8, num_classes, 1)
+        self.seghead_extra = nn.Conv2d(8, num_classes, 1) if aux_head else None
+
+    @property
+    def auxiliary_head(self) -> nn.Module | None:
+        return self.seghead_extra
+
+    def drop_auxiliary_head(self) -> None:
+        self.seghead_extra = None
 
     def forward(self, images: Tensor) -> Tensor | tuple[Tensor, Tensor]:
         x = self.body(images)
         logits = self.final_layer(F.relu(x))
-        return (logits, self.seghead_extra(x)) if self.training else logits
+        return (logits, self.seghead_extra(x)) if self.training and self.seghead_extra is not None else logits
