@@ -1,4 +1,5 @@
-"""What README tells users to type, typed twice in a row: nothing of theirs is lost, nothing of ours is in the way."""
+"""The commands of README and docs/training.md, typed twice in a row: nothing of the user's is lost, and nothing of ours
+is in the way."""
 
 from __future__ import annotations
 
@@ -18,7 +19,8 @@ from PIL import Image
 from bcmf_ext.data import DATASETS
 from bcmf_ext.models import NETWORKS
 
-README = Path(__file__).parents[1] / "README.md"
+ROOT = Path(__file__).parents[1]
+DOCUMENTS = ROOT / "README.md", ROOT / "docs" / "training.md"
 COMMAND = re.compile(r"python -m bcmf_ext\.(\w+)((?: [^`#\n&]*)?)")
 
 
@@ -44,7 +46,7 @@ def write_cityscapes(root: Path) -> None:
                 Image.fromarray(pixels).save(city / f"bonn_{index:06}_000019_{ending}.png")
 
 
-@pytest.mark.skipif(not README.exists(), reason="README.md is not there")
+@pytest.mark.skipif(not all(map(Path.exists, DOCUMENTS)), reason="the documents are not there")
 @pytest.mark.skipif(importlib.util.find_spec("onnxruntime") is None, reason="pip install '.[export]'")
 def test_every_command_twice(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """On drawn data, with a tiny network: the commands are those of the text, their folders have the names there."""
@@ -63,7 +65,7 @@ def test_every_command_twice(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) ->
     torch.save({"state_dict": TinyNet(19).state_dict()}, "DDRNet23s_imagenet.pth")
     theirs = {path: path.read_bytes() for path in Path().rglob("*") if path.is_file()}
 
-    commands = COMMAND.findall(README.read_text())
+    commands = dict.fromkeys(command for document in DOCUMENTS for command in COMMAND.findall(document.read_text()))
     for name, arguments in commands:
         flags = shlex.split(arguments)
         if name == "train" and not {"--check-data", "--resume"} & set(flags):
