@@ -26,7 +26,7 @@ from build_backend import OLDEST_TORCH, find_compiler, find_torch, is_too_old
 
 SOURCES = sorted(str(path) for folder in ("csrc", "csrc/cpu") for path in Path(folder).glob("*.cpp"))
 CUDA_SOURCES = sorted(map(str, Path("csrc/cuda").glob("*.cu")))
-DEFAULT_ARCHS = ("7.5", "8.0", "9.0", "10.0", "12.0")  # 8.0 runs on 8.x; PTX of the last covers what is newer
+DEFAULT_ARCHS = ("7.5", "8.0", "9.0", "10.0", "12.0")  # code for 8.0 runs on 8.x; PTX of the last one serves newer GPUs
 
 
 def find_cuda_home() -> Path | None:
@@ -40,7 +40,7 @@ def find_cuda_home() -> Path | None:
 
 
 def try_compiler() -> str | None:
-    """What the C++ compiler says of a file as small as can be; None if it compiles it."""
+    """Returns why the C++ compiler cannot compile a tiny file, in its own words, or None if it can."""
     command = [*shlex.split(os.environ.get("CXX") or "c++"), "-std=c++20", "-fsyntax-only", "-x", "c++", "-"]
     command += ["-I", sysconfig.get_path("include"), "-I", sysconfig.get_path("platinclude")]
     try:
@@ -74,7 +74,7 @@ class Plan:
         if folder is None:
             return "no torch was found to build against"
         if str(folder) not in sys.path:
-            sys.path.append(str(folder))  # last: the build environment's own packages go first
+            sys.path.append(str(folder))  # it comes last, behind the build environment's own packages
         import torch
 
         self.torch = torch
@@ -129,7 +129,7 @@ class Plan:
         return "\n".join(lines)
 
     def write(self, folder: Path) -> None:
-        """What the package knows of its build without loading the extension (bcmf_ext.dispatch reads it)."""
+        """Writes _build.json, by which bcmf_ext.dispatch knows of the build without loading the extension."""
         torch = None if self.no_extension else self.torch.__version__
         files = sorted(path for path in Path("csrc").rglob("*") if path.is_file())
         sources = hashlib.sha256(b"".join(path.read_bytes() for path in files)).hexdigest()
@@ -140,8 +140,8 @@ class Plan:
 def extension(plan: Plan) -> Any:
     from torch.utils.cpp_extension import CppExtension, CUDAExtension
 
-    # With OpenMP in the code but no OpenMP library linked, at::parallel_for finds the one inside torch: one thread
-    # pool.
+    # The code uses OpenMP, but no OpenMP library is linked: at::parallel_for then finds the one inside torch, so that
+    # there is only one pool of threads.
     openmp = ["-fopenmp"] if sys.platform == "linux" else []
     common = ["-O3", "-std=c++20", f'-DBCMF_CUDA_ARCHS="{plan.archs}"']
     cxx = [*common, *openmp, "-fvisibility=hidden", "-Wno-unknown-pragmas", "-g0"]

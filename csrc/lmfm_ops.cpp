@@ -20,23 +20,23 @@ namespace {
 using at::Tensor;
 using at::TensorList;
 using Maps = c10::List<std::optional<Tensor>>;
-using Run = void (*)(const NormReluArgs& args, const Tensor& like);
+using Kernel = void (*)(const NormReluArgs& args, const Tensor& like);
 
 MapView view_of(const Tensor& map) { return map_view(map, "maps"); }
 
-// (N, C, H, W) in channels_last, or NCHW.
+// Makes a map of the sizes (N, C, H, W), in channels_last or in NCHW.
 Tensor empty_map(const Tensor& like, bool channels_last, at::IntArrayRef sizes) {
   return at::empty(sizes, like.options(),
                    channels_last ? at::MemoryFormat::ChannelsLast : at::MemoryFormat::Contiguous);
 }
 
-// Arguments of a call, and the tensors that they point to.
-class Call {
+// The arguments of one op, and the tensors that they point to.
+class Operands {
  public:
   NormReluArgs args = {};
   Tensor stats, grad_norms;
 
-  Call(const Tensor& like, bool training) : like_(like) {
+  Operands(const Tensor& like, bool training) : like_(like) {
     args.N = like.size(0);
     args.training = training;
     args.type = float_type(like.scalar_type(), "maps");
@@ -49,7 +49,7 @@ class Call {
       check_side(side);
       TORCH_CHECK_VALUE(side >= 1, "maps have at least one row and one column.");
     }
-    for (const int64_t pixels : {in[0] * in[1], in[0] * out[1], out[0] * out[1]})  // counted in 32 bits
+    for (const int64_t pixels : {in[0] * in[1], in[0] * out[1], out[0] * out[1]})  // the kernels count in 32 bits
       TORCH_CHECK_VALUE(pixels < (int64_t{1} << 31) / std::max<int64_t>(args.N, 1),
                         "maps of a batch have less than 2^31 pixels.");
     Branch& branch = args.branch[args.branches++];
@@ -69,7 +69,7 @@ class Call {
     return view_of(map);
   }
 
-  // Gives the branches their part of the norms, of which one may span several.
+  // Points each branch to the parameters of its channels: one norm may span several branches.
   void set_norms(TensorList weights, TensorList biases) {
     set(weights, "weights", [](Branch& branch, char* data) { branch.weight = data; });
     set(biases, "biases", [](Branch& branch, char* data) { branch.bias = data; });
@@ -119,57 +119,57 @@ class Call {
 // ---------------------------------------------------------------------------------------------------------------------
 // pool_norm_relu
 
-Call pool_call(const Tensor& x, bool training) {
+Operands pool_operands(const Tensor& x, bool training) {
   TORCH_CHECK_VALUE(x.dim() == 4, "x has the shape (N, C, h, w), not ", x.sizes(), ".");
   TORCH_CHECK_VALUE(x.size(2) >= 1 && x.size(3) >= 1, "maps have at least one row and one column.");
-  Call call(x, training);
+  Operands operands(x, training);
   for (int p = 0; p < kPools; ++p) {
     const int64_t sides[] = {pool_axis(p, x.size(2)).out(), pool_axis(p, x.size(3)).out()};
-    call.add_branch(x.size(1), x.sizes().slice(2), sides).resampled = view_of(x);
+    operands.add_branch(x.size(1), x.sizes().slice(2), sides).resampled = view_of(x);
   }
-  return call;
+  return operands;
 }
 
-template <Run run>
+template <Kernel kernel>
 std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> pool_norm_relu(const Tensor& x, TensorList weights,
                                                                   TensorList biases, TensorList means,
                                                                   TensorList variances, bool training, double momentum,
                                                                   double eps) {
-  Call call = pool_call(x, training);
-  call.set_norms(weights, biases);
-  call.set_running(means, variances, momentum, eps);
-  call.make_stats();
+  Operands operands = pool_operands(x, training);
+  operands.set_norms(weights, biases);
+  operands.set_running(means, variances, momentum, eps);
+  operands.make_stats();
   std::vector<Tensor> outputs;
   for (int p = 0; p < kPools; ++p) {
-    Branch& branch = call.args.branch[p];
-    outputs.push_back(empty_map(x, x.stride(1) == 1, {call.args.N, branch.C, branch.H, branch.W}));
+    Branch& branch = operands.args.branch[p];
+    outputs.push_back(empty_map(x, x.stride(1) == 1, {operands.args.N, branch.C, branch.H, branch.W}));
     branch.out = view_of(outputs.back());
   }
-  run(call.args, x);
-  return {outputs[0], outputs[1], outputs[2], outputs[3], call.stats};
+  kernel(operands.args, x);
+  return {outputs[0], outputs[1], outputs[2], outputs[3], operands.stats};
 }
 
-template <Run run>
+template <Kernel kernel>
 std::tuple<std::vector<Tensor>, Tensor> pool_norm_relu_backward(TensorList grads, const Tensor& x, TensorList weights,
                                                                 TensorList biases, const Tensor& stats, bool training) {
-  Call call = pool_call(x, training);
-  call.set_norms(weights, biases);
-  call.take_stats(stats);
+  Operands operands = pool_operands(x, training);
+  operands.set_norms(weights, biases);
+  operands.take_stats(stats);
   TORCH_CHECK_VALUE(grads.size() == kPools, "there is a gradient of each of the ", kPools, " pools.");
   for (int p = 0; p < kPools; ++p) {
-    Branch& branch = call.args.branch[p];
-    branch.out = call.view(grads[p], branch.C, branch.H, branch.W);
+    Branch& branch = operands.args.branch[p];
+    branch.out = operands.view(grads[p], branch.C, branch.H, branch.W);
   }
   const Tensor grad = at::empty_like(x, {}, at::MemoryFormat::Preserve);
-  call.args.branch[0].grad_resampled = view_of(grad);
-  run(call.args, x);
-  return {std::vector<Tensor>{grad}, call.grad_norms};
+  operands.args.branch[0].grad_resampled = view_of(grad);
+  kernel(operands.args, x);
+  return {std::vector<Tensor>{grad}, operands.grad_norms};
 }
 
 // ---------------------------------------------------------------------------------------------------------------------
 // add_norm_relu
 
-// The first map of all, whose dtype and device the others share.
+// Returns the first map that is given, whose dtype and device all others must have.
 Tensor first_map(const Maps& resampled, const Maps& added) {
   Tensor found;
   for (const Maps* maps : {&resampled, &added})
@@ -182,76 +182,77 @@ Tensor first_map(const Maps& resampled, const Maps& added) {
   return found;
 }
 
-Call add_call(const Tensor& like, const Maps& resampled, const Maps& added, int64_t height, int64_t width, bool joined,
-              bool training) {
+Operands add_operands(const Tensor& like, const Maps& resampled, const Maps& added, int64_t height, int64_t width,
+                      bool joined, bool training) {
   TORCH_CHECK_VALUE(resampled.size() == added.size(), "each branch has a resampled and an added map, or none.");
   TORCH_CHECK_VALUE(joined || resampled.size() <= 2, "more than two maps come joined.");
-  Call call(like, training);
+  Operands operands(like, training);
   for (size_t b = 0; b < resampled.size(); ++b) {
     const std::optional<Tensor> low = resampled[b], map = added[b];
     TORCH_CHECK_VALUE(low.has_value() || map.has_value(), "branch ", b, " has no map.");
     const int64_t C = low.has_value() ? low->size(1) : map->size(1), sides[] = {height, width};
-    Branch& branch = call.add_branch(C, low.has_value() ? low->sizes().slice(2) : at::IntArrayRef(sides), sides);
-    if (low.has_value()) branch.resampled = call.view(*low, C, branch.h, branch.w);
-    if (map.has_value()) branch.added = call.view(*map, C, height, width);
+    Branch& branch = operands.add_branch(C, low.has_value() ? low->sizes().slice(2) : at::IntArrayRef(sides), sides);
+    if (low.has_value()) branch.resampled = operands.view(*low, C, branch.h, branch.w);
+    if (map.has_value()) branch.added = operands.view(*map, C, height, width);
   }
-  return call;
+  return operands;
 }
 
-template <Run run>
+template <Kernel kernel>
 std::tuple<Tensor, Tensor, Tensor> add_norm_relu(const Maps& resampled, const Maps& added, TensorList weights,
                                                  TensorList biases, TensorList means, TensorList variances,
                                                  int64_t height, int64_t width, bool channels_last, bool joined,
                                                  bool training, double momentum, double eps) {
   const Tensor like = first_map(resampled, added);
-  Call call = add_call(like, resampled, added, height, width, joined, training);
-  call.set_norms(weights, biases);
-  call.set_running(means, variances, momentum, eps);
-  call.make_stats();
+  Operands operands = add_operands(like, resampled, added, height, width, joined, training);
+  operands.set_norms(weights, biases);
+  operands.set_running(means, variances, momentum, eps);
+  operands.make_stats();
   const auto make_output = [&](int64_t channels) {
-    return empty_map(like, channels_last, {call.args.N, channels, height, width});
+    return empty_map(like, channels_last, {operands.args.N, channels, height, width});
   };
-  Tensor outputs[] = {make_output(joined ? call.args.channels : call.args.branch[0].C), at::empty({0}, like.options())};
-  if (!joined && call.args.branches == 2) outputs[1] = make_output(call.args.branch[1].C);
-  for (int b = 0; b < call.args.branches; ++b) {
-    Branch& branch = call.args.branch[b];
+  Tensor outputs[] = {make_output(joined ? operands.args.channels : operands.args.branch[0].C),
+                      at::empty({0}, like.options())};
+  if (!joined && operands.args.branches == 2) outputs[1] = make_output(operands.args.branch[1].C);
+  for (int b = 0; b < operands.args.branches; ++b) {
+    Branch& branch = operands.args.branch[b];
     branch.out = view_of(joined ? outputs[0].narrow(1, branch.first, branch.C) : outputs[b]);
   }
-  run(call.args, like);
-  return {outputs[0], outputs[1], call.stats};
+  kernel(operands.args, like);
+  return {outputs[0], outputs[1], operands.stats};
 }
 
-template <Run run>
+template <Kernel kernel>
 std::tuple<std::vector<Tensor>, Tensor> add_norm_relu_backward(TensorList grads, const Maps& resampled,
                                                                const Maps& added, TensorList weights, TensorList biases,
                                                                const Tensor& stats, int64_t height, int64_t width,
                                                                bool /*channels_last*/, bool joined, bool training) {
   const Tensor like = first_map(resampled, added);
-  Call call = add_call(like, resampled, added, height, width, joined, training);
-  call.set_norms(weights, biases);
-  call.take_stats(stats);
+  Operands operands = add_operands(like, resampled, added, height, width, joined, training);
+  operands.set_norms(weights, biases);
+  operands.take_stats(stats);
   TORCH_CHECK_VALUE(grads.size() == 2, "there is a gradient of each output.");
-  if (joined) call.view(grads[0], call.args.channels, height, width);
-  for (int b = 0; b < call.args.branches; ++b) {
-    Branch& branch = call.args.branch[b];
-    branch.out = call.view(joined ? grads[0].narrow(1, branch.first, branch.C) : grads[b], branch.C, height, width);
+  if (joined) operands.view(grads[0], operands.args.channels, height, width);
+  for (int b = 0; b < operands.args.branches; ++b) {
+    Branch& branch = operands.args.branch[b];
+    branch.out = operands.view(joined ? grads[0].narrow(1, branch.first, branch.C) : grads[b], branch.C, height, width);
   }
   std::vector<Tensor> grad_maps;  // first of resampled maps, then of added ones
   const auto make_like = [&](const Maps& maps, MapView Branch::* view) {
-    for (int b = 0; b < call.args.branches; ++b) {
+    for (int b = 0; b < operands.args.branches; ++b) {
       const std::optional<Tensor> map = maps[b];
       if (!map.has_value()) continue;
       grad_maps.push_back(at::empty_like(*map, {}, at::MemoryFormat::Preserve));
-      call.args.branch[b].*view = view_of(grad_maps.back());
+      operands.args.branch[b].*view = view_of(grad_maps.back());
     }
   };
   make_like(resampled, &Branch::grad_resampled);
   make_like(added, &Branch::grad_added);
-  run(call.args, like);
-  return {grad_maps, call.grad_norms};
+  kernel(operands.args, like);
+  return {grad_maps, operands.grad_norms};
 }
 
-template <Run pool, Run pool_backward, Run add, Run add_backward>
+template <Kernel pool, Kernel pool_backward, Kernel add, Kernel add_backward>
 void register_ops(torch::Library& m) {
   m.impl("pool_norm_relu", &pool_norm_relu<pool>);
   m.impl("pool_norm_relu_backward", &pool_norm_relu_backward<pool_backward>);

@@ -1,4 +1,5 @@
-// Binds what the metrics need on the CPU (bcmf_ext/ops.py has the schemas); there is nothing here to emulate.
+// Binds the CPU kernels of the metrics to torch.ops.bcmf (bcmf_ext/ops.py has the schemas). None of them runs on CUDA,
+// so that the emulator has nothing to do here.
 #ifndef BCMF_EMULATED
 
 #include <algorithm>
@@ -13,7 +14,7 @@ namespace {
 
 using at::Tensor;
 
-// Labels and counts are numbered in 32 bits; a class takes memory, too.
+// The kernels number labels and counts in 32 bits, and take memory for each class.
 void check_classes(int64_t classes) {
   TORCH_CHECK_VALUE(0 < classes && classes <= 1 << 16, "classes are from 1 to ", 1 << 16, ", not ", classes, ".");
 }

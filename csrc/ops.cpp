@@ -2,6 +2,7 @@
 
 #include <ATen/EmptyTensor.h>
 #include <pybind11/pybind11.h>
+#include <pybind11/stl.h>
 #include <torch/version.h>
 
 #include <algorithm>
@@ -12,6 +13,7 @@
 #include <sstream>
 #include <string>
 #include <tuple>
+#include <vector>
 
 #include "cpu/isa.h"
 #include "cpu/loss.h"
@@ -35,29 +37,34 @@ LabelView label_view(const Tensor& t) {
   return {t.data_ptr(), label_type(t.scalar_type(), "target"), t.stride(0), t.stride(1), t.stride(2)};
 }
 
-// What is asked of bcmf::loss beside tensors; the order is that of the schemas in bcmf_ext/ops.py.
-#define BCMF_LOSS_OPTIONS                                                                                         \
-  int64_t ignore_index, bool align_corners, bool ce, std::optional<double> ohem_threshold, int64_t ohem_min_kept, \
-      double bcl_weight, at::IntArrayRef bcl_steps, at::ArrayRef<double> bcl_flipped, double bcl_threshold,       \
-      int64_t bcl_nms_size, double cpg_weight, int64_t cpg_kernel_size, bool cpg_window
-#define BCMF_PASS_LOSS_OPTIONS                                                                                       \
-  ignore_index, align_corners, ce, ohem_threshold, ohem_min_kept, bcl_weight, bcl_steps, bcl_flipped, bcl_threshold, \
-      bcl_nms_size, cpg_weight, cpg_kernel_size, cpg_window
+// The options of bcmf::loss, in the order of the schemas in bcmf_ext/ops.py (contract() below lets a test compare
+// them). BCMF_LOSS_PARAMETERS declares them as parameters, BCMF_LOSS_ARGUMENTS passes them on.
+#define BCMF_LOSS_OPTIONS(option)                                                                                   \
+  option(int64_t, ignore_index), option(bool, align_corners), option(bool, ce),                                     \
+      option(std::optional<double>, ohem_threshold), option(int64_t, ohem_min_kept), option(double, bcl_weight),    \
+      option(at::IntArrayRef, bcl_steps), option(at::ArrayRef<double>, bcl_flipped), option(double, bcl_threshold), \
+      option(int64_t, bcl_nms_size), option(double, cpg_weight), option(int64_t, cpg_kernel_size),                  \
+      option(bool, cpg_window)
+#define BCMF_PARAMETER(type, name) type name
+#define BCMF_ARGUMENT(type, name) name
+#define BCMF_OPTION_NAME(type, name) #name
+#define BCMF_LOSS_PARAMETERS BCMF_LOSS_OPTIONS(BCMF_PARAMETER)
+#define BCMF_LOSS_ARGUMENTS BCMF_LOSS_OPTIONS(BCMF_ARGUMENT)
 
 void check_sides(const LossArgs& args) {
   for (const int64_t side : {args.C, args.h, args.w, args.H, args.W}) check_side(side);
 }
 
-// Both ops' arguments beside tensors of their own.
+// The arguments that bcmf::loss and bcmf::loss_backward have in common, checked, and as the kernels take them.
 struct LossInputs {
   LossArgs args;
-  std::optional<Tensor> weight;  // keeps the converted class weights alive
+  std::optional<Tensor> weight;  // the converted class weights; keeps args.weight alive
 
-  LossInputs(const Tensor& logits, const Tensor& target, const std::optional<Tensor>& weight, BCMF_LOSS_OPTIONS);
+  LossInputs(const Tensor& logits, const Tensor& target, const std::optional<Tensor>& weight, BCMF_LOSS_PARAMETERS);
 };
 
 LossInputs::LossInputs(const Tensor& logits, const Tensor& target, const std::optional<Tensor>& weight,
-                       BCMF_LOSS_OPTIONS)
+                       BCMF_LOSS_PARAMETERS)
     : args() {
   TORCH_CHECK_VALUE(logits.dim() == 4 && logits.size(1) >= 2, "logits have the shape (N, C, h, w) with C >= 2, not ",
                     logits.sizes(), ".");
@@ -108,8 +115,9 @@ LossInputs::LossInputs(const Tensor& logits, const Tensor& target, const std::op
     TORCH_CHECK_VALUE(bcl_nms_size >= 1 && bcl_nms_size % 2 == 1, "BCL's nms_size is an odd number of pixels, not ",
                       bcl_nms_size, ".");
     args.bcl_steps = static_cast<int>(bcl_steps.size());
+    // A side is shorter than 2^30, so that a longer step flips nothing, as one of 2^30 does.
     const auto bounded = [](int64_t pixels) { return static_cast<int>(std::min(pixels, int64_t{1} << 30)); };
-    std::transform(bcl_steps.begin(), bcl_steps.end(), args.bcl_step, bounded);  // no image is as large
+    std::transform(bcl_steps.begin(), bcl_steps.end(), args.bcl_step, bounded);
     args.bcl_flipped = !bcl_flipped.empty();
     if (args.bcl_flipped) args.bcl_alpha = bcl_flipped[0], args.bcl_beta = bcl_flipped[1];
     args.bcl_weight = bcl_weight;
@@ -127,7 +135,8 @@ LossInputs::LossInputs(const Tensor& logits, const Tensor& target, const std::op
                     kIgnoredId, " classes, not ", args.C, ".");
 }
 
-// What a step makes anew each time. Large tensors on the CPU lie in memory that is kept from step to step.
+// Makes a tensor that every training step makes anew. On the CPU, a large one lies in memory that is kept from step to
+// step (cpu/memory.h).
 Tensor make_tensor(at::IntArrayRef sizes, at::IntArrayRef strides, const at::TensorOptions& options) {
 #ifndef BCMF_EMULATED
   const size_t bytes = at::detail::computeStorageNbytes(sizes, strides, options.dtype().itemsize());
@@ -138,11 +147,11 @@ Tensor make_tensor(at::IntArrayRef sizes, at::IntArrayRef strides, const at::Ten
 }
 
 Tensor make_maps(int64_t maps, const LossArgs& args, const at::TensorOptions& options) {  // (maps, N, H, W)
-  const int64_t map = args.H * args.W, pixels = map == 0 ? 0 : args.N * map;  // of no pixel N may be any number
-  return make_tensor({maps, args.N, args.H, args.W}, {pixels, map, args.W, 1}, options);
+  const int64_t map = args.H * args.W;
+  return make_tensor({maps, args.N, args.H, args.W}, {args.N * map, map, args.W, 1}, options);
 }
 
-Tensor make_like(const Tensor& t) {  // strides, too, as empty_like chooses them
+Tensor make_like(const Tensor& t) {  // with the strides that empty_like would choose
   const Tensor like = at::empty_like(t, t.options().device(at::kMeta), at::MemoryFormat::Preserve);
   return make_tensor(t.sizes(), like.strides(), t.options());
 }
@@ -171,14 +180,14 @@ struct LossOutputs {
   std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> as_tuple() const {
     return {total, terms, stats, selected, summary};
   }
-  // Of no pixels.
+  // Without any pixel, every term is exactly 0.
   std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> as_zeros() const {
     for (const Tensor& t : {total, terms, summary}) t.zero_();
     return as_tuple();
   }
 };
 
-// What the backward op takes and returns beside its inputs.
+// The tensors that bcmf::loss_backward takes beside those of LossInputs, checked, and the gradient that it returns.
 struct LossGradient {
   Tensor grad_total, stats, selected, summary, grad;
 
@@ -198,7 +207,8 @@ struct LossGradient {
     check_same_device(logits, summary_, "logits", "summary");
     grad_total = grad_total_.to(acc).contiguous();
     stats = stats_.contiguous();
-    if (reinterpret_cast<uintptr_t>(stats.const_data_ptr()) % 16 != 0) stats = stats.clone();  // read 16 bytes at once
+    // The kernels read 16 bytes of stats at once.
+    if (reinterpret_cast<uintptr_t>(stats.const_data_ptr()) % 16 != 0) stats = stats.clone();
     selected = selected_.contiguous();
     summary = summary_.contiguous();
     grad = make_like(logits);
@@ -210,7 +220,7 @@ struct LossGradient {
   }
 };
 
-// Arguments of an arg-max of logits, resampled to (height, width).
+// The arguments of an arg-max of logits that are resampled to (height, width): only sizes and logits are filled in.
 LossArgs upsample_args(const Tensor& logits, int64_t height, int64_t width, bool align_corners) {
   TORCH_CHECK_VALUE(logits.dim() == 4 && logits.size(1) >= 1 && height >= 0 && width >= 0,
                     "logits have the shape (N, C, h, w), not ", logits.sizes(), ".");
@@ -230,7 +240,7 @@ Tensor empty_classes(const Tensor& logits, const LossArgs& args) {
 }
 
 #ifndef BCMF_EMULATED
-// Same sentence as bcmf_ext.reference.describe_bad_labels.
+// This is the sentence of Python's describe_bad_labels, so that all backends refuse labels in the same words.
 std::string describe_bad_labels(const Tensor& target, int64_t num_classes, int64_t ignore_index) {
   const Tensor labels = target.to(at::kLong).contiguous();
   std::set<int64_t> bad;
@@ -259,8 +269,8 @@ std::string describe_bad_labels(const Tensor& target, int64_t num_classes, int64
 }
 
 std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> loss_cpu(const Tensor& logits, const Tensor& target,
-                                                            const std::optional<Tensor>& weight, BCMF_LOSS_OPTIONS) {
-  LossInputs in(logits, target, weight, BCMF_PASS_LOSS_OPTIONS);
+                                                            const std::optional<Tensor>& weight, BCMF_LOSS_PARAMETERS) {
+  LossInputs in(logits, target, weight, BCMF_LOSS_ARGUMENTS);
   LossOutputs out(logits, in.args);
   if (target.numel() == 0) return out.as_zeros();
   const int64_t bad_labels = cpu::loss_forward(in.args);
@@ -270,8 +280,8 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> loss_cpu(const Tensor& logits
 
 Tensor loss_backward_cpu(const Tensor& grad_total, const Tensor& logits, const Tensor& target,
                          const std::optional<Tensor>& weight, const Tensor& stats, const Tensor& selected,
-                         const Tensor& summary, BCMF_LOSS_OPTIONS) {
-  LossInputs in(logits, target, weight, BCMF_PASS_LOSS_OPTIONS);
+                         const Tensor& summary, BCMF_LOSS_PARAMETERS) {
+  LossInputs in(logits, target, weight, BCMF_LOSS_ARGUMENTS);
   const LossGradient out(grad_total, logits, stats, selected, summary, in.args);
   if (target.numel() == 0) return out.grad.zero_();
   cpu::loss_backward(in.args);
@@ -302,9 +312,10 @@ std::tuple<Tensor, Tensor> upsample_confusion_cpu(const Tensor& logits, const Te
 
 #ifdef BCMF_WITH_CUDA
 std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> loss_cuda(const Tensor& logits, const Tensor& target,
-                                                             const std::optional<Tensor>& weight, BCMF_LOSS_OPTIONS) {
+                                                             const std::optional<Tensor>& weight,
+                                                             BCMF_LOSS_PARAMETERS) {
   const c10::cuda::CUDAGuard guard(logits.device());
-  LossInputs in(logits, target, weight, BCMF_PASS_LOSS_OPTIONS);
+  LossInputs in(logits, target, weight, BCMF_LOSS_ARGUMENTS);
   LossOutputs out(logits, in.args);
   if (target.numel() == 0) return out.as_zeros();
   const Tensor scratch = make_scratch(logits, cuda::loss_forward_scratch(in.args));
@@ -314,9 +325,9 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> loss_cuda(const Tensor& logit
 
 Tensor loss_backward_cuda(const Tensor& grad_total, const Tensor& logits, const Tensor& target,
                           const std::optional<Tensor>& weight, const Tensor& stats, const Tensor& selected,
-                          const Tensor& summary, BCMF_LOSS_OPTIONS) {
+                          const Tensor& summary, BCMF_LOSS_PARAMETERS) {
   const c10::cuda::CUDAGuard guard(logits.device());
-  LossInputs in(logits, target, weight, BCMF_PASS_LOSS_OPTIONS);
+  LossInputs in(logits, target, weight, BCMF_LOSS_ARGUMENTS);
   const LossGradient out(grad_total, logits, stats, selected, summary, in.args);
   if (target.numel() == 0) return out.grad.zero_();
   const Tensor scratch = make_scratch(logits, cuda::loss_backward_scratch(in.args));
@@ -350,7 +361,7 @@ void check_launch(int error) {
 }
 #endif
 
-#ifdef BCMF_EMULATED  // by python_tests/harness/emulator: the CUDA kernels, run on CPU tensors, under another name
+#ifdef BCMF_EMULATED  // python_tests/harness/emulator runs the CUDA kernels on CPU tensors, under another name
 TORCH_LIBRARY_IMPL(bcmf_emulated, CPU, m) { register_cuda(m); }
 #else
 TORCH_LIBRARY_IMPL(bcmf, CPU, m) {
@@ -383,6 +394,19 @@ PYBIND11_MODULE(_C, m) {
       },
       "What was compiled: torch, compiler, cuda_archs (TORCH_CUDA_ARCH_LIST form, empty without CUDA); and the CPU "
       "instruction set in use.");
+  m.def(
+      "contract",
+      [] {
+        const auto names = [](const std::vector<std::string>& list) { return pybind11::tuple(pybind11::cast(list)); };
+        pybind11::dict contract;
+        contract["SUMMARY"] = names({BCMF_SUMMARY(BCMF_ENTRY_NAME) "selected"});
+        contract["TERMS"] = names({BCMF_TERMS(BCMF_ENTRY_NAME)});
+        contract["MAX_STEPS"] = bcmf::kMaxSteps;
+        contract["LOSS_OPTIONS"] = names({BCMF_LOSS_OPTIONS(BCMF_OPTION_NAME)});
+        return contract;
+      },
+      "What bcmf_ext/ops.py and the compiled kernels have to agree on, in this order: the entries of bcmf::loss's "
+      "summary, of which the last one, 'selected', has MAX_STEPS places, its terms, and its options.");
   m.def("release_kept_memory", &bcmf::cpu::release_kept_memory,
         "Gives the system the memory that the CPU kernels keep from step to step (large gradients and statistics).");
 }

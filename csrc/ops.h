@@ -1,4 +1,4 @@
-// What the ops of all files share.
+// Helpers of all files that bind ops to torch: dtypes, views of tensors, and checks.
 #pragma once
 
 #include <ATen/Functions.h>
@@ -42,12 +42,13 @@ inline MapView map_view(const at::Tensor& t, const char* name) {
   return {t.data_ptr(), float_type(t.scalar_type(), name), t.stride(0), t.stride(1), t.stride(2), t.stride(3)};
 }
 
-// What is computed in: fp64 for fp64 tensors, else fp32.
+// Returns the dtype that the kernels compute in: fp64 for fp64 tensors, else fp32.
 inline at::ScalarType acc_type(const at::Tensor& t) {
   return t.scalar_type() == at::kDouble ? at::kDouble : at::kFloat;
 }
 
-// The Python functions have checked all this with kinder words; these keep a direct call of torch.ops.bcmf memory-safe.
+// The Python functions have checked all this with kinder words; these checks keep a direct call of torch.ops.bcmf
+// memory-safe.
 inline void check_same_device(const at::Tensor& first, const at::Tensor& other, const char* first_name,
                               const char* name) {
   TORCH_CHECK_VALUE(other.device() == first.device(), first_name, " are on ", first.device(), " and ", name, " on ",

@@ -1,7 +1,7 @@
-// BCL: scores of all pixels, their maxima, and what the selected pixels add to the gradient. Included by
-// loss_kernel.inl.
+// The Boundary Corrected Loss (BCL): the scores of all pixels, the step bcl_select, and what the selected pixels add to
+// the gradient. loss_kernel.inl includes this file.
 
-// Of a row of the batch and the index of a step: the classes there, and the two flipped ones.
+// The classes of a label row of the batch, and those that the two flips of a step bring there.
 struct FlippedRow {
   const uint16_t *own, *by_rows;
   const int32_t* column_flip;
@@ -13,7 +13,7 @@ struct FlippedRow {
                 (row - row % args.H + flip_index<int64_t>(row % args.H, args.bcl_step[index], args.H)) * args.W),
         column_flip(work.column_flip + index * args.W) {}
   uint16_t by_columns(int64_t x) const { return own[column_flip[x]]; }
-  // Whether any of the columns xa..xb has another class after a flip.
+  // Tells whether any of the columns xa..xb has another class after a flip.
   bool differs(int64_t xa, int64_t xb) const {
     unsigned any = 0;
     for (int64_t x = xa; x < xb; ++x) any |= own[x] ^ by_rows[x];
@@ -24,8 +24,8 @@ struct FlippedRow {
 
 constexpr int64_t kStretch = 32;  // pixels whose flips are looked at together: most have none
 
-// q of a tile's pixels, whose logits are z: the largest of the three losses; -1 where one of the labels is ignored. A
-// NaN loss stays NaN.
+// Finds the scores of a tile's pixels, whose logits are z: the largest of the three losses, or -1 where one of the
+// labels is ignored. A NaN loss stays NaN.
 template <typename Acc>
 static void score_tile(const LossArgs& args, const LossWork<Acc>& work, int index, int64_t n, Tile t, const Acc* z,
                        const Acc* nll, const Acc* m, const Acc* log_sum) {
@@ -55,14 +55,15 @@ static void score_tile(const LossArgs& args, const LossWork<Acc>& work, int inde
   }
 }
 
-// The larger of two scores; NaN is larger than all.
+// Returns the larger of two scores; NaN is larger than all.
 template <typename Acc>
 BCMF_INLINE Acc larger(Acc a, Acc b) {
   return b > a || b != b ? b : a;
 }
 
-// Of the columns xa..xb of a row of scores: the largest of each neighbourhood, clipped at the border. The largest of
-// each column is found first, then of the columns beside it: the cost grows with the radius, not with its square.
+// Finds the largest score of the neighbourhood of each pixel in the columns xa..xb of a row. Neighbourhoods are clipped
+// at the border. The largest score of each column is found first, then that of neighbouring columns, so that the cost
+// grows with the radius and not with its square.
 template <typename Acc>
 static void pool_scores(const LossArgs& args, const Acc* scores, int64_t row, int64_t xa, int64_t xb, Acc* pooled) {
   constexpr int64_t kColumns = kMaxTilePixels + 32;  // a whole tile with a usual radius around it
@@ -79,7 +80,7 @@ static void pool_scores(const LossArgs& args, const Acc* scores, int64_t row, in
       const Acc* other = own + (v - y) * args.W;
       for (int64_t x = begin; x < end; ++x) column[x - begin] = larger(column[x - begin], other[x]);
     }
-    // Offsets from one of the pixels to one of the columns.
+    // All offsets from one of the pixels to one of the columns lie between these two.
     const int64_t first = begin - xb + 1 < -radius ? -radius : begin - xb + 1;
     const int64_t last = end - 1 - xa > radius ? radius : end - 1 - xa;
     for (int64_t u = first; u <= last; ++u) {
@@ -89,10 +90,11 @@ static void pool_scores(const LossArgs& args, const Acc* scores, int64_t row, in
   }
 }
 
-// S of a step: its bits in `selected`, and by rows the sum of what it is supervised with and the number of its pixels.
+// Selects the pixels of a step: writes its bits in `selected`, and for each row the sum of the losses at its selected
+// pixels and their number.
 template <typename Acc, typename Source>
-static void select_from(const LossArgs& args, const LossWork<Acc>& work, int index, int64_t begin, int64_t end,
-                        TermPartial* partials) {
+static void bcl_select_from(const LossArgs& args, const LossWork<Acc>& work, int index, int64_t begin, int64_t end,
+                            TermPartial* partials) {
   const Source source(args, work);
   const Acc* max_logit = static_cast<const Acc*>(args.stats);
   const Acc* log_sum = max_logit + args.N * args.H * args.W;
@@ -116,7 +118,7 @@ static void select_from(const LossArgs& args, const LossWork<Acc>& work, int ind
       for (int64_t x = xa; x < xb; ++x) {
         if (!hits[x - xa]) continue;
         const int64_t pixel = row * args.W + x;
-        // The scores come from another reading of the labels, which may have changed: there may be no class here now.
+        // The scores come from an earlier reading of labels that may have changed: there may be no class here now.
         const auto loss = [&](uint16_t id) -> Acc {
           if (id == kIgnoredId) return 0;
           return (max_logit[pixel] - source.entry(row / args.H, row % args.H, x, id)) + log_sum[pixel];
@@ -131,39 +133,41 @@ static void select_from(const LossArgs& args, const LossWork<Acc>& work, int ind
 }
 
 template <typename Acc>
-static void select(const LossArgs& args, const LossWork<Acc>& work, int index, int64_t begin, int64_t end,
-                   TermPartial* partials) {
-  if (args.resampled()) return select_from<Acc, Resampled<Acc>>(args, work, index, begin, end, partials);
-  select_from<Acc, Direct<Acc>>(args, work, index, begin, end, partials);
+static void bcl_select(const LossArgs& args, const LossWork<Acc>& work, int index, int64_t begin, int64_t end,
+                       TermPartial* partials) {
+  if (args.resampled()) return bcl_select_from<Acc, Resampled<Acc>>(args, work, index, begin, end, partials);
+  bcl_select_from<Acc, Direct<Acc>>(args, work, index, begin, end, partials);
 }
 
-// Derivative of the total by a selected pixel's loss; `count` is what its step is averaged over.
+// Returns the derivative of the total by the loss of a selected pixel, whose step takes the mean over `count` pixels.
 template <typename Acc>
 static Acc bcl_scale(const LossArgs& args, Acc count) {
   const Acc upstream = *static_cast<const Acc*>(args.grad_total);
   return count != 0 ? upstream * static_cast<Acc>(args.bcl_weight / args.bcl_steps) / count : 0;
 }
 
+// Adds the pulls towards the flipped labels to the factor of each selected pixel.
 template <typename Acc>
 static void add_flipped_factor(const LossArgs& args, const uint8_t* selected, int64_t count, Acc* factor) {
-  const Acc share = bcl_scale<Acc>(args, static_cast<const Acc*>(args.summary)[kValid]) *
+  const Acc pulls = bcl_scale<Acc>(args, static_cast<const Acc*>(args.summary)[kValid]) *
                     static_cast<Acc>(args.bcl_alpha + args.bcl_beta);
   for (int s = 0; s < args.bcl_steps; ++s)
-    for (int64_t i = 0; i < count; ++i) factor[i] += selected[i] >> s & 1 ? share : 0;
+    for (int64_t i = 0; i < count; ++i) factor[i] += selected[i] >> s & 1 ? pulls : 0;
 }
 
+// Subtracts the pulls towards the flipped labels from the gradient z of a tile.
 template <typename Acc>
 static void subtract_flipped(const LossArgs& args, const LossWork<Acc>& work, int64_t n, Tile t,
                              const uint8_t* selected, Acc* z) {
-  const Acc share = bcl_scale<Acc>(args, static_cast<const Acc*>(args.summary)[kValid]);
-  const Acc alpha = share * static_cast<Acc>(args.bcl_alpha), beta = share * static_cast<Acc>(args.bcl_beta);
+  const Acc scale = bcl_scale<Acc>(args, static_cast<const Acc*>(args.summary)[kValid]);
+  const Acc alpha = scale * static_cast<Acc>(args.bcl_alpha), beta = scale * static_cast<Acc>(args.bcl_beta);
   for (int s = 0; s < args.bcl_steps; ++s)
     for (int64_t k = 0; k < t.rows; ++k) {
       const FlippedRow flipped(args, work, n * args.H + t.y + k, s);
       for (int64_t x = t.xa; x < t.xb; ++x) {
         const int64_t i = k * (t.xb - t.xa) + x - t.xa;
         if (!(selected[i] >> s & 1)) continue;
-        // The forward selected by another reading of the labels.
+        // The forward selected by an earlier reading of labels that may have changed.
         const uint16_t by_rows = flipped.by_rows[x], by_columns = flipped.by_columns(x);
         if (by_rows != kIgnoredId) z[by_rows * work.pitch + i] -= alpha;
         if (by_columns != kIgnoredId) z[by_columns * work.pitch + i] -= beta;

@@ -1,14 +1,14 @@
-// CPG: where labels have edges, how far the gradients of p are from theirs, and what that adds to the gradient.
-// Included by loss_kernel.inl.
+// The CPG loss: the steps cpg_edges, cpg_compare and cpg_residuals, and what CPG adds to the gradient. loss_kernel.inl
+// includes this file.
 //
-// An edge pixel's window holds few classes, and edge pixels lie side by side. So the work is done by runs: neighbouring
-// edge pixels of a row, for one class after the other. Loops always go over kRunPixels of them, whatever the run has:
-// a known number of iterations is one or two vectors and no remainder. G and Ĝ are kept times sobel_denominator; G is
-// exact then.
+// The window of an edge pixel holds few classes, and edge pixels lie side by side. So the work is done by runs of
+// neighbouring edge pixels of a row, for one class after the other. Loops always go over kRunPixels pixels, however
+// many the run has: a known number of iterations takes one or two vectors and has no remainder. G and its estimate Ĝ
+// are multiplied by sobel_denominator, so that G is an integer and exact.
 
-constexpr int64_t kRunPixels = 16;  // at most
+constexpr int64_t kRunPixels = 16;  // the most that a run has
 constexpr int64_t kMaxRadius = 3;
-constexpr int64_t kRunWindow = kRunPixels + 16;  // the windows' columns, a whole number of vectors
+constexpr int64_t kRunWindow = kRunPixels + 16;  // the columns of its windows, rounded up to whole vectors
 
 // The integer taps of G_x and of G_y, by row and column offset.
 template <int Radius>
@@ -25,7 +25,7 @@ struct SobelTaps {
 
 BCMF_INLINE int64_t clamp(int64_t i, int64_t length) { return i < 0 ? 0 : i < length ? i : length - 1; }
 
-// f(radius) with the radius as a type: loops over its taps have a known length then.
+// Calls f(radius) with the radius as a type, so that loops over its taps have a known length.
 template <int Radius>
 struct RadiusConstant {
   static constexpr int value = Radius;
@@ -38,14 +38,15 @@ BCMF_INLINE void with_radius(const LossArgs& args, F f) {
 }
 
 template <typename Acc, int Radius>
-static void find_edges_of(const LossArgs& args, const LossWork<Acc>& work, int64_t begin, int64_t end) {
+static void cpg_edges_of(const LossArgs& args, const LossWork<Acc>& work, int64_t begin, int64_t end) {
   for (int64_t row = begin; row < end; ++row) {
     const int64_t y = row % args.H;
     const uint16_t* own = work.ids + row * args.W;
     for (int64_t xa = 0; xa < args.W; xa += kMaxTilePixels) {
       const int64_t xb = args.W - xa < kMaxTilePixels ? args.W : xa + kMaxTilePixels;
       const int64_t left = clamp(xa - Radius, args.W), right = clamp(xb - 1 + Radius, args.W) + 1;
-      // Of each column, with `Radius` more on both sides: the lowest and the highest label of the window's rows.
+      // These are the lowest and the highest label of each column in the windows' rows, with `Radius` more columns on
+      // both sides.
       uint16_t low[kMaxTilePixels + 2 * Radius], high[kMaxTilePixels + 2 * Radius];
       const int64_t from = xa - Radius, width = xb - xa + 2 * Radius;
       for (int64_t i = left - from; i < right - from; ++i) low[i] = high[i] = own[from + i];
@@ -71,15 +72,17 @@ static void find_edges_of(const LossArgs& args, const LossWork<Acc>& work, int64
   }
 }
 
-// Edges of rows begin..end: the window is usable and holds more than one label. (Ignored is a label of its own.)
+// Finds the edges of the rows begin..end: pixels whose window holds more than one label and, if cpg_window, no ignored
+// one; otherwise only the pixel itself must be valid.
 template <typename Acc>
-static void find_edges(const LossArgs& args, const LossWork<Acc>& work, int64_t begin, int64_t end) {
-  with_radius(args, [&](auto radius) { find_edges_of<Acc, radius.value>(args, work, begin, end); });
+static void cpg_edges(const LossArgs& args, const LossWork<Acc>& work, int64_t begin, int64_t end) {
+  with_radius(args, [&](auto radius) { cpg_edges_of<Acc, radius.value>(args, work, begin, end); });
 }
 
-// A run of edge pixels x0..x1 of a row, the labels of its windows, and for one class G, Ĝ and which of them count.
+// The run of edge pixels x0..x1 of a row: the labels in its windows, and for one class p there, G and Ĝ. Pixels of the
+// run that are no edges take part in the arithmetic, but is_edge keeps their G at 0.
 template <typename Acc, int Radius, typename Source>
-struct RunGradients {
+struct EdgeRunGradients {
   static constexpr int kSize = 2 * Radius + 1;
   static constexpr SobelTaps<Radius> kTaps = {};
   const LossArgs& args;
@@ -113,7 +116,7 @@ struct RunGradients {
     }
   }
 
-  // G of a class, 0 where there is no edge; whether any is not 0.
+  // Finds G of a class, which is 0 where there is no edge, and tells whether any of it is not 0.
   bool find_truth(uint16_t c) {
     BCMF_LANES
     for (int64_t i = 0; i < kRunPixels; ++i) gx[i] = gy[i] = 0;
@@ -134,7 +137,7 @@ struct RunGradients {
     return any != 0;
   }
 
-  // Ĝ of a class.
+  // Finds Ĝ of a class.
   void find_estimate(uint16_t c) {
     const int64_t from = x0 - Radius, width = x1 - x0 + 2 * Radius;
     const int64_t left = clamp(from, args.W), right = clamp(from + width - 1, args.W) + 1;
@@ -175,8 +178,8 @@ struct RunGradients {
 
 // Calls f(gradients, c) for every run of a row of the batch and every class that has an edge there.
 template <typename Acc, int Radius, typename Source, typename F>
-static void for_runs(const LossArgs& args, const LossWork<Acc>& work, const Source& source, int64_t row, F f) {
-  RunGradients<Acc, Radius, Source> gradients = {args, work, source};
+static void for_edge_runs(const LossArgs& args, const LossWork<Acc>& work, const Source& source, int64_t row, F f) {
+  EdgeRunGradients<Acc, Radius, Source> gradients = {args, work, source};
   const uint8_t* edges = work.edges + row * args.W;
   for (int64_t x = 0; x < args.W; ++x) {
     if (!edges[x]) continue;
@@ -194,15 +197,15 @@ static void for_runs(const LossArgs& args, const LossWork<Acc>& work, const Sour
   }
 }
 
-// By rows: the sum of (G − Ĝ)² and |M|.
+// Finds for each row the sum of (G − Ĝ)², and its part of |M|.
 template <typename Acc, int Radius, typename Source>
-static void compare_from(const LossArgs& args, const LossWork<Acc>& work, int64_t begin, int64_t end,
-                         TermPartial* partials) {
+static void cpg_compare_from(const LossArgs& args, const LossWork<Acc>& work, int64_t begin, int64_t end,
+                             TermPartial* partials) {
   const Source source(args, work);
   const Acc unit = 1 / static_cast<Acc>(sobel_denominator(Radius));
   for (int64_t row = begin; row < end; ++row) {
     TermPartial partial = {};
-    for_runs<Acc, Radius>(args, work, source, row, [&](const auto& run, int64_t) {
+    for_edge_runs<Acc, Radius>(args, work, source, row, [&](const auto& run, int64_t) {
       Acc squares[kRunPixels];
       int32_t counts[kRunPixels];
       BCMF_LANES
@@ -221,18 +224,18 @@ static void compare_from(const LossArgs& args, const LossWork<Acc>& work, int64_
   }
 }
 
-// By rows: the derivatives of the total by each sum of taps, which the gradient of p collects.
+// Finds for each row the residuals: the derivatives of the total by Ĝ times sobel_denominator.
 template <typename Acc, int Radius, typename Source>
-static void find_residuals_from(const LossArgs& args, const LossWork<Acc>& work, int64_t begin, int64_t end) {
+static void cpg_residuals_from(const LossArgs& args, const LossWork<Acc>& work, int64_t begin, int64_t end) {
   const Source source(args, work);
   const Acc count = static_cast<const Acc*>(args.summary)[kEdges];
   const Acc upstream = *static_cast<const Acc*>(args.grad_total);
   const Acc denominator = static_cast<Acc>(sobel_denominator(Radius)) * static_cast<Acc>(sobel_denominator(Radius));
   const Acc scale = count != 0 ? 2 * static_cast<Acc>(args.cpg_weight) * upstream / count / denominator : 0;
   for (int64_t row = begin; row < end; ++row)
-    for_runs<Acc, Radius>(args, work, source, row, [&](const auto& run, int64_t c) {
+    for_edge_runs<Acc, Radius>(args, work, source, row, [&](const auto& run, int64_t c) {
       const int64_t length = run.x1 - run.x0;
-      Acc* residuals = add_run(work.runs[row], run.x0, run.x1, c);
+      Acc* residuals = add_edge_run(work.edge_runs[row], run.x0, run.x1, c);
       for (int64_t i = 0; i < length; ++i) {
         residuals[i] = run.gx[i] != 0 ? scale * (run.px[i] - static_cast<Acc>(run.gx[i])) : 0;
         residuals[length + i] = run.gy[i] != 0 ? scale * (run.py[i] - static_cast<Acc>(run.gy[i])) : 0;
@@ -241,42 +244,42 @@ static void find_residuals_from(const LossArgs& args, const LossWork<Acc>& work,
 }
 
 template <typename Acc>
-static void compare(const LossArgs& args, const LossWork<Acc>& work, int64_t begin, int64_t end,
-                    TermPartial* partials) {
+static void cpg_compare(const LossArgs& args, const LossWork<Acc>& work, int64_t begin, int64_t end,
+                        TermPartial* partials) {
   with_radius(args, [&](auto radius) {
-    if (args.resampled()) return compare_from<Acc, radius.value, Resampled<Acc>>(args, work, begin, end, partials);
-    compare_from<Acc, radius.value, Direct<Acc>>(args, work, begin, end, partials);
+    if (args.resampled()) return cpg_compare_from<Acc, radius.value, Resampled<Acc>>(args, work, begin, end, partials);
+    cpg_compare_from<Acc, radius.value, Direct<Acc>>(args, work, begin, end, partials);
   });
 }
 
 template <typename Acc>
-static void find_residuals(const LossArgs& args, const LossWork<Acc>& work, int64_t begin, int64_t end) {
+static void cpg_residuals(const LossArgs& args, const LossWork<Acc>& work, int64_t begin, int64_t end) {
   with_radius(args, [&](auto radius) {
-    if (args.resampled()) return find_residuals_from<Acc, radius.value, Resampled<Acc>>(args, work, begin, end);
-    find_residuals_from<Acc, radius.value, Direct<Acc>>(args, work, begin, end);
+    if (args.resampled()) return cpg_residuals_from<Acc, radius.value, Resampled<Acc>>(args, work, begin, end);
+    cpg_residuals_from<Acc, radius.value, Direct<Acc>>(args, work, begin, end);
   });
 }
 
-// CPG's part of a tile's gradient: g = dL/dp, not 0 near edges only, gives p (g − Σ p g).
+// CPG's part of the gradient of a tile's logits, p (b − s), where b is the derivative of the total by p, which is 0
+// except near edges, and s = Σ p b is the pixel's share.
 template <typename Acc>
 struct SparseGradient {
   const LossArgs& args;
   const LossWork<Acc>& work;
-  Acc* gradient;     // (C, pitch), 0 but for the entries; dL/dp, then times p
-  int32_t* entries;  // places in `gradient`, in the order in which they came
-  uint8_t* known;    // (C, pitch): has an entry
+  Acc* b;            // (C, pitch), 0 but for the entries; `multiply` makes it p b
+  int32_t* entries;  // places in `b`, in the order in which they came
+  uint8_t* known;    // (C, pitch): 1 where there is an entry
   int64_t count = 0;
 
-  SparseGradient(const LossArgs& args, const LossWork<Acc>& work, Acc* scratch)
-      : args(args), work(work), gradient(scratch) {
-    const int64_t tile = args.C * work.pitch;
-    entries = reinterpret_cast<int32_t*>(gradient + tile);
-    known = reinterpret_cast<uint8_t*>(entries + tile);
-    if (!work.runs) return;
-    for (int64_t i = 0; i < tile; ++i) gradient[i] = 0, known[i] = 0;
+  SparseGradient(const LossArgs& args, const LossWork<Acc>& work, Acc* scratch) : args(args), work(work), b(scratch) {
+    const int64_t tile_size = args.C * work.pitch;
+    entries = reinterpret_cast<int32_t*>(b + tile_size);
+    known = reinterpret_cast<uint8_t*>(entries + tile_size);
+    if (!work.edge_runs) return;
+    for (int64_t i = 0; i < tile_size; ++i) b[i] = 0, known[i] = 0;
   }
 
-  // Collects the entries of a tile; whether there are any.
+  // Collects the entries of a tile, and tells whether there are any.
   bool collect(int64_t n, Tile t) {
     count = 0;
     for (int64_t k = 0; k < t.rows; ++k)
@@ -284,31 +287,31 @@ struct SparseGradient {
     return count > 0;
   }
 
-  // Entries times p (z holds p); the factor of p loses Σ p g.
+  // Multiplies the entries by p, which z holds, and takes the share from the factor of each pixel (step cpg_shares).
   void multiply(const Acc* z, Acc* factor) {
     for (int64_t k = 0; k < count; ++k) {
       const int32_t at = entries[k];
-      gradient[at] *= z[at];
-      factor[at % work.pitch] -= gradient[at];
+      b[at] *= z[at];
+      factor[at % work.pitch] -= b[at];
     }
   }
 
-  // Adds the entries to the tile, and forgets them.
+  // Adds the entries to the gradient z of the tile, and forgets them (step sparse_backward).
   void add_to(Acc* z) {
     for (int64_t k = 0; k < count; ++k) {
       const int32_t at = entries[k];
-      z[at] += gradient[at];
-      gradient[at] = 0, known[at] = 0;
+      z[at] += b[at];
+      b[at] = 0, known[at] = 0;
     }
   }
 
  private:
-  // The taps of the windows that reach label row y; its pixels begin at `first` in the tile. Windows replicate the
-  // border, so its pixels stand for those beyond, too.
+  // Collects the entries of label row y, whose pixels begin at `first` in the tile, from all rows whose windows reach
+  // it. Borders are replicated, so that a row at the border also stands for those beyond it.
   template <int Radius>
   void collect_row(int64_t n, int64_t y, Tile t, int64_t first) {
     for (int64_t from = clamp(y - Radius, args.H); from <= clamp(y + Radius, args.H); ++from) {
-      const RowRuns<Acc>& row = work.runs[n * args.H + from];
+      const RowEdgeRuns<Acc>& row = work.edge_runs[n * args.H + from];
       if (row.count == 0) continue;
       constexpr SobelTaps<Radius> kTaps = {};
       Acc taps_x[2 * Radius + 1] = {}, taps_y[2 * Radius + 1] = {};
@@ -319,7 +322,7 @@ struct SparseGradient {
             taps_y[v] += static_cast<Acc>(kTaps.y[u + Radius][v]);
           }
       for (int64_t k = 0; k < row.count; ++k) {
-        const Run& run = row.runs[k];
+        const EdgeRun& run = row.runs[k];
         if (run.x1 + Radius > t.xa && run.x0 - Radius < t.xb)
           add<Radius>(run, row.residuals + run.first, taps_x, taps_y, t, first);
       }
@@ -327,7 +330,7 @@ struct SparseGradient {
   }
 
   template <int Radius>
-  void add(const Run& run, const Acc* residuals, const Acc* taps_x, const Acc* taps_y, Tile t, int64_t first) {
+  void add(const EdgeRun& run, const Acc* residuals, const Acc* taps_x, const Acc* taps_y, Tile t, int64_t first) {
     const int64_t length = run.x1 - run.x0, width = length + 2 * Radius;
     Acc rx[kRunPixels] = {}, ry[kRunPixels] = {}, sums[kRunWindow] = {};
     for (int64_t i = 0; i < length; ++i) rx[i] = residuals[i], ry[i] = residuals[length + i];
@@ -337,7 +340,7 @@ struct SparseGradient {
       const int64_t x = clamp(run.x0 - Radius + i, args.W);
       if (x < t.xa || x >= t.xb) continue;
       const int64_t at = run.c * work.pitch + first + x - t.xa;
-      gradient[at] += sums[i];
+      b[at] += sums[i];
       if (!known[at]) entries[count++] = static_cast<int32_t>(at);
       known[at] = 1;
     }

@@ -1,4 +1,5 @@
-// Entries of maps of any dtype and strides. Static, as math.h: included once per instruction set.
+// Entries of maps of any dtype and strides. Its functions are static, as those of math.h, because it is included once
+// for each instruction set.
 #pragma once
 
 #include "../device/common.cuh"
@@ -6,7 +7,7 @@
 
 namespace bcmf::cpu {
 
-// f(pointer) with the entries at this offset, as what they are.
+// Calls f(pointer) with a pointer of the entries' own type to the entry at this offset.
 template <typename Acc, typename F>
 BCMF_INLINE auto with_entries(const MapView& v, int64_t offset, F f) {
   if constexpr (sizeof(Acc) == sizeof(double)) {

@@ -1,4 +1,4 @@
-// Which of the kernels that are compiled for several instruction sets (isa_*.cpp) run here.
+// The kernels are compiled for several instruction sets (isa_*.cpp); isa() chooses those that run on this CPU.
 #pragma once
 
 #include "lmfm_kernel.h"
@@ -14,7 +14,7 @@ struct Isa {
   const MatchIsaKernels& match;
 };
 
-// torch's own choice, so that ATEN_CPU_CAPABILITY speaks for these kernels too.
+// Makes the same choice as torch, so that ATEN_CPU_CAPABILITY holds for these kernels, too.
 const Isa& isa();
 
 }  // namespace bcmf::cpu

@@ -14,8 +14,8 @@ namespace {
 
 constexpr int64_t kGrain = 1 << 15;  // pixels
 
-// Which labels are classes, and which are ignored: as classify_label (common.cuh), but in the labels' own type, so that
-// eight times as many uint8 are compared at once.
+// Tells which labels are classes, and which are ignored. It decides as classify_label (common.cuh) does, but in the
+// labels' own type, so that eight times as many uint8 are compared at once.
 template <typename Id>
 struct Ids {
   Id last, ignored;
@@ -29,8 +29,8 @@ struct Ids {
   bool is_valid(Id id) const { return !ignores || id != ignored; }
 };
 
-// Labels that change meanwhile may leave anything in the maps: no id is an index here, and the kernels that take the
-// maps check them.
+// Labels that change meanwhile may leave anything in the maps. That is safe: no id is used as an index here, and the
+// kernels that take the maps check them.
 template <typename Guess, typename Truth, typename Out>
 int64_t read_range(const Guess* prediction, const Truth* target, int64_t count, Ids<Guess> guesses, Ids<Truth> truths,
                    Out none, Out* __restrict guess, Out* __restrict truth) {
@@ -45,7 +45,7 @@ int64_t read_range(const Guess* prediction, const Truth* target, int64_t count, 
   return outside;
 }
 
-// Where in the counts a label's row or column begins; the last is of labels that are not counted.
+// Tells where in the counts the row or the column of a label begins. Labels that are not counted share the last one.
 template <typename Label>
 struct Places {
   int64_t count, step;
@@ -67,7 +67,8 @@ void count_all(const CountPairsArgs& args) {
   const int64_t rows = args.rows, columns = args.columns;
   const Places<A> row_place{rows, columns + 1};
   const Places<B> column_place{columns, 1};
-  // Neighbours are mostly the same pair, and adding to a count waits for the last sum: four counts take turns.
+  // Neighbours are mostly the same pair, and adding to a count has to wait for the last addition to it: so four counts
+  // take turns.
   const int64_t bins = (rows + 1) * (columns + 1), copies = bins > 4096 ? 1 : 4;
   std::vector<int64_t> found(copies * bins);
   int64_t* turns[4];
@@ -79,7 +80,7 @@ void count_all(const CountPairsArgs& args) {
         args.pairs[row * columns + column] += found[copy * bins + row * (columns + 1) + column];
 }
 
-// Calls f(a null pointer to labels of this type).
+// Calls f with a null pointer to labels of this type: only the pointer's type matters.
 template <typename F>
 void for_type(LabelType type, F f) {
   switch (type) {

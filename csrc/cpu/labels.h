@@ -6,7 +6,7 @@
 
 namespace bcmf::cpu {
 
-// Arguments of bcmf::read_labels. Maps are contiguous.
+// The arguments of bcmf::read_labels. Maps are contiguous.
 struct ReadLabelsArgs {
   int64_t count, classes, ignore_index;
   const void *prediction, *target;
@@ -15,7 +15,7 @@ struct ReadLabelsArgs {
   bool wide;
 };
 
-// Arguments of bcmf::count_pairs.
+// The arguments of bcmf::count_pairs.
 struct CountPairsArgs {
   int64_t count, rows, columns;
   const void *a, *b;  // uint8, or int32 if wide
@@ -23,7 +23,7 @@ struct CountPairsArgs {
   int64_t* pairs;  // (rows, columns), added to
 };
 
-int64_t read_labels(const ReadLabelsArgs& args);  // how many pixels are out of range
+int64_t read_labels(const ReadLabelsArgs& args);  // returns how many pixels are out of range
 void count_pairs(const CountPairsArgs& args);
 
 }  // namespace bcmf::cpu

@@ -10,8 +10,8 @@
 namespace bcmf::cpu {
 namespace {
 
-// In channels_last a pixel's channels are neighbours in memory: units are worked on together, four if there are enough
-// for all threads.
+// In channels_last, where the channels of a pixel are neighbours in memory, a task has several units: four if there are
+// enough tasks for all threads.
 int64_t units_of_a_task(const NormReluArgs& args, int branches, int64_t lanes, int64_t parts) {
   for (int b = 0; b < branches; ++b)
     if (args.branch[b].out.stride_c != 1) return 1;
@@ -20,10 +20,10 @@ int64_t units_of_a_task(const NormReluArgs& args, int branches, int64_t lanes, i
   return std::clamp<int64_t>(units * parts / (2 * at::get_num_threads()), 1, 4);
 }
 
-// Runs a kernel for the channels of the first branches.
+// Runs a kernel on all tasks of the first `branches` branches.
 template <typename Acc>
-void run(const NormReluArgs& args, const LmfmKernels<Acc>& kernels, typename LmfmKernels<Acc>::Kernel kernel,
-         int branches, int64_t scratch_of_a_lane, bool backward) {
+void run_tasks(const NormReluArgs& args, const LmfmKernels<Acc>& kernels, typename LmfmKernels<Acc>::Kernel kernel,
+               int branches, int64_t scratch_of_a_lane, bool backward) {
   const int64_t parts = args.N / images_at_once(args, backward);
   const int64_t units = units_of_a_task(args, branches, kernels.lanes, parts), channels = units * kernels.lanes;
   int64_t tasks = 0;
@@ -43,18 +43,18 @@ void with_kernels(const NormReluArgs& args, F f) {
 }  // namespace
 
 void pool_forward(const NormReluArgs& args) {
-  with_kernels(args, [&](const auto& k) { run(args, k, k.pool_forward, 1, pool_scratch(args, false), false); });
+  with_kernels(args, [&](const auto& k) { run_tasks(args, k, k.pool_forward, 1, pool_scratch(args, false), false); });
 }
 void pool_backward(const NormReluArgs& args) {
-  with_kernels(args, [&](const auto& k) { run(args, k, k.pool_backward, 1, pool_scratch(args, true), true); });
+  with_kernels(args, [&](const auto& k) { run_tasks(args, k, k.pool_backward, 1, pool_scratch(args, true), true); });
 }
 void add_forward(const NormReluArgs& args) {
-  with_kernels(args,
-               [&](const auto& k) { run(args, k, k.add_forward, args.branches, add_scratch(args, false), false); });
+  with_kernels(
+      args, [&](const auto& k) { run_tasks(args, k, k.add_forward, args.branches, add_scratch(args, false), false); });
 }
 void add_backward(const NormReluArgs& args) {
-  with_kernels(args,
-               [&](const auto& k) { run(args, k, k.add_backward, args.branches, add_scratch(args, true), true); });
+  with_kernels(
+      args, [&](const auto& k) { run_tasks(args, k, k.add_backward, args.branches, add_scratch(args, true), true); });
 }
 
 }  // namespace bcmf::cpu

@@ -5,13 +5,14 @@
 
 namespace bcmf::cpu {
 
-// A unit is as many channels of a branch as a vector has lanes. A task is some units of all images, in eval mode of one
-// image: a thread works on it from statistics to the last store, and a channel has the same bits whatever the tasks
-// are.
+// A unit is as many channels of a branch as a vector has lanes. A task consists of some units of all images, or of one
+// image in eval mode. One thread works on it from the statistics to the last store, so that a channel has the same bits
+// however channels are divided into tasks.
 template <typename Acc>
 struct LmfmKernels {
   int64_t lanes;
-  // Tasks begin..end, of so many units each; `scratch` holds units * lanes * *_scratch(args, backward) acc values.
+  // Works on the tasks begin..end, each of `units` units; `scratch` holds units * lanes * *_scratch(args, backward) acc
+  // values.
   using Kernel = void (*)(const NormReluArgs&, int64_t units, int64_t begin, int64_t end, Acc* scratch);
   Kernel pool_forward, pool_backward, add_forward, add_backward;
 };
@@ -26,7 +27,8 @@ inline int64_t images_at_once(const NormReluArgs& args, bool backward) {
   return args.training || backward ? args.N : 1;
 }
 
-// Values of a lane: all images' sums, their gradients, and one image's smaller map, and that resampled along an axis.
+// The scratch values for each lane: the sums of a task's images, their gradients, and of one image the smaller map and
+// the same resampled along x.
 inline int64_t add_scratch(const NormReluArgs& args, bool backward) {
   int64_t most = 0;
   for (int b = 0; b < args.branches; ++b) {
@@ -38,7 +40,8 @@ inline int64_t add_scratch(const NormReluArgs& args, bool backward) {
   return most;
 }
 
-// All images' pooled maps, their gradients, one image, and a row of it pooled along y.
+// The scratch values for each lane: the pooled maps of a task's images, their gradients, one image, and a row of it
+// pooled along y.
 inline int64_t pool_scratch(const NormReluArgs& args, bool backward) {
   int64_t pooled = 0;
   for (int p = 0; p < kPools; ++p) pooled += args.branch[p].H * args.branch[p].W;

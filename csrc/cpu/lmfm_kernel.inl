@@ -1,5 +1,5 @@
-// Included by isa_<isa>.cpp, each of which sets the target and defines BCMF_ISA. A unit's pixels are vectors of
-// channels here (units.inl), so that every loop is over vectors.
+// The CPU kernels of the context modules' ops. Each isa_<name>.cpp sets the target, defines BCMF_ISA, and includes this
+// file. A pixel of a unit is a vector of channels here (units.inl), so that every loop is over vectors.
 
 #include "../device/geometry.cuh"
 #include "entries.h"
@@ -29,13 +29,14 @@ BCMF_INLINE void clear(Acc* unit, int64_t pixels) {
   for (int64_t i = 0; i < pixels; ++i) set_pixel(unit, i, Vector<Acc>{});
 }
 
-// The sum of f(i) over pixels, in runs, so that rounding errors do not grow with the size of a map.
+// Returns the sum of f(i) over pixels. It adds up parts of 64 pixels, so that rounding errors grow less with the size
+// of a map.
 template <typename Acc, typename F>
 BCMF_INLINE Vector<Acc> sum_pixels(int64_t count, F f) {
   Vector<Acc> sum = {};
-  for (int64_t run = 0; run < count; run += 64) {
+  for (int64_t first = 0; first < count; first += 64) {
     Vector<Acc> part = {};
-    for (int64_t i = run; i < count && i < run + 64; ++i) part += f(i);
+    for (int64_t i = first; i < count && i < first + 64; ++i) part += f(i);
     sum += part;
   }
   return sum;
@@ -69,8 +70,8 @@ BCMF_INLINE void move_running(const NormReluArgs& args, void* parameter, Channel
   store_narrowed<Acc>(old + static_cast<Acc>(args.momentum) * (value - old), running, channels.count);
 }
 
-// That of z (pixels, lanes): finds its statistics and moves the running ones, or takes these; leaves them in stats.
-// first: of the tasks that share these channels.
+// Makes the norm of z (pixels, lanes). In training it finds the statistics of z and moves the running ones; in eval
+// mode it takes these. The first of the tasks that share the channels writes them to stats.
 template <typename Acc>
 BCMF_INLINE Norm<Acc> find_norm(const NormReluArgs& args, const Branch& branch, Channels channels, const Acc* z,
                                 int64_t pixels, bool first) {
@@ -98,7 +99,7 @@ BCMF_INLINE Norm<Acc> find_norm(const NormReluArgs& args, const Branch& branch, 
   return {branch, channels, mean, inverse_std};
 }
 
-// The one that the forward left.
+// Makes the norm whose statistics the forward has left in stats.
 template <typename Acc>
 BCMF_INLINE Norm<Acc> read_norm(const NormReluArgs& args, const Branch& branch, Channels channels) {
   const Acc* stats = static_cast<const Acc*>(args.stats) + branch.first;
@@ -113,7 +114,7 @@ BCMF_INLINE void norm_relu(const Norm<Acc>& norm, Acc* z, int64_t pixels) {
   }
 }
 
-// From the gradient of the output to that of z, both in `grad`; and the parameters' gradients.
+// Turns the gradient of the output in `grad` into that of z, and writes the gradients of the parameters.
 template <typename Acc>
 BCMF_INLINE void norm_relu_backward(const NormReluArgs& args, const Branch& branch, Channels channels, const Acc* z,
                                     Acc* grad, int64_t pixels) {
@@ -128,9 +129,9 @@ BCMF_INLINE void norm_relu_backward(const NormReluArgs& args, const Branch& bran
   Acc* grad_norms = static_cast<Acc*>(args.grad_norms) + branch.first + channels.first;
   store_narrowed<Acc>(weight, grad_norms, channels.count);
   store_narrowed<Acc>(bias, grad_norms + args.channels, channels.count);
-  const Acc share = args.training ? 1 / static_cast<Acc>(pixels) : Acc(0);
+  const Acc inverse_count = args.training ? 1 / static_cast<Acc>(pixels) : Acc(0);
   for (int64_t i = 0; i < pixels; ++i) {
-    const Vector<Acc> common = (bias + norm.centred(pixel(z, i)) * weight) * share;
+    const Vector<Acc> common = (bias + norm.centred(pixel(z, i)) * weight) * inverse_count;
     set_pixel(grad, i, norm.scale * (pixel(grad, i) - common));
   }
 }
@@ -138,11 +139,11 @@ BCMF_INLINE void norm_relu_backward(const NormReluArgs& args, const Branch& bran
 // ---------------------------------------------------------------------------------------------------------------------
 // Pools
 
-// One pool of an image (h, w): along y to `columns`, then along x.
+// Takes one pool of an image (h, w): row by row of its output along y, to `columns`, then along x.
 template <typename Acc>
 BCMF_INLINE void pool_image(const Branch& branch, int pool, const Acc* image, Acc* columns, Acc* pooled) {
   const PoolAxis down = pool_axis(pool, branch.h), across = pool_axis(pool, branch.w);
-  const Acc share = 1 / static_cast<Acc>(down.size * across.size);
+  const Acc inverse_size = 1 / static_cast<Acc>(down.size * across.size);
   for (int64_t y = 0; y < branch.H; ++y) {
     for (int64_t x = 0; x < branch.w; ++x) {
       Vector<Acc> sum = {};
@@ -152,7 +153,7 @@ BCMF_INLINE void pool_image(const Branch& branch, int pool, const Acc* image, Ac
     for (int64_t x = 0; x < branch.W; ++x) {
       Vector<Acc> sum = {};
       for (int64_t i = across.first(x); i < across.end(x); ++i) sum += pixel(columns, i);
-      set_pixel(pooled, y * branch.W + x, sum * share);
+      set_pixel(pooled, y * branch.W + x, sum * inverse_size);
     }
   }
 }
@@ -161,19 +162,19 @@ BCMF_INLINE void pool_image(const Branch& branch, int pool, const Acc* image, Ac
 template <typename Acc>
 BCMF_INLINE void pool_backward_image(const Branch& branch, int pool, const Acc* pooled, Acc* columns, Acc* image) {
   const PoolAxis down = pool_axis(pool, branch.h), across = pool_axis(pool, branch.w);
-  const Acc share = 1 / static_cast<Acc>(down.size * across.size);
+  const Acc inverse_size = 1 / static_cast<Acc>(down.size * across.size);
   for (int64_t y = 0; y < branch.H; ++y) {
     for (int64_t x = 0; x < branch.w; ++x) {
       Vector<Acc> sum = {};
       for (int64_t i = across.first_with(x); i < across.end_with(x); ++i) sum += pixel(pooled, y * branch.W + i);
-      set_pixel(columns, x, sum * share);
+      set_pixel(columns, x, sum * inverse_size);
     }
     for (int64_t i = down.first(y); i < down.end(y); ++i)
       for (int64_t x = 0; x < branch.w; ++x) add_to_pixel(image, i * branch.w + x, pixel(columns, x));
   }
 }
 
-// A task: some units of channels, of some images. find(n, pixels): the units' pools to (units, images, H, W, lanes).
+// A task (see lmfm_kernel.h) of pool_norm_relu. find() fills in `pooled`.
 template <typename Acc>
 struct PoolTask {
   const NormReluArgs& args;
@@ -200,7 +201,7 @@ struct PoolTask {
   int64_t pixels(int p) const { return args.branch[p].H * args.branch[p].W; }
   int64_t pitch(int p) const { return images * pixels(p) * kLanes<Acc>; }
   int64_t image_pitch() const { return args.branch[0].h * args.branch[0].w * kLanes<Acc>; }
-  // f(unit, its channels).
+  // Calls f(unit, its channels) for each unit.
   template <typename F>
   void for_units(F f) const {
     for (int64_t c = 0; c < channels.count; c += kLanes<Acc>) f(c / kLanes<Acc>, part_of(channels, c, kLanes<Acc>));
@@ -275,7 +276,7 @@ BCMF_INLINE Vector<Acc> mix_vectors(Vector<Acc> a, Vector<Acc> b, Acc weight) {
   return weight == 0 ? a : (1 - weight) * a + weight * b;
 }
 
-// Adds the smaller map (h, w), resampled, to z (H, W): along x first.
+// Resamples the smaller map (h, w) along x, then along y, and adds it to z (H, W).
 template <typename Acc>
 static void add_resampled(const Branch& branch, const Acc* small, Acc* rows, Acc* z) {
   for (int64_t x = 0; x < branch.W; ++x) {
@@ -295,7 +296,7 @@ static void add_resampled(const Branch& branch, const Acc* small, Acc* rows, Acc
   }
 }
 
-// The gradient of the smaller map.
+// Finds the gradient of the smaller map.
 template <typename Acc>
 static void resampled_backward(const Branch& branch, const Acc* grad, Acc* rows, Acc* small) {
   clear(rows, branch.h * branch.W);
@@ -318,7 +319,7 @@ static void resampled_backward(const Branch& branch, const Acc* grad, Acc* rows,
   }
 }
 
-// A task: some units of channels of a branch, of some images.
+// A task (see lmfm_kernel.h) of add_norm_relu: units of one branch. find() fills in the sums z.
 template <typename Acc>
 struct AddTask {
   const Branch* branch;
@@ -342,7 +343,7 @@ struct AddTask {
   int64_t pixels() const { return branch->H * branch->W; }
   int64_t pitch() const { return images * pixels() * kLanes<Acc>; }
   int64_t small_pitch() const { return branch->h * branch->w * kLanes<Acc>; }
-  // f(unit, its channels).
+  // Calls f(unit, its channels) for each unit.
   template <typename F>
   void for_units(F f) const {
     for (int64_t c = 0; c < channels.count; c += kLanes<Acc>) f(c / kLanes<Acc>, part_of(channels, c, kLanes<Acc>));

@@ -1,15 +1,15 @@
-// Where logits come from and gradients go to: a tensor of any strides and dtype, read directly or resampled bilinearly.
-// Included by loss_kernel.inl.
+// Sources read the logits of a tile, and write its gradients: from and to a tensor of any strides and dtype, directly
+// or resampled bilinearly. loss_kernel.inl includes this file.
 
-// Calls f(y, x, i, length) for the row segments of `rows` label rows from y on, columns xa..xb; i counts pixels from 0.
-// Rows that follow each other without a gap count as one.
+// Calls f(y, x, i, length) for the row segments of a tile; i is the number of the segment's first pixel in the tile.
+// Rows that follow each other in memory without a gap count as one.
 template <typename F>
 BCMF_INLINE void for_segments(const LossArgs& args, const MapView& view, Tile t, F f) {
   if (t.xb - t.xa == args.W && view.stride_h == args.W * view.stride_w) return f(t.y, t.xa, int64_t{0}, t.count());
   for (int64_t k = 0; k < t.rows; ++k) f(t.y + k, t.xa, k * (t.xb - t.xa), t.xb - t.xa);
 }
 
-// `length` logits of one class, `stride` apart, to acc.
+// Reads `length` logits of one class, which are `stride` apart, as acc.
 template <typename Acc>
 static void widen_row(const MapView& v, int64_t offset, int64_t stride, int64_t length, Acc* __restrict to) {
   with_entries<Acc>(v, offset, [&](const auto* from) {
@@ -25,7 +25,7 @@ static Acc read_logit(const MapView& v, int64_t offset) {
   return with_entries<Acc>(v, offset, [](const auto* from) -> Acc { return widen(*from); });
 }
 
-// The logits of a tile to z, (C, pitch) acc: pixels are contiguous there whatever the strides of the tensor.
+// Reads the logits of a tile to z, (C, pitch) acc, where pixels are contiguous whatever the strides of the tensor are.
 template <typename Scalar, typename Acc>
 static void load_as(const LossArgs& args, int64_t n, Tile t, Acc* __restrict z, int64_t pitch) {
   const MapView& v = args.logits;
@@ -42,7 +42,7 @@ static void load_as(const LossArgs& args, int64_t n, Tile t, Acc* __restrict z, 
   });
 }
 
-// To contiguous memory; `stream`: past the cache, which needs no read of what was there.
+// Writes a row to contiguous memory; with `stream` past the cache, which saves reading what was there.
 template <typename Scalar, typename Acc>
 BCMF_INLINE void narrow_row(const Acc* __restrict from, int64_t length, bool stream, Scalar* __restrict to) {
   int64_t k = 0;
@@ -56,7 +56,7 @@ BCMF_INLINE void narrow_row(const Acc* __restrict from, int64_t length, bool str
 #endif
   for (; k < length; ++k) narrow(from[k], to + k);
 }
-BCMF_INLINE void finish_streams() {  // before other threads may read
+BCMF_INLINE void finish_streams() {  // has to be called before other threads read
 #if defined(__SSE2__)
   _mm_sfence();
 #endif
@@ -77,8 +77,8 @@ static void store_as(const LossArgs& args, const LossWork<Acc>& work, int64_t n,
   });
 }
 
-// The logits of the next tile, asked for one by one while a tile is worked on: its rows are too short for the processor
-// to see them coming.
+// Prefetches the logits of the next tile one by one while a tile is worked on, because rows of a tile are too short for
+// the processor to foresee them.
 struct LogitsAhead {
   const char* data;
   int64_t class_bytes, pixel_bytes;
@@ -88,7 +88,7 @@ struct NothingAhead {
   void fetch(int64_t, int64_t) const {}
 };
 
-// Logits of the labels' size.
+// Reads logits of the labels' size.
 template <typename Acc>
 struct Direct {
   const LossArgs& args;
@@ -117,7 +117,7 @@ struct Direct {
     const MapView& v = args.logits;
     return read_logit<Acc>(v, n * v.stride_n + c * v.stride_c + y * v.stride_h + x * v.stride_w);
   }
-  // Entries of a class at the columns xa..xb of a row.
+  // Reads the logits of a class at the columns xa..xb of a row.
   void entries(int64_t n, int64_t y, int64_t xa, int64_t xb, int64_t c, Acc* to) const {
     const MapView& v = args.logits;
     widen_row(v, n * v.stride_n + c * v.stride_c + y * v.stride_h + xa * v.stride_w, v.stride_w, xb - xa, to);
@@ -133,31 +133,31 @@ struct Direct {
   void end(int64_t, Tile) {}
 };
 
-// Logits of another size. All label rows of a block lie between the same two logit rows, which are resampled along x
-// once: a label row then takes two products per pixel and class. The gradients of a block's rows are summed up in the
-// same two places, and resampled back along x once.
+// Reads logits of another size. All label rows of a block lie between the same two logit rows, which are resampled
+// along x once: a label row then takes two products per pixel and class. The gradients of a block's rows are summed up
+// into two rows, too, and brought back along x once.
 template <typename Acc>
 struct Resampled {
   static constexpr int64_t kFewCells = 32;
   const LossArgs& args;
   const LossWork<Acc>& work;
-  Acc *upper = nullptr, *lower = nullptr;  // (C, pitch): logits of the two rows
-  int64_t lower_row = -1, column = -1;     // of the batch: what `lower` holds
-  // (C, pitch), backward: gradients, and gradients times the weight of the lower row
-  Acc *sum = nullptr, *weighted = nullptr;
+  Acc *upper = nullptr, *lower = nullptr;   // (C, pitch): logits of the two rows, resampled along x
+  int64_t lower_row = -1, column = -1;      // the row of the batch, and its first label column, that `lower` holds
+  Acc *sum = nullptr, *weighted = nullptr;  // (C, pitch), backward: sums of gradients, and of those times the weight of
+                                            // the lower row
 
-  // scratch: of four tiles; none where only entries are read.
+  // scratch: four tiles, or null where only entries are read.
   Resampled(const LossArgs& args, const LossWork<Acc>& work, Acc* scratch = nullptr) : args(args), work(work) {
     if (!scratch) return;
-    const int64_t tile = args.C * work.pitch;
+    const int64_t tile_size = args.C * work.pitch;
     upper = scratch;
-    lower = scratch + tile;
-    sum = scratch + 2 * tile;
-    weighted = scratch + 3 * tile;
+    lower = scratch + tile_size;
+    sum = scratch + 2 * tile_size;
+    weighted = scratch + 3 * tile_size;
   }
 
-  // A strip of columns of a block begins: t is its first tile. Its upper row is mostly the lower one of the block
-  // before it.
+  // Begins a strip of columns of a block, of which t is the first tile. Its upper row is mostly the lower row of the
+  // block before.
   void begin(int64_t n, Tile t) {
     const int64_t above = n * args.h + work.vertical.first[t.y], below = n * args.h + work.vertical.second[t.y];
     if (above == lower_row && t.xa == column) {
@@ -186,7 +186,8 @@ struct Resampled {
     entries(n, y, x, x + 1, c, &value);
     return value;
   }
-  // Along x first, as `load` has them: where logits are large, p would be far from the forward's in another order.
+  // Reads the logits of a class at the columns xa..xb of a row. They are resampled along x first, as in `load`: in
+  // another order, p of large logits would differ from the forward's by much.
   void entries(int64_t n, int64_t y, int64_t xa, int64_t xb, int64_t c, Acc* to) const {
     const MapView& v = args.logits;
     const int64_t map = n * v.stride_n + c * v.stride_c;
@@ -196,7 +197,7 @@ struct Resampled {
     const Acc weight_below = work.vertical.weight[y];
     const int64_t first = left[xa], cells = right[xb - 1] - first + 1;
     Acc upper_cells[kFewCells], lower_cells[kFewCells];
-    if (cells <= kFewCells) {  // as usual: many labels lie between few logits
+    if (cells <= kFewCells) {  // the usual case: many labels lie between few logits
       widen_row(v, above + first * v.stride_w, v.stride_w, cells, upper_cells);
       widen_row(v, below + first * v.stride_w, v.stride_w, cells, lower_cells);
       for (int64_t x = xa; x < xb; ++x)
@@ -221,14 +222,14 @@ struct Resampled {
       }
     }
   }
-  // The strip ends: its sums go back to the logits' columns. `block` counts over the batch.
+  // Ends the strip: brings its sums back to the logits' columns. `block` is numbered over the batch.
   void end(int64_t block, Tile t) {
     Acc* halves = work.halves + (block - work.first_block) * 2 * args.C * args.w;
     for (int64_t i = 0; i < 2 * args.C * args.w && t.xa == 0; ++i) halves[i] = 0;
     for (int64_t c = 0; c < args.C; ++c) {
       Acc *above = halves + c * args.w, *below = halves + (args.C + c) * args.w;
       const Acc *s = sum + c * work.pitch, *w = weighted + c * work.pitch;
-      for (int64_t x = t.xa; x < t.xb;) {  // pixels between the same two columns of logits
+      for (int64_t x = t.xa; x < t.xb;) {  // each time over the pixels between the same two columns of logits
         const int64_t left = work.horizontal.first[x], right = work.horizontal.second[x];
         Acc al = 0, ar = 0, bl = 0, br = 0;
         for (; x < t.xb && work.horizontal.first[x] == left; ++x) {
@@ -256,7 +257,7 @@ struct Resampled {
       widen_row(v, offset + first * v.stride_w, v.stride_w, last - first + 1, cells);
       const Acc* base = cells - first;
       for (int64_t i = 0; i < t.count(); ++i) to[i] = mix(base[left[i]], base[right[i]], weight[i]);
-    } else {  // many more logits than labels
+    } else {  // there are many more logits than labels
       for (int64_t i = 0; i < t.count(); ++i)
         to[i] = mix(read_logit<Acc>(v, offset + left[i] * v.stride_w),
                     read_logit<Acc>(v, offset + right[i] * v.stride_w), weight[i]);
@@ -264,10 +265,10 @@ struct Resampled {
   }
 };
 
-// Logit rows begin..end of the batch: the gradient of each is the lower half of the block above and the upper half of
-// the block below it. (At the last row both are its own.)
+// Finds the gradients of the logit rows begin..end of the batch: the sum of what the blocks above and below each row
+// have added to it. (A block beyond the last row's centre lies between that row and itself.)
 template <typename Acc>
-static void join_halves(const LossArgs& args, const LossWork<Acc>& work, int64_t begin, int64_t end) {
+static void low_gather(const LossArgs& args, const LossWork<Acc>& work, int64_t begin, int64_t end) {
   const MapView& v = args.grad;
   Acc row[kMaxTilePixels];
   for (int64_t index = begin; index < end; ++index) {

@@ -21,11 +21,11 @@ const LossKernels<Acc>& kernels() {
   if constexpr (std::is_same_v<Acc, float>) return isa().loss.f32;
 }
 
-constexpr int64_t kHalves = 1 << 18;   // values, unless an image has more
+constexpr int64_t kHalves = 1 << 18;   // values of LossWork::halves, unless one image has more
 constexpr int64_t kMaxBlockRows = 16;  // enough blocks for all threads, however few logits there are
 
 template <typename Acc>
-class Axis {  // memory of an AxisTable
+class Axis {  // owns the memory of an AxisTable
  public:
   Axis(int64_t in, int64_t out, bool align_corners) : first_(out), second_(out), weight_(out) {
     for (int64_t i = 0; i < out; ++i) {
@@ -42,18 +42,18 @@ class Axis {  // memory of an AxisTable
   std::vector<Acc> weight_;
 };
 
-struct Release {  // what Work::allocate got
+struct Release {  // frees what Work::allocate got
   size_t bytes = 0;
   void operator()(void* memory) const { bytes >= kLarge ? free_large(memory) : ::operator delete(memory); }
 };
 
 template <typename Acc>
-struct RunStore {  // memory of a RowRuns
-  std::vector<Run> runs;
+struct EdgeRunStore {  // owns the memory of a RowEdgeRuns
+  std::vector<EdgeRun> runs;
   std::vector<Acc> residuals;
 };
 
-// LossWork and its memory; each part is there only while the call needs it.
+// Owns the memory of a LossWork. Each part of it exists only as long as a step needs it.
 template <typename Acc>
 class Work {
  public:
@@ -74,9 +74,9 @@ class Work {
     cut_into_blocks();
   }
 
-  void identify() {
+  void read_ids() {
     view.ids = allocate(ids_);
-    for_rows([&](int64_t begin, int64_t end) { kernels<Acc>().identify(args_, view, begin, end); });
+    for_rows([&](int64_t begin, int64_t end) { kernels<Acc>().read_ids(args_, view, begin, end); });
     for (int s = 0; s < args_.bcl_steps; ++s)
       for (int64_t x = 0; x < args_.W; ++x)
         column_flip_.push_back(static_cast<int32_t>(flip_index<int64_t>(x, args_.bcl_step[s], args_.W)));
@@ -86,31 +86,33 @@ class Work {
   void allocate_scores() { view.scores = allocate(scores_, args_.bcl_steps); }
   void free_scores() { scores_.reset(); }
 
-  void find_edges() {
+  void cpg_edges() {
     view.edges = allocate(edges_);
-    for_rows([&](int64_t begin, int64_t end) { kernels<Acc>().find_edges(args_, view, begin, end); });
+    for_rows([&](int64_t begin, int64_t end) { kernels<Acc>().cpg_edges(args_, view, begin, end); });
   }
 
-  // After this the labels are needed for BCL's flipped ones only.
-  void find_residuals() {
-    stores_ = std::make_unique<RunStore<Acc>[]>(rows());
-    runs_ = std::make_unique<RowRuns<Acc>[]>(rows());
-    view.runs = runs_.get();
+  // Frees the ids unless BCL's flipped labels still need them.
+  void cpg_residuals() {
+    stores_ = std::make_unique<EdgeRunStore<Acc>[]>(rows());
+    edge_runs_ = std::make_unique<RowEdgeRuns<Acc>[]>(rows());
+    view.edge_runs = edge_runs_.get();
     for_rows([&](int64_t begin, int64_t end) {
-      for (int64_t row = begin; row < end; ++row) view.runs[row].store = &stores_[row];
-      kernels<Acc>().find_residuals(args_, view, begin, end);
-      for (int64_t row = begin; row < end; ++row) {  // when nothing moves any more
-        const RunStore<Acc>& store = stores_[row];
-        view.runs[row] = {store.runs.data(), store.residuals.data(), static_cast<int64_t>(store.runs.size()), nullptr};
+      for (int64_t row = begin; row < end; ++row) view.edge_runs[row].store = &stores_[row];
+      kernels<Acc>().cpg_residuals(args_, view, begin, end);
+      for (int64_t row = begin; row < end; ++row) {  // now that no vector moves its entries any more
+        const EdgeRunStore<Acc>& store = stores_[row];
+        view.edge_runs[row] = {store.runs.data(), store.residuals.data(), static_cast<int64_t>(store.runs.size()),
+                               nullptr};
       }
     });
     edges_.reset();
     if (!args_.bcl_flipped) ids_.reset();
   }
 
-  // run(n, end) over the batch, some images at a time, with memory for their halves; more would take more cache.
+  // Calls f(n, to) for some images of the batch at a time, with memory for their halves, so that these stay in the
+  // cache.
   template <typename F>
-  void for_images_with_halves(F run) {
+  void for_images_with_halves(F f) {
     const int64_t image = view.blocks * 2 * args_.C * args_.w;
     const int64_t together =
         std::clamp<int64_t>(kHalves / std::max<int64_t>(image, 1), 1, std::max<int64_t>(args_.N, 1));
@@ -118,24 +120,24 @@ class Work {
     view.halves = halves.get();
     for (int64_t n = 0; n < args_.N; n += together) {
       view.first_block = n * view.blocks;
-      run(n, std::min(n + together, args_.N));
+      f(n, std::min(n + together, args_.N));
     }
   }
 
-  // run(begin, end, scratch) over the blocks of images n..to of the batch.
+  // Calls f(begin, end, scratch) for the blocks of images n..to of the batch.
   template <typename F>
-  void for_blocks(int64_t n, int64_t to, F run) const {
+  void for_blocks(int64_t n, int64_t to, F f) const {
     at::parallel_for(n * view.blocks, to * view.blocks, 1, [&](int64_t begin, int64_t end) {
       std::unique_ptr<char[]> scratch(new char[scratch_size(args_, view) * sizeof(Acc) + 63]);
       const auto aligned = (reinterpret_cast<uintptr_t>(scratch.get()) + 63) / 64 * 64;
-      run(begin, end, reinterpret_cast<Acc*>(aligned));
+      f(begin, end, reinterpret_cast<Acc*>(aligned));
     });
   }
 
-  // run(begin, end) over the label rows of the batch.
+  // Calls f(begin, end) for the label rows of the batch.
   template <typename F>
-  void for_rows(F run) const {
-    at::parallel_for(0, rows(), 4, run);
+  void for_rows(F f) const {
+    at::parallel_for(0, rows(), 4, f);
   }
 
   int64_t rows() const { return args_.N * args_.H; }
@@ -173,17 +175,17 @@ class Work {
   std::unique_ptr<uint16_t[], Release> ids_;
   std::unique_ptr<uint8_t[], Release> edges_;
   std::unique_ptr<Acc[], Release> scores_;
-  std::unique_ptr<RunStore<Acc>[]> stores_;
-  std::unique_ptr<RowRuns<Acc>[]> runs_;
+  std::unique_ptr<EdgeRunStore<Acc>[]> stores_;
+  std::unique_ptr<RowEdgeRuns<Acc>[]> edge_runs_;
 };
 
-// The rank-th largest of the losses that are not -1, by radix select.
+// Finds the rank-th largest of the losses that are not -1, by radix select.
 template <typename Acc>
-Acc find_loss(const Acc* losses, int64_t count, int64_t rank) {
+Acc ohem_find_cutoff(const Acc* losses, int64_t count, int64_t rank) {
   Selection<Acc> selection = {0, rank};
   for (int level = 0; level < kLevels<Acc>; ++level) {
     std::vector<int64_t> histogram(kDigits);
-    std::mutex merging;  // of integers: the order does not matter
+    std::mutex merging;  // integers are merged, for which the order does not matter
     at::parallel_for(0, count, 1 << 16, [&](int64_t begin, int64_t end) {
       std::vector<int64_t> counts(kDigits);
       for (int64_t i = begin; i < end; ++i) {
@@ -211,29 +213,29 @@ TermPartial add_up(const std::vector<TermPartial>& partials) {
 
 double ratio(double sum, double count) { return count != 0 ? sum / count : 0; }
 
-// OHEM: what exceeds the threshold is kept, or the min_kept largest losses if those are too few.
+// OHEM keeps the losses above the threshold, or the min_kept largest ones if those are too few.
 template <typename Acc>
-TermPartial sum_kept(const LossArgs& args, const Work<Acc>& work, const LossPartial& sum) {
+TermPartial ohem_select(const LossArgs& args, const Work<Acc>& work, const LossPartial& sum) {
   Acc& cutoff = static_cast<Acc*>(args.summary)[kCutoff];
   const int64_t least = std::min(args.ohem_min_kept, sum.valid);
   if (sum.hard >= least) {
     cutoff = static_cast<Acc>(args.ohem_cutoff);
     return {sum.hard_nll, sum.hard};
   }
-  cutoff = find_loss(work.view.nll, args.N * args.H * args.W, least);
+  cutoff = ohem_find_cutoff(work.view.nll, args.N * args.H * args.W, least);
   std::vector<TermPartial> partials(work.rows());
   work.for_rows([&](int64_t begin, int64_t end) {
-    kernels<Acc>().sum_kept(args, work.view, cutoff, begin, end, partials.data());
+    kernels<Acc>().ohem_sum(args, work.view, cutoff, begin, end, partials.data());
   });
   return add_up(partials);
 }
 
-// The cross-entropy, or OHEM's.
+// Returns the mean of the cross-entropy, or that of the pixels that OHEM keeps.
 template <typename Acc>
 double finish_ce(const LossArgs& args, const Work<Acc>& work, const LossPartial& sum) {
   double numerator = sum.weighted_nll, denominator = sum.weight;
   if (args.ohem) {
-    const TermPartial kept = sum_kept(args, work, sum);
+    const TermPartial kept = ohem_select(args, work, sum);
     numerator = kept.sum, denominator = static_cast<double>(kept.count);
   }
   static_cast<Acc*>(args.summary)[kDenominator] = static_cast<Acc>(denominator);
@@ -241,12 +243,13 @@ double finish_ce(const LossArgs& args, const Work<Acc>& work, const LossPartial&
 }
 
 template <typename Acc>
-double find_bcl(const LossArgs& args, const Work<Acc>& work, int64_t valid) {
+double finish_bcl(const LossArgs& args, const Work<Acc>& work, int64_t valid) {
   double mean = 0;
   std::vector<TermPartial> partials(work.rows());
   for (int s = 0; s < args.bcl_steps; ++s) {
-    work.for_rows(
-        [&](int64_t begin, int64_t end) { kernels<Acc>().select(args, work.view, s, begin, end, partials.data()); });
+    work.for_rows([&](int64_t begin, int64_t end) {
+      kernels<Acc>().bcl_select(args, work.view, s, begin, end, partials.data());
+    });
     const TermPartial sum = add_up(partials);
     static_cast<Acc*>(args.summary)[kSelected + s] = static_cast<Acc>(sum.count);
     mean += ratio(sum.sum, static_cast<double>(args.bcl_flipped ? valid : sum.count)) / args.bcl_steps;
@@ -255,10 +258,10 @@ double find_bcl(const LossArgs& args, const Work<Acc>& work, int64_t valid) {
 }
 
 template <typename Acc>
-double find_cpg(const LossArgs& args, const Work<Acc>& work) {
+double finish_cpg(const LossArgs& args, const Work<Acc>& work) {
   std::vector<TermPartial> partials(work.rows());
   work.for_rows(
-      [&](int64_t begin, int64_t end) { kernels<Acc>().compare(args, work.view, begin, end, partials.data()); });
+      [&](int64_t begin, int64_t end) { kernels<Acc>().cpg_compare(args, work.view, begin, end, partials.data()); });
   const TermPartial sum = add_up(partials);
   static_cast<Acc*>(args.summary)[kEdges] = static_cast<Acc>(sum.count);
   return ratio(sum.sum, static_cast<double>(sum.count));
@@ -267,11 +270,11 @@ double find_cpg(const LossArgs& args, const Work<Acc>& work) {
 template <typename Acc>
 int64_t forward(const LossArgs& args) {
   Work<Acc> work(args);
-  if (args.bcl_steps > 0 || args.cpg_radius > 0) work.identify();
+  if (args.bcl_steps > 0 || args.cpg_radius > 0) work.read_ids();
   if (args.bcl_steps > 0) work.allocate_scores();
   std::vector<LossPartial> partials(args.N * work.view.blocks);
   work.for_blocks(0, args.N, [&](int64_t begin, int64_t end, Acc* scratch) {
-    kernels<Acc>().forward(args, work.view, begin, end, scratch, partials.data());
+    kernels<Acc>().dense_forward(args, work.view, begin, end, scratch, partials.data());
   });
   LossPartial sum = {};
   for (const LossPartial& partial : partials) {
@@ -289,11 +292,11 @@ int64_t forward(const LossArgs& args) {
   summary[kValid] = static_cast<Acc>(sum.valid);
   double terms[kTerms] = {};
   if (args.ce) terms[kCe] = finish_ce(args, work, sum);
-  if (args.bcl_steps > 0) terms[kBcl] = find_bcl(args, work, sum.valid);
+  if (args.bcl_steps > 0) terms[kBcl] = finish_bcl(args, work, sum.valid);
   work.free_scores();
   if (args.cpg_radius > 0) {
-    work.find_edges();
-    terms[kCpg] = find_cpg(args, work);
+    work.cpg_edges();
+    terms[kCpg] = finish_cpg(args, work);
   }
   for (int term = 0; term < kTerms; ++term) static_cast<Acc*>(args.terms)[term] = static_cast<Acc>(terms[term]);
   double total = terms[kCe];
@@ -306,29 +309,29 @@ int64_t forward(const LossArgs& args) {
 template <typename Acc>
 void backward(const LossArgs& args) {
   Work<Acc> work(args);
-  if (args.cpg_radius > 0 || (args.bcl_steps > 0 && args.bcl_flipped)) work.identify();
+  if (args.cpg_radius > 0 || (args.bcl_steps > 0 && args.bcl_flipped)) work.read_ids();
   if (args.cpg_radius > 0) {
-    work.find_edges();
-    work.find_residuals();
+    work.cpg_edges();
+    work.cpg_residuals();
   }
   const auto add_dense = [&](int64_t n, int64_t to) {
     work.for_blocks(n, to, [&](int64_t begin, int64_t end, Acc* scratch) {
-      kernels<Acc>().backward(args, work.view, begin, end, scratch);
+      kernels<Acc>().dense_backward(args, work.view, begin, end, scratch);
     });
   };
   if (!args.resampled()) return add_dense(0, args.N);
   work.for_images_with_halves([&](int64_t n, int64_t to) {
     add_dense(n, to);
     at::parallel_for(n * args.h, to * args.h, 1,
-                     [&](int64_t begin, int64_t end) { kernels<Acc>().join_halves(args, work.view, begin, end); });
+                     [&](int64_t begin, int64_t end) { kernels<Acc>().low_gather(args, work.view, begin, end); });
   });
 }
 
 template <typename Acc>
-void find_classes(const LossArgs& args, void* classes, int64_t* bins) {
+void argmax(const LossArgs& args, void* classes, int64_t* bins) {
   const Work<Acc> work(args);
   const int64_t size = bins ? args.C * args.C + 2 : 0;
-  std::mutex merging;  // of integers: the order does not matter
+  std::mutex merging;  // integers are merged, for which the order does not matter
   work.for_blocks(0, args.N, [&](int64_t begin, int64_t end, Acc* scratch) {
     std::vector<int64_t> counts(size);
     kernels<Acc>().argmax(args, work.view, begin, end, scratch, classes, bins ? counts.data() : nullptr);
@@ -340,16 +343,16 @@ void find_classes(const LossArgs& args, void* classes, int64_t* bins) {
 }  // namespace
 
 template <typename Acc>
-Acc* add_run(RowRuns<Acc>& row, int64_t x0, int64_t x1, int64_t c) {
-  auto* store = static_cast<RunStore<Acc>*>(row.store);
+Acc* add_edge_run(RowEdgeRuns<Acc>& row, int64_t x0, int64_t x1, int64_t c) {
+  auto* store = static_cast<EdgeRunStore<Acc>*>(row.store);
   const auto first = static_cast<int64_t>(store->residuals.size());
   store->runs.push_back(
       {static_cast<int32_t>(x0), static_cast<int32_t>(x1), static_cast<int32_t>(c), static_cast<int32_t>(first)});
   store->residuals.resize(first + 2 * (x1 - x0));
   return store->residuals.data() + first;
 }
-template float* add_run(RowRuns<float>& row, int64_t x0, int64_t x1, int64_t c);
-template double* add_run(RowRuns<double>& row, int64_t x0, int64_t x1, int64_t c);
+template float* add_edge_run(RowEdgeRuns<float>& row, int64_t x0, int64_t x1, int64_t c);
+template double* add_edge_run(RowEdgeRuns<double>& row, int64_t x0, int64_t x1, int64_t c);
 
 int64_t loss_forward(const LossArgs& args) {
   return args.logits.type == FloatType::f64 ? forward<double>(args) : forward<float>(args);
@@ -360,8 +363,8 @@ void loss_backward(const LossArgs& args) {
 }
 
 void upsample_argmax(const LossArgs& args, void* classes, int64_t* bins) {
-  if (args.logits.type == FloatType::f64) return find_classes<double>(args, classes, bins);
-  find_classes<float>(args, classes, bins);
+  if (args.logits.type == FloatType::f64) return argmax<double>(args, classes, bins);
+  argmax<float>(args, classes, bins);
 }
 
 }  // namespace bcmf::cpu

@@ -1,87 +1,92 @@
-// The CPU kernels of bcmf::loss, compiled once per instruction set and chosen at run time.
+// The CPU kernels of bcmf::loss, compiled once per instruction set and chosen at run time. They are named after the
+// steps in docs/definitions.md.
 #pragma once
 
 #include "../device/common.cuh"
 
 namespace bcmf::cpu {
 
-// The label rows of an image are cut into blocks, which depend on the shape alone; a block's partial sums are added in
-// index order, so that results are the same bits for any number of threads.
+// The label rows of an image are cut into blocks, which depend on the shape alone. The partial sums of blocks are added
+// up in their order, so that results have the same bits for any number of threads.
 struct LossPartial {
-  double weighted_nll, weight;  // of all pixels that are not ignored
-  double hard_nll;              // weighted, of those above OHEM's threshold
-  int64_t hard, valid;          // how many these are, and all that are not ignored
+  double weighted_nll, weight;  // sums over all valid pixels
+  double hard_nll;              // weighted, over those above OHEM's threshold
+  int64_t hard, valid;          // numbers of pixels above OHEM's threshold, and of valid ones
   int64_t bad_labels;
 };
 
-struct TermPartial {  // of BCL or CPG, by rows
+struct TermPartial {  // of a label row, for OHEM, BCL or CPG
   double sum;
   int64_t count;
 };
 
-// Pixels x0..x1 of a label row at which CPG compares the gradients of class c. Its residuals are 2 (x1 - x0) values, x
-// then y, from `first` on: the derivatives of the total by the pixels' sums of taps.
-struct Run {
+// The pixels x0..x1 of a label row, at which CPG compares the gradients of class c. The residuals of the run are
+// 2 (x1 - x0) values from `first` on, those for x, then those for y: the derivatives of the total by the estimates,
+// which are sums of integer taps times p.
+struct EdgeRun {
   int32_t x0, x1, c, first;
 };
 
-// The runs of a row. Memory comes from loss.cpp: nothing that the linker could merge may be compiled for one
-// instruction set.
+// The runs of a row. loss.cpp owns their memory, because the linker could merge the functions of a std::vector across
+// instruction sets.
 template <typename Acc>
-struct RowRuns {
-  const Run* runs;
+struct RowEdgeRuns {
+  const EdgeRun* runs;
   const Acc* residuals;
   int64_t count;
   void* store;
 };
 template <typename Acc>
-Acc* add_run(RowRuns<Acc>& row, int64_t x0, int64_t x1, int64_t c);  // where its residuals go
+Acc* add_edge_run(RowEdgeRuns<Acc>& row, int64_t x0, int64_t x1, int64_t c);  // returns where its residuals go
 
 template <typename Acc>
-struct AxisTable {  // of axis_tap, for each label row or column; null where logits have the size of the labels
+struct AxisTable {  // the axis_tap of each label row or column; null where logits have the size of the labels
   const int32_t *first, *second;
   const Acc* weight;
 };
 
-// What a call computes once and all its kernels read.
+// Tables and scratch memory that one forward or backward makes, and that all its kernels read.
 template <typename Acc>
 struct LossWork {
-  int64_t pitch;          // pixels of a tile, (C, pitch) acc
+  int64_t pitch;          // pixels that a tile has room for: its logits are (C, pitch) acc
   int64_t strip;          // columns that a tile spans
   int64_t rows_per_tile;  // more than one if whole rows are short, and the logits are read directly
-  int64_t blocks;         // of an image
+  int64_t blocks;         // how many an image has
   bool stream;            // the gradient is fp32, and so large that it does not stay in the cache
-  const int64_t* row;     // (blocks + 1,): the first label row of each; all rows of a block lie between the same logits
+  const int64_t* row;     // (blocks + 1,): the first label row of each; a block lies between the same two logit rows
   const int64_t* block;   // (h + 1,): the first block whose upper logit row is this one or a later one
   AxisTable<Acc> vertical, horizontal;
-  uint16_t* ids;               // (N, H, W) classes, or kIgnoredId; with BCL or CPG
-  uint8_t* edges;              // (N, H, W): 1 where CPG compares gradients
-  Acc* nll;                    // (N, H, W): -1 where ignored; with OHEM
-  Acc* scores;                 // (BCL's steps, N, H, W): q, -1 outside V3
-  const int32_t* column_flip;  // (BCL's steps, W): pi of each column
-  RowRuns<Acc>* runs;          // (N * H,), backward with CPG
-  Acc* halves;  // (·, 2, C, w): gradients of the logit rows above and below each block from first_block on, resampled
+  uint16_t* ids;                // (N, H, W) classes, or kIgnoredId; with BCL or CPG
+  uint8_t* edges;               // (N, H, W): 1 where CPG compares gradients, else 0
+  Acc* nll;                     // (N, H, W): -1 where ignored; with OHEM
+  Acc* scores;                  // (BCL's steps, N, H, W): -1 where a label or a flipped one is ignored
+  const int32_t* column_flip;   // (BCL's steps, W): pi of each column
+  RowEdgeRuns<Acc>* edge_runs;  // (N * H,): of each label row; backward with CPG
+  // (·, 2, C, w), backward of resampled logits: what each block from first_block on adds to the gradients of the logit
+  // rows above and below it.
+  Acc* halves;
   int64_t first_block;
 };
 
 template <typename Acc>
 struct LossKernels {
-  // Blocks begin..end of the N * blocks; `scratch` holds scratch_size(args, work) acc values.
-  void (*forward)(const LossArgs&, const LossWork<Acc>&, int64_t begin, int64_t end, Acc* scratch, LossPartial*);
-  void (*backward)(const LossArgs&, const LossWork<Acc>&, int64_t begin, int64_t end, Acc* scratch);
-  // Rows begin..end of the N * H label rows.
-  void (*identify)(const LossArgs&, const LossWork<Acc>&, int64_t begin, int64_t end);
-  void (*sum_kept)(const LossArgs&, const LossWork<Acc>&, Acc cutoff, int64_t begin, int64_t end, TermPartial*);
-  void (*find_edges)(const LossArgs&, const LossWork<Acc>&, int64_t begin, int64_t end);
-  void (*select)(const LossArgs&, const LossWork<Acc>&, int index, int64_t begin, int64_t end, TermPartial*);
-  void (*compare)(const LossArgs&, const LossWork<Acc>&, int64_t begin, int64_t end, TermPartial*);
-  void (*find_residuals)(const LossArgs&, const LossWork<Acc>&, int64_t begin, int64_t end);
-  // Blocks: the class with the largest logit of each label pixel, uint8 or, of more than 256 classes, int32; and, if
-  // there are bins, their counts by label.
+  // These two work on the blocks begin..end of the N * blocks; `scratch` holds scratch_size(args, work) acc values.
+  // dense_backward takes the steps cpg_shares and sparse_backward with it, tile by tile.
+  void (*dense_forward)(const LossArgs&, const LossWork<Acc>&, int64_t begin, int64_t end, Acc* scratch, LossPartial*);
+  void (*dense_backward)(const LossArgs&, const LossWork<Acc>&, int64_t begin, int64_t end, Acc* scratch);
+  // These work on the rows begin..end of the N * H label rows. read_ids fills LossWork::ids.
+  void (*read_ids)(const LossArgs&, const LossWork<Acc>&, int64_t begin, int64_t end);
+  void (*ohem_sum)(const LossArgs&, const LossWork<Acc>&, Acc cutoff, int64_t begin, int64_t end, TermPartial*);
+  void (*cpg_edges)(const LossArgs&, const LossWork<Acc>&, int64_t begin, int64_t end);
+  void (*bcl_select)(const LossArgs&, const LossWork<Acc>&, int index, int64_t begin, int64_t end, TermPartial*);
+  void (*cpg_compare)(const LossArgs&, const LossWork<Acc>&, int64_t begin, int64_t end, TermPartial*);
+  void (*cpg_residuals)(const LossArgs&, const LossWork<Acc>&, int64_t begin, int64_t end);
+  // Works on blocks, too: finds the class with the largest logit of each label pixel, as uint8 or, if there are more
+  // than 256 classes, as int32; and counts them by label if there are bins.
   void (*argmax)(const LossArgs&, const LossWork<Acc>&, int64_t begin, int64_t end, Acc* scratch, void* classes,
                  int64_t* bins);
-  // Rows begin..end of the N * h logit rows.
-  void (*join_halves)(const LossArgs&, const LossWork<Acc>&, int64_t begin, int64_t end);
+  // Works on the rows begin..end of the N * h logit rows.
+  void (*low_gather)(const LossArgs&, const LossWork<Acc>&, int64_t begin, int64_t end);
 };
 
 struct LossIsaKernels {
@@ -92,19 +97,19 @@ extern const LossIsaKernels loss_kernels_baseline, loss_kernels_avx2, loss_kerne
 
 constexpr int64_t kMaxTilePixels = 1024;
 
-// About 64 KiB of fp32 logits, so that a tile stays in a cache of the core while it is read twice.
+// A tile has about 64 KiB of fp32 logits, so that it stays in a cache of the core while it is read twice.
 inline int64_t tile_pixels(int64_t classes) {
   const int64_t pixels = 16384 / classes / 64 * 64;
   return pixels < 64 ? 64 : pixels > kMaxTilePixels ? kMaxTilePixels : pixels;
 }
 
-// acc values that a thread needs: tiles of logits, of the logit rows above and below, of two sums of gradients, of
-// CPG's gradient of p; and a list of the entries that the last one has.
+// The acc values that a thread needs: tiles of logits, of the logit rows above and below, of two sums of gradients, and
+// of CPG's derivatives by p, with a list of the entries of the last one.
 template <typename Acc>
 int64_t scratch_size(const LossArgs& args, const LossWork<Acc>& work) {
-  const int64_t tile = args.C * work.pitch;
-  return 6 * tile + tile * static_cast<int64_t>(sizeof(int32_t) + sizeof(uint8_t)) / static_cast<int64_t>(sizeof(Acc)) +
-         64;
+  const int64_t tile_size = args.C * work.pitch;
+  return 6 * tile_size +
+         tile_size * static_cast<int64_t>(sizeof(int32_t) + sizeof(uint8_t)) / static_cast<int64_t>(sizeof(Acc)) + 64;
 }
 
 }  // namespace bcmf::cpu

@@ -1,6 +1,7 @@
-// Included by isa_<name>.cpp, each of which sets the target and defines BCMF_ISA. Loops over the pixels of a tile:
-// plain ones, which the compiler vectorises, and vectors (math.h) where values stay in registers from class to class.
-// Nothing from torch or the standard library that the linker could merge across instruction sets.
+// The CPU kernels of bcmf::loss. Each isa_<name>.cpp sets the target, defines BCMF_ISA, and includes this file. Loops
+// over the pixels of a tile are plain ones, which the compiler vectorises, or take vectors (math.h) where values stay
+// in registers from class to class. Nothing here comes from torch, or from those parts of the standard library that the
+// linker could merge across instruction sets.
 
 #include "../device/geometry.cuh"
 #include "../device/select.cuh"
@@ -12,19 +13,20 @@
 namespace bcmf::cpu {
 namespace BCMF_ISA {
 
-// Label pixels that are worked on together: whole rows if there are several.
+// A rectangle of label pixels that are worked on together: columns xa..xb of `rows` rows from y on. If it has several
+// rows, they are whole ones.
 struct Tile {
   int64_t y, rows, xa, xb;
   int64_t count() const { return rows * (xb - xa); }
 };
 
 #include "logits.inl"
-// These use it.
+// The following files use logits.inl.
 #include "bcl.inl"
 #include "cpg.inl"
 
-// Calls f(n, block, tile, first, last) for the tiles of blocks begin..end of the batch; first and last: of a strip of
-// columns of the block.
+// Calls f(n, block, tile, first, last) for the tiles of the blocks begin..end of the batch. first and last tell whether
+// the tile is the first or the last one in its strip of columns.
 template <typename Acc, typename F>
 BCMF_INLINE void for_tiles(const LossArgs& args, const LossWork<Acc>& work, int64_t begin, int64_t end, F f) {
   for (int64_t block = begin; block < end; ++block) {
@@ -64,8 +66,8 @@ static void load_labels(const LossArgs& args, int64_t n, Tile t, int* labels) {
   }
 }
 
-// Of each pixel: the maximum m of its logits, and log sum_c exp(z_c - m). In whole vectors: what is beyond `count`, and
-// lies in a tile, comes out as anything.
+// Finds the maximum m of the logits of each pixel, and log sum_c exp(z_c - m). It works on whole vectors: their entries
+// beyond `count`, for which a tile has room, may become anything.
 template <typename Acc, typename Ahead>
 static void log_sum_exp(const LossArgs& args, const Ahead& ahead, const Acc* z, int64_t pitch, int64_t count, Acc* m,
                         Acc* log_sum) {
@@ -84,7 +86,7 @@ static void log_sum_exp(const LossArgs& args, const Ahead& ahead, const Acc* z, 
   }
 }
 
-// The weights of a tile's pixels; 0 where there is no label.
+// Finds the class weights of a tile's pixels; they are 0 where there is no class.
 template <typename Acc>
 BCMF_INLINE void find_weights(const LossArgs& args, const int* labels, int64_t count, Acc* __restrict weights) {
   const Acc* __restrict weight = static_cast<const Acc*>(args.weight);
@@ -93,7 +95,7 @@ BCMF_INLINE void find_weights(const LossArgs& args, const int* labels, int64_t c
   for (int64_t i = 0; i < count; ++i) weights[i] *= weight[labels[i] < 0 ? 0 : labels[i]];
 }
 
-// The losses of a tile's pixels; -1 where there is no label.
+// Finds the losses of a tile's pixels; they are -1 where there is no class.
 template <typename Acc>
 BCMF_INLINE void find_losses(const Acc* z, int64_t pitch, int64_t count, const int* labels, const Acc* m,
                              const Acc* log_sum, Acc* __restrict nll) {
@@ -101,8 +103,8 @@ BCMF_INLINE void find_losses(const Acc* z, int64_t pitch, int64_t count, const i
   for (int64_t i = 0; i < count; ++i) nll[i] = labels[i] >= 0 ? (m[i] - nll[i]) + log_sum[i] : Acc(-1);
 }
 
-// Adds up the losses of a tile's pixels, in lanes of a vector first; `hard`: the key of the least hard one. Fills the
-// last vectors.
+// Adds up the losses of a tile's pixels, first in the lanes of a vector. `hard` is the key of the smallest loss that
+// counts as hard. The last vector of nll and weights is filled up with values that do not count.
 template <typename Acc>
 static LossPartial sum_losses(int64_t count, typename KeyOf<Acc>::type hard, Acc* nll, Acc* weights) {
   for (int64_t i = count; i % kWidth<Acc> != 0; ++i) nll[i] = -1, weights[i] = 0;
@@ -122,8 +124,8 @@ static LossPartial sum_losses(int64_t count, typename KeyOf<Acc>::type hard, Acc
 }
 
 template <typename Acc, typename Source>
-static void forward_from(const LossArgs& args, const LossWork<Acc>& work, int64_t begin, int64_t end, Acc* scratch,
-                         LossPartial* partials) {
+static void dense_forward_from(const LossArgs& args, const LossWork<Acc>& work, int64_t begin, int64_t end,
+                               Acc* scratch, LossPartial* partials) {
   const auto hard = key_of(static_cast<Acc>(args.ohem_cutoff));
   Acc* z = scratch;
   Source source(args, work, scratch + args.C * work.pitch);
@@ -155,7 +157,8 @@ static void forward_from(const LossArgs& args, const LossWork<Acc>& work, int64_
   });
 }
 
-// What the cross-entropy and BCL ask of each pixel: `pull` of p towards the one-hot label, exactly 0 where nothing.
+// Finds the pull of the cross-entropy and BCL on p of each pixel, towards its label. It is exactly 0 where neither
+// selects the pixel.
 template <typename Acc>
 static void find_pull(const LossArgs& args, const Acc* z, int64_t pitch, int64_t count, const int* labels, const Acc* m,
                       const Acc* log_sum, const uint8_t* selected, Acc* pull) {
@@ -165,7 +168,7 @@ static void find_pull(const LossArgs& args, const Acc* z, int64_t pitch, int64_t
   find_weights(args, labels, count, pull);
   for (int64_t i = 0; i < count; ++i)
     pull[i] = labels[i] == kBad ? static_cast<Acc>(__builtin_nan("")) : scale * pull[i];
-  if (args.ohem) {  // the forward's own arithmetic, so that the same pixels are kept
+  if (args.ohem) {  // losses are computed as in the forward, so that the same pixels are kept
     const auto cutoff = key_of(summary[kCutoff]);
     Acc nll[kMaxTilePixels];
     find_losses(z, pitch, count, labels, m, log_sum, nll);
@@ -173,13 +176,13 @@ static void find_pull(const LossArgs& args, const Acc* z, int64_t pitch, int64_t
   }
   if (selected && !args.bcl_flipped) {
     for (int s = 0; s < args.bcl_steps; ++s) {
-      const Acc share = bcl_scale<Acc>(args, summary[kSelected + s]);
-      for (int64_t i = 0; i < count; ++i) pull[i] += selected[i] >> s & 1 ? share : 0;
+      const Acc of_step = bcl_scale<Acc>(args, summary[kSelected + s]);
+      for (int64_t i = 0; i < count; ++i) pull[i] += selected[i] >> s & 1 ? of_step : 0;
     }
   }
 }
 
-// z becomes p, times the factor if there is one.
+// Turns z into p, or into factor * p.
 template <bool WithFactor, typename Acc, typename Ahead>
 static void find_probabilities(const LossArgs& args, const Ahead& ahead, int64_t pitch, int64_t count, const Acc* m,
                                const Acc* log_sum, const Acc* factor, Acc* z) {
@@ -195,14 +198,16 @@ static void find_probabilities(const LossArgs& args, const Ahead& ahead, int64_t
 }
 
 template <typename Acc, typename Source>
-static void backward_from(const LossArgs& args, const LossWork<Acc>& work, int64_t begin, int64_t end, Acc* scratch) {
-  const int64_t tile = args.C * work.pitch, pixels = args.N * args.H * args.W;
+static void dense_backward_from(const LossArgs& args, const LossWork<Acc>& work, int64_t begin, int64_t end,
+                                Acc* scratch) {
+  const int64_t tile_size = args.C * work.pitch, pixels = args.N * args.H * args.W;
   Acc* z = scratch;
-  Source source(args, work, scratch + tile);
-  SparseGradient<Acc> sparse(args, work, scratch + 5 * tile);
+  Source source(args, work, scratch + tile_size);
+  SparseGradient<Acc> sparse(args, work, scratch + 5 * tile_size);
   int labels[kMaxTilePixels];
   Acc m[kMaxTilePixels], log_sum[kMaxTilePixels];
-  Acc pull[kMaxTilePixels], factor[kMaxTilePixels];  // the gradient is factor * p - pull * onehot, and what is sparse
+  // The dense gradient is factor * p - pull at the label; CPG and flipped labels add sparse parts.
+  Acc pull[kMaxTilePixels], factor[kMaxTilePixels];
   for_tiles(args, work, begin, end, [&](int64_t n, int64_t block, Tile t, bool first, bool last) {
     if (first) {
       source.begin(n, t);
@@ -219,7 +224,7 @@ static void backward_from(const LossArgs& args, const LossWork<Acc>& work, int64
     for (int64_t i = 0; i < count; ++i) factor[i] = pull[i];
     if (selected && args.bcl_flipped) add_flipped_factor(args, selected, count, factor);
 
-    if (work.runs && sparse.collect(n, t)) {
+    if (work.edge_runs && sparse.collect(n, t)) {
       find_probabilities<false>(args, source.ahead(n, t), work.pitch, count, m, log_sum, factor, z);
       sparse.multiply(z, factor);
       for (int64_t c = 0; c < args.C; ++c)
@@ -238,22 +243,22 @@ static void backward_from(const LossArgs& args, const LossWork<Acc>& work, int64
 }
 
 template <typename Acc>
-static void forward(const LossArgs& args, const LossWork<Acc>& work, int64_t begin, int64_t end, Acc* scratch,
-                    LossPartial* partials) {
-  if (args.resampled()) return forward_from<Acc, Resampled<Acc>>(args, work, begin, end, scratch, partials);
-  forward_from<Acc, Direct<Acc>>(args, work, begin, end, scratch, partials);
+static void dense_forward(const LossArgs& args, const LossWork<Acc>& work, int64_t begin, int64_t end, Acc* scratch,
+                          LossPartial* partials) {
+  if (args.resampled()) return dense_forward_from<Acc, Resampled<Acc>>(args, work, begin, end, scratch, partials);
+  dense_forward_from<Acc, Direct<Acc>>(args, work, begin, end, scratch, partials);
 }
 
 template <typename Acc>
-static void backward(const LossArgs& args, const LossWork<Acc>& work, int64_t begin, int64_t end, Acc* scratch) {
-  if (args.resampled()) return backward_from<Acc, Resampled<Acc>>(args, work, begin, end, scratch);
-  backward_from<Acc, Direct<Acc>>(args, work, begin, end, scratch);
+static void dense_backward(const LossArgs& args, const LossWork<Acc>& work, int64_t begin, int64_t end, Acc* scratch) {
+  if (args.resampled()) return dense_backward_from<Acc, Resampled<Acc>>(args, work, begin, end, scratch);
+  dense_backward_from<Acc, Direct<Acc>>(args, work, begin, end, scratch);
   finish_streams();
 }
 
-// OHEM, with the cutoff known: by rows, the sum of w * nll over the kept pixels, and their number.
+// Once OHEM's cutoff is known, finds for each row the sum of w * nll over the kept pixels, and their number.
 template <typename Acc>
-static void sum_kept(const LossArgs& args, const LossWork<Acc>& work, Acc cutoff, int64_t begin, int64_t end,
+static void ohem_sum(const LossArgs& args, const LossWork<Acc>& work, Acc cutoff, int64_t begin, int64_t end,
                      TermPartial* partials) {
   int labels[kMaxTilePixels];
   Acc nll[kMaxTilePixels], weights[kMaxTilePixels];
@@ -272,9 +277,10 @@ static void sum_kept(const LossArgs& args, const LossWork<Acc>& work, Acc cutoff
   }
 }
 
-// Of each pixel the lowest class of those with the largest logit; NaN is larger than all, as in torch.argmax.
+// Finds for each pixel of a tile the lowest class of those with the largest logit; NaN is larger than all, as in
+// torch.argmax.
 template <typename Acc>
-static void find_classes(const LossArgs& args, const Acc* z, int64_t pitch, int64_t count, int32_t* classes) {
+static void argmax_of_tile(const LossArgs& args, const Acc* z, int64_t pitch, int64_t count, int32_t* classes) {
   typedef int32_t Classes __attribute__((vector_size(kWidth<Acc> * sizeof(int32_t))));
   for (int64_t i = 0; i < count; i += kWidth<Acc>) {
     Vector<Acc> best = load_vector(z + i);
@@ -291,7 +297,7 @@ static void find_classes(const LossArgs& args, const Acc* z, int64_t pitch, int6
   }
 }
 
-// `bins`, if any: counts by label and class, (C, C); then of pixels with a bad label, and of those that are ignored.
+// `bins` is null, or takes counts of label and class (C, C), then of pixels with a bad label, then of ignored ones.
 template <typename Acc, typename Source, typename Class>
 static void argmax_from(const LossArgs& args, const LossWork<Acc>& work, int64_t begin, int64_t end, Acc* scratch,
                         Class* classes, int64_t* bins) {
@@ -302,7 +308,7 @@ static void argmax_from(const LossArgs& args, const LossWork<Acc>& work, int64_t
   for_tiles(args, work, begin, end, [&](int64_t n, int64_t, Tile t, bool first, bool) {
     if (first) source.begin(n, t);
     source.load(n, t, z);
-    find_classes(args, z, work.pitch, t.count(), found);
+    argmax_of_tile(args, z, work.pitch, t.count(), found);
     Class* to = classes + (n * args.H + t.y) * args.W + t.xa;
     for (int64_t i = 0; i < t.count(); ++i) to[i] = static_cast<Class>(found[i]);
     if (!bins) return;
@@ -327,9 +333,9 @@ static void argmax(const LossArgs& args, const LossWork<Acc>& work, int64_t begi
   argmax_as<Acc, Direct<Acc>>(args, work, begin, end, scratch, classes, bins);
 }
 
-// The labels as 16-bit classes, which BCL and CPG read again and again. (Bad ones count as ignored here.)
+// Reads the labels as 16-bit ids, which BCL and CPG then read again and again. (Bad labels count as ignored here.)
 template <typename Acc>
-static void identify(const LossArgs& args, const LossWork<Acc>& work, int64_t begin, int64_t end) {
+static void read_ids(const LossArgs& args, const LossWork<Acc>& work, int64_t begin, int64_t end) {
   int labels[kMaxTilePixels];
   for (int64_t row = begin; row < end; ++row)
     for (int64_t xa = 0; xa < args.W; xa += kMaxTilePixels) {
@@ -341,9 +347,9 @@ static void identify(const LossArgs& args, const LossWork<Acc>& work, int64_t be
 }
 
 template <typename Acc>
-constexpr LossKernels<Acc> kernels = {forward<Acc>,    backward<Acc>,   identify<Acc>, sum_kept<Acc>,
-                                      find_edges<Acc>, select<Acc>,     compare<Acc>,  find_residuals<Acc>,
-                                      argmax<Acc>,     join_halves<Acc>};
+constexpr LossKernels<Acc> kernels = {dense_forward<Acc>, dense_backward<Acc>, read_ids<Acc>,    ohem_sum<Acc>,
+                                      cpg_edges<Acc>,     bcl_select<Acc>,     cpg_compare<Acc>, cpg_residuals<Acc>,
+                                      argmax<Acc>,        low_gather<Acc>};
 
 }  // namespace BCMF_ISA
 }  // namespace bcmf::cpu

@@ -14,7 +14,7 @@
 namespace bcmf::cpu {
 namespace {
 
-// Zeros that take memory only where something is written: of many classes few occur.
+// Returns zeros that take memory only where something is written to, because few of many classes occur.
 std::unique_ptr<uint16_t, decltype(&std::free)> allocate_zeros(int64_t count) {
   auto* const zeros = static_cast<uint16_t*>(std::calloc(count, sizeof(uint16_t)));
   if (!zeros) throw std::bad_alloc();
@@ -24,7 +24,7 @@ std::unique_ptr<uint16_t, decltype(&std::free)> allocate_zeros(int64_t count) {
 }  // namespace
 
 void match_within(const MatchArgs& args) {
-  constexpr int64_t kRows = 128;  // what a block sees beyond its own rows is a small part
+  constexpr int64_t kRows = 128;  // so many that the rows around a block, which it reads, too, are few beside them
   const int64_t most = args.radii[args.count - 1];
   std::vector<uint16_t> squares(2 * most + 1 + kMatchLanes, 40000);  // 40000 > most², and + (most + 1)² < 2^16
   for (int64_t dx = -most; dx <= most; ++dx) squares[dx + most] = static_cast<uint16_t>(dx * dx);

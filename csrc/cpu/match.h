@@ -6,13 +6,13 @@ namespace bcmf::cpu {
 
 constexpr int64_t kMatchMost = 128;  // the largest radius: squared distances have 16 bits
 
-// Arguments of bcmf::match_within. Maps are (N, H, W), contiguous; a label of `classes` or more is none.
+// The arguments of bcmf::match_within. Maps are (N, H, W), contiguous; a label of `classes` or more is no class.
 struct MatchArgs {
   int64_t N, H, W, classes;
   const void *queries, *sites;  // uint8, or int32 if wide
   bool wide;
   const int64_t* radii;  // ascending
-  int64_t count;         // of radii
+  int64_t count;         // how many radii
   uint8_t* found;
 };
 

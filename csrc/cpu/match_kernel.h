@@ -5,9 +5,9 @@
 
 namespace bcmf::cpu {
 
-constexpr int64_t kMatchLanes = 32;  // columns are read by so many, or fewer
+constexpr int64_t kMatchLanes = 32;  // the most columns that a vector reads at once
 
-// A pixel of a row that has a class, and the class.
+// A pixel that has a class: its column, and the class.
 struct MatchPixel {
   int32_t x, label;
 };
@@ -15,21 +15,24 @@ struct MatchPixel {
 // The pixels of any class, row after row.
 struct MatchPixels {
   MatchPixel* list;  // with room for one more
-  int64_t* starts;   // where those of a row begin, and where the last row's end
+  int64_t* starts;   // where the pixels of each row begin, and where those of the last row end
 };
 
-// What a thread works in; distances have 16 bits, squared, too.
+// The tables and the memory that a thread works in. Distances, also squared ones, have 16 bits.
 struct MatchWork {
-  const uint16_t* squares;  // of the distance along x, for the 2 most + 1 columns around a pixel; then too large ones
+  // Squared distances along x of the 2 most + 1 columns around a pixel, followed by numbers that are too large to
+  // count.
+  const uint16_t* squares;
   const uint16_t* reaches;  // (count): squared radii
   int64_t stride;           // columns of a row below, of which `most` are left of the image
-  // Of one class, (rows of a block + 1, stride): how many rows it is to the nearest site in a column. Of several,
-  // (classes, stride): when a pass last saw a site of this class in this column, 0 for never, and before and after it.
+  // With one class, (rows of a block + 1, stride): how many rows it is to the nearest site in a column; the last row is
+  // that of the pass. With several, (classes, stride): the time at which a pass last saw a site of this class in this
+  // column. It is 0 for never, and between passes.
   uint16_t* rows;
-  MatchPixels sites, queries;  // of a block, of several classes
+  MatchPixels sites, queries;  // of a block; only with several classes
 };
 
-// Rows top..bottom of image n, of one class or of several.
+// Works on the rows top..bottom of image n; there is one kernel for one class and one for several.
 using MatchKernel = void (*)(const MatchArgs&, const MatchWork&, int64_t n, int64_t top, int64_t bottom);
 
 struct MatchIsaKernels {

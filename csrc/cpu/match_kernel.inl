@@ -1,6 +1,6 @@
-// Included by isa_<name>.cpp (see loss_kernel.inl).
-// The nearest site is found column by column: going down the rows, the last one seen in a column is so many rows away;
-// of the columns around a pixel, the smallest dx² + dy² counts. Then the same going up.
+// The CPU kernels of bcmf::match_within. Each isa_<name>.cpp includes this file (see loss_kernel.inl).
+// The nearest site is found column by column. A pass goes down the rows, and knows for each column how many rows ago it
+// saw a site; of the columns around a pixel, the smallest dx² + dy² counts. A second pass goes up.
 
 #include "match_kernel.h"
 #include "math.h"
@@ -25,7 +25,8 @@ BCMF_INLINE const Label* row_of(const MatchArgs& args, const void* map, int64_t 
   return static_cast<const Label*>(map) + (n * args.H + y) * args.W;
 }
 
-// Rows top..bottom as a pass comes by them, down or up, after the `most` before them: f(y, whether it is one of them).
+// Calls f(y, asked) for the rows in the order in which a pass sees them, down or up: first the `most` rows before
+// top..bottom, where asked is false, then these.
 template <typename F>
 BCMF_INLINE void for_rows(const MatchArgs& args, int64_t most, int64_t top, int64_t bottom, bool down, F f) {
   for (int64_t i = -most; i < bottom - top; ++i) {
@@ -35,9 +36,9 @@ BCMF_INLINE void for_rows(const MatchArgs& args, int64_t most, int64_t top, int6
 }
 
 // --------------------------------------------------------------------------------------------------------------------
-// One class: of each pixel
+// One class: every pixel looks for a site
 
-// A row nearer to, or farther from, the sites of the columns.
+// Takes a pass one row further: `rows` says for each column how many rows ago there was a site, at most `most` + 1.
 template <typename Label>
 static void step(const MatchArgs& args, const Label* sites, uint16_t most, uint16_t* __restrict rows) {
   const auto far = static_cast<uint16_t>(most + 1);
@@ -47,7 +48,8 @@ static void step(const MatchArgs& args, const Label* sites, uint16_t most, uint1
   }
 }
 
-// The first radius that reaches from kLanes pixels; rows: squared, `most` columns to the left.
+// Returns for kLanes pixels the index of the first radius within which there is a site. `rows` are squared numbers of
+// rows, from `most` columns to the left of the first pixel on.
 BCMF_INLINE Lanes reach(const MatchArgs& args, const MatchWork& work, int64_t most, const uint16_t* rows) {
   Lanes nearest = lanes_of(0xffff), index = {};
   for (int64_t dx = 0; dx <= 2 * most; ++dx) nearest = least(nearest, load_vector(rows + dx) + work.squares[dx]);
@@ -55,7 +57,7 @@ BCMF_INLINE Lanes reach(const MatchArgs& args, const MatchWork& work, int64_t mo
   return index;
 }
 
-// A row of the image; rows: squared, `most` columns to the left.
+// Finds the radii of a row of the image; `rows` as for reach.
 template <typename Label>
 static void find_row(const MatchArgs& args, const MatchWork& work, int64_t most, const Label* queries,
                      const uint16_t* rows, uint8_t* found) {
@@ -96,9 +98,10 @@ static void find_one_class(const MatchArgs& args, const MatchWork& work, int64_t
 }
 
 // --------------------------------------------------------------------------------------------------------------------
-// Several classes: of the pixels that ask
+// Several classes: pixels that have a class look for a site
 
-// Lists the pixels of any class in rows top..bottom, with the class that was checked: labels may change at any time.
+// Lists the pixels of any class in rows top..bottom together with the class that was checked, since labels may change
+// at any time.
 template <typename Label>
 static void list_pixels(const MatchArgs& args, const void* map, int64_t n, int64_t top, int64_t bottom,
                         MatchPixels pixels) {
@@ -121,13 +124,14 @@ static void list_pixels(const MatchArgs& args, const void* map, int64_t n, int64
   pixels.starts[bottom - top] = count;
 }
 
-// Squared rows between `now` and when kLanes columns saw a site; (most + 1)² where that is too long ago.
+// Returns the squared number of rows since kLanes columns last saw a site, or (most + 1)² where that is too long ago.
 BCMF_INLINE Lanes square_rows(const uint16_t* seen, uint16_t now, int64_t most) {
   const Lanes rows = least(now - load_vector(seen), lanes_of(most + 1));
   return rows * rows;
 }
 
-// The first radius that reaches from a pixel; seen: `most` columns to its left.
+// Returns the index of the first radius within which there is a site of a pixel's class. `seen` are the times at which
+// columns saw one, from `most` columns to the left of the pixel on.
 BCMF_INLINE uint8_t reach(const MatchArgs& args, const MatchWork& work, int64_t most, const uint16_t* seen,
                           uint16_t now) {
   Lanes nearest = square_rows(seen, now, most) + load_vector(work.squares);
@@ -149,7 +153,7 @@ static void find_classes(const MatchArgs& args, const MatchWork& work, int64_t n
   list_pixels<Label>(args, args.sites, n, above, below, work.sites);
   list_pixels<Label>(args, args.queries, n, top, bottom, work.queries);
   const auto pass = [&](bool down) {
-    auto now = static_cast<uint16_t>(most + 1);  // more than `most` after 0
+    auto now = static_cast<uint16_t>(most + 1);  // long enough after 0, which stands for never
     for_rows(args, most, top, bottom, down, [&](int64_t y, bool asked) {
       for (int64_t i = work.sites.starts[y - above]; i < work.sites.starts[y - above + 1]; ++i) {
         const MatchPixel site = work.sites.list[i];

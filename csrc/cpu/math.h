@@ -1,5 +1,5 @@
-// Vectors, their exp and log, and conversions of the half formats.
-// Included once per instruction set (see loss_kernel.inl), hence the static functions and no other header than these.
+// Vectors, their exp and log, and conversions of the half formats. It is included once for each instruction set (see
+// loss_kernel.inl), and so has only static functions and includes no other headers than these.
 #pragma once
 
 #include <cmath>
@@ -37,7 +37,7 @@ using Vector = typename VectorOf<T>::type;
 template <typename T>
 constexpr int64_t kWidth = BCMF_VECTOR_BYTES / sizeof(T);
 
-// With as many lanes: sums, and what a comparison gives (all bits or none).
+// Vectors with as many lanes as Vector<T>: of sums, and of the result of a comparison (all bits are set or none).
 template <typename T>
 struct LanesOf {
   typedef double sums __attribute__((vector_size(kWidth<T> * sizeof(double))));
@@ -69,8 +69,8 @@ BCMF_INLINE Vector<T> splat(T value) {
   return value - Vector<T>{};  // 0 - x would turn -0 to 0
 }
 
-// e^x for x <= 0, within 1.07 ulp; 0 below -87.33 (where the result would be subnormal); NaN stays NaN.
-// x = n ln 2 + r: the polynomial is Taylor's to degree 7, |r| <= ln 2 / 2, and 2^n is put together in the exponent
+// Returns e^x for x <= 0, within 1.07 ulp; 0 below -87.33 (where the result would be subnormal); NaN stays NaN.
+// With x = n ln 2 + r, the polynomial is Taylor's to degree 7, |r| <= ln 2 / 2, and 2^n is put together in the exponent
 // bits.
 BCMF_INLINE Vector<float> exp_nonpositive(Vector<float> x) {
   const Vector<float> lowest = splat(-87.33f);
@@ -93,8 +93,8 @@ BCMF_INLINE Vector<double> exp_nonpositive(Vector<double> x) {
   return x;
 }
 
-// ln x for 1 <= x < 2^30 (a sum of exponentials, the largest of which is 1), within 1 ulp; NaN stays NaN.
-// x = 2^e f with sqrt(1/2) <= f < sqrt(2); ln f by the Cephes polynomial in f - 1.
+// Returns ln x for 1 <= x < 2^30 (a sum of exponentials, the largest of which is 1), within 1 ulp; NaN stays NaN.
+// With x = 2^e f and sqrt(1/2) <= f < sqrt(2), ln f comes from the Cephes polynomial in f - 1.
 BCMF_INLINE Vector<float> log_positive(Vector<float> x) {
   const Vector<uint32_t> bits = bit_cast<Vector<uint32_t>>(x) - 0x3f3504f3u;
   const auto e = __builtin_convertvector(bit_cast<Vector<int32_t>>(bits) >> 23, Vector<float>);
@@ -127,7 +127,8 @@ struct F16 {
 BCMF_INLINE float widen(float x) { return x; }
 BCMF_INLINE double widen(double x) { return x; }
 BCMF_INLINE float widen(BF16 x) { return bit_cast<float>(static_cast<uint32_t>(x.bits) << 16); }
-// Shift the fields into place and scale by 2^112, which also normalises subnormals; inf and NaN keep a full exponent.
+// The fields are shifted into place and scaled by 2^112, which also normalises subnormals; inf and NaN keep a full
+// exponent.
 BCMF_INLINE float widen(F16 x) {
   const uint32_t magnitude = static_cast<uint32_t>(x.bits & 0x7fff) << 13;
   const float finite = bit_cast<float>(magnitude) * bit_cast<float>(0x77800000u);
@@ -137,14 +138,14 @@ BCMF_INLINE float widen(F16 x) {
 
 BCMF_INLINE void narrow(float x, float* to) { *to = x; }
 BCMF_INLINE void narrow(double x, double* to) { *to = x; }
-// Round to nearest even.
+// Rounds to nearest even.
 BCMF_INLINE void narrow(float x, BF16* to) {
   const uint32_t bits = bit_cast<uint32_t>(x);
   const uint32_t rounded = (bits + 0x7fffu + (bits >> 16 & 1u)) >> 16;
   to->bits = static_cast<uint16_t>(x == x ? rounded : 0x7fc0u);
 }
-// Three cases: subnormal or zero (adding 0.5 aligns the mantissa and lets the adder round), normal (round the bits),
-// and inf or NaN.
+// There are three cases: subnormal or zero (adding 0.5 aligns the mantissa and lets the adder round), normal (the bits
+// are rounded), and inf or NaN.
 BCMF_INLINE void narrow(float x, F16* to) {
   const uint32_t all = bit_cast<uint32_t>(x), sign = all & 0x80000000u, bits = all ^ sign;
   const uint32_t subnormal = bit_cast<uint32_t>(bit_cast<float>(bits) + 0.5f) - 0x3f000000u;

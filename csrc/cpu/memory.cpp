@@ -19,15 +19,15 @@ struct Block {
   size_t bytes;
 };
 
-// Never destroyed: a tensor may outlive all else at the end of a program.
+// The blocks are never destroyed, because a tensor may outlive everything else at the end of a program.
 struct Blocks {
   std::mutex mutex;
-  std::vector<Block> used, kept;  // kept: the last one last
+  std::vector<Block> used, kept;  // the block that was kept last is the last one
 };
 Blocks& blocks = *new Blocks;
 
 constexpr size_t kPage = 2 << 20;
-constexpr size_t kKept = 4;  // statistics and scores of a step, gradients of two heads
+constexpr size_t kKept = 4;  // for the statistics and scores of a step, and the gradients of two heads
 
 void free_kept() {
   for (const Block& block : blocks.kept) std::free(block.data);
@@ -37,7 +37,7 @@ void free_kept() {
 Block make_block(size_t bytes) {
   const size_t whole = (bytes + kPage - 1) / kPage * kPage;
   Block block = {std::aligned_alloc(kPage, whole), whole};
-  if (!block.data) {  // what is kept may be in the way
+  if (!block.data) {  // the kept blocks may be in the way
     free_kept();
     block.data = std::aligned_alloc(kPage, whole);
   }

@@ -4,13 +4,13 @@
 
 namespace bcmf::cpu {
 
-// Memory of so many bytes does not stay in a cache, and malloc gets it anew from the system each time.
+// Memory of at least so many bytes does not stay in a cache, and malloc gets it anew from the system each time.
 constexpr size_t kLarge = 32 << 20;
 
-// Memory for what is large, tensors or scratch. The page faults of fresh memory take longer than our arithmetic. So it
-// comes in pages of 2 MiB, where the system has them, and the last few blocks are kept for the next step, marked as
-// free to be taken back by the system whenever it wants memory (MADV_FREE). Throws std::runtime_error (RuntimeError in
-// Python).
+// Large tensors and scratch memory come from here. The page faults of fresh memory take longer than the arithmetic of
+// the kernels. So this memory comes in pages of 2 MiB, where the system has them, and the last few blocks are kept for
+// the next step, marked so that the system may take them back whenever it needs memory (MADV_FREE). allocate_large
+// throws std::runtime_error (RuntimeError in Python).
 void* allocate_large(size_t bytes);
 void free_large(void* memory);
 void release_kept_memory();

@@ -1,20 +1,20 @@
-// Reading what others may write at any time: a loader may refill its buffer of labels while a kernel works on it. An id
-// that was checked must be the id that is used as an index, so it is read once, and only the copy is looked at.
-// Static: included once per instruction set.
+// How to read labels that others may write at any time: a loader may refill its buffer of labels while a kernel works
+// on it. The id that is used as an index must be the id that was checked. So it is read once, and only the copy is
+// used. The functions are static, because this file is included once for each instruction set.
 #pragma once
 
 #include <cstdint>
 
 namespace bcmf::cpu {
 
-// A single id. Volatile keeps the compiler from reading it again.
+// Reads a single id. Volatile keeps the compiler from reading it again.
 template <typename T>
 static inline __attribute__((always_inline)) T read_once(const T* from) {
   return *static_cast<const volatile T*>(from);
 }
 
-// `count` ids that lie `stride` apart. A plain loop, which the compiler vectorises; behind the barrier it has to take
-// them from the copy.
+// Copies `count` ids that lie `stride` apart, in plain loops, which the compiler vectorises. The barrier makes it use
+// the copy from there on.
 template <typename T>
 static inline __attribute__((always_inline)) void copy_once(const T* from, int64_t stride, int64_t count, T* to) {
   if (stride == 1)

@@ -1,14 +1,15 @@
-// Brings channels of a map into (pixels, lanes), and back: then all else is loops over vectors, whatever the strides
-// and the dtype of the map are. Included by lmfm_kernel.inl.
+// Brings channels of a map into the layout (pixels, lanes), and back, so that everything else is loops over vectors,
+// whatever the strides and the dtype of the map are. lmfm_kernel.inl includes this file.
 
 template <typename Acc>
 constexpr int64_t kLanes = kWidth<Acc>;
 
-// As many 16-bit entries as a vector has lanes, and their bits widened.
+// Vectors of as many 16-bit entries as a vector of floats has lanes, and of their bits, widened.
 typedef uint16_t HalfBits __attribute__((vector_size(kWidth<float> * sizeof(uint16_t))));
 typedef uint32_t Bits __attribute__((vector_size(BCMF_VECTOR_BYTES)));
 
-// The conversions of math.h, of a vector: loops would go through memory in two halves, which stalls.
+// The conversions of math.h for a whole vector. Loops over single entries would go through memory in two halves, which
+// stalls.
 BCMF_INLINE Vector<float> load_full(const float* from) { return load_vector(from); }
 BCMF_INLINE Vector<double> load_full(const double* from) { return load_vector(from); }
 BCMF_INLINE Bits load_bits(const void* from) {
@@ -42,7 +43,7 @@ BCMF_INLINE void store_full(Vector<float> from, F16* to) {
   store_bits(magnitude | sign >> 16, to);
 }
 
-// `count` neighbours, at most a vector; zeros in the other lanes.
+// Reads `count` neighbours, at most a vector of them, and zeros into the other lanes.
 template <typename Acc, typename Scalar>
 BCMF_INLINE Vector<Acc> load_widened(const Scalar* from, int64_t count) {
   if (count == kLanes<Acc>) return load_full(from);
@@ -59,7 +60,7 @@ BCMF_INLINE void store_narrowed(Vector<Acc> from, Scalar* to, int64_t count) {
 }
 
 #if !defined(__clang__)
-// Which lanes of two vectors a step of a transposition takes.
+// The lanes of two vectors that a step of a transposition takes.
 template <typename Acc, int step, bool high>
 struct Lanes {
   decltype(Mask<Acc>{}[0] + 0) from[kLanes<Acc>] = {};
@@ -98,7 +99,7 @@ BCMF_INLINE void transpose(Vector<Acc> (&rows)[kLanes<Acc>]) {
 }
 #endif
 
-// Some channels, of a unit or of several that are worked on together.
+// The channels of a unit, or of several units that are worked on together.
 struct Channels {
   int64_t first, count;
 };
@@ -106,14 +107,15 @@ BCMF_INLINE Channels part_of(Channels channels, int64_t from, int64_t lanes) {
   return {channels.first + from, channels.count - from < lanes ? channels.count - from : lanes};
 }
 
-// f(pixel, offset, length) for runs of pixels that are a stride apart.
+// Calls f(pixel, offset, length) for segments of pixels that are one stride apart: the whole map, or each row.
 template <typename F>
-BCMF_INLINE void for_runs(const MapView& v, int64_t n, int64_t H, int64_t W, F f) {
+BCMF_INLINE void for_segments(const MapView& v, int64_t n, int64_t H, int64_t W, F f) {
   if (v.stride_h == W * v.stride_w) return f(int64_t{0}, n * v.stride_n, H * W);
   for (int64_t y = 0; y < H; ++y) f(y * W, n * v.stride_n + y * v.stride_h, W);
 }
 
-// `length` pixels of some channels to units that lie `pitch` apart: of channels_last, all units of a pixel at once.
+// Reads `length` pixels of some channels in channels_last to units that lie `pitch` apart, all units of a pixel at
+// once.
 template <typename Acc, typename Scalar>
 BCMF_INLINE void load_pixels(const Scalar* map, int64_t stride, int64_t channels, int64_t length, Acc* to,
                              int64_t pitch) {
@@ -135,7 +137,7 @@ BCMF_INLINE void store_pixels(const Acc* from, int64_t pitch, int64_t channels, 
   }
 }
 
-// The same of a unit in another layout: rows of a channel are transposed, if they are contiguous.
+// Reads `length` pixels of one unit in any other layout. Rows of a channel are transposed if they are contiguous.
 template <typename Acc, typename Scalar>
 BCMF_INLINE void load_rows(const Scalar* from, int64_t stride_c, int64_t stride_w, int64_t channels, int64_t length,
                            Acc* unit) {
@@ -165,10 +167,10 @@ BCMF_INLINE void store_rows(const Acc* unit, int64_t channels, int64_t length, S
     for (int64_t c = 0; c < channels; ++c) narrow(unit[i * kLanes<Acc> + c], to + c * stride_c + i * stride_w);
 }
 
-// Image n of some channels, (H, W) of it, to units of (H * W, lanes) that lie `pitch` apart.
+// Reads some channels of image n, (H, W), to units of (H * W, lanes) that lie `pitch` apart.
 template <typename Acc>
 static void load_units(const MapView& v, int64_t n, Channels channels, int64_t H, int64_t W, Acc* to, int64_t pitch) {
-  for_runs(v, n, H, W, [&](int64_t pixel, int64_t offset, int64_t length) {
+  for_segments(v, n, H, W, [&](int64_t pixel, int64_t offset, int64_t length) {
     with_entries<Acc>(v, offset + channels.first * v.stride_c, [&](const auto* map) {
       Acc* unit = to + pixel * kLanes<Acc>;
       if (v.stride_c == 1) return load_pixels(map, v.stride_w, channels.count, length, unit, pitch);
@@ -178,11 +180,11 @@ static void load_units(const MapView& v, int64_t n, Channels channels, int64_t H
   });
 }
 
-// The way back.
+// Writes units back to some channels of image n.
 template <typename Acc>
 static void store_units(const MapView& v, int64_t n, Channels channels, int64_t H, int64_t W, const Acc* from,
                         int64_t pitch) {
-  for_runs(v, n, H, W, [&](int64_t pixel, int64_t offset, int64_t length) {
+  for_segments(v, n, H, W, [&](int64_t pixel, int64_t offset, int64_t length) {
     with_entries<Acc>(v, offset + channels.first * v.stride_c, [&](auto* map) {
       const Acc* unit = from + pixel * kLanes<Acc>;
       if (v.stride_c == 1) return store_pixels(unit, pitch, channels.count, length, map, v.stride_w);

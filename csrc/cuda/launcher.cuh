@@ -1,4 +1,4 @@
-// What launchers share.
+// A helper of all launchers, which turns a dtype that is known at run time into a C++ type.
 #pragma once
 
 #include <cuda_runtime_api.h>
@@ -7,7 +7,7 @@
 
 namespace bcmf::cuda {
 
-// f(scalar) with a value of this type.
+// Calls f(scalar) with a value of this dtype's C++ type; only its type matters.
 template <typename F>
 inline void with_scalar(FloatType type, F f) {
   switch (type) {

@@ -11,7 +11,7 @@ namespace {
 
 using namespace device;
 
-// Cuts the scratch memory into parts; the first time to see how much it takes.
+// Cuts the scratch memory into arrays. Without memory (null) it only finds out how many bytes they take.
 class Cutter {
  public:
   explicit Cutter(void* memory) : begin_(static_cast<char*>(memory)), at_(begin_) {}
@@ -48,10 +48,10 @@ struct ForwardScratch {
   }
 };
 
-// Gradients on their way back to logits of another size.
+// Holds the gradients of resampled logits, which low_gather_* then brings back to the logits' own size.
 template <typename Acc>
 struct BackwardScratch {
-  bool by_tiles;  // no more logits than labels along either axis
+  bool by_tiles;  // there are no more logits than labels along either axis
   Cells down, across;
   Acc* gradients;  // (tiles, C, down, across), or (N, C, H, W)
   int64_t bytes;
@@ -76,7 +76,8 @@ struct BackwardScratch {
   }
 };
 
-// Whether a block of the current device can have that much shared memory, beside the little that all kernels use.
+// Tells whether a block of the current device can have that much dynamic shared memory, beside the static memory of the
+// kernels.
 bool fits_shared(int64_t bytes) {
   int device = 0, most = 0;
   cudaGetDevice(&device);
@@ -86,17 +87,17 @@ bool fits_shared(int64_t bytes) {
 
 unsigned blocks_for(int64_t threads) { return static_cast<unsigned>((threads + kThreads - 1) / kThreads); }
 
-// Finds the smallest loss that is kept, and sums up the kept ones. Every level is always launched: whether it is needed
-// only the device knows.
+// Finds the smallest loss that is kept, and sums up the kept ones. All levels are always launched, because only the
+// device knows whether they are needed.
 template <typename Acc>
-void ohem(const LossArgs& args, const ForwardScratch<Acc>& scratch, unsigned tiles, Stream stream) {
+void ohem_select(const LossArgs& args, const ForwardScratch<Acc>& scratch, unsigned tiles, Stream stream) {
   launch(ohem_begin<Acc>, 1, kThreads, 0, stream, args, scratch.partials, tiles, scratch.selection, scratch.histogram);
   for (int level = 0; level < kLevels<Acc>; ++level) {
     launch(ohem_count<Acc>, tiles < 512 ? tiles : 512, kThreads, 0, stream, args, scratch.selection, level,
            scratch.histogram);
     launch(ohem_choose<Acc>, 1, kThreads, 0, stream, scratch.selection, level, scratch.histogram);
   }
-  launch(ohem_sum_tiles<Acc>, tiles, kThreads, 0, stream, args, scratch.selection, scratch.partials);
+  launch(ohem_sum<Acc>, tiles, kThreads, 0, stream, args, scratch.selection, scratch.partials);
 }
 
 template <typename Source>
@@ -107,76 +108,78 @@ int64_t staged_bytes(const LossArgs& args) {
 }
 
 template <typename Source>
-void forward(const LossArgs& args, void* memory, Stream stream) {
+void launch_forward(const LossArgs& args, void* memory, Stream stream) {
   using Acc = typename Source::Acc;
   using Entries = typename Source::Entries;
   const ForwardScratch<Acc> scratch(args, memory);
   const unsigned tiles = static_cast<unsigned>(tiles_of(args));
   if (tiles > 0) {
     double* partials = scratch.partials + static_cast<int64_t>(kForwardSums) * tiles;
-    launch(loss_tiles<Source>, tiles, kThreads, staged_bytes<Source>(args), stream, args, scratch.scores,
+    launch(dense_forward<Source>, tiles, kThreads, staged_bytes<Source>(args), stream, args, scratch.scores,
            scratch.partials);
-    if (args.ohem) ohem<Acc>(args, scratch, tiles, stream);
-    if (args.bcl_steps > 0) launch(bcl_tiles<Entries>, tiles, kThreads, 0, stream, args, scratch.scores, partials);
+    if (args.ohem) ohem_select<Acc>(args, scratch, tiles, stream);
+    if (args.bcl_steps > 0) launch(bcl_select<Entries>, tiles, kThreads, 0, stream, args, scratch.scores, partials);
     partials += static_cast<int64_t>(2 * args.bcl_steps) * tiles;
     if (args.cpg_radius > 0) {
       SharedCutter shared;
       Window<Acc>(args, 0, shared);
-      launch(cpg_tiles<Entries>, tiles, kThreads, shared.bytes(), stream, args, partials);
+      launch(cpg_compare<Entries>, tiles, kThreads, shared.bytes(), stream, args, partials);
     }
   }
   launch(add_tiles, static_cast<unsigned>(scratch.sums), kThreads, 0, stream, scratch.partials, tiles, scratch.totals);
   launch(loss_finish<Acc>, 1, 1, 0, stream, args, scratch.totals);
 }
 
-// The dense part to `sink`; then the few pixels of the sparse part, one by one.
+// Writes the dense part of the gradient to `sink`, then the sparse part of a few pixels, one by one, to `sparse_sink`.
 template <typename Source, typename Sink, typename SparseSink>
-void launch_gradient(const LossArgs& args, const Sink& sink, const SparseSink& sparse_sink, Stream stream) {
+void launch_backward(const LossArgs& args, const Sink& sink, const SparseSink& sparse_sink, Stream stream) {
   using Acc = typename Source::Acc;
   const unsigned tiles = static_cast<unsigned>(tiles_of(args));
   if (tiles == 0) return;
   SharedCutter shared;
   Source::take(args, shared);
   shared.take<Acc>(Sink::scratch());
-  launch(gradient_tiles<Source, Sink>, tiles, kThreads, shared.bytes(), stream, args, sink);
+  launch(dense_backward<Source, Sink>, tiles, kThreads, shared.bytes(), stream, args, sink);
   if (args.bcl_flipped || args.cpg_radius > 0)
-    launch(sparse_gradient_tiles<typename Source::Entries, SparseSink>, tiles, kThreads,
+    launch(sparse_backward<typename Source::Entries, SparseSink>, tiles, kThreads,
            SparseMemory<Acc, SparseSink>(args).shared.bytes(), stream, args, sparse_sink);
 }
 
 template <typename Scalar>
-void resampled_backward(const LossArgs& args, const BackwardScratch<typename AccOf<Scalar>::type>& scratch,
-                        Stream stream) {
+void launch_resampled_backward(const LossArgs& args, const BackwardScratch<typename AccOf<Scalar>::type>& scratch,
+                               Stream stream) {
   using Acc = typename AccOf<Scalar>::type;
   const unsigned blocks = blocks_for(args.N * args.C * args.h * args.w);
   if (blocks == 0) return;
   if (scratch.by_tiles) {
     const TileCells<Acc> sink = {scratch.gradients, scratch.down.count, scratch.across.count};
-    launch_gradient<Resampled<Scalar>>(args, sink, sink, stream);
-    launch(join_tiles<Scalar>, blocks, kThreads, 0, stream, args, scratch.gradients, scratch.down.count,
+    launch_backward<Resampled<Scalar>>(args, sink, sink, stream);
+    launch(low_gather_tiles<Scalar>, blocks, kThreads, 0, stream, args, scratch.gradients, scratch.down.count,
            scratch.across.count);
   } else {
     const int64_t map = args.H * args.W;
-    const MapView view = {scratch.gradients, FloatType::f32, args.C * map, map, args.W, 1};  // the type is not read
+    const MapView view = {
+        scratch.gradients, FloatType::f32, args.C * map, map, args.W, 1};  // StoreAny does not read the type
     const StoreAny<Acc, Acc> sink = {view};
-    launch_gradient<Resampled<Scalar>>(args, sink, sink, stream);
-    launch(gather_cells<Scalar>, blocks, kThreads, 0, stream, args, scratch.gradients);
+    launch_backward<Resampled<Scalar>>(args, sink, sink, stream);
+    launch(low_gather_pixels<Scalar>, blocks, kThreads, 0, stream, args, scratch.gradients);
   }
 }
 
 template <typename Source>
 void launch_argmax(const LossArgs& args, void* classes, Stream stream) {
   const unsigned tiles = static_cast<unsigned>(tiles_of(args));
-  if (tiles > 0) launch(argmax_tiles<Source>, tiles, kThreads, staged_bytes<Source>(args), stream, args, classes);
+  if (tiles > 0) launch(argmax<Source>, tiles, kThreads, staged_bytes<Source>(args), stream, args, classes);
 }
 
+// A type that is passed as a value.
 template <typename T>
 struct Type {
   using type = T;
 };
 
-// f(source, sink) with the Types that are fastest for logits, and gradients, of this layout and the labels' size; of
-// fp64 the plain ones.
+// Calls f(source, sink) with the Types that are fastest for logits and gradients of this layout and of the labels'
+// size. For fp64 these are always the general ones: the others are not compiled.
 template <typename Scalar, typename F>
 void with_layout(const LossArgs& args, const MapView& grad, F f) {
   using Acc = typename AccOf<Scalar>::type;
@@ -208,9 +211,9 @@ int64_t loss_backward_scratch(const LossArgs& args) {
 int loss_forward(const LossArgs& args, void* scratch, Stream stream) {
   with_scalar(args.logits.type, [&](auto scalar) {
     using Scalar = decltype(scalar);
-    if (args.resampled()) return forward<Resampled<Scalar>>(args, scratch, stream);
+    if (args.resampled()) return launch_forward<Resampled<Scalar>>(args, scratch, stream);
     with_layout<Scalar>(args, args.logits, [&](auto source, auto /*sink*/) {
-      forward<typename decltype(source)::type>(args, scratch, stream);
+      launch_forward<typename decltype(source)::type>(args, scratch, stream);
     });
   });
   return cudaGetLastError();
@@ -220,11 +223,11 @@ int loss_backward(const LossArgs& args, void* memory, Stream stream) {
   with_scalar(args.logits.type, [&](auto scalar) {
     using Scalar = decltype(scalar);
     const BackwardScratch<typename AccOf<Scalar>::type> scratch(args, memory);
-    if (args.resampled()) return resampled_backward<Scalar>(args, scratch, stream);
+    if (args.resampled()) return launch_resampled_backward<Scalar>(args, scratch, stream);
     with_layout<Scalar>(args, args.grad, [&](auto source, auto sink) {
       using Sink = typename decltype(sink)::type;
       const StoreAny<Scalar, typename Sink::Acc> sparse_sink = {args.grad};
-      launch_gradient<typename decltype(source)::type>(args, Sink{args.grad}, sparse_sink, stream);
+      launch_backward<typename decltype(source)::type>(args, Sink{args.grad}, sparse_sink, stream);
     });
   });
   return cudaGetLastError();

@@ -6,7 +6,7 @@ namespace bcmf::cuda {
 
 using Stream = CUstream_st*;  // cudaStream_t
 
-// What CUDA says of an error.
+// Returns CUDA's own words for an error.
 const char* error_text(int error);
 
 }  // namespace bcmf::cuda

@@ -1,15 +1,15 @@
-// The class of each label pixel: the lowest of those with the largest logit; NaN is larger than all, as in
-// torch.argmax. Reads C logits per label pixel (resampled ones from L1) and writes 1 byte, or 4 for more than 256
-// classes.
+// The class of each label pixel is the lowest of those with the largest logit; NaN is larger than all, as in
+// torch.argmax. The kernel reads C logits per label pixel (resampled ones from L1) and writes 1 byte, or 4 if there are
+// more than 256 classes.
 #pragma once
 
 #include "logits.cuh"
 
 namespace bcmf::device {
 
-// classes: (N, H, W) uint8, or int32 of more than 256.
+// classes: (N, H, W) uint8, or int32 if there are more than 256.
 template <typename Source>
-__global__ void __launch_bounds__(kThreads) argmax_tiles(const __grid_constant__ LossArgs args, void* classes) {
+__global__ void __launch_bounds__(kThreads) argmax(const __grid_constant__ LossArgs args, void* classes) {
   using Acc = typename Source::Acc;
   SharedCutter shared;
   const typename Source::Tile tile(args);

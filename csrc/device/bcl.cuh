@@ -1,4 +1,5 @@
-// BCL: the score of a pixel, which scores are maxima, and what the selected pixels add to the gradient.
+// The Boundary Corrected Loss (BCL): the score of a pixel, the step bcl_select, and what the selected pixels add to the
+// gradient.
 #pragma once
 
 #include "logits.cuh"
@@ -18,7 +19,7 @@ struct Flipped {
   }
 };
 
-// q of a pixel with a label: the largest of its three losses; -1 where a flipped label is ignored.
+// Returns the score of a pixel that has a class: the largest of its three losses, or -1 if a flipped label is ignored.
 template <typename Acc, typename F>
 __device__ __forceinline__ Acc score_of(const LossArgs& args, int s, const Tile& tile, int y, int x, int label, Acc nll,
                                         F loss_of_class) {
@@ -34,13 +35,13 @@ __device__ __forceinline__ Acc score_of(const LossArgs& args, int s, const Tile&
   return score;
 }
 
-// The larger of two scores; NaN is larger than all.
+// Returns the larger of two scores; NaN is larger than all.
 template <typename Acc>
 __device__ __forceinline__ Acc larger(Acc a, Acc b) {
   return b > a || b != b ? b : a;
 }
 
-// The largest score of a pixel's neighbourhood, clipped at the border.
+// Returns the largest score of a pixel's neighbourhood, which is clipped at the border.
 template <typename Acc>
 __device__ __forceinline__ Acc pooled_score(const LossArgs& args, const Tile& tile, const Acc* image, int y, int x) {
   const int radius = args.bcl_nms_radius;
@@ -52,10 +53,11 @@ __device__ __forceinline__ Acc pooled_score(const LossArgs& args, const Tile& ti
   return pooled;
 }
 
-// Selects: a bit per step in `selected`; and by step partial sums, (2, tiles), of what is supervised and of pixels.
+// Writes `selected`, in which each of BCL's steps has a bit, and for each step partial sums (2, tiles): of the losses
+// at its selected pixels, and of their number.
 template <typename Entries>
 __global__ void __launch_bounds__(kThreads, 2)
-    bcl_tiles(const __grid_constant__ LossArgs args, const typename Entries::Acc* scores, double* partials) {
+    bcl_select(const __grid_constant__ LossArgs args, const typename Entries::Acc* scores, double* partials) {
   using Acc = typename Entries::Acc;
   const Stacks<false> tile(args);
   const Entries entries(args);
@@ -66,7 +68,7 @@ __global__ void __launch_bounds__(kThreads, 2)
     const Acc* image = scores + s * pixels + tile.n * args.H * args.W;
     double sums[2] = {};
     const auto supervise = [&](int k) {
-      // The scores come from another reading of the labels, which may have changed: there may be no class here now.
+      // The scores come from an earlier reading of labels that may have changed: there may be no class here now.
       const auto loss = [&](int c) -> Acc {
         if (c == kIgnored) return 0;
         const Acc* m = static_cast<const Acc*>(args.stats) + tile.pixel(k);
@@ -82,7 +84,7 @@ __global__ void __launch_bounds__(kThreads, 2)
       const Acc q = scores[s * pixels + tile.pixel(k)];
       if ((q > cutoff && q == pooled_score(args, tile, image, tile.y(k), tile.x(k))) || q != q) found |= 1u << k;
     });
-    for (int k = 0; k < kStack; ++k) {  // few are: one piece of code for all of the stack
+    for (int k = 0; k < kStack; ++k) {  // few pixels are selected: one copy of the code is enough
       if (!(found >> k & 1)) continue;
       sums[0] += supervise(k);
       sums[1] += 1;
@@ -94,36 +96,36 @@ __global__ void __launch_bounds__(kThreads, 2)
   tile.store(selected, static_cast<uint8_t*>(args.selected));
 }
 
-// The steps that selected a pixel, a bit each; whoever wrote them, there are no others.
+// Returns the steps that selected a pixel, a bit each. Bits of steps that do not exist are masked, whoever wrote them.
 __device__ __forceinline__ unsigned steps_of(const LossArgs& args, int64_t pixel) {
   return static_cast<const uint8_t*>(args.selected)[pixel] & ((1u << args.bcl_steps) - 1);
 }
 
-// Derivative of the total by a selected pixel's loss; `count` is what its step is averaged over.
+// Returns the derivative of the total by the loss of a selected pixel, whose step takes the mean over `count` pixels.
 template <typename Acc>
 __device__ __forceinline__ Acc bcl_scale(const LossArgs& args, Acc count) {
   const Acc upstream = *static_cast<const Acc*>(args.grad_total);
   return count != 0 ? upstream * static_cast<Acc>(args.bcl_weight) / static_cast<Acc>(args.bcl_steps) / count : Acc(0);
 }
 
-// What the flipped labels of a pixel ask of p altogether.
+// Returns the sum of the pulls towards a pixel's flipped labels, which its factor grows by.
 template <typename Acc>
 __device__ __forceinline__ Acc flipped_pull(const LossArgs& args, unsigned selected) {
   if (selected == 0) return 0;
-  const Acc share = bcl_scale<Acc>(args, static_cast<const Acc*>(args.summary)[kValid]);
-  return static_cast<Acc>(__popc(selected)) * share * static_cast<Acc>(args.bcl_alpha + args.bcl_beta);
+  const Acc scale = bcl_scale<Acc>(args, static_cast<const Acc*>(args.summary)[kValid]);
+  return static_cast<Acc>(__popc(selected)) * scale * static_cast<Acc>(args.bcl_alpha + args.bcl_beta);
 }
 
-// The part of it that is for class c.
+// Returns the part of these pulls that is towards class c.
 template <typename Acc>
 __device__ __forceinline__ Acc flipped_pull_of(const LossArgs& args, unsigned selected, const Tile& tile, int y, int x,
                                                int c) {
-  const Acc share = bcl_scale<Acc>(args, static_cast<const Acc*>(args.summary)[kValid]);
+  const Acc scale = bcl_scale<Acc>(args, static_cast<const Acc*>(args.summary)[kValid]);
   Acc pull = 0;
   for (unsigned steps = selected; steps != 0; steps &= steps - 1) {
     const Flipped flipped(args, args.bcl_step[__ffs(static_cast<int>(steps)) - 1], tile, y, x);
-    if (flipped.by_rows == c) pull += share * static_cast<Acc>(args.bcl_alpha);
-    if (flipped.by_columns == c) pull += share * static_cast<Acc>(args.bcl_beta);
+    if (flipped.by_rows == c) pull += scale * static_cast<Acc>(args.bcl_alpha);
+    if (flipped.by_columns == c) pull += scale * static_cast<Acc>(args.bcl_beta);
   }
   return pull;
 }

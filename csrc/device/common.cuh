@@ -1,11 +1,11 @@
-// What host and device code share: the arguments of the loss op, and how a label is read.
-// No torch header here or in any file of this folder.
+// Declarations that host and device code have in common: the arguments of the loss op, and how a label is read.
+// No file of this folder includes a header of torch: g++ and nvcc compile the kernels without it.
 #pragma once
 
 #include <cstdint>
 
-// Always inlined: the CPU kernels are compiled for several instruction sets, and the linker would keep one copy for
-// all.
+// These functions are always inlined: the CPU kernels are compiled for several instruction sets, and of a function that
+// is not inlined the linker would keep one copy for all of them.
 #if defined(__CUDACC__)
 #define BCMF_HOST_DEVICE __host__ __device__ __forceinline__
 #elif defined(__GNUC__)
@@ -19,7 +19,7 @@ namespace bcmf {
 enum class FloatType : int { f16, bf16, f32, f64 };
 enum class LabelType : int { u8, i16, i32, i64 };
 
-// Sizes and element strides are 64 bit: more than 2^31 elements work.
+// Sizes and element strides have 64 bits, so that more than 2^31 elements work.
 struct MapView {  // (N, C, H, W), any strides
   void* data;     // read-only except for the gradient
   FloatType type;
@@ -34,19 +34,25 @@ struct LabelView {  // (N, H, W), any strides
 
 constexpr int kMaxSteps = 8;  // of BCL
 
-// What the backward needs to know of the whole batch: entries of LossArgs::summary.
-enum Summary : int {
-  kDenominator,  // of the cross-entropy: the sum of the valid pixels' weights, or with OHEM the number of kept pixels
-  kCutoff,       // OHEM: the smallest loss that is kept
-  kValid,        // |V|
-  kEdges,        // |M| of CPG
-  kSelected,     // |S| of BCL, for each of its steps
-  kSummarySize = kSelected + kMaxSteps
-};
+// The entries of LossArgs::summary, the numbers of the whole batch that the backward needs, and of LossArgs::terms:
+// each has an enumerator, and its name in bcmf_ext/ops.py. `contract` in ops.cpp tells Python these names, so that a
+// test can compare both sides.
+// - denominator: that of the cross-entropy's mean: the sum of the valid pixels' weights, with OHEM the number of kept
+//   pixels
+// - cutoff: the smallest loss that OHEM keeps
+// - valid: |V|, the number of valid pixels
+// - edges: |M| of CPG
+// - selected: |S| of BCL, for each of its steps
+#define BCMF_SUMMARY(entry) \
+  entry(kDenominator, "denominator") entry(kCutoff, "cutoff") entry(kValid, "valid") entry(kEdges, "edges")
+#define BCMF_TERMS(entry) entry(kCe, "ce") entry(kBcl, "bcl") entry(kCpg, "cpg")
+#define BCMF_ENUMERATOR(enumerator, name) enumerator,
+#define BCMF_ENTRY_NAME(enumerator, name) name,
 
-enum Term : int { kCe, kBcl, kCpg, kTerms };  // entries of LossArgs::terms
+enum Summary : int { BCMF_SUMMARY(BCMF_ENUMERATOR) kSelected, kSummarySize = kSelected + kMaxSteps };
+enum Term : int { BCMF_TERMS(BCMF_ENUMERATOR) kTerms };
 
-// Arguments of bcmf::loss and bcmf::loss_backward. `acc` is float, or double for fp64 logits.
+// The arguments of bcmf::loss and bcmf::loss_backward. `acc` is float, or double for fp64 logits.
 struct LossArgs {
   int64_t N, C, H, W;  // of the labels
   int64_t h, w;        // of the logits, which are resampled bilinearly if these differ
@@ -57,13 +63,13 @@ struct LossArgs {
   const void* weight;  // (C,) acc, contiguous; null: all ones
   bool ce;             // the cross-entropy is part of the total
   bool ohem;
-  double ohem_cutoff;  // the smallest acc that exceeds OHEM's threshold -ln(theta)
+  double ohem_cutoff;  // the smallest acc that exceeds -ln(threshold)
   int64_t ohem_min_kept;
   int bcl_steps;  // how many; 0: without BCL
   int bcl_step[kMaxSteps];
   bool bcl_flipped;
   double bcl_weight, bcl_alpha, bcl_beta;
-  double bcl_cutoff;  // -ln(tau); scores above it, rounded to acc, are selected
+  double bcl_cutoff;  // -ln(threshold); scores above it, rounded to acc, are selected
   int bcl_nms_radius;
   int cpg_radius;  // 0: without CPG
   bool cpg_window;
@@ -74,21 +80,21 @@ struct LossArgs {
   void* total;     // () acc
   void* terms;     // (kTerms,) acc
   void* summary;   // (kSummarySize,) acc
-  // backward only
+  // These are for the backward only.
   const void* grad_total;  // () acc
   MapView grad;            // same dtype as logits
 
   BCMF_HOST_DEVICE bool resampled() const { return h != H || w != W; }
 };
 
-// Results of read_label beside the classes 0..C-1.
+// read_label returns these beside the classes 0..C-1.
 constexpr int kIgnored = -1;
 constexpr int kBad = -2;  // neither a class nor ignore_index: NaN on CUDA, ValueError on CPU
 
-// BCL and CPG keep labels as 16-bit ids: a class, or this where there is none.
+// BCL and CPG keep labels as 16-bit ids: a class, or this id where the label is no class.
 constexpr uint16_t kIgnoredId = 0xffff;
 
-// Widened to 64 bit before any comparison, so that uint8 255 and ignore_index = -1 stay apart.
+// Labels are widened to 64 bits before any comparison, so that uint8 255 and ignore_index = -1 stay apart.
 BCMF_HOST_DEVICE int64_t raw_label(const LabelView& labels, int64_t offset) {
   switch (labels.type) {
     case LabelType::u8:

@@ -1,9 +1,12 @@
-// CPG: in a tile whose labels differ, the pixels whose windows do (the edges) are listed, and worked on class by class;
-// all other tiles are done after a look at their labels. Labels, p and G of a window around the tile lie in shared
-// memory. G and its estimate are kept times sobel_denominator; G is exact then.
+// The CPG loss: the steps cpg_edges and cpg_residuals, which run within other kernels, and the kernel cpg_compare.
 //
-// Windows replicate the border: the window around a tile holds, beyond the image, copies of the border's pixels, and
-// the gradient of such a copy goes to the pixel that it stands for.
+// A tile whose pixels all have one label is done after a look at its labels. In other tiles the edges (the pixels whose
+// own windows hold several labels) and the pixels near them are listed, and worked on class by class. Labels, p and
+// residuals of a window around the tile lie in shared memory. G and its estimate are multiplied by sobel_denominator,
+// so that G is an integer and exact.
+//
+// Borders are replicated: beyond the image, the window around a tile holds copies of the border's pixels, and the
+// gradient of such a copy goes to the pixel that it stands for.
 #pragma once
 
 #include "logits.cuh"
@@ -12,24 +15,22 @@ namespace bcmf::device {
 
 constexpr int kMaxRadius = 3;
 
-// A rectangle around the tile, `margin` wider on each side, row by row.
+// The tile with a margin on each side. Entries are numbered row by row; row 0 and column 0 are those of the tile.
 struct Area {
   int margin;
   BCMF_HOST_DEVICE int rows() const { return kRows + 2 * margin; }
   BCMF_HOST_DEVICE int columns() const { return kColumns + 2 * margin; }
   BCMF_HOST_DEVICE int count() const { return rows() * columns(); }
-  BCMF_HOST_DEVICE int at(int row, int column) const {  // from the tile's corner
-    return (row + margin) * columns() + column + margin;
-  }
+  BCMF_HOST_DEVICE int at(int row, int column) const { return (row + margin) * columns() + column + margin; }
   BCMF_HOST_DEVICE bool has(int row, int column) const {
     return row >= -margin && row < kRows + margin && column >= -margin && column < kColumns + margin;
   }
-  // f(row, column) of entry i.
+  // Calls f(row, column) for entry i.
   template <typename F>
   __device__ __forceinline__ void visit(int i, F f) const {
     f(i / columns() - margin, i % columns() - margin);
   }
-  // The same of all entries, by all threads of the block.
+  // Calls f(row, column) for all entries. All threads of the block call it together.
   template <typename F>
   __device__ __forceinline__ void for_each(F f) const {
     for (int i = threadIdx.x; i < count(); i += kThreads) visit(i, f);
@@ -42,21 +43,24 @@ __device__ __forceinline__ uint16_t id_at(const LossArgs& args, const Tile& tile
       class_at(args, tile.n, clamp(tile.top + row, tile.H), clamp(tile.left + column, tile.W)));
 }
 
-// margin: how far around the tile G is compared: 0 in the forward, the radius in the backward.
+// What a block keeps in shared memory of the tile and its surroundings. G is compared in the tile and in a margin
+// around it, which is 0 in the forward, and in the backward the radius: the residuals that far outside reach pixels of
+// the tile.
 template <typename Acc>
 struct Window {
-  static constexpr int kPresent = 32;  // words: a bit for each of the first 1024 classes
+  static constexpr int kPresent = 32;  // words with a bit for each of the first 1024 classes
 
   int radius;
-  Area compared, labels;  // labels: of the compared pixels' windows
-  Acc* p;                 // by entry of `labels`; of a class, where `near` says so
-  uint16_t* ids;          // likewise
-  uint16_t* near;         // the pixels within a radius of an edge: row << 8 | column of entries of `labels`
-  unsigned* near_bits;    // the same, a bit for each entry of `labels`
-  uint8_t* edges;         // by entry of `compared`
-  Acc* residuals;         // likewise: for x, and after all those for y
-  Acc* taps;              // of G_x and G_y, in pairs
-  unsigned* present;
+  Area compared;        // where G is compared
+  Area labels;          // all pixels in the windows of compared ones
+  Acc* p;               // probabilities of a class, by entry of `labels`; only those near edges are filled in
+  uint16_t* ids;        // classes or kIgnoredId, by entry of `labels`
+  uint16_t* near;       // a list of the pixels within a radius of an edge: row << 8 | column in `labels`
+  unsigned* near_bits;  // the same pixels as a bit for each entry of `labels`
+  uint8_t* edges;       // by entry of `compared`
+  Acc* residuals;       // of a class, by entry of `compared`: first all for x, then all for y
+  Acc* taps;            // for each offset the tap of K_x, then that of K_y
+  unsigned* present;    // the classes that the window holds, a bit each
   int near_count;
 
   BCMF_HOST_DEVICE Window(const LossArgs& args, int margin, SharedCutter& shared)
@@ -72,8 +76,8 @@ struct Window {
     present = shared.take<unsigned>(used ? kPresent : 0);
   }
 
-  // Loads labels, finds the edges, and lists what is near one; whether there is any. By all threads of the block, as
-  // all below.
+  // The step cpg_edges: loads labels, finds the edges, lists the pixels near them, and tells whether there are any. All
+  // threads of the block call this function, load_class, compare and cpg_residuals together.
   __device__ __forceinline__ bool load(const LossArgs& args, const Tile& tile) {
     const uint16_t first = id_at(args, tile, 0, 0);
     bool other = false;
@@ -112,13 +116,13 @@ struct Window {
   }
   __device__ __forceinline__ bool holds(int c) const { return c >= 32 * kPresent || present[c / 32] >> c % 32 & 1; }
 
-  // Whether a pixel is within a radius of an edge.
+  // Tells whether a pixel is within a radius of an edge.
   __device__ __forceinline__ bool is_near(int row, int column) const {
     const int at = labels.at(row, column);
     return near_bits[at / 32] >> at % 32 & 1;
   }
 
-  // p of a class, wherever it is looked at.
+  // Fills in p of a class at all pixels near edges.
   template <typename Entries>
   __device__ __forceinline__ void load_class(const LossArgs& args, const Tile& tile, const Entries& entries, int c) {
     const Acc* max_logit = static_cast<const Acc*>(args.stats);
@@ -132,7 +136,7 @@ struct Window {
     __syncthreads();
   }
 
-  // f(at, G_x, G_y, estimates of both) for the edges; at: their entry of `compared`.
+  // Calls f(at, G_x, G_y, and the estimates of both) of class c for the edges, `at` being their entry of `compared`.
   template <typename F>
   __device__ __forceinline__ void compare(int c, F f) const {
     for_near([&](int row, int column) {
@@ -152,10 +156,9 @@ struct Window {
     });
   }
 
-  // Finds the residuals of class c, the derivatives of the total by the estimates, and waits for them.
+  // The step cpg_residuals: finds the derivatives of the total by the estimates of class c, and waits for them.
   template <typename Entries>
-  __device__ __forceinline__ void find_residuals(const LossArgs& args, const Tile& tile, const Entries& entries,
-                                                 int c) {
+  __device__ __forceinline__ void cpg_residuals(const LossArgs& args, const Tile& tile, const Entries& entries, int c) {
     load_class(args, tile, entries, c);
     const Acc count = static_cast<const Acc*>(args.summary)[kEdges];
     const Acc unit = static_cast<Acc>(sobel_denominator(radius));
@@ -168,10 +171,10 @@ struct Window {
     __syncthreads();
   }
 
-  // Derivative of the total by p of the class at a pixel of the tile.
-  __device__ __forceinline__ Acc gradient(const Tile& tile, int row, int column) const {
+  // Returns b, the derivative of the total by p of the class, at a pixel of the tile.
+  __device__ __forceinline__ Acc b_at(const Tile& tile, int row, int column) const {
     const int y = tile.top + row, x = tile.left + column, size = 2 * radius + 1;
-    // The pixel and its copies beyond the border.
+    // These are the rows and columns of the pixel and of its copies beyond the border.
     const int top = y == 0 ? row - radius : row, bottom = y == tile.H - 1 ? row + radius : row;
     const int left = x == 0 ? column - radius : column, right = x == tile.W - 1 ? column + radius : column;
     Acc sum = 0;
@@ -188,7 +191,7 @@ struct Window {
   }
 
  private:
-  // Whether a pixel is compared: its window holds more than one label and, if so asked, no ignored one.
+  // Tells whether a pixel is an edge: its window holds more than one label and, if cpg_window, no ignored one.
   __device__ __forceinline__ bool is_edge(const LossArgs& args, const Tile& tile, int row, int column) const {
     const int y = tile.top + row, x = tile.left + column;
     const uint16_t own = ids[labels.at(row, column)];
@@ -205,7 +208,8 @@ struct Window {
 
   BCMF_HOST_DEVICE int words() const { return (labels.count() + 31) / 32; }
 
-  // In order, so that sums over the list have the same bits every time. There are fewer words than threads.
+  // Lists near_bits in their order, so that sums over the list have the same bits every time. There are fewer words
+  // than threads.
   __device__ __forceinline__ void list_near() {
     const int word = static_cast<int>(threadIdx.x);
     unsigned bits = word < words() ? near_bits[word] : 0;
@@ -217,7 +221,7 @@ struct Window {
     }
     __syncthreads();
   }
-  // f(row, column) of what is near an edge, by all threads of the block.
+  // Calls f(row, column) for the pixels near edges.
   template <typename F>
   __device__ __forceinline__ void for_near(F f) const {
     for (int i = threadIdx.x; i < near_count; i += kThreads)
@@ -225,9 +229,9 @@ struct Window {
   }
 };
 
-// Partial sums of (G - its estimate)^2 and of |M|: (2, tiles).
+// Writes partial sums (2, tiles): of (G - its estimate)^2, and of |M|.
 template <typename Entries>
-__global__ void __launch_bounds__(kThreads) cpg_tiles(const __grid_constant__ LossArgs args, double* partials) {
+__global__ void __launch_bounds__(kThreads) cpg_compare(const __grid_constant__ LossArgs args, double* partials) {
   using Acc = typename Entries::Acc;
   const Tile tile(args);
   SharedCutter shared;

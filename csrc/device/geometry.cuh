@@ -1,5 +1,5 @@
-// Index arithmetic that all kernels share, exact in integers: which label a flip brings, between which logits a label
-// pixel lies, and the Sobel taps.
+// The index arithmetic of all kernels, which is exact because it is done in integers: which label a flip brings,
+// between which logits a label pixel lies, and the Sobel taps. docs/definitions.md says what it computes.
 #pragma once
 
 #include "common.cuh"
@@ -11,7 +11,7 @@ __device__ __forceinline__ float rounded_product(float a, float b) { return __fm
 __device__ __forceinline__ double rounded_product(double a, double b) { return __dmul_rn(a, b); }
 #endif
 
-// pi_s of BCL: swaps neighbouring groups of `step`; an index whose partner would lie outside stays.
+// pi_s of BCL swaps neighbouring groups of `step` indices; an index whose partner would lie outside stays.
 template <typename Index>
 BCMF_HOST_DEVICE Index flip_index(Index i, Index step, Index length) {
   const Index partner = i / step % 2 == 0 ? i + step : i - step;
@@ -25,7 +25,8 @@ struct AxisTap {
   Acc weight;
 };
 
-// F.interpolate's source coordinate as a fraction: floating point picks another `first` where it is almost an integer.
+// The position in `in` is a fraction of integers, because floating point would pick another `first` where it is almost
+// an integer.
 template <typename Acc>
 BCMF_HOST_DEVICE AxisTap<Acc> axis_tap(int64_t i, int64_t in, int64_t out, bool align_corners) {
   int64_t numerator, denominator;
@@ -38,12 +39,12 @@ BCMF_HOST_DEVICE AxisTap<Acc> axis_tap(int64_t i, int64_t in, int64_t out, bool 
     numerator = numerator > 0 ? numerator : 0;
   }
   const int64_t first = numerator / denominator;
-  if (first + 1 >= in) return {first, first, Acc(0)};  // beyond the last centre: exact copies, so that ties stay ties
-  // Not by way of double, of which small GPUs have few units: a weight is exact to its last bit but one either way.
+  if (first + 1 >= in) return {first, first, Acc(0)};  // an exact copy beyond the last centre: ties stay ties
+  // Small GPUs have few units for double, and a float weight is exact to its last bit but one without them.
   return {first, first + 1, static_cast<Acc>(numerator % denominator) / static_cast<Acc>(denominator)};
 }
 
-// Where the pixels of `out` begin whose first cell is `cell` or a later one: the inverse of axis_tap.
+// Returns the first pixel of `out` whose AxisTap::first is `cell` or a later one: the inverse of axis_tap.
 BCMF_HOST_DEVICE int64_t axis_start(int64_t cell, int64_t in, int64_t out, bool align_corners) {
   if (cell <= 0) return 0;
   if (cell >= in) return out;
@@ -55,9 +56,10 @@ BCMF_HOST_DEVICE int64_t axis_start(int64_t cell, int64_t in, int64_t out, bool 
   return start < out ? start : out;
 }
 
-// Both products, as F.interpolate, so that infinities come out alike; but nothing of b where its weight is 0. On a GPU
-// the compiler may round only one of the products, another one in another place: which one is said here, so that a
-// logit has the same bits wherever it is looked at.
+// The value at `weight` between a and b. Both products are formed, as F.interpolate does, so that infinities come out
+// alike; but b is not read into the value where its weight is 0. A compiler for GPUs may fuse either product with the
+// sum, and another one at another place; it is told here which one, so that a logit has the same bits wherever it is
+// computed.
 template <typename Acc>
 BCMF_HOST_DEVICE Acc mix(Acc a, Acc b, Acc weight) {
 #if defined(__CUDA_ARCH__)

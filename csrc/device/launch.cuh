@@ -1,11 +1,12 @@
-// What the kernels cannot say in C++ alone: how one starts, and how a block gets its shared memory. g++ takes both from
-// the emulator of python_tests/harness/emulator, and so runs the same kernels on the CPU.
+// The two things that nvcc and g++ have to be told differently: how a kernel starts, and how a block gets its shared
+// memory. g++ takes both from python_tests/harness/emulator, and so runs the same kernels on the CPU.
 #pragma once
 
 #include "common.cuh"
 
 namespace bcmf {
-// Shared memory, static and dynamic, that a block is given without asking; and more than any kernel has of the static.
+// A block gets kUsualShared bytes of shared memory, static and dynamic together, without asking for them. No kernel
+// that takes dynamic shared memory has more than kMostStatic bytes of static one.
 constexpr int64_t kUsualShared = 48 << 10, kMostStatic = 2 << 10;
 }  // namespace bcmf
 
@@ -14,11 +15,12 @@ constexpr int64_t kUsualShared = 48 << 10, kMostStatic = 2 << 10;
 
 namespace bcmf {
 
-// blocks of `threads`, each with `shared` bytes of dynamic shared memory.
+// Starts blocks of `threads` threads, each with `shared` bytes of dynamic shared memory.
 template <typename... Parameters, typename... Arguments>
 void launch(void (*kernel)(Parameters...), unsigned blocks, unsigned threads, int64_t shared, cudaStream_t stream,
             const Arguments&... arguments) {
-  if (shared > kUsualShared - kMostStatic) {  // asks for all there is: another thread may launch the same kernel
+  if (shared > kUsualShared - kMostStatic) {
+    // The limit is raised to all there is, since another host thread may launch the same kernel with more at any time.
     int device = 0, most = 0;
     cudaFuncAttributes attributes = {};
     cudaGetDevice(&device);
@@ -31,7 +33,7 @@ void launch(void (*kernel)(Parameters...), unsigned blocks, unsigned threads, in
 }
 
 namespace device {
-// The block's dynamic shared memory from `offset` on, of which `count` entries are used.
+// Returns the block's dynamic shared memory from `offset` on, of which the caller uses `count` entries.
 template <typename T>
 BCMF_HOST_DEVICE T* dynamic_shared(int64_t offset, int64_t /*count*/) {
 #if defined(__CUDA_ARCH__)
@@ -39,7 +41,7 @@ BCMF_HOST_DEVICE T* dynamic_shared(int64_t offset, int64_t /*count*/) {
   return reinterpret_cast<T*>(memory + offset);
 #else
   (void)offset;
-  return nullptr;  // the host only wants to know how much it takes
+  return nullptr;  // the host only adds up how much is taken
 #endif
 }
 }  // namespace device
@@ -50,7 +52,8 @@ BCMF_HOST_DEVICE T* dynamic_shared(int64_t offset, int64_t /*count*/) {
 
 namespace bcmf::device {
 
-// Cuts the block's dynamic shared memory into arrays, for all its threads alike; on the host, to see what they take.
+// Cuts the block's dynamic shared memory into arrays, which are the same for all its threads. On the host it only finds
+// out how many bytes they take.
 class SharedCutter {
  public:
   template <typename T>

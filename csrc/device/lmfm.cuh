@@ -1,7 +1,7 @@
-// bcmf::pool_norm_relu and bcmf::add_norm_relu, each in one launch: a block has a few channels of a branch (of the
-// pools, of the map) and all their pixels, so that it finds the statistics of a batch norm by itself. In eval mode,
-// where there are none to find, blocks share the images. Maps are small: what a block leaves in scratch memory for
-// itself stays in the cache.
+// bcmf::pool_norm_relu and bcmf::add_norm_relu, each in one launch. A block has a few channels of a branch (with pools,
+// of the map that is pooled) and all their pixels, so that it finds the statistics of a batch norm by itself. In eval
+// mode, where there are none to find, several blocks share the pixels. Maps are small, so that what a block leaves in
+// scratch memory for itself stays in the cache.
 #pragma once
 
 #include "geometry.cuh"
@@ -12,8 +12,9 @@ namespace bcmf::device {
 
 constexpr int kNormThreads = 512;
 
-// Which of the block's kSide channels, neighbours in memory in channels_last, this thread works on, and with how many
-// others it shares their pixels: it takes every workers-th from `worker` on.
+// A block has kSide channels, which are neighbours in memory in channels_last. A thread works on one of them, and
+// shares its pixels with other threads: of `workers` threads this is number `worker`, which takes every workers-th
+// pixel.
 template <int kSide>
 struct Lane {
   static constexpr int workers = kNormThreads / kSide;
@@ -26,8 +27,8 @@ struct Lane {
         exists(channel < C) {}
 };
 
-// The sum over the threads of each channel, for all of them, in a fixed order: few threads add up what all have, then
-// each what these have.
+// Gives every thread the sum over the threads of its channel, added up in a fixed order: first kFew threads add up the
+// values of all, then each thread adds up what those have.
 template <int kSide, typename Acc>
 __device__ __forceinline__ Acc channel_sum(Acc value) {
   constexpr int kFew = 64;
@@ -44,7 +45,7 @@ __device__ __forceinline__ Acc channel_sum(Acc value) {
   return sum;
 }
 
-// Single entries of one channel of a map.
+// One channel of a map, whose entries are read and written one by one.
 template <typename Scalar>
 struct Plane {
   using Acc = typename AccOf<Scalar>::type;
@@ -63,7 +64,8 @@ struct Plane {
   __device__ __forceinline__ void store(Acc value, int64_t n, int y, int x) const { narrow(value, at(n, y, x)); }
 };
 
-// Pixel i of images from n on, row by row. (A map has less than 2^31 pixels: lmfm_ops.cpp says so.)
+// The place of pixel i, counted row by row from the image first_image on. (lmfm_ops.cpp checks that all images together
+// have less than 2^31 pixels.)
 struct Pixel {
   int64_t n;
   int y, x;
@@ -90,14 +92,14 @@ struct Norm {
   __device__ __forceinline__ Acc operator()(Acc z) const { return (z - mean) * scale + bias; }
   __device__ __forceinline__ Acc relu(Acc z) const {
     const Acc y = (*this)(z);
-    return y < 0 ? Acc(0) : y;  // NaN stays
+    return y < 0 ? Acc(0) : y;  // NaN stays NaN
   }
-  // What of a gradient passes the ReLU.
+  // Returns the part of `grad`, the gradient of the ReLU's output, that passes the ReLU.
   __device__ __forceinline__ Acc passed(Acc z, Acc grad) const { return (*this)(z) <= 0 ? Acc(0) : grad; }
 };
 
-// That of a batch, or of the running statistics. z(i): the thread's pixels i of `count`; writes: of the blocks that
-// share a channel the first one does, in a thread of each channel.
+// Makes the norm of a batch, or of the running statistics in eval mode. z(i) is pixel i of `count`, of which the thread
+// visits its own. `writes` is true for one of the blocks that share a channel: it writes stats.
 template <int kSide, typename Acc, typename F>
 __device__ __forceinline__ Norm<Acc> find_norm(const NormReluArgs& args, const Branch& branch, const Lane<kSide>& lane,
                                                unsigned count, bool writes, F z) {
@@ -133,12 +135,13 @@ __device__ __forceinline__ Norm<Acc> find_norm(const NormReluArgs& args, const B
   return {branch, lane.channel, lane.exists, mean, inverse_std};
 }
 
-// The one that the forward left, and what the gradients of its parameters make of that of z.
+// The norm that the forward has left in stats, with the gradients of its parameters, which the gradient of z needs.
 template <int kSide, typename Acc>
 struct NormGradient : Norm<Acc> {
-  Acc weight, bias_sum, share;
+  Acc weight, bias_sum;  // the gradients of weight and bias
+  Acc inverse_count;     // 0 in eval mode, where the statistics do not depend on z
 
-  // z(i), grad(i): the thread's pixels i of `count`.
+  // z(i) and grad(i) are pixel i of `count`, of which the thread visits its own.
   template <typename Z, typename G>
   __device__ __forceinline__ NormGradient(const NormReluArgs& args, const Branch& branch, const Lane<kSide>& lane,
                                           unsigned count, Z z, G grad)
@@ -151,16 +154,16 @@ struct NormGradient : Norm<Acc> {
     }
     bias_sum = channel_sum<kSide>(bias_part);
     weight = channel_sum<kSide>(weight_part);
-    share = args.training ? 1 / static_cast<Acc>(count) : Acc(0);
+    inverse_count = args.training ? 1 / static_cast<Acc>(count) : Acc(0);
     if (lane.exists && lane.worker == 0) {
       Acc* grad_norms = static_cast<Acc*>(args.grad_norms) + branch.first + lane.channel;
       grad_norms[0] = weight;
       grad_norms[args.channels] = bias_sum;
     }
   }
-  // The gradient of z.
+  // Returns the gradient of z.
   __device__ __forceinline__ Acc at(Acc z, Acc grad) const {
-    return this->scale * (this->passed(z, grad) - (bias_sum + this->centred(z) * weight) * share);
+    return this->scale * (this->passed(z, grad) - (bias_sum + this->centred(z) * weight) * inverse_count);
   }
 
  private:
@@ -174,7 +177,7 @@ struct NormGradient : Norm<Acc> {
 // ---------------------------------------------------------------------------------------------------------------------
 // Pools
 
-// Scratch memory of a block: all pools, and these along y only.
+// The bytes of a block's scratch memory: all pools, and their sums along y only.
 template <typename Acc>
 BCMF_HOST_DEVICE int64_t pool_block_bytes(const NormReluArgs& args, int side, int64_t parts) {
   int64_t values = 0;
@@ -182,7 +185,7 @@ BCMF_HOST_DEVICE int64_t pool_block_bytes(const NormReluArgs& args, int side, in
   return args.N / parts * values * side * static_cast<int64_t>(sizeof(Acc));
 }
 
-// The block's channels of some images, and where their pools lie in scratch memory, channels side by side.
+// The pools of the block's channels, in some images. They lie in scratch memory, channels side by side.
 template <typename Scalar, int kSide>
 struct PoolBlock {
   using Acc = typename AccOf<Scalar>::type;
@@ -191,7 +194,7 @@ struct PoolBlock {
   Lane<kSide> lane;
   Acc* scratch;  // of this thread's channel
 
-  // Of `parts` blocks that share the images, this is one.
+  // This is one of `parts` blocks that share the images.
   __device__ __forceinline__ PoolBlock(const NormReluArgs& args, unsigned parts, char* memory)
       : args(args),
         n(blockIdx.x % parts * (args.N / parts)),
@@ -213,14 +216,14 @@ struct PoolBlock {
   }
   __device__ __forceinline__ Acc* pooled_down(int p) const { return pooled(p) + int64_t{pixels(p)} * kSide; }
 
-  // Sums column i of all images up for all pools, each entry read once. A window consists of two blocks as long as its
-  // pool's stride, and the first entry of the next one.
+  // Sums up column i (counted over all images) for all pools, reading each entry once. A window consists of two
+  // stretches as long as its pool's stride, and the first entry of the next stretch.
   __device__ __forceinline__ void sum_down(unsigned i) const {
     const Branch& map = args.branch[0];
     const Plane<Scalar> plane(map.resampled, lane.exists ? lane.channel : 0);
     const unsigned w = static_cast<unsigned>(map.w), image = i / w, x = i % w;
     const int h = static_cast<int>(map.h);
-    constexpr int kAtOnce = 8;  // entries that are asked for together: a multiple of all strides
+    constexpr int kAtOnce = 8;  // entries that are read together: a multiple of all strides
     Acc before[kPools - 1] = {}, here[kPools - 1] = {}, total = 0;
     const auto store = [&](int p, int y, Acc sum) {
       pooled_down(p)[((image * args.branch[p].H + y) * w + x) * kSide] = sum;
@@ -250,7 +253,8 @@ struct PoolBlock {
     store(kPools - 1, 0, total);
   }
 
-  // Fills both. Between barriers threads read what others have written, after the last one only their own.
+  // Fills pooled_down and pooled. After its barrier threads read what others have written; of `pooled` a thread later
+  // reads only what it wrote itself.
   __device__ __forceinline__ void find() const {
     const Branch& map = args.branch[0];
     for (unsigned i = lane.worker; i < static_cast<unsigned>(images * map.w); i += lane.workers) sum_down(i);
@@ -258,32 +262,32 @@ struct PoolBlock {
     for (int p = 0; p < kPools; ++p) {
       const Branch& branch = args.branch[p];
       const PoolAxis down = pool_axis(p, branch.h), across = pool_axis(p, branch.w);
-      const Acc share = 1 / static_cast<Acc>(down.size * across.size);
+      const Acc inverse_size = 1 / static_cast<Acc>(down.size * across.size);
       for (unsigned i = lane.worker; i < pixels(p); i += lane.workers) {
         const unsigned W = static_cast<unsigned>(branch.W);
         const int64_t x = i % W;
         const Acc* row = pooled_down(p) + i / W * branch.w * kSide;
         Acc sum = 0;
         for (int64_t k = across.first(x); k < across.end(x); ++k) sum += row[k * kSide];
-        pooled(p)[int64_t{i} * kSide] = sum * share;
+        pooled(p)[int64_t{i} * kSide] = sum * inverse_size;
       }
     }
   }
 
-  // Of pools' gradients, in the place of the pools: the map's.
+  // Writes the gradient of the map. The gradients of the pools lie in the place of the pools.
   __device__ __forceinline__ void spread() const {
     __syncthreads();
     for (int p = 0; p < kPools; ++p) {
       const Branch& branch = args.branch[p];
       const PoolAxis down = pool_axis(p, branch.h), across = pool_axis(p, branch.w);
-      const Acc share = 1 / static_cast<Acc>(down.size * across.size);
+      const Acc inverse_size = 1 / static_cast<Acc>(down.size * across.size);
       for (unsigned i = lane.worker; i < columns(p); i += lane.workers) {
         const unsigned w = static_cast<unsigned>(branch.w);
         const int64_t x = i % w;
         const Acc* row = pooled(p) + i / w * branch.W * kSide;
         Acc sum = 0;
         for (int64_t k = across.first_with(x); k < across.end_with(x); ++k) sum += row[k * kSide];
-        pooled_down(p)[int64_t{i} * kSide] = sum * share;
+        pooled_down(p)[int64_t{i} * kSide] = sum * inverse_size;
       }
     }
     __syncthreads();
@@ -351,13 +355,13 @@ __global__ void __launch_bounds__(kNormThreads)
 // ---------------------------------------------------------------------------------------------------------------------
 // Sums of a resampled map and another one
 
-// Bilinear resampling along an axis, of `in` cells to `out` pixels: a table, which the block makes for itself, since
-// exact coordinates take 64-bit divisions.
+// A table of bilinear resampling along an axis, of `in` cells to `out` pixels. Each block makes its own, because exact
+// coordinates take 64-bit divisions.
 template <typename Acc>
 struct Taps {
   struct Tap {
     int first;
-    Acc weight;  // of the next one
+    Acc weight;  // of the cell after the first
   };
   int64_t in, out;
   Tap* table;
@@ -372,7 +376,8 @@ struct Taps {
   __device__ __forceinline__ Tap operator()(int64_t i) const { return table[i]; }
 };
 
-// The gradient of a cell, of those of the pixels between its neighbours, which are `stride` apart.
+// Returns the gradient of a cell: the weighted sum of the gradients of the pixels between its neighbours, which are
+// `stride` apart.
 template <typename Acc>
 __device__ __forceinline__ Acc gather(const Taps<Acc>& taps, int64_t cell, const Acc* grads, int64_t stride) {
   const int64_t begin = axis_start(cell - 1, taps.in, taps.out, false);
@@ -384,7 +389,8 @@ __device__ __forceinline__ Acc gather(const Taps<Acc>& taps, int64_t cell, const
   return sum;
 }
 
-// Scratch memory of a block: tables; in the backward after them the gradient of the sums, and that along y only.
+// The bytes of a block's scratch memory: tables, and in the backward after them the gradient of the sums (H, W), and
+// the same gathered along y only (h, W).
 template <typename Acc>
 BCMF_HOST_DEVICE int64_t tables_bytes(const NormReluArgs& args) {
   const int64_t bytes = (args.branch[0].H + args.branch[0].W) * sizeof(typename Taps<Acc>::Tap);
@@ -404,7 +410,7 @@ BCMF_HOST_DEVICE int64_t add_block_bytes(const NormReluArgs& args, int side, boo
 
 BCMF_HOST_DEVICE int64_t groups_of(int64_t channels, int side) { return (channels + side - 1) / side; }
 
-// The block's channels of a branch.
+// The block's channels of a branch, and the sum of its maps.
 template <typename Scalar, int kSide>
 struct AddBlock {
   using Acc = typename AccOf<Scalar>::type;
@@ -414,7 +420,7 @@ struct AddBlock {
   Plane<Scalar> resampled, added, out;
   Taps<Acc> down, across;
 
-  // group: of channels, among those of all branches.
+  // `group` is the number of a group of kSide channels, counted over all branches.
   __device__ __forceinline__ AddBlock(const NormReluArgs& args, int64_t group, char* tables)
       : branch(branch_of(args, &group)),
         lane(group, branch.C),
@@ -427,7 +433,7 @@ struct AddBlock {
   }
   __device__ __forceinline__ int channel() const { return lane.exists ? lane.channel : 0; }
 
-  // The sum at pixel i of all images.
+  // Returns the sum at a pixel.
   __device__ __forceinline__ Acc sum(const Pixel& pixel) const {
     Acc value = branch.added.data ? added.load(pixel.n, pixel.y, pixel.x) : Acc(0);
     if (!branch.resampled.data) return value;
@@ -441,7 +447,7 @@ struct AddBlock {
   __device__ __forceinline__ Pixel pixel(unsigned i) const { return {i, 0, branch.H, branch.W}; }
 
  private:
-  // The branch of a group, which becomes one of its own.
+  // Returns the branch of a group, and turns the group's number into one within the branch.
   static __device__ __forceinline__ const Branch& branch_of(const NormReluArgs& args, int64_t* group) {
     int b = 0;
     for (; *group >= groups_of(args.branch[b].C, kSide); ++b) *group -= groups_of(args.branch[b].C, kSide);
@@ -493,7 +499,7 @@ __global__ void __launch_bounds__(kNormThreads) add_backward(const __grid_consta
   if (!branch.resampled.data) return;
   __syncthreads();
 
-  // A cell's gradient is gathered: along y, then along x.
+  // The gradient of a cell is gathered along y first, then along x.
   Acc* rows = grads + int64_t{count} * kSide;
   const unsigned cells_down = static_cast<unsigned>(args.N * branch.h * branch.W);
   for (unsigned i = lane.worker; i < cells_down; i += lane.workers) {

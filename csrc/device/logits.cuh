@@ -1,5 +1,5 @@
-// Where logits come from and gradients go to: a tensor of the labels' size, in one of three layouts, or one of another
-// size, resampled bilinearly.
+// Sources read the logits of label pixels, and sinks write their gradients: from and to a tensor of the labels' size,
+// in one of three layouts, or a tensor of another size, which is resampled bilinearly.
 #pragma once
 
 #include "geometry.cuh"
@@ -8,15 +8,15 @@
 namespace bcmf::device {
 
 // ---------------------------------------------------------------------------------------------------------------------
-// Sources: logits of a stack of label pixels
+// Sources
 
-// Single logits of the labels' size.
+// Reads single logits of the labels' size.
 template <typename Scalar_>
 struct DirectEntries {
   using Scalar = Scalar_;
   using Acc = typename AccOf<Scalar>::type;
   static constexpr int kAtOnce = 4;  // classes that are read together
-  static constexpr int kBlocks = 2;  // of gradient_tiles, on a multiprocessor at least
+  static constexpr int kBlocks = 2;  // of dense_backward, for which a multiprocessor has to have room
   const MapView& view;
 
   __device__ __forceinline__ explicit DirectEntries(const LossArgs& args) : view(args.logits) {}
@@ -26,7 +26,7 @@ struct DirectEntries {
   __device__ __forceinline__ const Scalar* data() const { return static_cast<const Scalar*>(view.data); }
 };
 
-// Any strides; fast where neighbours along x are neighbours in memory.
+// Reads stacks of logits with any strides. It is fast where neighbours along x are neighbours in memory.
 template <typename Scalar>
 struct DirectAny : DirectEntries<Scalar> {
   using Entries = DirectEntries<Scalar>;
@@ -40,16 +40,16 @@ struct DirectAny : DirectEntries<Scalar> {
 #pragma unroll
     for (int k = 0; k < kStack; ++k) stack_[k] = column + clamp(tile.y(k), tile.H) * this->view.stride_h;
   }
-  // Class c of the thread's stack; anything beyond the border.
+  // Reads class c of the thread's stack; z may hold anything beyond the border.
   __device__ __forceinline__ void stack(int c, Acc (&z)[kStack]) const {
 #pragma unroll
     for (int k = 0; k < kStack; ++k) z[k] = own(k, c);
   }
-  // Of one pixel of the stack.
+  // Reads class c of one pixel of the stack.
   __device__ __forceinline__ Acc own(int k, int c) const { return widen(stack_[k][c * this->view.stride_c]); }
 };
 
-// Contiguous along x, with rows that begin at multiples of a stack: a stack is read at once.
+// Reads a stack at once, from logits that are contiguous along x and whose rows begin at multiples of a stack.
 template <typename Scalar>
 struct DirectRows : DirectEntries<Scalar> {
   using Entries = DirectEntries<Scalar>;
@@ -75,7 +75,8 @@ struct DirectRows : DirectEntries<Scalar> {
   __device__ __forceinline__ Acc own(int k, int c) const { return widen(first_[c * this->view.stride_c + k]); }
 };
 
-// Contiguous along classes, then x (channels_last): the block copies its tile to shared memory, whole rows at a time.
+// Reads logits that are contiguous along classes, then along x (channels_last). The block first copies its tile to
+// shared memory, whole rows at a time.
 template <typename Scalar>
 struct DirectPixels : DirectEntries<Scalar> {
   using Entries = DirectEntries<Scalar>;
@@ -106,8 +107,8 @@ struct DirectPixels : DirectEntries<Scalar> {
   __device__ __forceinline__ Scalar* staged_at(int k, int c) const {
     return staged + (tile.row(k) * kColumns + tile.column(k)) * C + c;
   }
-  // f(shared, memory) for all of the tile, 16 bytes at a time: a row of it has a multiple of that if one of the image
-  // does.
+  // Calls f(shared, memory) for all of the tile, 16 bytes at a time. A row of the tile is a multiple of 16 bytes long,
+  // as can_read has found a row of the image to be.
   template <typename F>
   __device__ __forceinline__ void copy(const MapView& to, F f) const {
     Scalar* corner =
@@ -123,7 +124,7 @@ struct DirectPixels : DirectEntries<Scalar> {
   }
 };
 
-// AxisTap in few registers: its second index is the first's neighbour, if there is one.
+// An AxisTap that takes few registers: its second index is the neighbour of the first, if there is one.
 template <typename Acc>
 struct Tap {
   int first;
@@ -135,7 +136,7 @@ struct Tap {
   }
 };
 
-// Single logits of another size.
+// Reads single logits of another size.
 template <typename Scalar_>
 struct ResampledEntries {
   using Scalar = Scalar_;
@@ -165,8 +166,8 @@ struct ResampledEntries {
   }
 };
 
-// The two rows of logits that a stack lies between are mostly the same for all its pixels: they are resampled along x
-// once then.
+// Reads stacks of logits of another size. Mostly, all pixels of a stack lie between the same two rows of logits, which
+// are then resampled along x once for all of them.
 template <typename Scalar>
 struct Resampled : ResampledEntries<Scalar> {
   using Entries = ResampledEntries<Scalar>;
@@ -208,8 +209,8 @@ struct Resampled : ResampledEntries<Scalar> {
   }
 };
 
-// f(first, z) for groups of classes of a stack, z[j] being class first + j: their reads are under way together. Beyond
-// the last class z is -inf.
+// Calls f(first, z) for groups of classes of a stack, z[j] being class first + j. Their reads are under way at the same
+// time. Beyond the last class z is -inf.
 template <typename Source, typename F>
 __device__ __forceinline__ void for_classes(const Source& source, int C, F f) {
   constexpr int kAtOnce = Source::kAtOnce;
@@ -228,10 +229,10 @@ __device__ __forceinline__ void for_classes(const Source& source, int C, F f) {
 }
 
 // ---------------------------------------------------------------------------------------------------------------------
-// Sinks: where gradients of a class go: those of a stack, by `put`, with `finish` after the last class; or those of
-// single pixels, by `set`, with `add` after each class.
+// Sinks take gradients class by class: either those of stacks, by `put`, with `finish` after the last class; or those
+// of single pixels, by `set`, with `add` after each class.
 
-// What those to a tensor have in common.
+// The members that all sinks into a tensor have in common.
 struct Store {
   static constexpr bool kAdds = false;
   MapView view;
@@ -243,7 +244,7 @@ struct Store {
   __device__ __forceinline__ void finish(const Source&) const {}
 };
 
-// To a tensor of any strides.
+// Stores to a tensor with any strides.
 template <typename Scalar, typename Acc_>
 struct StoreAny : Store {
   using Acc = Acc_;
@@ -262,7 +263,7 @@ struct StoreAny : Store {
   __device__ __forceinline__ void add(const LossArgs&, const Tile&, int) const {}
 };
 
-// To a tensor that DirectRows could read.
+// Stores to a tensor with a layout that DirectRows could read.
 template <typename Scalar>
 struct StoreRows : Store {
   using Acc = typename AccOf<Scalar>::type;
@@ -279,8 +280,8 @@ struct StoreRows : Store {
   }
 };
 
-// To a tensor that DirectPixels could read: in place of the staged logits, which are not needed any more, and from
-// there to memory.
+// Stores to a tensor with a layout that DirectPixels could read. Gradients take the place of the staged logits, which
+// are not needed any more, and are copied to memory from there.
 template <typename Scalar>
 struct StorePixels : Store {
   using Acc = typename AccOf<Scalar>::type;
@@ -295,23 +296,25 @@ struct StorePixels : Store {
   }
 };
 
-// How many logit cells label pixels first..last of an axis touch, and which is the first of them.
+// The logits along an axis (cells) that some label pixels lie between.
 struct Cells {
   int64_t first, count;
 };
+// Finds the cells of the label pixels first..last.
 BCMF_HOST_DEVICE Cells cells_between(int64_t first, int64_t last, int64_t in, int64_t out, bool align_corners) {
   const int64_t from = axis_tap<double>(first, in, out, align_corners).first;
   return {from, axis_tap<double>(last, in, out, align_corners).second - from + 1};
 }
 
-// Along an axis of a tile: the weight of each label pixel's second cell, and where the label pixels begin whose first
-// cell is this one: start[j + 1] for cell j, counted from the tile's first.
+// Resampling along an axis of a tile: weight[i] is that of the second cell of label pixel i, and start[j + 1] is the
+// first label pixel whose first cell is j, or a later one. Pixels and cells are counted from the tile's first.
 template <typename Acc>
 struct CellAxis {
   Acc* weight;
   int* start;
 
-  // By all threads of the block; `length` label pixels from `begin` on. `first` is scratch.
+  // Fills in both for `length` label pixels from `begin` on; all threads of the block call it. `first` is scratch
+  // memory.
   __device__ __forceinline__ void fill(int64_t begin, int length, const Cells& cells, int64_t in, int64_t out,
                                        bool align_corners, int* first) const {
     for (int i = threadIdx.x; i < length; i += kThreads) {
@@ -327,7 +330,7 @@ struct CellAxis {
     }
     __syncthreads();
   }
-  // What cell j gets of values[i * stride], for every `step`-th i from the `part`-th on.
+  // Returns what cell j gets from values[i * stride], for every `step`-th of its label pixels i from the `part`-th on.
   __device__ __forceinline__ Acc gather(int j, const Acc* values, int stride, int part = 0, int step = 1) const {
     Acc sum = 0;
     for (int i = start[j] + part; i < start[j + 1]; i += step) sum += weight[i] * values[i * stride];
@@ -336,27 +339,27 @@ struct CellAxis {
   }
 };
 
-// Gradients that go back to logits of which there are no more than labels, along either axis: what a tile adds to each
-// logit cell that it touches. join_tiles adds the tiles up.
+// Takes gradients back to logits of another size, of which there are no more than labels along either axis. It stores
+// what a tile adds to each cell that it touches; low_gather_tiles adds up the tiles.
 template <typename Acc_>
 struct TileCells {
   using Acc = Acc_;
   static constexpr bool kAdds = true;
   static constexpr int kDown = kRows + 2, kAcross = kColumns + 2;  // the most cells that a tile touches
-  static constexpr int kStacks = kRows / kStack;                   // below each other
+  static constexpr int kStacks = kRows / kStack;                   // stacks below each other
   Acc* partials;                                                   // (tiles, C, cells_down, cells_across)
-  int64_t cells_down, cells_across;                                // of the tile that touches most
+  int64_t cells_down, cells_across;                                // of the tile that touches the most
   int rows, columns;
-  Acc *values, *sums;  // of a class, (kRows, kColumns); and their sums along y, (kDown, kColumns)
+  Acc *values, *sums;  // gradients of a class (kRows, kColumns), and their sums along y (kDown, kColumns)
   CellAxis<Acc> down, across;
-  bool whole_stacks;         // no stack's pixels lie between different rows of cells
-  int stack_first[kStacks];  // if so, the row above each
+  bool whole_stacks;         // all pixels of a stack lie between the same two rows of cells, for each stack
+  int stack_first[kStacks];  // if so, the upper row of each
 
   static BCMF_HOST_DEVICE int64_t scratch() { return (kRows + kDown) * kColumns; }
   __device__ __forceinline__ void begin(const LossArgs& args, const Tile& tile, Acc* scratch) {
     BCMF_SHARED(Acc, weights, kRows + kColumns);
     values = scratch, sums = scratch + kRows * kColumns;
-    int* firsts = reinterpret_cast<int*>(scratch);  // read no more after this
+    int* firsts = reinterpret_cast<int*>(scratch);  // only needed in this function
     BCMF_SHARED(int, starts, kDown + 2 + kAcross + 2);
     down = {weights, starts};
     across = {weights + kRows, starts + kDown + 2};
@@ -369,7 +372,7 @@ struct TileCells {
 #pragma unroll
     for (int i = 0; i < kStacks; ++i) {
       const int last = i * kStack + kStack < tile.rows ? i * kStack + kStack - 1 : tile.rows - 1;
-      stack_first[i] = i * kStack < tile.rows ? firsts[i * kStack] : -2;  // no cell's
+      stack_first[i] = i * kStack < tile.rows ? firsts[i * kStack] : -2;  // no row of cells
       whole_stacks = whole_stacks && (i * kStack >= tile.rows || firsts[last] == stack_first[i]);
     }
     __syncthreads();  // `firsts` may be written again
@@ -378,7 +381,7 @@ struct TileCells {
   __device__ __forceinline__ void put(const LossArgs& args, const Source& source, const Stacks<false>& tile, int c,
                                       const Acc (&value)[kStack]) const {
     if (whole_stacks) {
-      Acc above = 0, below = 0;  // what the stack adds to the cells above and below
+      Acc above = 0, below = 0;  // added to the cells above and below the stack
       tile.for_each([&](int k) {
         above += (1 - source.down[k].weight) * value[k];
         below += source.down[k].weight * value[k];
@@ -400,7 +403,7 @@ struct TileCells {
   template <typename Source>
   __device__ __forceinline__ void finish(const Source&) const {}
 
-  // Of the pixels that are not set. By all threads of the block.
+  // Clears the gradients of all pixels, for those that will not be set. All threads of the block call it.
   __device__ __forceinline__ void clear() const {
     for (int i = threadIdx.x; i < kRows * kColumns; i += kThreads) values[i] = 0;
     __syncthreads();
@@ -408,7 +411,7 @@ struct TileCells {
   __device__ __forceinline__ void set(const Tile&, int row, int column, int, Acc value) const {
     values[row * kColumns + column] = value;
   }
-  // What is set, to what `put` has stored in another launch.
+  // Adds the gradients that are set to what `put` has stored in another kernel.
   __device__ __forceinline__ void add(const LossArgs& args, const Tile& tile, int c) const {
     __syncthreads();
     for (int i = threadIdx.x; i < rows * kColumns; i += kThreads)
@@ -426,7 +429,8 @@ struct TileCells {
     }
     return sum;
   }
-  // Waits for `sums`, and gives each cell its sum of them. Four neighbouring threads to a cell: there are few of those.
+  // Waits for `sums`, and gives each cell its sum of them. Four neighbouring threads share a cell, because there are
+  // few cells.
   template <typename F>
   __device__ __forceinline__ void sum_across(const LossArgs& args, int c, F store) const {
     constexpr int kParts = 4;
@@ -442,13 +446,13 @@ struct TileCells {
   }
 };
 
-// The weight of a cell in a label pixel.
+// Returns the weight of a cell in a label pixel.
 template <typename Acc>
-BCMF_HOST_DEVICE Acc share_of(const AxisTap<Acc>& tap, int64_t cell) {
+BCMF_HOST_DEVICE Acc weight_of_cell(const AxisTap<Acc>& tap, int64_t cell) {
   return cell == tap.first ? 1 - tap.weight : tap.weight;
 }
 
-// The logit that a thread of the last step writes.
+// The logit whose gradient a thread of low_gather_* writes.
 struct Cell {
   int64_t n, c, y, x;
   __device__ __forceinline__ Cell(const LossArgs& args, int64_t index)
@@ -463,18 +467,19 @@ struct Cell {
   }
 };
 
-// The label pixels beside a cell, along an axis.
+// The label pixels along an axis that were resampled from a cell.
 struct Span {
   int64_t begin, end;
   __device__ __forceinline__ Span(int64_t cell, int64_t in, int64_t out, bool align_corners)
       : begin(axis_start(cell - 1, in, out, align_corners)), end(axis_start(cell + 1, in, out, align_corners)) {}
 };
 
-// Adds up, for each logit, what the tiles that touch it found: (tiles, C, cells_down, cells_across), in their order.
+// Adds up, for each logit, what the tiles that touch it have stored in partials (tiles, C, cells_down, cells_across),
+// in the order of the tiles.
 template <typename Scalar>
 __global__ void __launch_bounds__(kThreads, 1)
-    join_tiles(const __grid_constant__ LossArgs args, const typename AccOf<Scalar>::type* partials, int64_t cells_down,
-               int64_t cells_across) {
+    low_gather_tiles(const __grid_constant__ LossArgs args, const typename AccOf<Scalar>::type* partials,
+                     int64_t cells_down, int64_t cells_across) {
   const int64_t index = blockIdx.x * static_cast<int64_t>(kThreads) + threadIdx.x;
   if (index >= args.N * args.C * args.h * args.w) return;
   const Cell cell(args, index);
@@ -491,10 +496,11 @@ __global__ void __launch_bounds__(kThreads, 1)
   cell.store<Scalar>(args, sum);
 }
 
-// The same of gradients of the labels' size, (N, C, H, W): where logits are more than labels.
+// Adds up, for each logit, gradients (N, C, H, W) of the labels' size. This serves where there are more logits than
+// labels along an axis: the partial sums of tiles would take more memory there.
 template <typename Scalar>
 __global__ void __launch_bounds__(kThreads, 1)
-    gather_cells(const __grid_constant__ LossArgs args, const typename AccOf<Scalar>::type* gradients) {
+    low_gather_pixels(const __grid_constant__ LossArgs args, const typename AccOf<Scalar>::type* gradients) {
   using Acc = typename AccOf<Scalar>::type;
   const int64_t index = blockIdx.x * static_cast<int64_t>(kThreads) + threadIdx.x;
   if (index >= args.N * args.C * args.h * args.w) return;
@@ -502,10 +508,10 @@ __global__ void __launch_bounds__(kThreads, 1)
   const Span rows(cell.y, args.h, args.H, args.align_corners), columns(cell.x, args.w, args.W, args.align_corners);
   Acc sum = 0;
   for (int64_t y = rows.begin; y < rows.end; ++y) {
-    const Acc down = share_of(axis_tap<Acc>(y, args.h, args.H, args.align_corners), cell.y);
+    const Acc down = weight_of_cell(axis_tap<Acc>(y, args.h, args.H, args.align_corners), cell.y);
     const Acc* row = gradients + ((cell.n * args.C + cell.c) * args.H + y) * args.W;
     for (int64_t x = columns.begin; x < columns.end; ++x)
-      sum += down * share_of(axis_tap<Acc>(x, args.w, args.W, args.align_corners), cell.x) * row[x];
+      sum += down * weight_of_cell(axis_tap<Acc>(x, args.w, args.W, args.align_corners), cell.x) * row[x];
   }
   cell.store<Scalar>(args, sum);
 }

@@ -1,15 +1,15 @@
-// The CUDA kernels of bcmf::loss. What they do per label pixel, of S bytes a logit:
-// - loss_tiles: reads C logits, takes 5 exps for 4 classes (resampled, 2 for each), writes stats (8 bytes; of fp64 16),
-//   with OHEM the loss and with BCL a score per step (4 each);
-// - ohem_*: read the loss (levels + 1) times;
-// - bcl_tiles: reads the scores once (their neighbours from L1), writes a byte;
-// - cpg_tiles: reads the label; in a tile whose labels differ, for each class that occurs there, an exp for each pixel
-//   near an edge, and 4 (2r + 1)^2 products for each edge;
-// - gradient_tiles: reads C logits and stats, takes C exps, writes C gradients;
-// - sparse_gradient_tiles: reads the label; in such a tile, what cpg_tiles does there, as many products again for each
-//   pixel near an edge, and all of gradient_tiles' work for those, entry by entry.
-// Logits of another size come from L1, four per class and stack. Their gradients are summed up by tiles in shared
-// memory: (1 + H / 8h) (1 + W / 32w) times the logits are written and read once more, in fp32.
+// The CUDA kernels of bcmf::loss, named after the steps in docs/definitions.md. For each label pixel,
+// - dense_forward reads C logits, takes 5 exps for 4 classes (resampled, 2 for each), and writes stats (8 bytes, in
+//   fp64 16), with OHEM the loss and with BCL a score for each step (4 bytes each, in fp64 8);
+// - ohem_count and ohem_sum read the loss (levels + 1) times;
+// - bcl_select reads the scores once (their neighbours from L1) and writes a byte;
+// - cpg_compare reads the label; in a tile whose labels differ it takes, for each class that occurs there, an exp for
+//   each pixel near an edge, and 4 (2r + 1)^2 products for each edge;
+// - dense_backward reads C logits and stats, takes C exps, and writes C gradients;
+// - sparse_backward reads the label; in a tile whose labels differ it does the work of cpg_compare, as many products
+//   again for each pixel near an edge, and for those pixels all the work of dense_backward, entry by entry.
+// Logits of another size come from L1, four for each class and stack. Their gradients are summed up by tiles in shared
+// memory, so that (1 + H / 8h) (1 + W / 32w) times as many numbers as logits are written and read once more, in fp32.
 #pragma once
 
 #include "bcl.cuh"
@@ -19,10 +19,12 @@
 
 namespace bcmf::device {
 
-// Rows of the table of partial sums, (kSums, tiles): of the forward; then two for each of BCL's steps, and CPG's two.
+// The rows of the table of partial sums (sums, tiles): first those of dense_forward, which are listed here, then two
+// for each of BCL's steps, then CPG's two.
 enum Sum : int { kNumerator, kCount, kHard, kValidPixels, kBadLabels, kForwardSums };
 
-// m and sum of exp(z - m) over the classes of a stack, in one reading: what is summed up is scaled down when m grows.
+// Finds m and the sum of exp(z - m) over the classes of a stack, reading the logits once: the sum is scaled down
+// whenever m grows.
 template <typename Source, typename Acc>
 __device__ __forceinline__ void sum_exps(const Source& source, int C, Acc (&m)[kStack], Acc (&sum)[kStack]) {
 #pragma unroll
@@ -33,7 +35,7 @@ __device__ __forceinline__ void sum_exps(const Source& source, int C, Acc (&m)[k
     for (int k = 0; k < kStack; ++k) {
       Acc largest = m[k], exps = 0;
 #pragma unroll
-      for (int j = 0; j < kAtOnce; ++j) largest = fmax(largest, z[j][k]);          // leaves NaN out
+      for (int j = 0; j < kAtOnce; ++j) largest = fmax(largest, z[j][k]);          // ignores NaN
       const Acc base = largest == static_cast<Acc>(-INFINITY) ? Acc(0) : largest;  // -inf - -inf would be NaN
 #pragma unroll
       for (int j = 0; j < kAtOnce; ++j) exps += exp_of(z[j][k] - base);
@@ -46,7 +48,7 @@ __device__ __forceinline__ void sum_exps(const Source& source, int C, Acc (&m)[k
 // Writes stats, nll with OHEM, scores with BCL, and the tile's sums.
 template <typename Source>
 __global__ void __launch_bounds__(kThreads, 2)
-    loss_tiles(const __grid_constant__ LossArgs args, typename Source::Acc* scores, double* partials) {
+    dense_forward(const __grid_constant__ LossArgs args, typename Source::Acc* scores, double* partials) {
   using Acc = typename Source::Acc;
   SharedCutter shared;
   const typename Source::Tile tile(args);
@@ -60,7 +62,7 @@ __global__ void __launch_bounds__(kThreads, 2)
   tile.for_each([&](int k) {
     log_sum[k] = log(log_sum[k]);
     label[k] = read_label(args, tile.n, tile.y(k), tile.x(k));
-    // A bad label: no assert, no look from the host; the loss says it.
+    // A bad label makes the loss NaN: an assert would end the process, and an error would let the host wait for it.
     nll[k] = label[k] >= 0 ? loss_of_class(k, label[k]) : static_cast<Acc>(label[k] == kBad ? nan("") : -1);
     if (label[k] == kIgnored) return;
     const Acc w = label[k] >= 0 ? weight_of<Acc>(args, label[k]) : Acc(1);
@@ -86,9 +88,10 @@ __global__ void __launch_bounds__(kThreads, 2)
   store_partials(sums, partials);
 }
 
-using Count = unsigned long long;  // of pixels of the batch
+using Count = unsigned long long;  // of pixels in the batch
 
-// OHEM, first step: how many of the largest losses to look for. None if enough pixels are above the threshold.
+// Begins OHEM's selection: finds how many of the largest losses to look for, which is 0 if enough pixels are above the
+// threshold.
 template <typename Acc>
 __global__ void __launch_bounds__(kThreads) ohem_begin(const __grid_constant__ LossArgs args, const double* partials,
                                                        int64_t tiles, Selection<Acc>* selection, Count* histogram) {
@@ -101,7 +104,8 @@ __global__ void __launch_bounds__(kThreads) ohem_begin(const __grid_constant__ L
   }
 }
 
-// Counts the digits of losses that have the prefix: few blocks, since each adds all its counters to those of others.
+// Counts the digits of losses that have the prefix. It takes few blocks, because each adds all its counters to the
+// histogram of all.
 template <typename Acc>
 __global__ void __launch_bounds__(kThreads)
     ohem_count(const __grid_constant__ LossArgs args, const Selection<Acc>* selection, int level, Count* histogram) {
@@ -121,7 +125,7 @@ __global__ void __launch_bounds__(kThreads)
     if (counts[digit] > 0) atomicAdd(&histogram[digit], Count{counts[digit]});
 }
 
-// Adds the digit in which the loss looked for lies to the prefix, and empties the histogram. By one block.
+// Adds the digit of the loss that is looked for to the prefix, and empties the histogram. One block runs it.
 template <typename Acc>
 __global__ void __launch_bounds__(kThreads) ohem_choose(Selection<Acc>* selection, int level, Count* histogram) {
   constexpr int kOwn = kDigits / kThreads;  // digits of a thread; thread 0 has the largest
@@ -147,10 +151,11 @@ __global__ void __launch_bounds__(kThreads) ohem_choose(Selection<Acc>* selectio
   }
 }
 
-// With the cutoff known: partial sums of w * nll over the kept pixels, and their number, in place of the sums over all.
+// Once the cutoff is known, replaces the partial sums over all valid pixels by those over the kept ones: of w * nll,
+// and of their number.
 template <typename Acc>
 __global__ void __launch_bounds__(kThreads)
-    ohem_sum_tiles(const __grid_constant__ LossArgs args, const Selection<Acc>* selection, double* partials) {
+    ohem_sum(const __grid_constant__ LossArgs args, const Selection<Acc>* selection, double* partials) {
   const Acc exceeds = static_cast<Acc>(args.ohem_cutoff);
   const bool found = selection->rank > 0 && selection->prefix < key_of(exceeds);
   const Acc cutoff = found ? loss_of<Acc>(selection->prefix) : exceeds;
@@ -167,13 +172,13 @@ __global__ void __launch_bounds__(kThreads)
   if (blockIdx.x == 0 && threadIdx.x == 0) static_cast<Acc*>(args.summary)[kCutoff] = cutoff;
 }
 
-// The means, from the totals of all partial sums. A bad label makes all of them NaN. By one thread.
+// Finds the means from the totals of all partial sums. A bad label makes all of them NaN. One thread runs it.
 template <typename Acc>
 __global__ void loss_finish(const __grid_constant__ LossArgs args, const double* totals) {
   const auto ratio = [](double numerator, double count) { return count != 0 ? numerator / count : 0; };
   const double valid = totals[kValidPixels], bad = totals[kBadLabels] > 0 ? nan("") : 0;
   Acc* summary = static_cast<Acc*>(args.summary);
-  const Acc cutoff = args.ohem && valid > 0 ? summary[kCutoff] : Acc(0);  // by ohem_sum_tiles
+  const Acc cutoff = args.ohem && valid > 0 ? summary[kCutoff] : Acc(0);  // ohem_sum wrote it
   for (int entry = 0; entry < kSummarySize; ++entry) summary[entry] = 0;
   summary[kValid] = static_cast<Acc>(valid);
   double terms[kTerms] = {};
@@ -198,20 +203,21 @@ __global__ void loss_finish(const __grid_constant__ LossArgs args, const double*
   *static_cast<Acc*>(args.total) = static_cast<Acc>(total);
 }
 
-// Derivative of the total by a pixel's cross-entropy of weight 1.
+// Returns the derivative of the total by the cross-entropy of a pixel whose weight is 1.
 template <typename Acc>
 __device__ __forceinline__ Acc ce_scale(const LossArgs& args) {
   const Acc denominator = static_cast<const Acc*>(args.summary)[kDenominator];
   return denominator != 0 ? *static_cast<const Acc*>(args.grad_total) / denominator : Acc(0);
 }
 
-// What the cross-entropy and BCL ask of a pixel: `pull` of p towards the one-hot label, exactly 0 where nothing.
+// Returns the pull of the cross-entropy and BCL on p of a pixel, towards its label. It is exactly 0 where neither
+// selects the pixel.
 template <typename Acc, typename F>
 __device__ __forceinline__ Acc pull_of(const LossArgs& args, int64_t pixel, int label, Acc scale, F loss_of_class) {
   const Acc* summary = static_cast<const Acc*>(args.summary);
   if (label < 0) return label == kBad ? static_cast<Acc>(nan("")) : Acc(0);
   Acc pull = args.ce ? scale * weight_of<Acc>(args, label) : Acc(0);
-  // The forward's own arithmetic, so that the same pixels are kept.
+  // The loss is computed as in the forward, so that the same pixels are kept.
   if (args.ohem && key_of(loss_of_class(label)) < key_of(summary[kCutoff])) pull = 0;
   if (args.bcl_steps > 0 && !args.bcl_flipped) {
 #pragma unroll 1
@@ -221,7 +227,7 @@ __device__ __forceinline__ Acc pull_of(const LossArgs& args, int64_t pixel, int 
   return pull;
 }
 
-// What the gradient of a stack is made of: pull times p, minus pull at the label; exactly 0 where nothing is asked.
+// The dense gradient of a stack: the pull times p, minus the pull at the label. It is exactly 0 where the pull is.
 template <typename Source>
 struct Pulls {
   using Acc = typename Source::Acc;
@@ -245,10 +251,11 @@ struct Pulls {
   }
 };
 
-// The cross-entropy's and BCL's gradient of the logits of label size, class by class.
+// Writes the gradients of the cross-entropy and of BCL (without its flipped labels) for each label pixel, class by
+// class.
 template <typename Source, typename Sink>
 __global__ void __launch_bounds__(kThreads, Source::kBlocks)
-    gradient_tiles(const __grid_constant__ LossArgs args, Sink sink) {
+    dense_backward(const __grid_constant__ LossArgs args, Sink sink) {
   using Acc = typename Source::Acc;
   SharedCutter shared;
   const typename Source::Tile tile(args);
@@ -269,17 +276,19 @@ __global__ void __launch_bounds__(kThreads, Source::kBlocks)
   sink.finish(source);
 }
 
-// The shared memory of sparse_gradient_tiles, on the host without any; and the pixels that it works on.
+// The shared memory of sparse_backward, and the list of pixels that it works on. The host makes one to see how many
+// bytes it takes.
 template <typename Acc, typename Sink>
 struct SparseMemory {
   static constexpr int kPixels = kRows * kColumns;
   SharedCutter shared;
   Window<Acc> window;
-  Acc* scratch;           // of the sink
-  uint16_t* places;       // of the pixels: row * kColumns + column
-  Acc *factors, *pulls;   // by pixel: the gradient is p (factor + CPG's g) - pull at the label - flipped pulls
-  Acc* kept;              // g of the first classes that the tile holds, by class and pixel
-  int count, kept_count;  // of the pixels, and of classes that find room
+  Acc* scratch;          // of the sink
+  uint16_t* places;      // row * kColumns + column of each listed pixel
+  Acc *factors, *pulls;  // of each listed pixel: its gradient is p (factor + b) - pull at the label - flipped pulls
+  Acc* kept;             // b of the first classes that the tile holds, by class and listed pixel
+  int count;             // how many pixels are listed
+  int kept_count;        // for how many classes b is kept
 
   BCMF_HOST_DEVICE explicit SparseMemory(const LossArgs& args)
       : window(args, args.cpg_radius, shared),
@@ -291,33 +300,34 @@ struct SparseMemory {
         count(0),
         kept_count(0) {}
 
-  // Lists the pixels of which `wanted(row, column)` is true, in order. By all threads of the block.
+  // Lists the pixels for which wanted(row, column) is true, in order. All threads of the block call it.
   template <typename F>
   __device__ __forceinline__ void list(const Tile& tile, F wanted) {
-    constexpr int kRun = kPixels / kThreads;
-    const int first = static_cast<int>(threadIdx.x) * kRun;
+    constexpr int kOwn = kPixels / kThreads;
+    const int first = static_cast<int>(threadIdx.x) * kOwn;
     unsigned bits = 0;
-    for (int i = 0; i < kRun; ++i) {
+    for (int i = 0; i < kOwn; ++i) {
       const int row = (first + i) / kColumns, column = (first + i) % kColumns;
       if (row < tile.rows && column < tile.columns && wanted(row, column)) bits |= 1u << i;
     }
     int before = scan_block(__popc(bits), &count);
-    for (int i = 0; i < kRun; ++i)
+    for (int i = 0; i < kOwn; ++i)
       if (bits >> i & 1) places[before++] = static_cast<uint16_t>(first + i);
     kept_count = count > 0 ? kPixels / count : 0;
     __syncthreads();
   }
-  // f(i, row, column) of the pixels, each by the same thread every time.
+  // Calls f(i, row, column) for the listed pixels. A pixel is always visited by the same thread.
   template <typename F>
   __device__ __forceinline__ void for_each(F f) const {
     for (int i = threadIdx.x; i < count; i += kThreads) f(i, places[i] / kColumns, places[i] % kColumns);
   }
 };
 
-// The gradient of the few pixels that CPG or BCL's flipped labels say something of: a sink that takes single entries
-// is given all of it, in place of gradient_tiles', and one that adds, what gradient_tiles leaves out.
+// Writes the gradient of the few pixels that are near CPG's edges or that BCL selected by flipped labels. A sink that
+// adds is given the part that dense_backward leaves out; any other one is given the whole gradient of these pixels,
+// which replaces that of dense_backward. The steps cpg_edges, cpg_residuals and cpg_shares are part of this kernel.
 template <typename Entries, typename Sink>
-__global__ void __launch_bounds__(kThreads, 3) sparse_gradient_tiles(const __grid_constant__ LossArgs args, Sink sink) {
+__global__ void __launch_bounds__(kThreads, 3) sparse_backward(const __grid_constant__ LossArgs args, Sink sink) {
   using Acc = typename Entries::Acc;
   const Tile tile(args);
   const Entries entries(args);
@@ -350,32 +360,34 @@ __global__ void __launch_bounds__(kThreads, 3) sparse_gradient_tiles(const __gri
     memory.factors[i] = memory.pulls[i] + flipped_pull<Acc>(args, selected_at(row, column));
   });
   const int C = static_cast<int>(args.C);
-  int held = 0;  // classes before this one that the tile holds
+  int held = 0;  // how many of the classes before c the tile holds
   for (int c = 0; c < C && edges; ++c) {
     if (!window.holds(c)) continue;
-    window.find_residuals(args, tile, entries, c);
+    window.cpg_residuals(args, tile, entries, c);
     memory.for_each([&](int i, int row, int column) {
-      const Acc g = window.gradient(tile, row, column);
-      if (held < memory.kept_count) memory.kept[held * memory.count + i] = g;
-      if (g != 0) memory.factors[i] -= p_of(row, column, c) * g;  // p may be NaN where nothing is compared
+      const Acc b = window.b_at(tile, row, column);
+      if (held < memory.kept_count) memory.kept[held * memory.count + i] = b;
+      // The factor loses the pixel's share. Where b is 0 nothing is compared, and p may be NaN.
+      if (b != 0) memory.factors[i] -= p_of(row, column, c) * b;
     });
     ++held;
   }
-  const auto value_of = [&](int i, int y, int x, int label, unsigned selected, int c, Acc p, Acc g) {
+  const auto value_of = [&](int i, int y, int x, int label, unsigned selected, int c, Acc p, Acc b) {
     const Acc factor = memory.factors[i];
     Acc value = factor != 0 ? factor * p : Acc(0);
     if (c == label) value -= memory.pulls[i];
     if (selected != 0) value -= flipped_pull_of<Acc>(args, selected, tile, y, x, c);
-    return g != 0 ? value + p * g : value;
+    return b != 0 ? value + p * b : value;
   };
-  if (!Sink::kAdds && held <= memory.kept_count) {  // nothing to find again: pixel by pixel, without a barrier
+  if (!Sink::kAdds && held <= memory.kept_count) {
+    // All b are kept: no residual is needed again, and threads go from pixel to pixel without a barrier.
     constexpr int kAtOnce = 4;
     memory.for_each([&](int i, int row, int column) {
       const int y = tile.top + row, x = tile.left + column, label = read_label(args, tile.n, y, x);
       const unsigned selected = selected_at(row, column);
       const Acc* m = static_cast<const Acc*>(args.stats) + (tile.n * tile.H + y) * tile.W + x;
       const Acc max_logit = m[0], log_sum = m[args.N * args.H * args.W];
-      int before = 0;  // as `held`
+      int before = 0;  // how many of the classes before c the tile holds
       for (int first = 0; first < C; first += kAtOnce) {
         Acc z[kAtOnce];
 #pragma unroll
@@ -385,9 +397,9 @@ __global__ void __launch_bounds__(kThreads, 3) sparse_gradient_tiles(const __gri
           const int c = first + j;
           if (c >= C) break;
           const bool holds = edges && window.holds(c);
-          const Acc g = holds ? memory.kept[before * memory.count + i] : Acc(0);
+          const Acc b = holds ? memory.kept[before * memory.count + i] : Acc(0);
           const Acc p = exp_of((z[j] - max_logit) - log_sum);
-          sink.set(tile, row, column, c, value_of(i, y, x, label, selected, c, p, g));
+          sink.set(tile, row, column, c, value_of(i, y, x, label, selected, c, p, b));
           before += holds;
         }
       }
@@ -397,13 +409,13 @@ __global__ void __launch_bounds__(kThreads, 3) sparse_gradient_tiles(const __gri
   held = 0;
   for (int c = 0; c < C; ++c) {
     const bool holds = edges && window.holds(c), kept = held < memory.kept_count;
-    if (holds && !kept) window.find_residuals(args, tile, entries, c);
+    if (holds && !kept) window.cpg_residuals(args, tile, entries, c);
     memory.for_each([&](int i, int row, int column) {
       const int y = tile.top + row, x = tile.left + column;
-      Acc g = 0;
-      if (holds) g = kept ? memory.kept[held * memory.count + i] : window.gradient(tile, row, column);
-      const int label = Sink::kAdds ? kIgnored : read_label(args, tile.n, y, x);  // what adds has no pulls
-      sink.set(tile, row, column, c, value_of(i, y, x, label, selected_at(row, column), c, p_of(row, column, c), g));
+      Acc b = 0;
+      if (holds) b = kept ? memory.kept[held * memory.count + i] : window.b_at(tile, row, column);
+      const int label = Sink::kAdds ? kIgnored : read_label(args, tile.n, y, x);  // its pulls are in dense_backward
+      sink.set(tile, row, column, c, value_of(i, y, x, label, selected_at(row, column), c, p_of(row, column, c), b));
     });
     sink.add(args, tile, c);
     held += holds;

@@ -1,4 +1,4 @@
-// Numbers of each dtype, and what they are computed in.
+// Conversions between the dtype of a tensor and the dtype that its numbers are computed in.
 #pragma once
 
 #include <cuda_bf16.h>
@@ -18,7 +18,7 @@ struct AccOf<double> {
   using type = double;
 };
 
-// Explicit conversions: torch's build switches the implicit ones off.
+// Conversions are explicit, because torch's build switches the implicit ones off.
 __device__ __forceinline__ float widen(__half x) { return __half2float(x); }
 __device__ __forceinline__ float widen(__nv_bfloat16 x) { return __bfloat162float(x); }
 __device__ __forceinline__ float widen(float x) { return x; }

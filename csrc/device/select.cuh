@@ -1,9 +1,10 @@
-// The k-th largest of many losses without a sort and without a look from the host: radix select on their bits. Used by
-// the CUDA kernels and by the CPU.
+// Radix select finds the k-th largest of many losses without sorting them, and without the host's reading anything
+// back. OHEM selects with it on CUDA and on the CPU.
 //
-// A loss is at least 0, so that its bits, read as an unsigned integer (the key), have its order; NaN comes out largest.
+// A loss is at least 0, so that its bits, read as an unsigned integer (the key), have its order; NaN is the largest.
 // Level by level, from the highest bits down, the keys that agree with the prefix found so far are counted by their
-// next digit; the digit in which the k-th largest lies joins the prefix. Counts are integers: no order changes them.
+// next digit; the digit in which the k-th largest lies joins the prefix. Counts are integers, which no order of
+// additions changes.
 #pragma once
 
 #include <cstring>
@@ -45,14 +46,14 @@ BCMF_HOST_DEVICE Acc loss_of(typename KeyOf<Acc>::type key) {
   return loss;
 }
 
-// Lowest bit of a level's digit: the last level has the bits that are left.
+// The lowest bit of a level's digit. The last level's digit has only the bits that are left.
 template <typename Acc>
 BCMF_HOST_DEVICE int digit_shift(int level) {
   const int shift = kKeyBits<Acc> - kDigitBits * (level + 1);
   return shift > 0 ? shift : 0;
 }
 
-// The key's digit of this level, or -1 if its higher bits are not those of the prefix.
+// Returns the key's digit of this level, or -1 if its higher bits are not those of the prefix.
 template <typename Acc>
 BCMF_HOST_DEVICE int digit_of(typename KeyOf<Acc>::type key, typename KeyOf<Acc>::type prefix, int level) {
   const int shift = digit_shift<Acc>(level), bits = kKeyBits<Acc> - kDigitBits * level - shift;
@@ -60,7 +61,7 @@ BCMF_HOST_DEVICE int digit_of(typename KeyOf<Acc>::type key, typename KeyOf<Acc>
   return static_cast<int>(key >> shift) & ((1 << bits) - 1);
 }
 
-// Where a selection stands; in device memory for the CUDA kernels.
+// The state of a selection. It lies in device memory for the CUDA kernels.
 template <typename Acc>
 struct Selection {
   typename KeyOf<Acc>::type prefix;

@@ -1,6 +1,7 @@
-// How the kernels of bcmf::loss divide the label pixels: a block has a tile of 64 x 16 of them, a thread a stack of 4:
-// below each other, so that a warp reads 32 neighbours of a row, or beside each other, to be read at once. Sums go over
-// the block in a fixed order, and over the tiles by one block later: the same bits every time.
+// How the kernels of bcmf::loss divide the label pixels. A block has a tile of 64 x 16 of them, a thread a stack of 4
+// pixels of the tile. These lie below each other, so that a warp reads 32 neighbours of a row, or beside each other, so
+// that a thread reads them at once. The threads of a block add up their numbers in a fixed order, and a later block
+// adds up those of the tiles: sums have the same bits every time.
 #pragma once
 
 #include <cmath>
@@ -15,8 +16,9 @@ constexpr int kRows = 16;
 constexpr int kStack = 4;
 constexpr int kThreads = kColumns * kRows / kStack;
 
-// exp(x) for x <= 0 by the GPU's own power of two: two instructions instead of eight. x is rounded when it is scaled:
-// the error is |x| exp(x) 2^-24 <= 2^-25 of the largest class's 1, beside 2^-22 of the result. Below 2^-126 it is 0.
+// exp(x) for x <= 0 by the GPU's own power of two, which takes two instructions instead of eight. x is rounded when it
+// is scaled, which adds an error of |x| exp(x) 2^-24 <= 2^-25, where the largest class has exp(x) = 1, to the
+// instruction's own of 2^-22 of the result. Results below 2^-126 become 0.
 __device__ __forceinline__ float exp_of(float x) {
 #if defined(__CUDA_ARCH__)
   float result;
@@ -36,8 +38,8 @@ BCMF_HOST_DEVICE unsigned tiles_across(const LossArgs& args) {
 }
 BCMF_HOST_DEVICE int64_t tiles_of(const LossArgs& args) { return args.N * tiles_down(args) * tiles_across(args); }
 
-// Reads and writes kCount entries at once, from a multiple of their size on. By words: of 16-bit entries the compiler
-// would make an access each.
+// Packs of kCount entries are read and written at once, at addresses that are multiples of their size. They are copied
+// as words, because the compiler would access 16-bit entries one by one.
 template <typename T, int kCount>
 struct alignas(kCount * sizeof(T)) Words {
   static_assert(kCount * sizeof(T) % 4 == 0);
@@ -55,7 +57,8 @@ __device__ __forceinline__ void store_pack(const T (&from)[kCount], T* to) {
   *reinterpret_cast<Words<T, kCount>*>(to) = words;
 }
 
-// Whether all rows of an image begin at a multiple of `entries`, and those of other classes, if stride_c is given.
+// Tells whether all rows of the images, and of the classes that are stride_c apart (0: of one class), begin at
+// addresses that are multiples of `entries` entries.
 template <typename Scalar>
 bool begins_at(const MapView& view, const LossArgs& args, int64_t stride_c, int entries) {
   const auto divides = [=](int64_t size, int64_t stride) { return size <= 1 || stride % entries == 0; };
@@ -63,11 +66,11 @@ bool begins_at(const MapView& view, const LossArgs& args, int64_t stride_c, int 
          divides(args.C, stride_c) && divides(args.H, view.stride_h);
 }
 
-// The tile of this block, and the stack of this thread. Sides are below 2^30: ops.cpp says so.
+// The tile of this block. ops.cpp checks that sides are below 2^30.
 struct Tile {
   int64_t n;
   int H, W, top, left;
-  int rows, columns;  // fewer at the border
+  int rows, columns;  // within the image
 
   __device__ __forceinline__ explicit Tile(const LossArgs& args)
       : H(static_cast<int>(args.H)), W(static_cast<int>(args.W)) {
@@ -80,7 +83,8 @@ struct Tile {
   }
 };
 
-// kAcross: the stack's pixels lie beside each other, and a stack is either within the image or not.
+// The tile, with the stack of this thread. kAcross: the stack's pixels lie beside each other, and either all or none of
+// them lie within the image; otherwise they lie below each other.
 template <bool kAcross_>
 struct Stacks : Tile {
   static constexpr bool kAcross = kAcross_;
@@ -101,7 +105,7 @@ struct Stacks : Tile {
   }
   __device__ __forceinline__ int64_t pixel(int k) const { return (n * H + y(k)) * W + x(k); }
 
-  // The stack's entries of a map (N, H, W).
+  // Read and write the stack's entries of a map (N, H, W).
   template <typename T>
   __device__ __forceinline__ void load(const T* map, T (&values)[kStack]) const {
     if constexpr (kAcross) {
@@ -120,7 +124,7 @@ struct Stacks : Tile {
       for_each([&](int k) { map[pixel(k)] = values[k]; });
     }
   }
-  // f(k) for the pixels of the stack that lie in the image.
+  // Calls f(k) for the pixels of the stack that lie in the image.
   template <typename F>
   __device__ __forceinline__ void for_each(F f) const {
 #pragma unroll
@@ -129,7 +133,7 @@ struct Stacks : Tile {
   }
 };
 
-// Sum over the block in a fixed order, for every thread. `shared` holds kThreads entries.
+// Gives every thread the sum over the block, added up in a fixed order. `shared` holds kThreads entries.
 template <typename T>
 __device__ __forceinline__ T block_sum(T value, T* shared) {
   shared[threadIdx.x] = value;
@@ -145,7 +149,7 @@ __device__ __forceinline__ T block_sum(T value, T* shared) {
 
 constexpr int kWarp = 32, kWarps = kThreads / kWarp;
 
-// Whether any thread of the block says so.
+// Tells every thread of the block whether any of them has a true value.
 __device__ __forceinline__ bool any_of_block(bool value) {
   BCMF_SHARED(unsigned, any, 1);
   if (threadIdx.x == 0) any[0] = 0;
@@ -157,7 +161,7 @@ __device__ __forceinline__ bool any_of_block(bool value) {
   return found;
 }
 
-// The sum of `value` over the threads before this one; in `total`, over all.
+// Returns the sum of `value` over the threads before this one, and in `total` the sum over all of the block.
 __device__ __forceinline__ int scan_block(int value, int* total) {
   BCMF_SHARED(int, shared, kWarps);
   const int lane = static_cast<int>(threadIdx.x) % kWarp, warp = static_cast<int>(threadIdx.x) / kWarp;
@@ -178,7 +182,7 @@ __device__ __forceinline__ int scan_block(int value, int* total) {
   return before;
 }
 
-// Adds K values of all threads of the block up and stores the sums: partials (K, tiles).
+// Adds up K values of all threads of the block, and stores the sums as the tile's column of partials (K, tiles).
 template <int K>
 __device__ __forceinline__ void store_partials(const double (&values)[K], double* partials) {
   BCMF_SHARED(double, shared, K* kWarps);
@@ -197,7 +201,7 @@ __device__ __forceinline__ void store_partials(const double (&values)[K], double
   __syncthreads();  // `shared` may be written again
 }
 
-// Adds the partial sums of all tiles up, each thread a fixed subset in index order.
+// Returns the sum of the partial sums of all tiles. Each thread adds up a fixed subset of them in the order of tiles.
 __device__ __forceinline__ double load_partials(const double* partials, int64_t tiles) {
   BCMF_SHARED(double, shared, kThreads);
   double sum = 0;
@@ -206,7 +210,7 @@ __device__ __forceinline__ double load_partials(const double* partials, int64_t 
   return block_sum(sum, shared);
 }
 
-// totals (K,) of partials (K, tiles), a block each.
+// Finds totals (K,) of partials (K, tiles), each by a block.
 static __global__ void __launch_bounds__(kThreads) add_tiles(const double* partials, int64_t tiles, double* totals) {
   const double sum = load_partials(partials + blockIdx.x * tiles, tiles);
   if (threadIdx.x == 0) totals[blockIdx.x] = sum;
@@ -217,7 +221,7 @@ __device__ __forceinline__ Acc weight_of(const LossArgs& args, int label) {
   return args.weight ? static_cast<const Acc*>(args.weight)[label] : Acc(1);
 }
 
-// A class, or kIgnored (of bad labels, too): what BCL and CPG see.
+// The label as BCL and CPG see it: a class, or kIgnored, also for a bad label.
 __device__ __forceinline__ int class_at(const LossArgs& args, int64_t n, int y, int x) {
   const int label = read_label(args, n, y, x);
   return label < 0 ? kIgnored : label;
