@@ -9,8 +9,9 @@ import numpy as np
 import pytest
 import torch
 
-from bcmf_ext import reference
-from bcmf_ext.options import BCL, CPG, OHEM, resolve_options
+from bcmf_ext import dispatch, reference
+from bcmf_ext.ops import Summary
+from bcmf_ext.options import BCL, CPG, MAX_STEPS, OHEM, TERMS, LossOptions, resolve_options
 
 
 def test_default_weights_and_floats() -> None:
@@ -79,3 +80,14 @@ def test_wrong_options_are_value_errors(wrong) -> None:
     """Protects users from options that would train nonsense."""
     with pytest.raises(ValueError, match=r"\.$"):
         wrong()
+
+
+@pytest.mark.skipif(dispatch.EXTENSION is None, reason="the extension was not built")
+def test_cpp_has_the_same_options_and_numbers() -> None:
+    """Protects the hand-over to C++: options, terms and the entries of the summary have one order on both sides."""
+    assert dispatch.EXTENSION.contract() == {
+        "LOSS_OPTIONS": LossOptions._fields,
+        "TERMS": TERMS,
+        "SUMMARY": tuple(entry.name.lower() for entry in Summary),
+        "MAX_STEPS": MAX_STEPS,
+    }
