@@ -15,7 +15,7 @@ from bcmf_ext.options import BCL, CPG, MAX_STEPS, OHEM, TERMS, LossOptions, reso
 
 
 def test_default_weights_and_floats() -> None:
-    """Protects the defaults of the spec, but of the pilot for BCL: λ by kernel size, floats for θ and λ, and 255 as
+    """Protects the defaults of docs/definitions.md: λ by kernel size, floats for θ and λ, and 255 as
     ignore_index everywhere."""
     assert [CPG(kernel_size=k).weight for k in (3, 5, 7)] == [1.0, 0.4, 0.35]
     assert CPG(weight=2.0, kernel_size=7).weight == 2.0
