@@ -329,6 +329,7 @@ struct SparseGradient {
     }
   }
 
+  // Adds to the entries of the label row what the residuals of a run give to the pixels in its windows.
   template <int Radius>
   void add(const EdgeRun& run, const Acc* residuals, const Acc* taps_x, const Acc* taps_y, Tile t, int64_t first) {
     const int64_t length = run.x1 - run.x0, width = length + 2 * Radius;

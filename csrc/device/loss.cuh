@@ -45,7 +45,7 @@ __device__ __forceinline__ void sum_exps(const Source& source, int C, Acc (&m)[k
   });
 }
 
-// Writes stats, nll with OHEM, scores with BCL, and the tile's sums.
+// Writes stats, with OHEM the losses, with BCL the scores, and the tile's sums.
 template <typename Source>
 __global__ void __launch_bounds__(kThreads, 2)
     dense_forward(const __grid_constant__ LossArgs args, typename Source::Acc* scores, double* partials) {
