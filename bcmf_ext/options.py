@@ -182,6 +182,20 @@ TERMS = SegmentationLoss._fields[1:]
 """The terms of a total, in the order in which kernels return them."""
 
 
+class Terms(NamedTuple):
+    """The terms of a total with their options; one that is None, or False, is left out. ce: the cross-entropy, or
+    OHEM's where ohem is given."""
+
+    ce: bool = True
+    ohem: OHEM | None = None
+    bcl: BCL | None = None
+    cpg: CPG | None = None
+
+    def names(self) -> list[str]:
+        """The names of the terms that are asked for, in the order of TERMS."""
+        return [name for name in TERMS if getattr(self, name) is not None and getattr(self, name) is not False]
+
+
 class LossOptions(NamedTuple):
     """What is asked of bcmf::loss, flat: the op's schema is made from these names and annotations, in this order.
 
@@ -204,10 +218,9 @@ class LossOptions(NamedTuple):
     cpg_window: bool = True
 
     @classmethod
-    def of(
-        cls, ignore_index: int, align_corners: bool, ce: bool, ohem: OHEM | None, bcl: BCL | None, cpg: CPG | None
-    ) -> LossOptions:
-        """The flat form of the options; a term that is None, or False, is left out of the total."""
+    def of(cls, ignore_index: int, align_corners: bool, terms: Terms) -> LossOptions:
+        """The flat form of the terms' options."""
+        ce, ohem, bcl, cpg = terms
         options: dict[str, Any] = {}
         if ohem is not None:
             options |= {"ohem_threshold": ohem.threshold, "ohem_min_kept": ohem.min_kept}
@@ -249,16 +262,18 @@ def check_not_built(first: str, group: object) -> None:
 
 
 def resolve_options(
-    ohem: OHEM | float | None, bcl: BCL | float | None, cpg: CPG | float | None
-) -> tuple[OHEM | None, BCL | None, CPG | None]:
-    """The options of a total, floats turned into options. Raises TypeError for what is neither, and ValueError for
+    ohem: OHEM | float | None = None, bcl: BCL | float | None = None, cpg: CPG | float | None = None
+) -> Terms:
+    """The terms of a total, numbers turned into options. Raises TypeError for what is neither, and ValueError for
     options that cannot stand beside each other (see `check_flipped`)."""
-    hard_examples: OHEM | None = _option(ohem, OHEM, "ohem", "threshold")
-    boundaries: BCL | None = _option(bcl, BCL, "bcl", "weight")
-    gradients: CPG | None = _option(cpg, CPG, "cpg", "weight")
-    if boundaries is not None and boundaries.supervise == "flipped":
-        check_flipped(boundaries, hard_examples)
-    return hard_examples, boundaries, gradients
+    terms = Terms(
+        ohem=_option(ohem, OHEM, "ohem", "threshold"),
+        bcl=_option(bcl, BCL, "bcl", "weight"),
+        cpg=_option(cpg, CPG, "cpg", "weight"),
+    )
+    if terms.bcl is not None and terms.bcl.supervise == "flipped":
+        check_flipped(terms.bcl, terms.ohem)
+    return terms
 
 
 def check_flipped(bcl: BCL, ohem: OHEM | None) -> None:

@@ -29,7 +29,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from .checks import check_inputs, check_labels, is_traced, without_autocast
-from .options import BCL, CPG, OHEM, SegmentationLoss, check_not_built, resolve_options, whole_label
+from .options import BCL, CPG, OHEM, SegmentationLoss, Terms, check_not_built, resolve_options, whole_label
 
 # --------------------------------------------------------------------------------------------------------------------
 # Conventions and resampling
@@ -124,9 +124,9 @@ def cross_entropy(
     OHEM keeps S = {ℓ > −ln θ}, or the min_kept largest ℓ with all ties at the last one if those are more, and returns
     Σ_S w_Y ℓ / |S|.
     """
-    ohem, _, _ = resolve_options(ohem, None, None)
+    terms = resolve_options(ohem)
     target = check_inputs(logits, target, weight)
-    return compute_loss(logits, target, weight, ignore_index, align_corners, ohem=ohem)[0]
+    return compute_loss(logits, target, terms, weight, ignore_index, align_corners)[0]
 
 
 def _cross_entropy(logits: Tensor, labels: Tensor, valid: Tensor, weight: Tensor | None, ohem: OHEM | None) -> Tensor:
@@ -177,9 +177,9 @@ def boundary_corrected_loss(
     supervise="original": (1/|S|) Σ_S ℓ[Y]. supervise="flipped": (1/|V|) Σ_S (α ℓ[Yʳ] + β ℓ[Yᶜ]).
     options: the fields of BCL, but for the weight.
     """
-    bcl = BCL(1.0, **options)
+    terms = Terms(ce=False, bcl=BCL(1.0, **options))
     target = check_inputs(logits, target)
-    return compute_loss(logits, target, None, ignore_index, align_corners, ce=False, bcl=bcl)[0]
+    return compute_loss(logits, target, terms, None, ignore_index, align_corners)[0]
 
 
 def _bcl(logits: Tensor, labels: Tensor, valid: Tensor, bcl: BCL) -> Tensor:
@@ -276,9 +276,9 @@ def cpg_loss_sparse(
     pixels in the windows of the E edge pixels, and the Sobel taps are summed one after the other over those rows (with
     its backward, faster than embedding_bag, a sparse product or one gather of all windows).
     """
-    cpg = CPG(1.0, **options)
+    terms = Terms(ce=False, cpg=CPG(1.0, **options))
     target = check_inputs(logits, target)
-    return compute_loss(logits, target, None, ignore_index, align_corners, ce=False, cpg=cpg)[0]
+    return compute_loss(logits, target, terms, None, ignore_index, align_corners)[0]
 
 
 def _cpg_sparse(logits: Tensor, labels: Tensor, valid: Tensor, cpg: CPG) -> Tensor:
@@ -338,37 +338,29 @@ def segmentation_loss(
 
     ohem, bcl, cpg: their options, or a float for OHEM's threshold, BCL's and CPG's weight; None leaves the term out.
     """
-    ohem, bcl, cpg = resolve_options(ohem, bcl, cpg)
+    terms = resolve_options(ohem, bcl, cpg)
     check_not_built(first, group)
     target = check_inputs(logits, target, weight)
-    total, terms = compute_loss(logits, target, weight, ignore_index, align_corners, ohem=ohem, bcl=bcl, cpg=cpg)
-    return SegmentationLoss(total, terms["ce"], terms.get("bcl"), terms.get("cpg"))
+    total, found = compute_loss(logits, target, terms, weight, ignore_index, align_corners)
+    return SegmentationLoss(total, found["ce"], found.get("bcl"), found.get("cpg"))
 
 
 def compute_loss(
-    logits: Tensor,
-    target: Tensor,
-    weight: Tensor | None,
-    ignore_index: int,
-    align_corners: bool,
-    ce: bool = True,
-    ohem: OHEM | None = None,
-    bcl: BCL | None = None,
-    cpg: CPG | None = None,
+    logits: Tensor, target: Tensor, terms: Terms, weight: Tensor | None, ignore_index: int, align_corners: bool
 ) -> tuple[Tensor, dict[str, Tensor]]:
     """The total of the terms that are asked for, each times its weight, and the terms by name, detached and unweighted.
 
     The inputs are taken as `check_inputs` gives them. This is what ``impl="torch"`` runs.
     """
     widened = _widen(logits, target, ignore_index, align_corners)  # once for all terms
-    terms: dict[str, tuple[float, Tensor]] = {}
-    if ce:
-        terms["ce"] = 1.0, _cross_entropy(*widened, weight, ohem)
-    if bcl is not None:
-        terms["bcl"] = bcl.weight, _bcl(*widened, bcl)
-    if cpg is not None:
-        terms["cpg"] = cpg.weight, _cpg_sparse(*widened, cpg)
-    total, *others = (term if factor == 1.0 else factor * term for factor, term in terms.values())
+    found: dict[str, tuple[float, Tensor]] = {}
+    if terms.ce:
+        found["ce"] = 1.0, _cross_entropy(*widened, weight, terms.ohem)
+    if terms.bcl is not None:
+        found["bcl"] = terms.bcl.weight, _bcl(*widened, terms.bcl)
+    if terms.cpg is not None:
+        found["cpg"] = terms.cpg.weight, _cpg_sparse(*widened, terms.cpg)
+    total, *others = (term if factor == 1.0 else factor * term for factor, term in found.values())
     for other in others:
         total = total + other
-    return total, {name: term.detach() for name, (_, term) in terms.items()}
+    return total, {name: term.detach() for name, (_, term) in found.items()}

@@ -7,28 +7,24 @@ from torch import Tensor
 
 from .. import dispatch, ops, reference
 from ..checks import check_inputs, check_labels
-from ..options import BCL, CPG, OHEM, TERMS, LossOptions, flag, whole_label
+from ..options import TERMS, LossOptions, Terms, flag, whole_label
 
 
 def compute_loss(
     name: str,
     logits: Tensor,
     target: Tensor,
+    terms: Terms,
     *,
+    weight: Tensor | None = None,
     ignore_index: int,
     align_corners: bool,
     impl: str,
-    weight: Tensor | None = None,
-    ce: bool = True,
-    ohem: OHEM | None = None,
-    bcl: BCL | None = None,
-    cpg: CPG | None = None,
 ) -> tuple[Tensor, dict[str, Tensor]]:
     """The total of the terms that are asked for, each times its weight, and the terms by name, detached and unweighted.
 
-    name: the public function that asks, for messages. ce: the cross-entropy, or OHEM where ``ohem`` is given, with the
-    class weights ``weight``. Shapes and dtypes are those of the public functions.
-    Raises TypeError and ValueError as they say.
+    name: the public function that asks, for messages. weight: the class weights of the cross-entropy. Shapes and dtypes
+    are those of the public functions. Raises TypeError and ValueError as they say.
     """
     target = check_inputs(logits, target, weight)
     ignore_index, align_corners = whole_label(ignore_index), flag("align_corners", align_corners)
@@ -36,8 +32,8 @@ def compute_loss(
         check_labels(target, logits.shape[1], ignore_index)
     impl = dispatch.choose(name, impl, logits.device)
     if impl == "torch":
-        return reference.compute_loss(logits, target, weight, ignore_index, align_corners, ce, ohem, bcl, cpg)
-    options = LossOptions.of(ignore_index, align_corners, ce, ohem, bcl, cpg)
-    total, terms, *_ = ops.LOSS[impl](logits, target, weight, *options)
-    asked = ce, bcl is not None, cpg is not None
-    return total, {term: value for term, value, is_asked in zip(TERMS, terms.unbind(), asked, strict=True) if is_asked}
+        return reference.compute_loss(logits, target, terms, weight, ignore_index, align_corners)
+    options = LossOptions.of(ignore_index, align_corners, terms)
+    total, values, *_ = ops.LOSS[impl](logits, target, weight, *options)
+    found = dict(zip(TERMS, values.unbind(), strict=True))
+    return total, {term: found[term] for term in terms.names()}

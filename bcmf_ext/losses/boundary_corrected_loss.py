@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from ..options import BCL
+from ..options import BCL, Terms
 from ._compute import compute_loss
 from ._module import LossModule
 
@@ -40,13 +40,11 @@ def boundary_corrected_loss(
     Raises TypeError for a wrong dtype; ValueError for a wrong shape, device or option, for an impl that cannot run, and
     on the CPU for a label out of range (on CUDA the loss becomes NaN: BCMF_DEBUG=1 turns that into the ValueError).
     """
-    bcl = BCL(1.0, step, supervise, alpha, beta, threshold, nms_size)
     total, _ = compute_loss(
         "boundary_corrected_loss",
         logits,
         target,
-        ce=False,
-        bcl=bcl,
+        Terms(ce=False, bcl=BCL(1.0, step, supervise, alpha, beta, threshold, nms_size)),
         ignore_index=ignore_index,
         align_corners=align_corners,
         impl=impl,

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from ..options import CPG
+from ..options import CPG, Terms
 from ._compute import compute_loss
 from ._module import LossModule
 
@@ -39,8 +39,7 @@ def cpg_loss(
         "cpg_loss",
         logits,
         target,
-        ce=False,
-        cpg=CPG(1.0, kernel_size, ignore_mode),
+        Terms(ce=False, cpg=CPG(1.0, kernel_size, ignore_mode)),
         ignore_index=ignore_index,
         align_corners=align_corners,
         impl=impl,

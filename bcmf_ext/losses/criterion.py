@@ -14,7 +14,19 @@ from .. import reference
 from ..checks import read_labels, without_autocast
 from ..dispatch import check_impl
 from ..ops import acc_dtype
-from ..options import BCL, CPG, OHEM, TERMS, SegmentationLoss, check_not_built, flag, real, resolve_options, whole_label
+from ..options import (
+    BCL,
+    CPG,
+    OHEM,
+    TERMS,
+    SegmentationLoss,
+    Terms,
+    check_not_built,
+    flag,
+    real,
+    resolve_options,
+    whole_label,
+)
 from ._compute import compute_loss
 from .cross_entropy import cross_entropy
 
@@ -45,16 +57,13 @@ def segmentation_loss(
     Raises as cross_entropy, boundary_corrected_loss and cpg_loss do, and ValueError for OHEM beside
     BCL(supervise="flipped").
     """
-    ohem, bcl, cpg = resolve_options(ohem, bcl, cpg)
     check_not_built(first, group)
     total, terms = compute_loss(
         "segmentation_loss",
         logits,
         target,
+        resolve_options(ohem, bcl, cpg),
         weight=weight,
-        ohem=ohem,
-        bcl=bcl,
-        cpg=cpg,
         ignore_index=ignore_index,
         align_corners=align_corners,
         impl=impl,
@@ -106,7 +115,7 @@ class SegmentationCriterion(nn.Module):
         super().__init__()
         if weight is not None and not isinstance(weight, Tensor):
             raise TypeError(f"class weights are a tensor, not a {type(weight).__name__}.")
-        self.ohem, self.bcl, self.cpg = resolve_options(ohem, bcl, cpg)
+        _, self.ohem, self.bcl, self.cpg = resolve_options(ohem, bcl, cpg)
         check_not_built(first, group)
         if self.bcl is not None and self.bcl.supervise == "flipped" and weight is not None:
             _check_flipped_against_weights(self.bcl, weight)
@@ -161,16 +170,16 @@ class SegmentationCriterion(nn.Module):
         """How much each term pulls at the main logits Z: λ‖∂L/∂Z‖ of ce, bcl, cpg and the extra losses, over the sum of
         these; scalars.
 
-        As forward takes them; one forward and backward of the loss for each term, and none of the network. The
-        auxiliary head's loss has no part in it.
-        """
+        The arguments are forward's. It takes one forward and backward of the loss for each term, and none of the
+        network. The auxiliary head's loss has no part in it."""
         main, _ = main_and_auxiliary(outputs)
         main = main.detach().to(acc_dtype(main)).requires_grad_()  # Gradients of means are too small for fp16.
         terms = {"ce": (1.0, cross_entropy(main, target, **self._first_term, **self._common))}
         for name, option in (("bcl", self.bcl), ("cpg", self.cpg)):
             if option is not None:
-                alone: dict[str, Any] = {name: replace(option, weight=1.0), **self._common}
-                term, _ = compute_loss(f"{name}'s gradient share", main, target, ce=False, **alone)
+                alone: dict[str, Any] = {name: replace(option, weight=1.0)}
+                name_in_errors = f"{name}'s gradient share"
+                term, _ = compute_loss(name_in_errors, main, target, Terms(ce=False, **alone), **self._common)
                 terms[name] = ramp * option.weight, term
         for name, value in self._extra_terms(main, target).items():
             terms[name] = ramp * self.extra[name][0], value
@@ -178,9 +187,8 @@ class SegmentationCriterion(nn.Module):
         for name, (weight, term) in terms.items():
             grad = None  # That is so for an extra loss that only measures, or has parameters alone.
             if term.requires_grad:
-                (grad,) = torch.autograd.grad(
-                    term, main, retain_graph=True, allow_unused=True
-                )  # The terms share a graph.
+                # The terms share a graph, which has to stay.
+                (grad,) = torch.autograd.grad(term, main, retain_graph=True, allow_unused=True)
             pulls[name] = torch.zeros_like(term) if grad is None else weight * grad.norm()
         total = torch.stack([*pulls.values()]).sum()
         total = total.clamp(min=torch.finfo(total.dtype).tiny)  # Where all is ignored, all shares are 0.

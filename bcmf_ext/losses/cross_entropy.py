@@ -32,13 +32,12 @@ def cross_entropy(
     CPU for a label out of range (on CUDA the loss becomes NaN: BCMF_DEBUG=1 turns that into the ValueError).
     Source: docs/definitions.md, Cross-entropy and OHEM; OHEM after HRNet.
     """
-    ohem, _, _ = resolve_options(ohem, None, None)
     total, _ = compute_loss(
         "cross_entropy",
         logits,
         target,
+        resolve_options(ohem),
         weight=weight,
-        ohem=ohem,
         ignore_index=ignore_index,
         align_corners=align_corners,
         impl=impl,
