@@ -28,12 +28,12 @@ DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64, torch.uin
 
 
 # --------------------------------------------------------------------------------------------------------------------
-# What a checkpoint holds
+# Fields of a checkpoint
 
 
 @dataclass(frozen=True)
 class Field:
-    """What a field must be, in words and as a test; optional: it may be missing, as in files of older versions."""
+    """A field: what it must be, in words and as a test; optional: it may be missing, as in files of older versions."""
 
     must: str
     holds: Callable[[Any], bool]
@@ -214,7 +214,7 @@ def load_checkpoint(path: Path) -> dict[str, Any]:
 
 
 def read_zip(path: Path) -> Any:
-    """What `torch.save` wrote, without running code, if its bytes are those that were written."""
+    """Returns what `torch.save` wrote, without running code, if its bytes are those that were written."""
     if not os.path.isfile(path):
         raise FileError(f"There is no checkpoint {path}: check the path.")
     try:

@@ -40,7 +40,7 @@ def knob(
 
 
 def _layout(dataset: type[SegmentationDataset]) -> str | None:
-    """What a data set's folder holds, as help for the flag; None where it has none."""
+    """The content of a data set's folder, as help for the flag; None where it has none."""
     if dataset.layout is None:
         return None
     otherwise = f" (${dataset.root_variable} when left out)" if dataset.root_variable else ""
@@ -55,7 +55,7 @@ def dataset_options(config: Config) -> dict[str, Any]:
 
 @dataclass(frozen=True, kw_only=True)
 class Config:
-    """What a training run does. Every field is the flag of the same name; a `UserError` says what cannot be."""
+    """The settings of a training run. Every field is the flag of the same name; a `UserError` says what cannot be."""
 
     dataset: str = knob("what to train on; demo draws its own street scenes", "demo", choices=tuple(DATASETS))
     data_root: str | None = knob(
@@ -202,7 +202,7 @@ class Config:
 
     @property
     def default_name(self) -> str:
-        """What the run is called without `--name`."""
+        """The name of the run without `--name`."""
         return f"{self.dataset}-{self.model}"
 
 

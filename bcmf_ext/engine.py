@@ -53,7 +53,8 @@ class Compute:
         return model.to(self.device, memory_format=self.memory_format)  # type: ignore[call-overload]
 
     def run(self, model: nn.Module, images: Tensor) -> Any:
-        """What the network returns for uint8 images (N, 3, H, W): they travel as bytes and are normalised there."""
+        """Returns the network's outputs for uint8 images (N, 3, H, W): they travel as bytes and are normalised
+        there."""
         images = images.to(self.device, non_blocking=True).contiguous(memory_format=self.memory_format)
         with torch.autocast(self.device.type, dtype=self.dtype, enabled=self.dtype is not None):
             return model(normalise(images))
@@ -160,7 +161,7 @@ def make_loader(samples: Dataset, workers: int, device: torch.device, **options:
 
 
 def _begin_to_load(trainer: int, worker: int) -> None:
-    """What a loading process does first.
+    """Prepares a loading process.
 
     A terminal sends Ctrl-C, and SLURM SIGTERM, to every process; the trainer still needs its batch to finish the step.
     So the first SIGTERM is ignored; the trainer ends its loading processes by `close_loader`.

@@ -27,7 +27,7 @@ COMMAND = "bcmf_ext.export"
 ENDINGS = {"onnx": ".onnx", "torch-export": ".pt2"}
 # The exported network is run on so many images of this height and width.
 TRIED = ((1, 360, 480), (2, 97, 130), (1, 64, 64))
-# So many labels must be equal, and logits differ by at most so much of the largest one.
+# This share of labels must be equal, and logits may differ by this share of the largest one.
 LEAST_EQUAL, MOST_OFF = 0.999, 1e-3
 
 
@@ -145,7 +145,8 @@ def name_sides(graph: Any) -> None:
 
 
 def to_program(program: torch.export.ExportedProgram, classes: list[str]) -> tuple[bytes, Run]:
-    """The same as a file for `torch.export.load`, with the names of the classes in its extra file classes.json."""
+    """Writes the network as a file for `torch.export.load`, with the names of the classes in its extra file
+    classes.json."""
     buffer = io.BytesIO()
     torch.export.save(program, buffer, extra_files={"classes.json": json.dumps(classes), ZIP_MARK: COMMAND})
     file = buffer.getvalue()

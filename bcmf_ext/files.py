@@ -67,7 +67,7 @@ def read_text(path: Path, errors: str = "strict") -> str:
 
 
 def cannot_be_opened(path: Path, error: OSError) -> FileError:
-    """What every reader raises where the system does not let it open a file."""
+    """The error that every reader raises where the system does not let it open a file."""
     return FileError(f"{path} cannot be opened ({error.strerror or error}): check its permissions.")
 
 
@@ -147,7 +147,7 @@ def damaged_entry(file: IO[bytes]) -> str | None:
 
 
 # --------------------------------------------------------------------------------------------------------------------
-# What is ours
+# Files of ours
 
 
 def mark_of(path: Path) -> str | None:

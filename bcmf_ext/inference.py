@@ -102,7 +102,7 @@ class Predictor:
 
 
 def not_finite(checkpoint: str | Path, where: str) -> str:
-    """What to say of NaN or infinite logits: the network's weights are finite, so its arithmetic is not."""
+    """The sentence for NaN or infinite logits: the network's weights are finite, so its arithmetic is not."""
     return (
         f"The network of {checkpoint} computes NaN or infinite logits for {where}: try `amp='off'`, or take a "
         "checkpoint from before."
@@ -183,7 +183,7 @@ class Captured:
 class Graphs:
     """A network on a GPU, replayed as CUDA graphs: one for each size of images that comes more than once."""
 
-    MOST = 8  # So many sizes are kept, the last ones: each keeps its memory.
+    MOST = 8  # The last sizes are kept; each keeps its memory.
 
     def __init__(self, network: nn.Module) -> None:
         self.network = network

@@ -55,7 +55,7 @@ def versions() -> str:
 
 
 def build() -> str:
-    """What the installed extension was built with and for."""
+    """Says what the installed extension was built with and for."""
     if dispatch.EXTENSION is None:
         return f"extension  none: {dispatch.why_not('cpu', 'cpu')}"
     facts = dispatch.EXTENSION.build_info()

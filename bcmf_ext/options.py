@@ -1,4 +1,4 @@
-"""What is asked of a loss: OHEM, BCL and CPG with their options, the result, and the numbers that users pass.
+"""Options of the losses: OHEM, BCL and CPG, their totals, the result, and the numbers that users pass.
 
 Options are frozen: a bad one raises when it is made, TypeError for what is of another kind, ValueError for a value that
 cannot be. What depends on several of them is checked where a total is formed (`resolve_options`).
@@ -197,7 +197,7 @@ class Terms(NamedTuple):
 
 
 class LossOptions(NamedTuple):
-    """What is asked of bcmf::loss, flat: the op's schema is made from these names and annotations, in this order.
+    """The options of bcmf::loss, flat: the op's schema is made from these names and annotations, in this order.
 
     bcl_steps: empty without BCL. bcl_flipped: α and β, empty where BCL supervises the true labels. cpg_kernel_size: 0
     without CPG. cpg_window: whether an ignored pixel takes all windows that it lies in out of the mean.

@@ -20,7 +20,7 @@ from .report import blend, save_png
 
 COMMAND = "bcmf_ext.predict"
 SUBMISSIONS = {name: dataset.submission for name, dataset in DATASETS.items() if dataset.submission is not None}
-ENDINGS = {  # What is written for an image ends so, by --format.
+ENDINGS = {  # of the files that are written for an image, by --format
     "both": ("_label.png", "_overlay.png"),
     "labels": ("_label.png",),
     "overlays": ("_overlay.png",),
@@ -100,7 +100,7 @@ def check_not_overwritten(images: Mapping[str, Path], output: Path, endings: Seq
 
 
 def summary(form: str, output: Path, images: int) -> str:
-    """What was written for so many images, in a line."""
+    """Says in a line what was written for so many images."""
     count = counted(images, "image")
     if form in SUBMISSIONS:
         return f"{count}: {output}/{SUBMISSIONS[form].names}.png, label ids for the evaluator and the server"
@@ -111,7 +111,7 @@ def summary(form: str, output: Path, images: int) -> str:
 def official_names(
     images: Mapping[str, Path], name: str, submission: Submission, classes: Sequence[str]
 ) -> dict[str, Path]:
-    """The same images under a data set's names alone, without folders. Raises `UserError` if one has another name, or
+    """The images under a data set's names alone, without folders. Raises `UserError` if one has another name, or
     the classes are others."""
     official = DATASETS[name].classes
     if tuple(classes) != official:

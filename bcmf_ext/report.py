@@ -99,8 +99,8 @@ def compute_words(compute: Compute, why_dtype: str, compiled: bool) -> str:
 
 
 def nonfinite_words(stop: NonFiniteLoss, batch: Path | None, last: Path) -> str:
-    """What to say of a loss, or weights, that are not finite. batch: the file with the batch; None: it is the weights.
-    last: the checkpoint from before."""
+    """The sentence for a loss, or weights, that are not finite. batch: the file with the batch; None: it is the
+    weights. last: the checkpoint from before."""
     place = f"epoch {stop.epoch + 1}, step {stop.step + 1}"
     before = f"{last} is from before: try a lower `lr`, or `amp='off'`."
     if batch is None:
@@ -109,7 +109,7 @@ def nonfinite_words(stop: NonFiniteLoss, batch: Path | None, last: Path) -> str:
 
 
 def failure_words(error: RuntimeError, batch_size: int, crop_size: tuple[int, int]) -> str | None:
-    """What to say of an error of PyTorch that users can do something about; None for all others."""
+    """The sentence for an error of PyTorch that users can do something about; None for all others."""
     if isinstance(error, torch.OutOfMemoryError):
         height, width = crop_size
         return (
@@ -192,7 +192,8 @@ def metrics_table(record: Mapping[str, Any]) -> str:
 
 
 def share_lines(pixels: np.ndarray, classes: Sequence[str]) -> str:
-    """What `SegmentationDataset.check` counted: each class's share of the labelled pixels, and who never occurs."""
+    """The result of `SegmentationDataset.check` in words: each class's share of the labelled pixels, and absent
+    classes."""
     counts = pixels[: len(classes)]
     width = max(map(len, classes))
     percent = 100 * counts / max(1, counts.sum())
@@ -305,7 +306,7 @@ def draw_sample(
 
 
 def _cut(title: str) -> str:
-    """As much of a title as a panel has room for; the end says which picture it is of many."""
+    """A title, cut to the room that a panel has; its end stays, which says which picture of many this is."""
     cut = title
     while FONT.getlength(cut) > PANEL:
         cut = "…" + cut[2:]

@@ -85,7 +85,7 @@ class Run:
 
     @property
     def last(self) -> Path:
-        """What the run goes on from."""
+        """The file that the run goes on from."""
         return self.folder / LAST
 
     @property
@@ -266,7 +266,7 @@ def check_same_run(saved: Mapping[str, Any], about: Mapping[str, Any], steps: in
 
 
 def find_checkpoint(resume: str, output_dir: str, name: str | None, default_name: str | None) -> Path:
-    """What `resume` means: a file, a folder with a last.pt, or "auto", the run that was saved last.
+    """Finds what `resume` means: a file, a folder with a last.pt, or "auto", the run that was saved last.
 
     That is the run `name`; without one, of those called `default_name`, default_name-2, …; without either, of all. A
     run that can go on comes before a finished one; when it was saved says the file itself, not its time.

@@ -51,7 +51,7 @@ from .metrics import ConfusionMatrix
 from .models import NETWORKS, load_pretrained
 from .run import Run, begin_run, check_same_run, resume_run
 
-PICTURES = 4  # So many val samples are drawn after each evaluation.
+PICTURES = 4  # the number of val samples that are drawn after each evaluation
 Evaluation = tuple[ConfusionMatrix, dict[int, np.ndarray]]
 BAR = "{desc} |{bar:8}| {n_fmt}/{total_fmt} [{elapsed}<{remaining}{postfix}]"
 
@@ -165,7 +165,7 @@ class Trainer:
         return run, f"{run.last}, after {counted(state.epoch, 'epoch')} and {counted(state.step, 'step')}"
 
     def _about(self) -> dict[str, Any]:
-        """What each checkpoint tells beside the weights and the state."""
+        """The fields of each checkpoint beside the weights and the state."""
         return {
             "config": asdict(self.config),
             "classes": list(self.train_set.classes),
@@ -259,7 +259,7 @@ class Trainer:
 
 
 def describe(trainer: Trainer) -> str:
-    """What was decided, and the command that asks for it in full."""
+    """Says what was decided, and the command that asks for it in full."""
     config, compute, steps = trainer.config, trainer.compute, len(trainer.sampler)
     lines = {
         "train": trainer.train_set.protocol,

@@ -83,7 +83,7 @@ def by_kernels(x: Tensor, module: LMFM, small: list[Tensor], large: list[Tensor]
 
 
 def work(x: Tensor, maps: list[Tensor]) -> dict[str, tuple[float, float]]:
-    """What the phases have to do at least. Forward: read all maps, write the pools, the levels and the joined map.
+    """The least work of the phases. Forward: read all maps, write the pools, the levels and the joined map.
     Backward: read maps and the gradients of these, write those of maps. No exponentials."""
     read = x.numel() + sum(map.numel() for map in maps)
     written = 0.34 * x.numel() + 2 * sum(map.numel() for map in maps[4:]) + x.numel()

@@ -1,4 +1,4 @@
-"""What the metrics cost an evaluation: ``python bench/metrics.py [--device cuda] [--labels CAMVID]``.
+"""The cost of the metrics in an evaluation: ``python bench/metrics.py [--device cuda] [--labels CAMVID]``.
 
 Updates of every metric with one image (1024×2048 unless --size says otherwise) on one thread: with the compiled kernels
 (CPU) and with PyTorch alone, and the confusion matrix from logits at 1/8, which holds the upsampling and arg-max, too.

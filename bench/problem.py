@@ -84,7 +84,7 @@ def size_of(logits: Tensor, labels: Tensor) -> str:
 
 
 def work(logits: Tensor, labels: Tensor) -> dict[str, tuple[float, float]]:
-    """What any mix of losses has to do at least. Forward: read logits and labels, write two floats per label pixel.
+    """The least work of any mix of losses. Forward: read logits and labels, write two floats per label pixel.
     Backward: read all that, write the gradient. An exponential per class and label pixel in each. (What is sparse is
     left out.)"""
     logit_bytes, pixels = logits.numel() * logits.element_size(), labels.numel()

@@ -91,7 +91,7 @@ def take_turns(
     title: str,
     before_round: Callable[[], object] = lambda: None,
 ) -> dict[str, list[Measured]]:
-    """What each contender's calls returned, by name; the first is the baseline, whose second calls are under `AA`.
+    """The results of each contender's calls, by name; the first is the baseline, whose second calls are under `AA`.
 
     before_round: what all contenders of a round share is made by it.
     """
@@ -123,7 +123,7 @@ def does_count(rounds: int, aa: Sequence[float]) -> bool:
 
 
 def verdict(counts: bool) -> str:
-    """What a table's heading says of a result that does not count."""
+    """The words in a table's heading for a result that does not count."""
     return "" if counts else "   DOES NOT COUNT: the machine was busy, or the rounds are too few"
 
 

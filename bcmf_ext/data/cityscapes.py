@@ -18,7 +18,7 @@ from ..errors import UserError, counted
 from .dataset import IGNORE_INDEX, FileDataset, Recipe, Submission
 from .listing import Files, find_files, match_files
 
-# By train id: label id, name and colour, from cityscapesscripts/helpers/labels.py.
+# These are the label id, name and colour of each train id, from cityscapesscripts/helpers/labels.py.
 _LABELS: tuple[tuple[int, str, tuple[int, int, int]], ...] = (
     (7, "road", (128, 64, 128)),
     (8, "sidewalk", (244, 35, 232)),

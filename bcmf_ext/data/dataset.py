@@ -47,7 +47,7 @@ class Recipe:
 
 @dataclass(frozen=True)
 class Submission:
-    """What a data set's official evaluator takes: a PNG of ids for each image, of the same name.
+    """The files that a data set's official evaluator takes: a PNG of ids for each image, of the same name.
 
     Attributes:
         names: how images are named, in words, such as "<city>_<frame>".
@@ -167,7 +167,7 @@ class SegmentationDataset:
         return image, label
 
     def _size_advice(self, index: int) -> str:
-        """What to do about an image and a label of different sizes."""
+        """The advice for an image and a label of different sizes."""
         return "save both at the same size (labels resized with nearest-neighbour sampling)"
 
     def source(self, index: int) -> str:
@@ -224,7 +224,7 @@ class SegmentationDataset:
         )
 
     _advice_on_ignored = ""
-    """What else to do where so much is ignored that too few classes are left; it begins with a semicolon."""
+    """More advice where so much is ignored that too few classes are left; it begins with a semicolon."""
 
 
 class FileDataset(SegmentationDataset):
@@ -330,7 +330,7 @@ class FileDataset(SegmentationDataset):
                 raise UserError(f"{path} shows its index {index} in the colour {shown}, {doubts[index]}.")
 
     _advice_on_greys = ""
-    """What else to do where a palette holds greys; it begins with a comma."""
+    """More advice where a palette holds greys; it begins with a comma."""
 
     def _size_advice(self, index: int) -> str:
         item = self.files[index]
@@ -353,5 +353,5 @@ class FileDataset(SegmentationDataset):
         return UserError(f"{path} holds unexpected ids: {shown}: {self._likely_cause(set(pixels), set(wrong))}.")
 
     def _likely_cause(self, ids: set[int], wrong: set[int]) -> str:
-        """What to tell about a label file with these ids, of which `wrong` must not occur."""
+        """The sentence about a label file with these ids, of which `wrong` must not occur."""
         raise NotImplementedError

@@ -44,7 +44,7 @@ _QUARTER_TURNS = (5, 6, 7, 8)
 
 @dataclass(frozen=True)
 class Label:
-    """What a label file holds.
+    """The content of a label file.
 
     Attributes:
         ids: (H, W) integers, upright: its samples, or the indices of a palette picture.

@@ -18,7 +18,7 @@ if TYPE_CHECKING:  # Metrics take pictures, and do not need Pillow.
     from PIL import Image
 
 Labels: TypeAlias = "Tensor | np.ndarray | Image.Image"
-"""What metrics count: class ids as a tensor, a NumPy array or a PIL picture."""
+"""The inputs of metrics: class ids as a tensor, a NumPy array or a PIL picture."""
 
 
 class Counts:
@@ -65,7 +65,7 @@ class Counts:
         raise NotImplementedError
 
     def compute(self) -> dict[str, Tensor]:
-        """The same as ``scores``, under the name that torchmetrics has for it."""
+        """Returns ``scores()``, under the name that torchmetrics has for it."""
         return self.scores()
 
     def reset(self) -> None:

@@ -159,7 +159,7 @@ class TrimapIoU(_ByWidth):
 
     def _count(self, guess: Tensor, truth: Tensor) -> Tensor:
         guess, truth, classes = _with_batch(guess), _with_batch(truth), self.num_classes
-        no_edge = differ(_boundary(truth, classes), 1)  # So an edge is label 0, and nothing else is a label.
+        no_edge = differ(_boundary(truth, classes), 1)  # Here an edge is label 0, and nothing else is a label.
         near = match_within(torch.zeros_like(truth), no_edge, 1, self.widths)
         same = keep(truth, 1 - differ(truth, guess), classes)
         return torch.stack([self._by_width(ids, near) for ids in (same, truth, guess)])
@@ -190,8 +190,8 @@ def match_within(queries: Tensor, sites: Tensor, num_classes: int, radii: Sequen
 
 
 def _match_within(queries: Tensor, sites: Tensor, num_classes: int, radii: Sequence[int]) -> Tensor:
-    """The same in PyTorch: each class is a bit, and a disc is a pile of rows, so that all classes are dilated at
-    once."""
+    """Computes `match_within` in PyTorch: each class is a bit, and a disc is a pile of rows, so that all classes are
+    dilated at once."""
     height, width = queries.shape[1:]
     most = radii[-1]
     found = torch.full_like(queries, len(radii), dtype=torch.uint8)

@@ -92,7 +92,8 @@ _STUBBED = (
 
 
 def read_foreign(path: Path) -> object:
-    """What the file holds, on the CPU. Raises `FileError` if it cannot be read, with what it is and what to do."""
+    """Returns the file's content, on the CPU. Raises `FileError` if it cannot be read, with what it is and what to
+    do."""
     if not os.path.isfile(path):
         folder = " (this is a folder: give a file in it)" if os.path.isdir(path) else ""
         raise FileError(f"There is no checkpoint file {path}{folder}: check the path.")

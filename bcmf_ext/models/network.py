@@ -8,7 +8,7 @@ from torch import Tensor, nn
 
 
 class Network(Protocol):
-    """What the trainer, checkpoints, the Predictor and exports ask of a network, which is an `nn.Module` as well.
+    """The part of a network, an `nn.Module`, that the trainer, checkpoints, the Predictor and exports rely on.
 
     It is made by ``NETWORKS[name](num_classes, aux_head=True, impl="auto")``. num_classes: C. aux_head: whether it has
     an auxiliary head. impl: that of its context module, "torch" for exports.
@@ -38,7 +38,7 @@ class Network(Protocol):
 
 
 class NetworkFactory(Protocol):
-    """What `NETWORKS` holds: a class, or a function that makes a network."""
+    """An entry of `NETWORKS`: a class, or a function that makes a network."""
 
     def __call__(self, num_classes: int, *, aux_head: bool = True, impl: str = "auto") -> Any:
         """A `Network` with random weights."""

@@ -172,7 +172,7 @@ def _bare(name: str) -> str:
 
 
 def _beginning(theirs: dict[str, Tensor], ours: dict[str, Tensor], path: Path) -> str:
-    """What all of their names that would fit begin with, such as ``backbone.``; nothing if some fit as they are."""
+    """The beginning of all names that would fit without it, such as ``backbone.``; nothing if some fit as they are."""
     found = set()
     for name, tensor in theirs.items():
         parts = _bare(name).split(".")

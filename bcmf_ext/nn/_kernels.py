@@ -14,7 +14,7 @@ from .. import dispatch, ops
 
 
 def choose_kernels(module: nn.Module, impl: str, x: Tensor) -> FusedNorms | None:
-    """What runs a context module's batch norms on ``x`` by kernels; None where PyTorch runs the module: asked for, all
+    """The kernels that run a context module's batch norms on ``x``; None where PyTorch runs the module: asked for, all
     there is, or, for "auto", where kernels would compute something else than the module says (`why_not_fused`,
     `why_not_bypassed`).
 
@@ -73,7 +73,7 @@ def why_not_bypassed(module: nn.Module) -> str | None:
 
 
 def _kind(part: Any) -> Any:
-    """What a part computes, but for its weights."""
+    """The computation of a part, but for its weights, to be compared."""
     if type(part) is nn.AvgPool2d:
         sides = part.kernel_size, part.stride, part.padding
         return nn.AvgPool2d, *sides, part.ceil_mode, part.count_include_pad, part.divisor_override

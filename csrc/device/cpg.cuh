@@ -43,9 +43,9 @@ __device__ __forceinline__ uint16_t id_at(const LossArgs& args, const Tile& tile
       class_at(args, tile.n, clamp(tile.top + row, tile.H), clamp(tile.left + column, tile.W)));
 }
 
-// What a block keeps in shared memory of the tile and its surroundings. G is compared in the tile and in a margin
-// around it, which is 0 in the forward, and in the backward the radius: the residuals that far outside reach pixels of
-// the tile.
+// This is what a block keeps in shared memory of the tile and its surroundings. G is compared in the tile and in a
+// margin around it, which is 0 in the forward, and in the backward the radius: the residuals that far outside reach
+// pixels of the tile.
 template <typename Acc>
 struct Window {
   static constexpr int kPresent = 32;  // words with a bit for each of the first 1024 classes
