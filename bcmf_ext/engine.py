@@ -221,6 +221,7 @@ class StopSignals:
         self.number: int | None = None
 
     def __call__(self) -> bool:
+        """Whether a signal has asked to stop."""
         return self.number is not None
 
     def __enter__(self) -> StopSignals:

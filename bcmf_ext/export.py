@@ -87,6 +87,7 @@ class ExportedNetwork(nn.Module):
         self.align_corners, self.logits = saved["align_corners"], logits
 
     def forward(self, images: Tensor) -> Tensor:
+        """Labels (N, H, W) uint8 of uint8 images (N, 3, H, W), or their logits."""
         logits = self.network(images)
         if self.logits:
             return logits

@@ -148,6 +148,7 @@ class InferenceNetwork(nn.Module):
                 module.float()
 
     def forward(self, images: Tensor) -> Tensor:
+        """Logits (N, C, h, w) of uint8 images (N, 3, H, W)."""
         return self.network(images.float().sub(self.shift).div(self.scale).to(self.dtype))
 
 
@@ -191,6 +192,7 @@ class Graphs:
         self._lock = threading.Lock()  # A graph has one place for images, and one for logits.
 
     def __call__(self, images: Tensor) -> Tensor:
+        """The network's logits, of images (N, 3, H, W) on the GPU."""
         with self._lock, torch.cuda.device_of(images):
             size = images.shape
             if size not in self._captured:  # The first time is the warm-up.

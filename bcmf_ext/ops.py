@@ -153,12 +153,14 @@ LOSS["cuda"] = LOSS["cpu"]  # One op has both kernels; the tensors' device choos
 
 # --------------------------------------------------------------------------------------------------------------------
 # bcmf::upsample_argmax resamples logits (N, C, h, w) to (height, width) and returns the class of each pixel, (N,
-# height,   width), uint8, or int32 where C > 256. bcmf::upsample_confusion does that at the size of target (N, H, W),
-# and also returns bins (C² + 2,) int64. Bin label · C   + class counts the pixels that have this label and class; the
-# last two count the pixels whose label is neither a   class nor ignored, and the ignored ones.
+# height, width), uint8, or int32 where C > 256.
+# bcmf::upsample_confusion does that at the size of target (N, H, W), and also returns bins (C² + 2,) int64: bin label ·
+# C + class counts the pixels that have this label and class, the last but one those whose label is neither a class nor
+# ignored, and the last one those that are ignored.
 
 
 def argmax_dtype(logits: Tensor) -> torch.dtype:
+    """The dtype of label maps with a class of each pixel."""
     return torch.uint8 if logits.shape[1] <= 256 else torch.int32
 
 
@@ -194,11 +196,13 @@ torch.library.register_fake("bcmf::upsample_confusion", _upsample_confusion_fake
 
 
 # --------------------------------------------------------------------------------------------------------------------
-# These ops count for the metrics, on the CPU. bcmf::read_labels takes prediction and target of any one shape, and
-# returns both as uint8 (int32 where there are more   than 255 classes), with num_classes where a pixel does not count,
-# because it is ignored or out of range; and the   number of pixels that are out of range, () int64. bcmf::count_pairs
-# takes a and b, uint8 or int32, and returns (rows, columns) int64: how many pixels have which a and b.   Pixels with
-# other values are left out. bcmf::match_within is described at bcmf_ext.metrics.boundary.match_within.
+# These ops count for the metrics, on the CPU.
+# bcmf::read_labels takes prediction and target of any one shape, and returns both as uint8 (int32 where there are more
+# than 255 classes), with num_classes where a pixel does not count, because it is ignored or out of range; and the
+# number of pixels that are out of range, () int64.
+# bcmf::count_pairs takes a and b, uint8 or int32, and returns (rows, columns) int64: how many pixels have which a and
+# b. Pixels with other values are left out.
+# bcmf::match_within is described at bcmf_ext.metrics.boundary.match_within.
 
 
 def label_dtype(num_classes: int) -> torch.dtype:
@@ -235,14 +239,14 @@ for _schema, _fake in (
 # --------------------------------------------------------------------------------------------------------------------
 # These ops do what LMFM and DAPPM need between convolutions: relu(norm(·)) of several maps at once.
 # bcmf::pool_norm_relu does it for the average pools 5/2, 9/4 and 17/8 (size/stride; centred; padding counts) and the
-#   global pool of x (N, C, h, w), which is read once. It returns four maps.
+# global pool of x (N, C, h, w), which is read once. It returns four maps.
 # bcmf::add_norm_relu does it for each branch's sum of two maps, one that is resampled bilinearly to (height, width) and
-#   one of that size; either may be missing. It returns the maps of one or two branches (an empty one in the place of a
-#   second) or, joined, one map of all branches' channels. Their number is fixed, because an op that writes to arguments
-#   must not return a list.
+# one of that size; either may be missing. It returns the maps of one or two branches (an empty one in the place of a
+# second) or, joined, one map of all branches' channels. Their number is fixed, because an op that writes to arguments
+# must not return a list.
 # Both take the norms' weights, biases, running means and running variances, (C,) in acc_dtype, in the order of the
-#   branches' channels; a norm may span several branches. In training the statistics are those of the batch, and the
-#   running ones move towards them.
+# branches' channels; a norm may span several branches. In training the statistics are those of the batch, and the
+# running ones move towards them.
 # Outputs have the maps' dtype. They are in channels_last if x is, or as asked: single pixels look like either layout.
 # Both also return stats (2, channels of all branches): mean and 1/√(variance + eps).
 
@@ -251,16 +255,19 @@ POOLS = ((5, 2), (9, 4), (17, 8))
 
 
 def empty_map(like: Tensor, channels: int, height: int, width: int, channels_last: bool) -> Tensor:
+    """An empty map (N, channels, height, width), whose N, dtype and device are like's."""
     layout = torch.channels_last if channels_last else torch.contiguous_format
     shape = (like.shape[0], channels, height, width)
     return torch.empty(shape, dtype=like.dtype, device=like.device, memory_format=layout)
 
 
 def pool_sizes(height: int, width: int) -> list[tuple[int, int]]:
+    """The sizes of the pools of a map, the global one last."""
     return [*(((height - 1) // stride + 1, (width - 1) // stride + 1) for _, stride in POOLS), (1, 1)]
 
 
 def empty_pools(x: Tensor) -> list[Tensor]:
+    """Empty maps for the pools of x."""
     return [empty_map(x, x.shape[1], *size, x.stride(1) == 1) for size in pool_sizes(*x.shape[2:])]
 
 
@@ -272,6 +279,7 @@ def empty_sums(
     channels_last: bool,
     joined: bool,
 ) -> list[Tensor]:
+    """Empty maps for the outputs of bcmf::add_norm_relu."""
     maps = [next(map for map in pair if map is not None) for pair in zip(resampled, added, strict=True)]
     channels = [map.shape[1] for map in maps]
     sizes = [sum(channels)] if joined else channels

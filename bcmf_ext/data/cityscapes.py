@@ -104,6 +104,7 @@ class Cityscapes(FileDataset):
         return match_files(images, labels, folder, f"_gtFine_{self._kind}.png")
 
     def stem(self, index: int) -> str:
+        """The image's name, <city>_<sequence>_<frame>_leftImg8bit, which is unique."""
         return self.files[index].image.stem
 
     def _likely_cause(self, ids: set[int], wrong: set[int]) -> str:

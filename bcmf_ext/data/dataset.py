@@ -270,15 +270,19 @@ class FileDataset(SegmentationDataset):
         return len(self.files)
 
     def stem(self, index: int) -> str:
+        """The image's place below its folder, in one word."""
         return self.files[index].key.replace("/", "__")
 
     def source(self, index: int) -> str:
+        """The image's file."""
         return str(self.files[index].image)
 
     def image(self, index: int) -> np.ndarray:
+        """(H, W, 3) uint8, RGB. Raises `FileError` if the file cannot be read."""
         return read_image(self.files[index].image)
 
     def label(self, index: int) -> np.ndarray:
+        """(H, W) uint8: class indices, or 255. Raises `UserError` for a file that cannot be read or holds other ids."""
         path = self.files[index].label
         if path is None:
             raise UserError(f"{self.name} {self.split} has no labels: {self.files[index].image} can only be predicted.")

@@ -49,12 +49,15 @@ class Demo(SegmentationDataset):
         return SCENES[self.split]
 
     def stem(self, index: int) -> str:
+        """Such as demo_val_0003."""
         return f"demo_{self.split}_{index:04}"
 
     def image(self, index: int) -> np.ndarray:
+        """(H, W, 3) uint8, RGB, drawn."""
         return self._scene(index)[0].copy()
 
     def label(self, index: int) -> np.ndarray:
+        """(H, W) uint8, the classes of what was drawn."""
         return self._scene(index)[1].copy()
 
     def _scene(self, index: int) -> tuple[np.ndarray, np.ndarray]:

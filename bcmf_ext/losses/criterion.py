@@ -132,6 +132,7 @@ class SegmentationCriterion(nn.Module):
         self.first, self.group = first, group
 
     def forward(self, outputs: Outputs, target: Tensor, ramp: float = 1.0) -> Tensor:
+        """The loss, a scalar: `terms` without its parts."""
         return self.terms(outputs, target, ramp)["total"]
 
     def terms(self, outputs: Outputs, target: Tensor, ramp: float = 1.0) -> dict[str, Tensor]:
@@ -195,6 +196,7 @@ class SegmentationCriterion(nn.Module):
         return {name: pull / total for name, pull in pulls.items()}
 
     def extra_repr(self) -> str:
+        """The arguments, as they would be passed."""
         names = "ohem", "bcl", "cpg", "first", "extra", "aux_weight", "ignore_index", "align_corners", "impl", "group"
         weight = None if self.weight is None else self.weight.tolist()
         return ", ".join(

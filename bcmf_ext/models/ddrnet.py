@@ -42,6 +42,7 @@ class BasicBlock(nn.Module):
         self.relu = relu
 
     def forward(self, x: Tensor) -> Tensor:
+        """(N, in_channels, h, w) → (N, out_channels, h / stride, w / stride), rounded up."""
         y = F.relu(self.bn1(self.conv1(x)), inplace=True)
         y = self.bn2(self.conv2(y)) + self.downsample(x)
         return F.relu(y, inplace=True) if self.relu else y
@@ -60,6 +61,7 @@ class Bottleneck(nn.Module):
         self.downsample = projection(in_channels, 2 * channels, stride)
 
     def forward(self, x: Tensor) -> Tensor:
+        """(N, in_channels, h, w) → (N, 2 · channels, h / stride, w / stride), rounded up."""
         y = F.relu(self.bn1(self.conv1(x)), inplace=True)
         y = F.relu(self.bn2(self.conv2(y)), inplace=True)
         return self.bn3(self.conv3(y)) + self.downsample(x)
@@ -78,6 +80,7 @@ class SegmentationHead(nn.Module):
         self.conv2 = nn.Conv2d(mid_channels, num_classes, 1)
 
     def forward(self, x: Tensor) -> Tensor:
+        """(N, in_channels, h, w) → (N, num_classes, h, w)."""
         x = self.conv1(F.relu(self.bn1(x), inplace=True))
         return self.conv2(F.relu(self.bn2(x), inplace=True))
 

@@ -77,6 +77,7 @@ class Stub:
     """
 
     def __new__(cls, *_: object) -> Stub:
+        """Takes whatever arguments, and forgets them."""
         return super().__new__(cls)
 
     def __setstate__(self, _: object) -> None:

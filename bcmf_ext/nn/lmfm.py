@@ -44,6 +44,7 @@ class LMFM(nn.Module):
         self.shortcut = nn.Sequential(*norm_relu_conv(in_channels, out_channels, 1))
 
     def forward(self, x: Tensor) -> Tensor:
+        """(N, in_channels, h, w) → (N, out_channels, h, w). Raises ValueError for maps or an impl that cannot be."""
         norms = choose_kernels(self, self.impl, x)
         return self._by_pytorch(x) if norms is None else self._by_kernels(x, norms)
 
