@@ -74,6 +74,7 @@ def test_pilot_plans_and_compares(
 
 
 @needs_bench
+@pytest.mark.thorough
 def test_gpu_script_as_far_as_it_goes_without_one(tmp_path: Path) -> None:
     """Protects bench/gpu.sh: its stages run, their logs and results are where it says, a failure is its exit status."""
     out = tmp_path / "out"

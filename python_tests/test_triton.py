@@ -8,9 +8,9 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from harness.backends import KERNELS
+from harness.cases import LOSSES as CASES
 from harness.cases import (
-    CASES,
-    KERNELS,
     Case,
     assert_not_less_exact,
     make_case,

@@ -1,10 +1,11 @@
 """A hostile fuzz of the CPU ops under AddressSanitizer and UndefinedBehaviorSanitizer; test_hostile.py runs it.
 
-``python harness/hostile.py --calls 3000 --seed 0`` compiles the ops (a minute; kept in torch's folder of extensions) and
-makes so many calls of ``torch.ops.bcmf``. Labels, ``selected``, ``stats`` and ``summary`` hold anything, and may change
-between forward and backward or while the op runs. An error is a right answer. A report is: what a sanitizer says, which
-ends the program, a call that takes seconds though its tensors are tiny, an exception of another kind, or an input that
-has changed. Each call is written to stderr before it is made, after what makes it again: ``--seed S --only K``.
+``python harness/hostile.py --calls 3000 --seed 0`` compiles the ops (a minute; kept in torch's folder of extensions)
+and makes so many calls of ``torch.ops.bcmf``. Labels, ``selected``, ``stats`` and ``summary`` hold anything, and may
+change between forward and backward or while the op runs. An error is a right answer. A report is: what a sanitizer
+says, which ends the program, a call that takes seconds though its tensors are tiny, an exception of another kind, or an
+input that has changed. Each call is written to stderr before it is made, after what makes it again: ``--seed S --only
+K``.
 """
 
 from __future__ import annotations
