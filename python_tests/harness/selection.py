@@ -1,5 +1,7 @@
-"""Which tests run: not all on Triton's interpreter, which is slow, and not all unless CI=1 asks for everything.
+"""Which tests run: on Triton's interpreter, which is slow, not all; and all only where CI is set.
 
+Unless it is, a test with several parameters runs with so few combinations that every two values still meet, the
+emulator and the interpreter take cases that between them run every kernel, and what is marked ``thorough`` is left out.
 What is left out is not even collected; conftest.py prints how many tests that are, and why.
 """
 
@@ -15,11 +17,12 @@ import pytest
 import torch
 
 from bcmf_ext.nn import LMFM
+from harness.cases import CASES
 from harness.cases.losses import LossCase
 from harness.cases.norms import NormCase
 
-INTERPRETER = "Triton's interpreter takes too long: python_tests/harness/selection.py says what it runs"
-ONLY_CI = "CI=1 runs them: combinations of parameters each two of which another test combines, and what takes minutes"
+INTERPRETER = "Triton's interpreter takes too long (python_tests/harness/selection.py says what it runs)"
+ONLY_CI = "CI=1 runs them: further combinations of parameters, and what takes long (python_tests/harness/README.md)"
 
 # Between them these losses run every kernel but the gathering of gradients for nearly as many logits as labels.
 MIXES = (
@@ -28,6 +31,14 @@ MIXES = (
     "segmentation_loss flipped low-resolution",
 )
 SLOWEST = MIXES[-1]  # by far, in the interpreter
+EVERY_KERNEL = (
+    *MIXES,
+    "pool_norm_relu training",
+    "add_norm_relu level training",
+    "add_norm_relu joined eval",
+    "upsample_argmax low-resolution",
+)
+"""Of the ops' cases, those that the default run takes on the emulator and on the interpreter."""
 
 
 class Rule(NamedTuple):
@@ -67,11 +78,16 @@ INTERPRETED = {
         "in eval mode all cases run the same backward",
     ),
     "test_ops.py::test_bit_identical_from_run_to_run": Rule(
-        lambda case, shape, **_: is_mix(case) and shape == (2, 5, 23, 31), "the smaller shape has several programs, too"
+        lambda case, layout, shape, **_: is_mix(case) and layout == "nchw" and shape == (2, 5, 23, 31),
+        "the smaller shape has several programs, too, and both layouts have the same",
     ),
     "test_ops.py::test_opcheck": Rule(
         lambda case, dtype, layout, **_: (
-            is_mix(case) and case.name != SLOWEST and dtype == torch.bfloat16 and layout == "channels_last"
+            is_mix(case)
+            and case.name != SLOWEST
+            and getattr(case, "training", True)
+            and dtype == torch.bfloat16
+            and layout == "channels_last"
         ),
         "schemas and fake kernels are those of the other backends",
     ),
@@ -113,7 +129,7 @@ def left_out(items: Sequence[pytest.Item], everything: bool) -> dict[str, list[p
         backend = parameters(item).get("backend")
         if backend is not None and backend.interpreted and not on_the_interpreter(item):
             found[INTERPRETER].append(item)
-        elif not everything and item.get_closest_marker("thorough"):
+        elif not everything and (item.get_closest_marker("thorough") or is_slow(item)):
             found[ONLY_CI].append(item)
         else:
             runs = backend is None or backend.why_not() is None
@@ -127,6 +143,13 @@ def left_out(items: Sequence[pytest.Item], everything: bool) -> dict[str, list[p
 
 def parameters(item: pytest.Item) -> dict[str, Any]:
     return item.callspec.params if hasattr(item, "callspec") else {}
+
+
+def is_slow(item: pytest.Item) -> bool:
+    """Whether a case takes another way through the same kernels, on a backend where each takes long."""
+    given = parameters(item)
+    slow = given["backend"].name in ("emulated", "triton") if "backend" in given else item.path.name == "test_triton.py"
+    return slow and "case" in given and given["case"] in CASES and given["case"].name not in EVERY_KERNEL
 
 
 def on_the_interpreter(item: pytest.Item) -> bool:
