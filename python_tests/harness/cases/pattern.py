@@ -128,7 +128,7 @@ def backward_of(op: Any) -> Any:
 def runs(
     cases: Iterable[Case],
     backends: Sequence[Backend] | None = None,
-    **each: Callable[[Any], Sequence[Any]],
+    **each: Callable[[Any], Iterable[Any]],
 ) -> Any:
     """The mark by which a test runs every case on every backend that has its op, with ``backend`` and ``case``.
 
