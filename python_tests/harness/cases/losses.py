@@ -51,7 +51,6 @@ class LossCase(Case):
         (3, 5, 64, 33),
         (2, 4, 18, 72),
     )
-    smallest: ClassVar[tuple[int, ...]] = (1, 3, 3, 8)  # of which a quarter is two logits
 
     def __call__(self, z: Tensor, y: Tensor, w: Tensor, impl: str, **more: Any) -> Tensor:
         weight = {"weight": w} if self.weighted else {}
@@ -68,6 +67,10 @@ class LossCase(Case):
         if self.function is bcmf_ext.boundary_corrected_loss:
             return BCL(0.0, **{k: v for k, v in self.options.items() if k != "align_corners"})
         return self.options.get("bcl")
+
+    @property
+    def smallest(self) -> tuple[int, ...]:  # a quarter of each side has two logits
+        return (1, 3, 3, 4) if self.logits is same else (1, 3, 5, 8)
 
     def inputs(self, shape: tuple[int, ...], dtype: torch.dtype = torch.float32, device: str = "cpu") -> Inputs:
         return problem(shape, dtype, device, logits=self.logits)

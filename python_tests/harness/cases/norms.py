@@ -39,6 +39,7 @@ class NormCase(Case):
     shapes: ClassVar[Sequence[tuple[int, ...]]] = tuple(
         (3, 0, *size) for size in ((1, 1), (1, 5), (6, 8), (16, 17), (33, 18))
     )
+    smallest: ClassVar[tuple[int, ...]] = (2, 0, 5, 6)
 
     @property
     def pools(self) -> bool:
