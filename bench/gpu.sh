@@ -11,6 +11,7 @@ shift
 mkdir -p "$out"
 deadline=$((SECONDS + 535))
 failed=()
+export CI=1 # all tests, not the default run's
 python=${PYTHON:-python3}
 gpu=$("$python" -c 'import torch; print(int(torch.cuda.is_available()))')
 if [ "$gpu" = 1 ]; then
@@ -45,7 +46,8 @@ tests() { # CUDA first: Triton compiles a kernel for every new kind of argument;
   local pytest=("$python" -m pytest -o addopts=-q -m gpu --durations=5 --tb=short --maxfail=25)
   lines=15 stage tests-cuda 220 "${pytest[@]}" python_tests -k "not triton"
   lines=15 stage tests-triton 300 "${pytest[@]}" python_tests/test_metrics.py python_tests/test_ops.py \
-    python_tests/test_lmfm.py -k "triton and (argmax or segmentation_loss or min_kept or lmfm)"
+    python_tests/test_loss_op.py python_tests/test_lmfm.py \
+    -k "triton and (argmax or segmentation_loss or min_kept or norm_relu or lmfm)"
 }
 
 sanitize() { # the kernels on small shapes
@@ -56,12 +58,12 @@ sanitize() { # the kernels on small shapes
   fi
   for tool in memcheck racecheck initcheck; do # without PyTorch's cache of memory, so that every tensor has bounds
     stage "$tool" 100 env PYTORCH_NO_CUDA_MEMORY_CACHING=1 compute-sanitizer --tool "$tool" --error-exitcode 1 \
-      --target-processes all --kernel-regex kns=bcmf "$python" -m pytest -o addopts=-q python_tests/test_ops.py -m gpu \
-      -k "cuda and (bfloat16 and (test_any_layout or test_any_size) or test_ohem_at_ties or test_out_of_range_labels)" \
-      -p no:cacheprovider
+      --target-processes all --kernel-regex kns=bcmf "$python" -m pytest -o addopts=-q python_tests/test_ops.py \
+      python_tests/test_loss_op.py -m gpu -p no:cacheprovider -k "cuda and not norm_relu and \
+      (bfloat16 and (test_any_layout or test_any_size) or test_ohem_at_ties or test_out_of_range_labels)"
     stage "$tool-lmfm" 60 env PYTORCH_NO_CUDA_MEMORY_CACHING=1 compute-sanitizer --tool "$tool" --error-exitcode 1 \
-      --target-processes all --kernel-regex kns=bcmf "$python" -m pytest -o addopts=-q python_tests/test_lmfm.py -m gpu \
-      -k "cuda and bfloat16 and test_any_layout" -p no:cacheprovider
+      --target-processes all --kernel-regex kns=bcmf "$python" -m pytest -o addopts=-q python_tests/test_ops.py -m gpu \
+      -k "cuda and norm_relu and bfloat16 and test_any_layout" -p no:cacheprovider
   done
 }
 

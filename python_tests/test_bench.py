@@ -74,6 +74,7 @@ def test_pilot_plans_and_compares(
 
 
 @needs_bench
+@pytest.mark.thorough
 def test_gpu_script_as_far_as_it_goes_without_one(tmp_path: Path) -> None:
     """Protects bench/gpu.sh: its stages run, their logs and results are where it says, a failure is its exit status."""
     out = tmp_path / "out"
@@ -113,7 +114,14 @@ def test_gpu_script_as_far_as_it_goes_without_one(tmp_path: Path) -> None:
 
 
 @needs_bench
-@pytest.mark.parametrize("bench", ["kernels", "metrics", "inference", "train_step", "experiments/pilot"])
+@pytest.mark.parametrize(
+    "bench",
+    [
+        "kernels",
+        "experiments/pilot",
+        *(pytest.param(bench, marks=pytest.mark.thorough) for bench in ("metrics", "inference", "train_step")),
+    ],
+)
 def test_wrong_flags_are_sentences(bench: str, tmp_path: Path) -> None:
     """No data, no GPU: one line, status 2, and nothing written."""
     wrong = {
@@ -131,7 +139,14 @@ def test_wrong_flags_are_sentences(bench: str, tmp_path: Path) -> None:
 
 
 @needs_bench
-@pytest.mark.parametrize("held", ["[]", '{"schedule": ', '{"schedule": {"epochs": 1}, "runs": []}'])
+@pytest.mark.parametrize(
+    "held",
+    [
+        pytest.param("[]", marks=pytest.mark.thorough),
+        pytest.param('{"schedule": ', marks=pytest.mark.thorough),
+        '{"schedule": {"epochs": 1}, "runs": []}',
+    ],
+)
 def test_pilot_leaves_what_it_cannot_go_on_from(held: str, tmp_path: Path) -> None:
     """Protects hours of runs: a broken record, or one of another schedule, is a sentence, and stays as it was."""
     record = tmp_path / "pilot.json"

@@ -28,7 +28,7 @@ def configure(flags: str = "") -> Config:
 
 
 def test_defaults_are_the_specs() -> None:
-    """The table in docs/definitions.md: a changed default changes everybody's results."""
+    """The defaults of docs/definitions.md, Networks and their training: a changed one changes everybody's results."""
     expected = {
         "cityscapes": ((1024, 1024), (0.5, 2.0), 8, 484, 0.01),
         "camvid": ((360, 480), (0.5, 2.0), 16, 200, 0.05),

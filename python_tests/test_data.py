@@ -10,6 +10,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from harness import files
 from harness.pngs import COLOUR_TYPES, png
 from PIL import Image, TiffImagePlugin
 
@@ -20,7 +21,6 @@ from bcmf_ext.data.listing import find_files
 from bcmf_ext.data.pictures import read_image, read_label
 from bcmf_ext.errors import UserError
 
-SHARED_CAMVID = Path(__file__).resolve().parents[2] / "shared" / "data" / "camvid"
 SIZE = (12, 20)  # height, width of the tiny images
 
 
@@ -199,10 +199,9 @@ def test_camvid_of_32_classes_is_recognised(camvid: Path) -> None:
     sentence(lambda: train.label(0), str(path), "17 (120 px)", "32 classes")
 
 
-@pytest.mark.skipif(not SHARED_CAMVID.is_dir(), reason="the CamVid copy of the project is not here")
 def test_camvid_real_data() -> None:
     """The real copy: split sizes, picture size, and labels that hold all 11 classes and void."""
-    train, val = (open_dataset("camvid", SHARED_CAMVID, split) for split in ("train", "val"))
+    train, val = (open_dataset("camvid", files.camvid(), split) for split in ("train", "val"))
     assert (len(train), len(val)) == (367, 101)
     image, label = train.pair(0)
     assert image.shape == (360, 480, 3)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import subprocess
 from pathlib import Path
 
@@ -50,7 +49,7 @@ def test_too_little_shared_memory_is_caught(planted: Path) -> None:
     assert "a block uses more dynamic shared memory than its launch asked for" in done.stderr
 
 
-@pytest.mark.skipif("CI" not in os.environ, reason="takes minutes: CI=1 runs it")
+@pytest.mark.thorough
 def test_kernels_are_clean_under_sanitizers(tmp_path: Path) -> None:
     """Protects every kernel, in every dtype and option, from accesses out of bounds, reads of memory that nothing has
     written, undefined behaviour, and results that depend on the order of threads."""

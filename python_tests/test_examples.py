@@ -14,6 +14,7 @@ pytestmark = pytest.mark.skipif(not (ROOT / "examples").exists(), reason="exampl
 
 
 def test_readme_shows_their_lines() -> None:
+    """Protects readers of the README: its table names every example, and the lines it shows are the examples' own."""
     rows = ROW.findall((ROOT / "README.md").read_text("utf-8"))
     assert {name for _, name in rows} == {path.name for path in (ROOT / "examples").glob("*_*.py")}
     for line, name in rows:
@@ -21,5 +22,6 @@ def test_readme_shows_their_lines() -> None:
 
 
 def test_they_are_short() -> None:
+    """Protects the examples from growing: one fits on a screen or two."""
     for path in (ROOT / "examples").glob("*.py"):
         assert len(path.read_text("utf-8").splitlines()) <= 60, path.name

@@ -49,12 +49,16 @@ def run_elsewhere(path: Path, images: torch.Tensor, folder: Path) -> np.ndarray:
     return np.load(folder / "result.npy")
 
 
-@formats
-@pytest.mark.parametrize("name", NETWORKS)
+@pytest.mark.parametrize(
+    ("form", "name"),
+    [
+        pytest.param("onnx", "bcmfnet", marks=needs_onnx),
+        pytest.param("onnx", "ddrnet_s", marks=[needs_onnx, pytest.mark.thorough]),
+        pytest.param("torch-export", "bcmfnet", marks=pytest.mark.thorough),
+    ],
+)
 def test_it_runs_without_the_package(tmp_path: Path, form: str, name: str, capsys: pytest.CaptureFixture[str]) -> None:
     """Protects deployment: a process without bcmf_ext gets the Predictor's labels, for two images of an odd size."""
-    if (form, name) == ("torch-export", "ddrnet_s"):
-        pytest.skip("the other three cover it")
     folder = write_run(tmp_path / "run", name, trained(name))
     export.main(["--checkpoint", str(folder), "--format", form])
     path = folder / f"best{export.ENDINGS[form]}"

@@ -6,8 +6,8 @@ from typing import Any
 
 import pytest
 import torch
-from harness.cases import DTYPES, Backend, assert_not_less_exact, layouts, make_case
-from test_ops import every_backend
+from harness.backends import Backend, every_backend
+from harness.cases import DTYPES, assert_not_less_exact, layouts, make_case
 
 from bcmf_ext import BCL, CPG, OHEM
 
@@ -15,7 +15,7 @@ pytest.importorskip("hypothesis")  # some GPU machines have no network to get it
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-FUZZ_EXAMPLES = {"cpu": 1000, "emulated": 300, "triton": 30, "cuda": 300, "torch": 100}
+EXAMPLES = {"cpu": 1000, "emulated": 300, "triton": 30, "cuda": 300, "torch": 100}
 
 
 @st.composite
@@ -62,10 +62,13 @@ def problems(draw: st.DrawFn) -> dict[str, Any]:
 
 
 @every_backend
-def test_fuzz(backend: Backend) -> None:
+@pytest.mark.parametrize("share", [0.1, pytest.param(1, marks=pytest.mark.thorough)])
+def test_fuzz(backend: Backend, share: float) -> None:
     """Protects from what nobody thought of: any shape, layout, label and option as the definition in fp64."""
 
-    @settings(max_examples=FUZZ_EXAMPLES[backend.name], deadline=None, suppress_health_check=list(HealthCheck))
+    @settings(
+        max_examples=round(share * EXAMPLES[backend.name]), deadline=None, suppress_health_check=list(HealthCheck)
+    )
     @given(problems())
     def run(drawn: dict[str, Any]) -> None:
         z, y, weight, layout = (drawn[name] for name in ("logits", "target", "weight", "layout"))

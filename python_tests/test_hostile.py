@@ -3,7 +3,6 @@ faults that it is there to find are found."""
 
 from __future__ import annotations
 
-import os
 import re
 import subprocess
 import sys
@@ -35,8 +34,6 @@ else:
 
 @pytest.fixture(scope="module")
 def library() -> Path:
-    if "CI" not in os.environ:
-        pytest.skip("compiles for a minute and runs for another: CI=1 runs it")
     if reason := hostile.why_not():
         pytest.skip(reason)
     return hostile.build()
@@ -48,6 +45,7 @@ def run(library: Path, *command: object) -> subprocess.CompletedProcess[str]:
     return subprocess.run(command, env=environment, capture_output=True, text=True, errors="replace")
 
 
+@pytest.mark.thorough
 @pytest.mark.parametrize(
     ("fault", "count", "at", "said"),
     [
@@ -99,6 +97,7 @@ def test_what_no_sanitizer_sees_is_reported(monkeypatch: pytest.MonkeyPatch) -> 
     assert hostile.changed(draw, before, draw.memory) is None
 
 
+@pytest.mark.thorough
 def test_no_call_reads_or_writes_outside_its_tensors(library: Path) -> None:
     """Protects whoever shares memory with a loss: labels, selections and statistics that anybody refills at any time,
     and arguments of any size, give a wrong number or an error, in no time, but no access out of bounds."""

@@ -1,192 +1,44 @@
-"""What LMFM's and DAPPM's kernels promise: pool_norm_relu and add_norm_relu on every backend, and the modules."""
+"""LMFM and DAPPM: the modules, and what their ops promise beyond the suite of test_ops.py, which all ops pass."""
 
 from __future__ import annotations
 
 import copy
+import dataclasses
 import math
 import shutil
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 from typing import Any
 
 import pytest
 import torch
-import torch.nn.functional as F
 import torch.nn.utils.prune
-from harness import emulator
-from harness.cases import DTYPES, KERNELS, Backend, layouts
+from harness.backends import KERNELS, Backend, every_kernel, on
+from harness.cases.norms import NORMS, NormCase, detached
+from harness.cases.pattern import backward_of, in_layout, layouts, runs
 from torch import Tensor, nn
 
 from bcmf_ext import dispatch, ops
-from bcmf_ext.nn import DAPPM, LMFM, _kernels
-from bcmf_ext.nn._kernels import FusedNorms
+from bcmf_ext.nn import DAPPM, LMFM
 
-Maps = list[Tensor | None]
-
-
-@dataclass(frozen=True)
-class Case:
-    """An op with the maps and norms of a call.
-
-    shapes: of the maps (N, C, h, w) for a size, None for one that is missing. norms: how many channels each has.
-    """
-
-    name: str
-    shapes: Callable[[int, int], Sequence[tuple[int, int, int] | None]]
-    norms: Sequence[int]
-    joined: bool = False
-
-    def make(self, n: int, size: tuple[int, int], dtype: torch.dtype, device: str) -> tuple[Maps, list[nn.BatchNorm2d]]:
-        """Maps, and norms of which no two channels are alike."""
-        g = torch.Generator().manual_seed(0)
-        maps: Maps = [
-            None if shape is None else torch.randn(n, *shape, generator=g, dtype=torch.float64).to(device, dtype)
-            for shape in self.shapes(*size)
-        ]
-        norms = [nn.BatchNorm2d(channels, eps=0.02, momentum=0.3, dtype=torch.float64) for channels in self.norms]
-        for norm in norms:
-            for tensor in (norm.weight, norm.bias, norm.running_mean):
-                nn.init.normal_(tensor, generator=g)
-            nn.init.uniform_(norm.running_var, 0.5, 2.0, generator=g)
-        acc = torch.float64 if dtype == torch.float64 else torch.float32
-        return maps, [norm.to(device, acc) for norm in norms]
-
-    def run(self, impl: str, maps: Maps, norms: Sequence[nn.BatchNorm2d], size: tuple[int, int]) -> list[Tensor]:
-        decisive = max((map for map in maps if map is not None), key=lambda map: map.shape[2] * map.shape[3])
-        fused = FusedNorms(impl, norms, channels_last=decisive.stride(1) == 1)
-        if self.name == "pool":
-            assert maps[0] is not None
-            return fused.pool(maps[0], norms)
-        half = len(maps) // 2
-        return fused.add(maps[:half], maps[half:], size, norms, self.joined)
-
-    def define(self, maps: Maps, norms: Sequence[nn.BatchNorm2d], size: tuple[int, int]) -> list[Tensor]:
-        """By PyTorch, in the dtype of the maps."""
-        if self.name == "pool":
-            (x,) = maps
-            assert x is not None
-            pools = [F.avg_pool2d(x, k, s, p) for k, s, p in ((5, 2, 2), (9, 4, 4), (17, 8, 8))]
-            pools.append(F.adaptive_avg_pool2d(x, 1))
-            return [F.relu(norm(z)) for norm, z in zip(norms, pools, strict=True)]
-        half = len(maps) // 2
-        sums = []
-        for low, map in zip(maps[:half], maps[half:], strict=True):
-            up = None if low is None else F.interpolate(low, size=size, mode="bilinear", align_corners=False)
-            sums.append(up if map is None else map if up is None else up + map)
-        if self.joined:
-            parts = torch.cat(sums, 1).split([norm.num_features for norm in norms], 1)
-            return [torch.cat([F.relu(norm(part)) for norm, part in zip(norms, parts, strict=True)], 1)]
-        return [F.relu(norm(z)) for norm, z in zip(norms, sums, strict=True)]
-
-
-def quarter(h: int, w: int) -> tuple[int, int]:
-    return (h + 3) // 4, (w + 3) // 4
-
-
-CASES = (
-    Case("pool", lambda h, w: [(5, h, w)], (5, 5, 5, 5)),
-    Case("level", lambda h, w: [(3, *quarter(h, w)), (17, 1, 1), (3, h, w), (17, h, w)], (3, 17)),
-    Case("first level", lambda h, w: [(3, h + 2, (w + 1) // 2), (2, *quarter(h, w)), None, None], (3, 2)),
-    Case("alone", lambda h, w: [None, (3, h, w)], (3,)),
-    # A norm may span several branches.
-    Case(
-        "joined", lambda h, w: [None, None, (2, 1, w), None, (2, h, w), (3, h, w), None, (17, h, w)], (5, 2, 17), True
-    ),
-)
-POOL, LEVEL, _, _, JOINED = CASES
-SIZES = ((1, 1), (1, 5), (6, 8), (16, 17), (33, 18))
-
-
-def marked(backends: Sequence[Backend]) -> list[Any]:
-    return [pytest.param(b, marks=pytest.mark.gpu if b.device == "cuda" else (), id=b.name) for b in backends]
-
-
-every_kernel = pytest.mark.parametrize("backend", marked(KERNELS), indirect=True)
-every_case = pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
-every_dtype = pytest.mark.parametrize("dtype", DTYPES, ids=str)
+TRAINING = tuple(case for case in NORMS if case.training)
+POOL, LEVEL = (case for case in TRAINING if case.name in ("pool_norm_relu training", "add_norm_relu level training"))
+CPU, GPU = KERNELS[:1], tuple(backend for backend in KERNELS if backend.device == "cuda")
 both_modes = pytest.mark.parametrize("training", [True, False], ids=["training", "eval"])
-
-
-def results(
-    call: Callable[..., list[Tensor]],
-    maps: Maps,
-    norms: Sequence[nn.BatchNorm2d],
-    size: tuple[int, int],
-    upstream_dtype: torch.dtype = torch.float64,
-) -> list[Tensor]:
-    """Outputs, gradients of maps, weights and biases, and running statistics. upstream_dtype: what the gradients of
-    outputs are rounded to."""
-    norms = [copy.deepcopy(norm) for norm in norms]
-    maps = [None if map is None else map.detach().requires_grad_() for map in maps]
-    outputs = call(maps, norms, size)
-    g = torch.Generator().manual_seed(1)
-    drawn = [torch.randn(out.shape, generator=g, dtype=torch.float64).to(upstream_dtype) for out in outputs]
-    upstream = [grad.to(out.device, out.dtype) for grad, out in zip(drawn, outputs, strict=True)]
-    leaves = [map for map in maps if map is not None]
-    parameters = [p for norm in norms for p in (norm.weight, norm.bias)]
-    grads = torch.autograd.grad(outputs, [*leaves, *parameters], upstream)
-    buffers = [b for norm in norms for b in (norm.running_mean, norm.running_var)]
-    return [*(out.detach() for out in outputs), *grads, *buffers]
-
-
-def assert_not_less_exact(
-    case: Case,
-    backend: Backend,
-    maps: Maps,
-    norms: Sequence[nn.BatchNorm2d],
-    size: tuple[int, int],
-    views: Maps | None = None,
-) -> None:
-    """Our errors are at most twice those of PyTorch in the same dtype, plus a few roundings; both against fp64. views:
-    the same maps in another layout."""
-    wide = [None if map is None else map.double() for map in maps]
-    dtype = next(map.dtype for map in maps if map is not None)
-    truth = results(case.define, wide, [copy.deepcopy(norm).double() for norm in norms], size, dtype)
-    eager = results(case.define, maps, norms, size)
-    views = maps if views is None else views
-    acc = torch.float64 if dtype == torch.float64 else torch.float32
-    sums = 8 * torch.finfo(acc).eps * math.sqrt(len(truth[0]) * size[0] * size[1])  # of terms of both signs
-    ours = results(lambda *a: case.run(backend.impl, *a), views, norms, size)
-    assert len(ours) == len(truth)
-    for mine, theirs, true in zip(ours, eager, truth, strict=True):
-        assert (mine.dtype, mine.shape, mine.device) == (theirs.dtype, theirs.shape, theirs.device)
-        # In fp64 eager is the truth itself, and the order of sums is all that differs.
-        roundings = 8 if mine.dim() == 1 else 2  # sums over all pixels, whose partial sums are as large as they are
-        eps = 1e-11 if mine.dtype == torch.float64 else roundings * torch.finfo(mine.dtype).eps
-        allowed = 2 * (theirs - true).abs().max() + eps * (1 + true.abs().max()) + sums
-        assert (mine - true).abs().max() <= allowed
 
 
 # --------------------------------------------------------------------------------------------------------------------
 # Values and gradients
 
 
-@every_kernel
-@every_case
-@every_dtype
-@both_modes
-@pytest.mark.parametrize("size", SIZES, ids=str)
-def test_not_less_exact_than_eager(
-    backend: Backend, case: Case, dtype: torch.dtype, training: bool, size: tuple[int, int]
-) -> None:
-    """Protects outputs, gradients and running statistics, from one pixel to maps that no block of threads covers."""
-    if backend.interpreted and (dtype != torch.float32 or size == SIZES[-1]):
-        pytest.skip("interpreted: in fp32 only, and no map of many blocks")
-    maps, norms = case.make(3, size, dtype, backend.device)
-    assert_not_less_exact(case, backend, maps, [norm.train(training) for norm in norms], size)
-
-
-@every_kernel
-@every_case
-def test_a_small_variance_around_a_large_mean(backend: Backend, case: Case) -> None:
+@runs(TRAINING, KERNELS)
+def test_a_small_variance_around_a_large_mean(backend: Backend, case: NormCase) -> None:
     """Protects the variance from cancellation: the mean square less the squared mean would be all wrong here."""
-    maps, norms = case.make(3, (6, 8), torch.float32, backend.device)
-    maps = [None if map is None else 100 + 0.01 * map for map in maps]
-    for norm in norms:
-        norm.eps = 1e-9
-    wide = [None if map is None else map.double() for map in maps]
-    truth = case.define(wide, [copy.deepcopy(norm).double() for norm in norms], (6, 8))
-    for mine, true in zip(case.run(backend.impl, maps, norms, (6, 8)), truth, strict=True):
+    inputs = case.inputs((3, 0, 6, 8), torch.float32, backend.device)
+    maps, *norms, size = case.apart(inputs)
+    maps = [None if each is None else 100 + 0.01 * each for each in maps]
+    given = (*maps, *(each for group in norms for each in group), *size)
+    wide = [each.double() if isinstance(each, Tensor) else each for each in given]
+    case = dataclasses.replace(case, eps=1e-9)
+    for mine, true in zip(case.run(backend, *given), case.define(*wide), strict=True):
         assert (mine - true).abs().max() <= 0.05 * true.abs().max()  # of the mean's own rounding
 
 
@@ -196,224 +48,40 @@ def test_a_small_variance_around_a_large_mean(backend: Backend, case: Case) -> N
 )
 def test_any_ratio(backend: Backend, low: tuple[int, int], size: tuple[int, int]) -> None:
     """Protects resampling, and its gathered gradient, by factors that the other maps of a call do not hide."""
-    case = Case("a ratio", lambda h, w: [(3, *low), None], (3,))
-    maps, norms = case.make(2, size, torch.float64, backend.device)
-    assert_not_less_exact(case, backend, maps, norms, size)
+    case = NormCase("add_norm_relu ratio", lambda h, w: [(3, *low), None], (3,))
+    case.assert_as_defined(backend, case.inputs((2, 0, *size), torch.float64, backend.device))
 
 
-@every_kernel
-@every_case
-@every_dtype
-def test_any_layout(backend: Backend, case: Case, dtype: torch.dtype) -> None:
-    """Protects strides: each layout is read where it is, NaN between entries is not, and gradients come in it."""
-    size = (6, 10)
-    maps, norms = case.make(2, size, dtype, backend.device)
-    names = ("channels_last", "slice", "transposed") if backend.interpreted else layouts(torch.zeros(1, 2, 3, 4))
-    for name in names:
-        views = [None if map is None else layouts(map)[name] for map in maps]
-        assert_not_less_exact(case, backend, maps, norms, size, views)
-        mine = results(lambda *a: case.run(backend.impl, *a), views, norms, size)
-        outputs = 4 if case.name == "pool" else 1 if case.joined else len(case.norms)
-        layout = torch.channels_last if name == "channels_last" else torch.contiguous_format
-        assert all(out.is_contiguous(memory_format=layout) for out in mine[:outputs])
-        of_views = [view for view in views if view is not None]
-        for view, grad in zip(of_views, mine[outputs:], strict=False):
-            assert grad.stride() == torch.empty_like(view).stride()
+@runs(NORMS, KERNELS)
+def test_outputs_have_the_layout_of_the_maps(backend: Backend, case: NormCase) -> None:
+    """Protects the convolutions that follow from a copy: what comes out of channels_last maps is channels_last."""
+    inputs = case.inputs((2, 0, 6, 10), torch.float32, backend.device)
+    for layout in layouts(torch.zeros(1, 1, 1, 1)):
+        expected = torch.channels_last if layout == "channels_last" else torch.contiguous_format
+        outputs = case.run(backend, *in_layout(inputs, layout))
+        assert all(output.is_contiguous(memory_format=expected) for output in outputs)
 
 
-@every_kernel
-@every_case
-@both_modes
-def test_gradcheck(backend: Backend, case: Case, training: bool) -> None:
-    """Protects the analytic gradients of maps, weights and biases in fp64."""
-    if backend.interpreted and not training and case is not LEVEL:
-        pytest.skip("interpreted: one case in eval mode")
-    size = (5, 6) if backend.impl == "cpu" else (3, 4)
-    maps, norms = case.make(2, size, torch.float64, backend.device)
-    leaves = [map.requires_grad_() for map in maps if map is not None]
-    parameters = [p for norm in norms for p in (norm.weight, norm.bias)]
-
-    def call(*tensors: Tensor) -> tuple[Tensor, ...]:
-        given = iter(tensors)
-        here = [None if map is None else next(given) for map in maps]
-        fresh = [copy.deepcopy(norm).train(training) for norm in norms]
-        for norm in fresh:
-            del norm.weight, norm.bias
-            norm.weight, norm.bias = next(given), next(given)  # not parameters: they have a history
-        return tuple(case.run(backend.impl, here, fresh, size))
-
-    assert torch.autograd.gradcheck(call, (*leaves, *parameters), fast_mode=backend.impl != "cpu")
-
-
-@every_kernel
-@every_case
-def test_nan_shows(backend: Backend, case: Case) -> None:
+@runs(NORMS, KERNELS)
+def test_nan_shows(backend: Backend, case: NormCase) -> None:
     """Protects from a ReLU that turns NaN into 0: a NaN in a map is seen behind it, in both modes."""
-    maps, norms = case.make(2, (6, 8), torch.float32, backend.device)
-    for map in maps:
-        if map is not None:
-            map[1, 0, 0, 0] = math.nan
-    for training in (True, False):
-        outputs = case.run(backend.impl, maps, [norm.train(training) for norm in norms], (6, 8))
-        assert all(out.isnan().any() for out in outputs)
-        assert all(not out[:, 1].isnan().any() for out in outputs)
-
-
-@every_kernel
-@every_case
-def test_no_image(backend: Backend, case: Case) -> None:
-    """Protects an empty batch in eval mode: empty maps, zero gradients."""
-    maps, norms = case.make(0, (6, 8), torch.float32, backend.device)
-    found = results(lambda *a: case.run(backend.impl, *a), maps, [norm.eval() for norm in norms], (6, 8))
-    assert found[0].shape[0] == 0
-    grads = found[-4 * len(norms) : -2 * len(norms)]
-    assert all(torch.equal(grad, torch.zeros_like(grad)) for grad in grads)
-
-
-@every_kernel
-@every_case
-def test_beyond_two_billion_elements_of_memory(backend: Backend, case: Case) -> None:
-    """Protects 64-bit offsets, without the memory: strides so large that a 32-bit product would wrap."""
-    if backend.device == "cuda":
-        pytest.skip("its memory is all real")
-    maps, norms = case.make(3, (6, 8), torch.float16, backend.device)
-    expected = results(lambda *a: case.run(backend.impl, *a), maps, norms, (6, 8))
-    far = 2**31 + 64
-    spread: Maps = []
-    for map in maps:
-        if map is None:
-            spread.append(None)
-            continue
-        h, w = map.shape[2:]
-        try:
-            memory = torch.empty(3 * far, dtype=map.dtype)
-        except RuntimeError:
-            pytest.skip("the system does not lend memory that is not there")
-        spread.append(memory.as_strided(map.shape, (far, h * w, w, 1)).copy_(map))
-    for ours, theirs in zip(
-        results(lambda *a: case.run(backend.impl, *a), spread, norms, (6, 8)), expected, strict=True
-    ):
-        assert torch.equal(ours, theirs)
+    inputs = case.inputs((2, 0, 6, 8), torch.float32, backend.device)
+    for each in inputs:
+        if isinstance(each, Tensor) and each.dim() == 4:
+            each[1, 0, 0, 0] = math.nan
+    outputs = case.run(backend, *inputs)
+    assert all(out.isnan().any() for out in outputs)
+    assert all(not out[:, 1].isnan().any() for out in outputs)
 
 
 # --------------------------------------------------------------------------------------------------------------------
-# Determinism
-
-
-@every_kernel
-@every_case
-@pytest.mark.parametrize("channels_last", [False, True])
-def test_bit_identical_from_run_to_run(backend: Backend, case: Case, channels_last: bool) -> None:
-    """Protects determinism: the same bits run after run and for any number of threads, which changes how many channels
-    a thread takes; PyTorch's deterministic mode, which fills new memory with NaN, changes none."""
-    size = (6, 9) if backend.interpreted else (16, 17)
-    maps, norms = case.make(3, size, torch.float32, backend.device)
-    layout = torch.channels_last if channels_last else torch.contiguous_format
-    maps = [None if map is None else map.contiguous(memory_format=layout) for map in maps]
-    threads, found = torch.get_num_threads(), []
-    try:
-        for count in (threads, 1, 3, 2):
-            torch.set_num_threads(count)
-            torch.use_deterministic_algorithms(count == 3)
-            found.append(results(lambda *a: case.run(backend.impl, *a), maps, norms, size))
-    finally:
-        torch.set_num_threads(threads)
-        torch.use_deterministic_algorithms(False)
-    for other in found[1:]:
-        assert all(torch.equal(a, b) for a, b in zip(other, found[0], strict=True))
-
-
-@pytest.mark.parametrize("backend", marked([b for b in KERNELS if b.name == "emulated"]), indirect=True)
-@every_case
-@both_modes
-@pytest.mark.parametrize("channels_last", [False, True])
-def test_bit_identical_in_any_order_of_threads(
-    backend: Backend, case: Case, training: bool, channels_last: bool
-) -> None:
-    """Protects the CUDA kernels from races: blocks and threads in forward, reversed and shuffled order."""
-    maps, norms = case.make(2, (17, 20), torch.float32, backend.device)
-    layout = torch.channels_last if channels_last else torch.contiguous_format
-    maps = [None if map is None else map.contiguous(memory_format=layout) for map in maps]
-    norms = [norm.train(training) for norm in norms]
-    found = []
-    try:
-        for order in emulator.ORDERS:
-            emulator.set_order(order)
-            found.append(results(lambda *a: case.run(backend.impl, *a), maps, norms, (17, 20)))
-    finally:
-        emulator.set_order("forward")
-    for other in found[1:]:
-        assert all(torch.equal(a, b) for a, b in zip(other, found[0], strict=True))
-
-
-# --------------------------------------------------------------------------------------------------------------------
-# Well-behaved ops
-
-
-def arguments_of(case: Case, maps: Maps, norms: Sequence[nn.BatchNorm2d], size: tuple[int, int], training: bool) -> Any:
-    """Of the op behind a case."""
-    parameters = _kernels.parameters(norms)
-    if case.name == "pool":
-        return (maps[0], *parameters, training, 0.1, 1e-5)
-    half = len(maps) // 2
-    channels_last = next(map for map in maps if map is not None).stride(1) == 1
-    return (maps[:half], maps[half:], *parameters, *size, channels_last, case.joined, training, 0.1, 1e-5)
-
-
-def op_of(case: Case, backend: Backend) -> Any:
-    return (ops.POOL_NORM_RELU if case.name == "pool" else ops.ADD_NORM_RELU)[backend.impl]
-
-
-def backward_of(op: Any) -> Any:
-    namespace, name = op.default.name().split("::")
-    return getattr(getattr(torch.ops, namespace), f"{name.split('.')[0]}_backward")
-
-
-@every_kernel
-@every_case
-@both_modes
-@pytest.mark.parametrize("channels_last", [False, True])
-def test_opcheck(backend: Backend, case: Case, training: bool, channels_last: bool) -> None:
-    """Protects schema (the running statistics are written, in training), fake kernels and autograd registration,
-    forward and backward."""
-    if backend.interpreted and not (channels_last and training):
-        pytest.skip("interpreted: in one mode and layout")
-    maps, norms = case.make(2, (6, 8), torch.bfloat16, backend.device)
-    layout = torch.channels_last if channels_last else torch.contiguous_format
-    maps = [None if map is None else map.contiguous(memory_format=layout).requires_grad_() for map in maps]
-    op, arguments = op_of(case, backend), arguments_of(case, maps, norms, (6, 8), training)
-    torch.library.opcheck(op, arguments)
-    *outputs, stats = op(*arguments)
-    assert not stats.requires_grad
-    given = 1 if case.name == "pool" else 2
-    detached = [detach(argument) for argument in arguments[: given + 2]]
-    options = arguments[given + 4 : -2]
-    torch.library.opcheck(backward_of(op), (detach(outputs), *detached, stats, *options))
-
-
-def detach(argument: Any) -> Any:
-    if isinstance(argument, (list, tuple)):
-        return [detach(entry) for entry in argument]
-    return None if argument is None else argument.detach()
-
-
-@every_kernel
-@every_case
-def test_no_second_derivative(backend: Backend, case: Case) -> None:
-    """Protects from a second derivative that lacks a term: there is none, and a sentence says so."""
-    maps, norms = case.make(2, (6, 8), torch.float32, backend.device)
-    leaf = next(map for map in maps if map is not None).requires_grad_()
-    outputs = case.run(backend.impl, maps, norms, (6, 8))
-    (grad,) = torch.autograd.grad(sum(out.square().sum() for out in outputs), leaf, create_graph=True)
-    with pytest.raises(NotImplementedError, match="no second derivative: use impl='torch'"):
-        grad.sum().backward()
+# Calls of the ops
 
 
 @every_kernel
 def test_direct_calls_are_safe(backend: Backend) -> None:
     """Protects memory: a call of torch.ops.bcmf with tensors that do not fit is an error, not a wild read."""
-    maps, norms = LEVEL.make(2, (6, 8), torch.float32, backend.device)
-    op, good = op_of(LEVEL, backend), arguments_of(LEVEL, maps, norms, (6, 8), True)
+    op, good = LEVEL.call_of(backend, *LEVEL.inputs((2, 0, 6, 8), torch.float32, backend.device))
     resampled, added, weights, biases, means, variances, height, *options = good
 
     def call(**changed: Any) -> None:
@@ -440,18 +108,17 @@ def test_direct_calls_are_safe(backend: Backend) -> None:
             call(**wrong)
     *outputs, stats = op(*good)
     backward = backward_of(op)
-    detached = detach([resampled, added, weights, biases])
+    kept = detached([resampled, added, weights, biases])
     with pytest.raises((ValueError, TypeError), match="stats as the forward returned them"):
-        backward(detach(outputs), *detached, stats[:1], height, *options[:-2])
+        backward(detached(outputs), *kept, stats[:1], height, *options[:-2])
     with pytest.raises((ValueError, TypeError)):
-        backward(detach(outputs)[:1], *detached, stats, height, *options[:-2])
-    pool, x = op_of(POOL, backend), torch.zeros(2, 5, 6, 8, device=backend.device)
-    parameters = _kernels.parameters(POOL.make(2, (6, 8), torch.float32, backend.device)[1])
+        backward(detached(outputs)[:1], *kept, stats, height, *options[:-2])
+    pool, (x, *parameters) = POOL.call_of(backend, *POOL.inputs((2, 0, 6, 8), torch.float32, backend.device))
     for map in (x[0], x[..., :0], x.long()):
         with pytest.raises((ValueError, TypeError)):
-            pool(map, *parameters, True, 0.1, 1e-5)
+            pool(map, *parameters)
     with pytest.raises((ValueError, TypeError)):
-        pool(x[:, :4], *parameters, True, 0.1, 1e-5)
+        pool(x[:, :4], *parameters)
 
 
 # --------------------------------------------------------------------------------------------------------------------
@@ -504,8 +171,6 @@ def test_module_equals_pytorch(
 ) -> None:
     """Protects the wiring: each module by kernels is the module by PyTorch, in outputs, gradients, running statistics
     and the number of batches, on maps down to one pixel."""
-    if backend.interpreted and size != (2, 2) and (channels_last or size != (6, 8)):
-        pytest.skip("interpreted: two sizes, one of them in both layouts")
     layout = torch.channels_last if channels_last else torch.contiguous_format
     ours = small(module, backend).to(memory_format=layout).train(training)
     g = torch.Generator().manual_seed(1)
@@ -542,7 +207,7 @@ def test_autocast(backend: Backend, module: type[LMFM]) -> None:
         assert (out - truth).abs().mean() <= 1.5 * (eager - truth).abs().mean()
 
 
-@pytest.mark.parametrize("backend", marked(KERNELS[:1]), indirect=True)
+@on(CPU)
 @modules
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
 def test_a_module_in_half_precision(backend: Backend, module: type[LMFM], dtype: torch.dtype) -> None:
@@ -585,7 +250,7 @@ CHANGES = (
 )  # fmt: skip
 
 
-@pytest.mark.parametrize("backend", marked(KERNELS[:1]), indirect=True)
+@on(CPU)
 @modules
 @pytest.mark.parametrize("change", CHANGES)
 def test_a_changed_module_does_what_it_says(backend: Backend, module: type[LMFM], change: str) -> None:
@@ -615,7 +280,7 @@ def test_a_changed_convolution_still_runs_by_kernels(module: type[LMFM]) -> None
     torch.testing.assert_close(ours(x), with_impl(ours, "torch")(x))
 
 
-@pytest.mark.parametrize("backend", marked(KERNELS[:1]), indirect=True)
+@on(CPU)
 @modules
 @pytest.mark.parametrize("change", ["SyncBatchNorm", "frozen", "no momentum", "not affine", "no statistics", "eps"])
 def test_other_norms_take_pytorch(
@@ -669,8 +334,6 @@ def test_a_map_of_another_shape(module: type[LMFM]) -> None:
 @both_modes
 def test_compile_fullgraph(backend: Backend, module: type[LMFM], training: bool) -> None:
     """Protects torch.compile(fullgraph=True): same values, gradients and running statistics, no graph break."""
-    if backend.interpreted and (module is DAPPM or not training):
-        pytest.skip("interpreted: LMFM in training only")
     ours = small(module, backend).train(training)
     x = torch.randn(2, 6, 6, 8, dtype=torch.float64, generator=torch.Generator().manual_seed(1)).to(backend.device)
     torch.compiler.reset()
@@ -681,8 +344,8 @@ def test_compile_fullgraph(backend: Backend, module: type[LMFM], training: bool)
 @every_kernel
 def test_compile_with_inductor(backend: Backend) -> None:
     """Protects torch.compile as users call it, whose code gives running statistics back, too."""
-    if backend.interpreted or (backend.device == "cpu" and shutil.which("c++") is None):
-        pytest.skip("interpreted, or no C++ compiler for inductor")
+    if backend.device == "cpu" and shutil.which("c++") is None:
+        pytest.skip("no C++ compiler for inductor")
     ours = small(LMFM, backend, torch.float32).to(memory_format=torch.channels_last).train()
     x = torch.randn(2, 6, 6, 8, generator=torch.Generator().manual_seed(1)).to(backend.device)
     x = x.contiguous(memory_format=torch.channels_last)
@@ -691,7 +354,7 @@ def test_compile_with_inductor(backend: Backend) -> None:
     assert_same_step(compiled, ours, x, rtol=1e-4, atol=1e-5)
 
 
-@pytest.mark.parametrize("backend", marked(KERNELS[:1]), indirect=True)
+@on(CPU)
 @modules
 @pytest.mark.parametrize("strict", [True, False])
 def test_export(backend: Backend, module: type[LMFM], strict: bool) -> None:
@@ -709,32 +372,8 @@ def test_export(backend: Backend, module: type[LMFM], strict: bool) -> None:
 # --------------------------------------------------------------------------------------------------------------------
 # What only a GPU can show
 
-gpu_kernels = pytest.mark.parametrize("backend", marked([b for b in KERNELS if b.device == "cuda"]), indirect=True)
 
-
-@pytest.mark.gpu
-@gpu_kernels
-@every_case
-@both_modes
-def test_side_stream(backend: Backend, case: Case, training: bool) -> None:
-    """Protects streams: kernels go to the current one. The maps are written late, by that stream alone."""
-    maps, norms = case.make(8, (16, 16), torch.float32, "cuda")
-    norms = [norm.train(training) for norm in norms]
-    expected = results(lambda *a: case.run(backend.impl, *a), maps, norms, (16, 16))
-    late = [None if map is None else torch.zeros_like(map) for map in maps]
-    torch.cuda.synchronize()
-    with torch.cuda.stream(torch.cuda.Stream()):
-        torch.cuda._sleep(50_000_000)
-        for map, source in zip(late, maps, strict=True):
-            if map is not None:
-                map.copy_(source)
-        found = results(lambda *a: case.run(backend.impl, *a), late, norms, (16, 16))
-    torch.cuda.synchronize()
-    assert all(torch.equal(a, b) for a, b in zip(found, expected, strict=True))
-
-
-@pytest.mark.gpu
-@gpu_kernels
+@on(GPU)
 @modules
 @both_modes
 def test_graph_replay_with_other_values(backend: Backend, module: type[LMFM], training: bool) -> None:
@@ -765,8 +404,7 @@ def test_graph_replay_with_other_values(backend: Backend, module: type[LMFM], tr
         torch.testing.assert_close(a, b)
 
 
-@pytest.mark.gpu
-@gpu_kernels
+@on(GPU)
 @both_modes
 def test_few_launches(backend: Backend, training: bool) -> None:
     """Protects what the kernels are for: at most six that are not convolutions' in LMFM's forward."""

@@ -11,9 +11,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from harness.cases import Backend
+from harness.backends import Backend, every_kernel
 from PIL import Image
-from test_ops import every_kernel
 from torch import Tensor
 
 from bcmf_ext import dispatch, ops, reference

@@ -4,20 +4,19 @@ from __future__ import annotations
 
 import contextlib
 import copy
-from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
+from harness.files import DDRNET_KEYS
 from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
 from bcmf_ext.models import NETWORKS, DDRNet, bcmfnet, ddrnet_s
 
 MODELS = pytest.mark.parametrize("build", [ddrnet_s, bcmfnet])
-KEYS = Path(__file__).resolve().parents[2] / "shared" / "data" / "ddrnet23s_keys.txt"
 
 
 @pytest.fixture(scope="module")
@@ -44,7 +43,8 @@ def images(*size: int) -> Tensor:
     ],
 )
 def test_parameters(build: Any, aux_head: bool, parameters: int) -> None:
-    """The networks have exactly the published number of parameters at 19 classes (docs/definitions.md)."""
+    """The networks have exactly the published number of parameters at 19 classes (docs/definitions.md, Networks and
+    their training)."""
     with torch.device("meta"):
         model = build(aux_head=aux_head)
     assert sum(p.numel() for p in model.parameters()) == parameters
@@ -61,11 +61,10 @@ def test_gmacs(build: Any, gmacs: float) -> None:
     assert counter.get_total_flops() / 2e9 == pytest.approx(gmacs, abs=5e-4)
 
 
-@pytest.mark.skipif(not KEYS.exists(), reason=f"the list of public keys, {KEYS.name}, is not here")
 def test_keys_of_the_public_checkpoints() -> None:
     """Names, shapes and order of the state dict are those of the public DDRNet-23-slim."""
     own = [f"{name} {tuple(tensor.shape)}" for name, tensor in ddrnet_s().state_dict().items()]
-    assert own == KEYS.read_text().splitlines()
+    assert own == DDRNET_KEYS.read_text().splitlines()
 
 
 def test_bcmfnet_differs_from_ddrnet_in_the_context_module_alone() -> None:

@@ -76,7 +76,7 @@ def test_wiring(module: type[nn.Module], definition, size: tuple[int, int]) -> N
 
 @pytest.mark.parametrize(("module", "parameters"), [(DAPPM, 1_073_408), (LMFM, 990_208)])
 def test_parameters(module: type[nn.Module], parameters: int) -> None:
-    """The defaults have the published size (docs/definitions.md)."""
+    """The defaults have the published size (docs/definitions.md, Context modules)."""
     assert sum(p.numel() for p in module().parameters()) == parameters
 
 

@@ -20,12 +20,12 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from harness.files import DDRNET_KEYS
 from torch import Tensor, nn
 
 from bcmf_ext.errors import UserError
 from bcmf_ext.models import DDRNet, bcmfnet, ddrnet_s, load_pretrained
 
-KEYS = Path(__file__).resolve().parents[2] / "shared" / "data" / "ddrnet23s_keys.txt"
 State = dict[str, Tensor]
 
 
@@ -41,9 +41,7 @@ def drawn(shapes: dict[str, tuple[int, ...]]) -> State:
 @pytest.fixture(scope="module")
 def cityscapes() -> State:
     """The public Cityscapes checkpoint as its list of keys describes it, 346 tensors with the auxiliary head."""
-    if not KEYS.exists():
-        pytest.skip(f"the list of public keys, {KEYS.name}, is not here")
-    lines = (line.split(" ", 1) for line in KEYS.read_text().splitlines())
+    lines = (line.split(" ", 1) for line in DDRNET_KEYS.read_text().splitlines())
     return drawn({name: tuple(map(int, re.findall(r"\d+", shape))) for name, shape in lines})
 
 

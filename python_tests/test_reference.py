@@ -371,7 +371,7 @@ def test_resampling_is_interpolate(loss, size: tuple[int, int], align_corners: b
 
 
 def weights_of_axis(given: int, length: int, align_corners: bool) -> Tensor:
-    """(length, given): how much of each entry an entry of the resampled axis is, by the rules of docs/definitions.md,
+    """(length, given): how much of each entry an entry of the resampled axis is, by docs/definitions.md,
     Resampling."""
     weights = torch.zeros(length, given, dtype=torch.float64)
     for i in range(length):

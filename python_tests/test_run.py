@@ -266,7 +266,8 @@ def test_stopped_at_any_moment() -> None:
     they end as one that was never stopped, bit for bit. (`kills.py` does as many as asked for.)"""
     kills = [sys.executable, "-m", "harness.kills"]
     kills += ["--kills", "5", "--terminations", "3", "--interrupts", "2", "--seed", str(time.time_ns())]
-    environment, here = {**os.environ, "OMP_NUM_THREADS": "1"}, Path(__file__).parent
+    here = Path(__file__).parent
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(here.parent)}  # not another one, installed
     done = subprocess.run(kills, capture_output=True, text=True, env=environment, cwd=here)
     assert done.returncode == 0, done.stderr
     assert done.stdout.count("all equal to one that was not stopped") == 3

@@ -474,7 +474,9 @@ def test_ctrl_c_in_training(
     assert_same_run(run, tmp_path / "all runs" / "whole")
 
 
-@pytest.mark.parametrize(("number", "status"), [(signal.SIGTERM, 143), (signal.SIGHUP, 129)])
+@pytest.mark.parametrize(
+    ("number", "status"), [(signal.SIGTERM, 143), pytest.param(signal.SIGHUP, 129, marks=pytest.mark.thorough)]
+)
 def test_other_signals_save_too(
     number: int, status: int, flags: list[str], run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -520,6 +522,7 @@ def test_closed_output_loses_nothing(flags: list[str], run: Path) -> None:
     assert load(run / "last.pt")["epoch"] == len(log(run)) == 4
 
 
+@pytest.mark.thorough
 def test_no_output_at_all(flags: list[str], run: Path) -> None:
     """Started with stdout and stderr closed (`>&- 2>&-`) a run does as any other, and no file of it takes their place,
     which libraries write to."""
@@ -529,7 +532,7 @@ def test_no_output_at_all(flags: list[str], run: Path) -> None:
     assert re.fullmatch(r"process \d+ on \S+\n", (run / ".lock").read_text())
 
 
-@pytest.mark.parametrize("epoch", [1, 2])
+@pytest.mark.parametrize("epoch", [1, pytest.param(2, marks=pytest.mark.thorough)])
 def test_a_killed_loading_process(epoch: int, flags: list[str], run: Path, tmp_path: Path) -> None:
     """The system kills it when memory is short: a sentence, and a run that goes on where it was, with fewer."""
     process = in_background([*flags, "--epochs", "300", "--workers", "2"])

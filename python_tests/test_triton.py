@@ -8,9 +8,9 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from harness.backends import KERNELS
+from harness.cases import LOSSES as CASES
 from harness.cases import (
-    CASES,
-    KERNELS,
     Case,
     assert_not_less_exact,
     make_case,
@@ -71,6 +71,7 @@ def test_no_races(case: Case, small_tiles: None) -> None:
     assert not races.found
 
 
+@pytest.mark.thorough
 def test_a_missing_barrier_is_found(small_tiles: None) -> None:
     """Protects the test before: without any one of the barriers of CPG's kernel there are races."""
     case = make_case("segmentation_loss", cpg=CPG(), logits=quarter)

@@ -1,42 +1,56 @@
-"""What the suite of test_ops.py runs: every loss with the options that take other paths through its kernels, and every
-backend. A new op adds its cases here, one line each."""
+"""The losses' cases: each public function with the options that take other paths through the kernels of bcmf::loss."""
 
 from __future__ import annotations
 
 import itertools
 import math
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, ClassVar
 from unittest import mock
 
-import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 import bcmf_ext
-from bcmf_ext import BCL, CPG, OHEM, dispatch, ops, reference
-from harness import emulator
+from bcmf_ext import BCL, CPG, OHEM, ops, reference
+from harness.backends import BACKENDS, Backend
+from harness.cases.pattern import Case, Inputs, backward_of
 
-DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
-SHAPES = ((1, 2, 1, 1), (1, 3, 1, 37), (2, 19, 13, 17), (1, 171, 8, 9), (3, 5, 64, 33), (2, 4, 18, 72))
+
+def same(h: int, w: int) -> tuple[int, int]:
+    return h, w
+
+
+def quarter(h: int, w: int) -> tuple[int, int]:
+    return (h + 3) // 4, (w + 3) // 4
 
 
 @dataclass(frozen=True)
-class Case:
-    """A loss: the public function, its definition in the reference, and options.
+class LossCase(Case):
+    """A loss: the public function, its definition in the reference, and options. Its inputs are logits (N, C, h, w),
+    labels (N, H, W) and class weights (C,).
 
-    weighted: with class weights. logits: their size for labels (H, W).
+    weighted: whether it takes the class weights. logits: the size of the logits for labels (H, W).
     """
 
-    name: str
-    function: Callable[..., Any]
-    definition: Callable[..., Any]
+    function: Callable[..., Any] = bcmf_ext.segmentation_loss
+    definition: Callable[..., Any] = reference.segmentation_loss
     options: Mapping[str, Any] = field(default_factory=dict)
     weighted: bool = False
-    logits: Callable[[int, int], tuple[int, int]] = lambda h, w: (h, w)
+    logits: Callable[[int, int], tuple[int, int]] = same
+
+    backends: ClassVar[Sequence[Backend]] = BACKENDS
+    shapes: ClassVar[Sequence[tuple[int, ...]]] = (
+        (1, 2, 1, 1),
+        (1, 3, 1, 37),
+        (2, 19, 13, 17),
+        (1, 171, 8, 9),
+        (3, 5, 64, 33),
+        (2, 4, 18, 72),
+    )
 
     def __call__(self, z: Tensor, y: Tensor, w: Tensor, impl: str, **more: Any) -> Tensor:
         weight = {"weight": w} if self.weighted else {}
@@ -54,23 +68,48 @@ class Case:
             return BCL(1.0, **{k: v for k, v in self.options.items() if k != "align_corners"})
         return self.options.get("bcl")
 
+    @property
+    def smallest(self) -> tuple[int, ...]:  # a quarter of each side has two logits
+        return (1, 3, 3, 4) if self.logits is same else (1, 3, 5, 8)
+
+    def inputs(self, shape: tuple[int, ...], dtype: torch.dtype = torch.float32, device: str = "cpu") -> Inputs:
+        return problem(shape, dtype, device, logits=self.logits)
+
+    def run(self, backend: Backend, *inputs: Any) -> tuple[Tensor, ...]:
+        return (self(*inputs, backend.impl),)
+
+    def call_of(self, backend: Backend, *inputs: Any) -> tuple[Any, tuple[Any, ...]]:
+        recorder = record(self, backend, *inputs)
+        return recorder.op, recorder.arguments
+
+    def backward_call_of(self, backend: Backend, *inputs: Any) -> tuple[Any, tuple[Any, ...]]:
+        recorder = record(self, backend, *inputs)
+        total, _, *kept = (result.detach() for result in recorder.results)
+        z, y, w, *options = recorder.arguments
+        return backward_of(recorder.op), (torch.ones_like(total), z.detach(), y, w, *kept, *options)
+
+    def differentiable(self, inputs: Inputs) -> list[int]:
+        return [0]
+
+    def assert_as_defined(self, backend: Backend, inputs: Inputs, views: Inputs | None = None) -> Sequence[Tensor]:
+        """The tolerance rule: see `assert_not_less_exact`."""
+        z, _, w = inputs
+        view, y, _ = views or inputs
+        return [assert_not_less_exact(self, backend, z, y, w, view)]
+
 
 def total_of(loss: Any) -> Tensor:
     return loss.total if isinstance(loss, tuple) else loss
 
 
-def make_case(name: str, **options: Any) -> Case:
+def make_case(name: str, **options: Any) -> LossCase:
     """The case of a public function, which has the same name in the reference."""
     function, *_ = name.split()
-    weighted, logits = "weighted" in name, options.pop("logits", Case.logits)
-    return Case(name, getattr(bcmf_ext, function), getattr(reference, function), options, weighted, logits)
+    weighted, logits = "weighted" in name, options.pop("logits", same)
+    return LossCase(name, getattr(bcmf_ext, function), getattr(reference, function), options, weighted, logits)
 
 
-def quarter(h: int, w: int) -> tuple[int, int]:
-    return (h + 3) // 4, (w + 3) // 4
-
-
-CASES = (
+LOSSES = (
     make_case("cross_entropy"),
     make_case("cross_entropy weighted"),
     make_case("cross_entropy OHEM by threshold", ohem=OHEM(0.2, 3)),
@@ -94,21 +133,6 @@ CASES = (
     ),
     make_case("segmentation_loss low-resolution", bcl=BCL(0.7, (1, 2)), cpg=CPG(0.6, 5), logits=quarter),
 )
-# Between them these run every kernel but the gathering of gradients for nearly as many logits as labels (which SIZES
-# has): what an interpreted backend, where an operation takes 50 µs, is tested with where values are tested by all.
-MIXES = tuple(
-    case
-    for case in CASES
-    if case.name
-    in (
-        "cross_entropy weighted OHEM by min_kept",
-        "segmentation_loss weighted",
-        "segmentation_loss flipped low-resolution",
-    )
-)
-SLOWEST = MIXES[-1]  # by far, in an interpreter
-WIDE = make_case("segmentation_loss wide", bcl=BCL(0.7), cpg=CPG(0.6))
-WIDE_OHEM = make_case("cross_entropy weighted wide", ohem=OHEM(0.01, 6_000))
 SIZES = (  # of logits and labels: every ratio, up and down, and single pixels
     ((12, 17), (12, 17)),
     ((12, 17), (24, 34)),
@@ -126,54 +150,12 @@ SIZES = (  # of logits and labels: every ratio, up and down, and single pixels
 )
 
 
-@dataclass(frozen=True)
-class Backend:
-    """impl: as a user asks for it. raises: out-of-range labels are a ValueError, otherwise NaN."""
-
-    name: str
-    impl: str
-    device: str
-    raises: bool = False
-
-    @property
-    def interpreted(self) -> bool:
-        """Whether it is tested with MIXES only, where that is enough."""
-        return self.impl == "triton" and self.device == "cpu"
-
-    def why_not(self) -> str | None:
-        """Why it cannot run here; None if it can."""
-        if self.device == "cuda" and not torch.cuda.is_available():
-            return "no CUDA device"
-        if self.name == "emulated":
-            return emulator.why_not()
-        return dispatch.why_not(self.impl, self.device)
-
-    def load(self, monkeypatch: pytest.MonkeyPatch) -> None:
-        if self.name == "emulated":
-            emulator.load()
-            monkeypatch.setitem(ops.LOSS, "cuda", emulator.LOSS)
-            for name in ("UPSAMPLE_ARGMAX", "POOL_NORM_RELU", "ADD_NORM_RELU"):
-                monkeypatch.setitem(getattr(ops, name), "cuda", getattr(emulator, name))
-            monkeypatch.setitem(dispatch.ORDER, "cpu", ("cuda", "torch"))
-            monkeypatch.setattr(dispatch, "_NO_CUDA", None)
-
-
-TRITON_DEVICE = "cpu" if dispatch.INTERPRETED else "cuda"
-KERNELS = (
-    Backend("cpu", "cpu", "cpu", raises=True),
-    Backend("emulated", "cuda", "cpu"),  # the CUDA kernels, on the CPU
-    Backend("triton", "triton", TRITON_DEVICE),
-    Backend("cuda", "cuda", "cuda"),
-)
-BACKENDS = (*KERNELS, Backend("torch", "torch", "cpu", raises=True))
-
-
 def problem(
     shape: tuple[int, ...],
     dtype: torch.dtype = torch.float32,
     device: str = "cpu",
     ignore_index: int = 255,
-    logits: Callable[[int, int], tuple[int, int]] = Case.logits,
+    logits: Callable[[int, int], tuple[int, int]] = same,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Logits and labels for labels of this shape (N, C, H, W), a tenth of which is ignored, and class weights."""
     n, c, h, w = shape
@@ -191,28 +173,13 @@ def value_and_grad(loss: Callable[[Tensor], Tensor], z: Tensor, upstream: float 
     return value.detach(), grad
 
 
-def layouts(z: Tensor) -> dict[str, Tensor]:
-    """The same logits as NCHW, channels_last, a strided slice, a view with an offset, and transposed storage."""
-    n, c, h, w = z.shape
-    big = z.new_full((n, c + 3, h + 2, 2 * w + 1), math.nan)
-    big[:, 2:-1, 1:-1, 1::2] = z
-    aligned = z.new_full((n, c, h, w // 8 * 8 + 8), math.nan)
-    aligned[..., :w] = z
-    return {
-        "nchw": z,
-        "channels_last": z.contiguous(memory_format=torch.channels_last),
-        "slice": big[:, 2:-1, 1:-1, 1::2],
-        "rows cut": big[:, 2:-1, 1:-1, 1::2].contiguous()[..., :w],
-        "cut from aligned rows": aligned[..., :w],
-        "transposed": z.transpose(2, 3).contiguous().transpose(2, 3),
-    }
-
-
 def assert_not_less_exact(
-    case: Case, backend: Backend, z: Tensor, y: Tensor, w: Tensor, view: Tensor | None = None, **options: Any
-) -> None:
+    case: LossCase, backend: Backend, z: Tensor, y: Tensor, w: Tensor, view: Tensor | None = None, **options: Any
+) -> Tensor:
     """The tolerance rule: our error is at most that of the eager definition in the same dtype, plus a few roundings of
-    the dtype the result has; both against the definition in fp64. view: the same logits in another layout."""
+    the dtype the result has; both against the definition in fp64. view: the same logits in another layout.
+
+    Returns our gradient."""
     view = z if view is None else view
     with same_selection(case, backend, view, y, w, options):
         truth, truth_grad = value_and_grad(lambda z: case.define(z, y, w, **options), z.double(), 3.0)
@@ -240,6 +207,7 @@ def assert_not_less_exact(
         grad_slack = grad_eps * truth_grad.abs().max() + torch.finfo(z.dtype).smallest_normal
         grad_slack += (4 * torch.finfo(acc).eps + shift) * scale
         assert (grad - truth_grad).abs().max() <= (eager_grad - truth_grad).abs().max() + grad_slack
+    return grad
 
 
 def magnitude(loss: Callable[[Tensor], Tensor], z: Tensor, pixels: int, upstream: float) -> float:
@@ -274,7 +242,7 @@ class Recorder:
         return self.results
 
 
-def record(case: Case, backend: Backend, z: Tensor, y: Tensor, w: Tensor, **options: Any) -> Recorder:
+def record(case: LossCase, backend: Backend, z: Tensor, y: Tensor, w: Tensor, **options: Any) -> Recorder:
     """The op behind a public call, with its arguments and results."""
     recorder = Recorder(ops.LOSS[backend.impl])
     with mock.patch.dict(ops.LOSS, {backend.impl: recorder}):
@@ -284,7 +252,7 @@ def record(case: Case, backend: Backend, z: Tensor, y: Tensor, w: Tensor, **opti
 
 @contextmanager
 def same_selection(
-    case: Case, backend: Backend, z: Tensor, y: Tensor, w: Tensor, options: Mapping[str, Any]
+    case: LossCase, backend: Backend, z: Tensor, y: Tensor, w: Tensor, options: Mapping[str, Any]
 ) -> Iterator[None]:
     """Lets the definition take the backend's S, after it was compared with its own."""
     if case.bcl is None or backend.impl == "torch":
@@ -313,7 +281,8 @@ def same_selection(
 
 def ambiguous(q: Tensor, valid3: Tensor, bcl: BCL) -> Tensor:
     """Pixels whose score is within 1e-4, relative, of the threshold or of the largest of their neighbourhood: rounding
-    may move them in or out of S (spec section 3); near 0 it is absolute, of Σ exp at 1. bool (N, H, W)."""
+    may move them in or out of S (docs/definitions.md, Boundary Corrected Loss); near 0 it is absolute, of Σ exp at 1.
+    bool (N, H, W)."""
     if q.numel() == 0:
         return valid3
     q = torch.where(valid3, q, 0.0)

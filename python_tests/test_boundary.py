@@ -55,7 +55,7 @@ def updated(metric: Counts, prediction: Tensor, target: Tensor) -> Counts:
 
 
 # --------------------------------------------------------------------------------------------------------------------
-# The definitions (docs/definitions.md, "Metrics"), mask by mask
+# The definitions (docs/definitions.md, Metrics), mask by mask
 
 
 def neighbours(mask: np.ndarray, reach: int, square: bool) -> np.ndarray:
@@ -174,8 +174,8 @@ def test_match_within_equals_pytorch(shape: tuple[int, int, int]) -> None:
         torch.set_num_threads(threads)
 
 
-def test_as_ops() -> None:
-    """Protects schemas and fake kernels, layouts, and memory: a call with maps that do not fit is an error."""
+def test_direct_calls_are_memory_safe() -> None:
+    """Protects torch.ops from maps that do not fit each other, and from numbers out of range: an error says so."""
     if dispatch.why_not("cpu", "cpu"):
         pytest.skip(str(dispatch.why_not("cpu", "cpu")))
     a, b = torch.randint(4, (2, 2, 9, 11), dtype=torch.uint8)
@@ -186,9 +186,6 @@ def test_as_ops() -> None:
         (bcmf.count_pairs, (2, 3)),
     )
     for op, options in calls:
-        torch.library.opcheck(op, (a, b, *options))
-        turned, plain = (op(*(map.mT if turn else map.mT.contiguous() for map in (a, b)), *options) for turn in (1, 0))
-        torch.testing.assert_close(turned, plain, rtol=0, atol=0)
         with pytest.raises(ValueError, match="have the same shape"):
             op(a, b[:1], *options)
         with pytest.raises((TypeError, RuntimeError)):

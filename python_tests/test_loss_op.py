@@ -1,0 +1,391 @@
+"""bcmf::loss on every backend: what it promises beyond the suite of test_ops.py, which all ops pass."""
+
+from __future__ import annotations
+
+import math
+import shutil
+import time
+from typing import Any
+
+import pytest
+import torch
+from harness.backends import BACKENDS, KERNELS, Backend, every_backend, every_kernel
+from harness.cases.losses import (
+    LOSSES,
+    SIZES,
+    LossCase,
+    assert_not_less_exact,
+    make_case,
+    problem,
+    record,
+    value_and_grad,
+)
+from harness.cases.pattern import backward_of, runs
+from torch import Tensor
+
+import bcmf_ext
+from bcmf_ext import BCL, CPG, OHEM, ops
+from bcmf_ext.options import LossOptions
+
+GPU = tuple(backend for backend in KERNELS if backend.device == "cuda")
+WIDE = (
+    make_case("segmentation_loss wide", bcl=BCL(0.7), cpg=CPG(0.6)),
+    make_case("cross_entropy weighted wide", ohem=OHEM(0.01, 6_000)),
+)
+
+# --------------------------------------------------------------------------------------------------------------------
+# Values and gradients
+
+
+@runs(LOSSES, KERNELS)
+def test_expanded_logits_get_a_dense_gradient(backend: Backend, case: LossCase) -> None:
+    """Protects from writes through stride 0."""
+    z, y, w = problem((1, 5, 8, 8), torch.float64, backend.device, logits=case.logits)
+    y = y.expand(3, 8, 8)
+    expanded = z.expand(3, -1, -1, -1).detach().requires_grad_()
+    (grad,) = torch.autograd.grad(case(expanded, y, w, backend.impl), expanded)
+    _, expected = value_and_grad(lambda z: case.define(z, y, w), z.repeat(3, 1, 1, 1))
+    assert grad.is_contiguous()
+    torch.testing.assert_close(grad, expected, rtol=1e-12, atol=1e-14)
+
+
+@every_backend
+@pytest.mark.parametrize("align_corners", [False, True])
+@pytest.mark.parametrize(("size", "label_size"), SIZES, ids=str)
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16], ids=str)
+def test_any_size_of_logits(
+    backend: Backend, align_corners: bool, size: tuple[int, int], label_size: tuple[int, int], dtype: torch.dtype
+) -> None:
+    """Protects resampling, up and down, by whole and other ratios: value and gradient of all terms as of
+    F.interpolate's logits."""
+    options: dict[str, Any] = {"align_corners": align_corners, "logits": lambda *_: size}
+    case = make_case("segmentation_loss", bcl=BCL(0.7, (1, 2)), cpg=CPG(0.6, 5), **options)
+    z, y, w = problem((2, 4, *label_size), dtype, backend.device, logits=case.logits)
+    y = y[:, ::3, ::3].repeat_interleave(3, 1).repeat_interleave(3, 2)[:, : label_size[0], : label_size[1]]  # areas
+    for view in (z, z.contiguous(memory_format=torch.channels_last)):
+        assert_not_less_exact(case, backend, z, y, w, view)
+
+
+@every_backend
+def test_terms(backend: Backend) -> None:
+    """Protects the logged terms: detached, unweighted, those of the definition; None where not asked for."""
+    z, y, w = problem((2, 4, 24, 17), torch.float64, backend.device)
+    options: dict[str, Any] = {"weight": w.double(), "bcl": BCL(0.7), "cpg": CPG(0.6)}
+    ours = bcmf_ext.segmentation_loss(z.requires_grad_(), y, impl=backend.impl, **options)
+    theirs = bcmf_ext.reference.segmentation_loss(z, y, **options)
+    for name in ours._fields:
+        assert (getattr(ours, name) is None) == (getattr(theirs, name) is None)
+        if getattr(ours, name) is not None:
+            torch.testing.assert_close(getattr(ours, name), getattr(theirs, name), rtol=1e-12, atol=0)
+            assert getattr(ours, name).requires_grad == (name == "total")
+
+
+@runs(LOSSES, BACKENDS)
+@pytest.mark.parametrize("dtype", [torch.uint8, torch.int16, torch.int32, torch.int64])
+@pytest.mark.parametrize("ignore_index", [255, -1, -100, 1])
+def test_label_dtypes_and_ignore_index(backend: Backend, case: LossCase, dtype: torch.dtype, ignore_index: int) -> None:
+    """Protects the widening of labels before any comparison: uint8 with a negative ignore_index ignores nothing."""
+    z, y, w = problem((2, 4, 9, 7), torch.float64, backend.device, ignore_index, logits=case.logits)
+    if dtype == torch.uint8 and ignore_index < 0:
+        y = torch.where(y < 0, 2, y)
+    assert_not_less_exact(case, backend, z, y.to(dtype), w, ignore_index=ignore_index)
+
+
+@runs(LOSSES, BACKENDS)
+@pytest.mark.parametrize("empty", ["all ignored", "no image", "no pixel", "zero weights"])
+def test_nothing_to_average(backend: Backend, case: LossCase, empty: str) -> None:
+    """Protects from NaN on empty crops: 0 with an all-zero gradient, even where the logits are inf or NaN."""
+    n, h = (0 if empty == "no image" else 2), (0 if empty == "no pixel" else 4)
+    z = torch.full((n, 3, *case.logits(h, 5)), math.inf if empty == "all ignored" else 1.0, device=backend.device)
+    y = torch.full((n, h, 5), 0 if empty == "zero weights" else 255, device=backend.device)
+    w = torch.full((3,), 0.0 if empty == "zero weights" else 1.0, device=backend.device)
+    if empty == "zero weights" and (not case.weighted or "bcl" in case.options):
+        pytest.skip("without class weights, or beside terms that they do not act on")
+    value, grad = value_and_grad(lambda z: case(z, y, w, backend.impl), z)
+    assert value.item() == 0
+    assert torch.equal(grad, torch.zeros_like(z))
+
+
+@runs(LOSSES, BACKENDS)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_extreme_logits(backend: Backend, case: LossCase, dtype: torch.dtype) -> None:
+    """Protects the tails: ±1e4, and −inf in another class, as the definition in fp64; an ignored pixel's NaN is
+    nobody's."""
+    z = torch.tensor([[1e4, -1e4, 0], [1e4, 1e4, -1e4], [-math.inf, 3, 4], [math.nan, math.inf, 0], [1e4, 9991, -1e4]])
+    z = z.T.reshape(1, 3, 1, 5).to(backend.device, dtype)
+    y = torch.tensor([[[0, 1, 2, 255, 0]]], device=backend.device)
+    w = torch.tensor([1.0, 2.0, 3.0], device=backend.device)
+    value, grad = value_and_grad(lambda z: case(z, y, w, backend.impl), z)
+    truth, truth_grad = value_and_grad(lambda z: case.define(z, y, w), z.double())
+    torch.testing.assert_close(value.double(), truth, rtol=1e-6, atol=0, equal_nan=True)
+    torch.testing.assert_close(grad.double(), truth_grad, rtol=1e-5, atol=torch.finfo(dtype).eps, equal_nan=True)
+    assert (grad[0, :, 0, 3] == 0).all() or case.options.get("ignore_mode") == "centre"
+
+
+@every_backend
+def test_small_losses_keep_their_digits(backend: Backend) -> None:
+    """Protects (m − z) + log Σ: lse − z would round the loss of an easy pixel away at large logits."""
+    z = torch.tensor([1e4, 9991.0, -1e4], device=backend.device).view(1, 3, 1, 1)
+    y = torch.zeros(1, 1, 1, dtype=torch.long, device=backend.device)
+    loss = bcmf_ext.cross_entropy(z, y, impl=backend.impl)
+    assert loss.item() == pytest.approx(math.log1p(math.exp(-9)), rel=1e-3)
+
+
+@runs(LOSSES, BACKENDS)
+@pytest.mark.parametrize("logit", [math.nan, -math.nan, math.inf])
+def test_a_nan_logit_shows(backend: Backend, case: LossCase, logit: float) -> None:
+    """Protects from training on: NaN or +inf at a valid pixel makes the loss NaN as in eager, whatever is selected."""
+    z, y, w = problem((2, 4, 9, 7), torch.float32, backend.device, logits=case.logits)
+    y[1, :4, :4] = 2
+    y[1, 0, 1] = 1  # an edge, for CPG
+    z[1, 0, 0, 0] = logit
+    assert case(z, y, w, backend.impl).isnan()
+    assert case.define(z, y, w).isnan()
+
+
+@runs(LOSSES, BACKENDS)
+@pytest.mark.parametrize("label", [-1, 4, 33, 255, 100_000, 2**32 + 1, 2**32 - 100])
+def test_out_of_range_labels(backend: Backend, case: LossCase, label: int) -> None:
+    """Protects users from a loss over garbage: a ValueError that names it where looking is free, elsewhere NaN in the
+    loss and in that pixel's gradient, and nothing is read out of bounds."""
+    z, y, w = problem((2, 4, 9, 7), torch.float32, backend.device, ignore_index=-100, logits=case.logits)
+    y[1, 3, 3] = label
+    if backend.raises:
+        with pytest.raises(ValueError, match=f"target holds {label}, but"):
+            case(z, y, w, backend.impl, ignore_index=-100)
+        return
+    value, grad = value_and_grad(lambda z: case(z, y, w, backend.impl, ignore_index=-100), z)
+    assert value.isnan()
+    assert grad[1].isnan().any()
+    assert grad.shape[2:] != y.shape[1:] or grad[1, :, 3, 3].isnan().all()
+
+
+@every_backend
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
+def test_ohem_at_ties(backend: Backend, dtype: torch.dtype) -> None:
+    """Protects OHEM's selection: all ties at the last place are kept; the threshold is strict; min_kept is capped at
+    the number of valid pixels; 0 keeps the hard ones only."""
+    p = torch.tensor([0.1, 0.2, 0.2, 0.4, 0.5, 0.5], dtype=torch.float64, device=backend.device)
+    z = torch.stack([1 - p, p]).log().view(1, 2, 1, 6).to(dtype)
+    y = torch.zeros(1, 1, 6, dtype=torch.long, device=backend.device)
+    nll = -(1 - p).log()
+
+    def kept(threshold: float, min_kept: int) -> float:
+        return bcmf_ext.cross_entropy(z, y, ohem=OHEM(threshold, min_kept), impl=backend.impl).item()
+
+    rel = 1e-12 if dtype == torch.float64 else 1e-6
+    assert kept(0.5, 0) == 0  # ℓ = −ln θ exactly
+    assert kept(0.5, 1) == pytest.approx(nll[4:].mean().item(), rel=rel)
+    assert kept(0.5, 3) == pytest.approx(nll[3:].mean().item(), rel=rel)
+    assert kept(0.5, 4) == kept(0.5, 5) == pytest.approx(nll[1:].mean().item(), rel=rel)
+    assert kept(0.5, 6) == kept(0.5, 1000) == pytest.approx(nll.mean().item(), rel=rel)
+    assert kept(0.7, 0) == kept(0.7, 3) == pytest.approx(nll[3:].mean().item(), rel=rel)
+    assert kept(1.0, 0) == pytest.approx(nll.mean().item(), rel=rel)
+
+
+@every_kernel
+@pytest.mark.parametrize("ohem", [None, OHEM(0.01, 400_000)], ids=["mean", "k-th largest"])
+def test_many_tiles(backend: Backend, ohem: OHEM | None) -> None:
+    """Protects the second stage of reductions, and of the selection, which starts only with hundreds of tiles."""
+    case = make_case("cross_entropy weighted", ohem=ohem)
+    assert_not_less_exact(case, backend, *problem((1, 2, 740, 740), torch.float32, backend.device))
+
+
+@runs(WIDE, KERNELS)
+@pytest.mark.parametrize("size", [(12, 1450), (5, 40), (6, 2900)], ids=str)
+def test_rows_wider_than_a_tile(backend: Backend, case: LossCase, size: tuple[int, int]) -> None:
+    """Protects the seams where a row of labels is cut, and all that is kept from one piece to the next."""
+    z, y, w = problem((1, 3, 12, 1450), torch.float32, backend.device, logits=lambda *_: size)
+    y = y[:, ::3, ::5].repeat_interleave(3, 1).repeat_interleave(5, 2).contiguous()
+    assert_not_less_exact(case, backend, z, y, w)
+
+
+@runs(LOSSES, BACKENDS)
+@pytest.mark.parametrize("scale", [1e4, 1e8, 1e30])
+def test_huge_logits(backend: Backend, case: LossCase, scale: float) -> None:
+    """Protects differences of resampled logits: rounded in another order, they are far from 0 where logits are huge."""
+    z, y, w = problem((2, 5, 20, 24), torch.float32, backend.device, logits=case.logits)
+    y = y[:, ::4, ::4].repeat_interleave(4, 1).repeat_interleave(4, 2).contiguous()
+    assert_not_less_exact(case, backend, scale * z, y, w)
+
+
+@every_kernel
+def test_strided_class_weights_and_statistics(backend: Backend) -> None:
+    """Protects from reading every second entry: weights with a stride, and what the backward gets of the forward."""
+    z, y, w = problem((2, 5, 6, 7), torch.float32, backend.device)
+    strided = torch.stack([w, torch.full_like(w, math.nan)], 1)[:, 0]
+    assert torch.equal(
+        bcmf_ext.cross_entropy(z, y, weight=strided, impl=backend.impl),
+        bcmf_ext.cross_entropy(z, y, weight=w, impl=backend.impl),
+    )
+    recorder = record(make_case("cross_entropy weighted"), backend, z, y, w)
+    stats, *others = recorder.results[2:]
+    backward, options = backward_of(recorder.op), recorder.arguments[3:]
+    one = torch.ones((), device=backend.device)
+    spread = torch.stack([stats, torch.full_like(stats, math.nan)], -1)[..., 0]
+    assert torch.equal(
+        backward(one, z, y, w, spread, *others, *options), backward(one, z, y, w, stats, *others, *options)
+    )
+    recorder = record(make_case("segmentation_loss", bcl=BCL(0.7)), backend, z, y, w)
+    stats, selected, summary = recorder.results[2:]
+    arguments = recorder.arguments[3:]
+    spread = torch.stack([selected, torch.full_like(selected, 255)], -1)[..., 0]
+    assert torch.equal(
+        backward(one, z, y, None, stats, spread, summary, *arguments),
+        backward(one, z, y, None, stats, selected, summary, *arguments),
+    )
+
+
+@every_backend
+def test_windows_larger_than_the_image(backend: Backend) -> None:
+    """Protects from loops over what is not there: an nms_size beyond the image is that of the image."""
+    z, y, _ = problem((1, 4, 6, 9), torch.float32, backend.device)
+    losses = [
+        value_and_grad(lambda z, size=size: bcmf_ext.boundary_corrected_loss(z, y, nms_size=size, impl=backend.impl), z)
+        for size in (19, 2**31 - 1, 2**62 + 1)
+    ]
+    for value, grad in losses[1:]:
+        assert torch.equal(value, losses[0][0])
+        assert torch.equal(grad, losses[0][1])
+
+
+@every_kernel
+def test_no_pixel_of_long_sides(backend: Backend) -> None:
+    """Protects from work that no pixel asked for: without one, neither sides nor options of any size take time or
+    memory."""
+    began = time.monotonic()
+    z = torch.zeros(4, 2, 1, 1, device=backend.device, requires_grad=True)
+    y = torch.zeros(4, 2**25, 0, dtype=torch.uint8, device=backend.device)
+    for labels in (y, y.transpose(1, 2)):
+        loss = bcmf_ext.segmentation_loss(z, labels, bcl=BCL(0.1, 2**20), cpg=CPG(), impl=backend.impl).total
+        assert torch.equal(torch.autograd.grad(loss, z)[0], torch.zeros_like(z))
+    size = 2**28, 0
+    assert ops.UPSAMPLE_ARGMAX[backend.impl](z.detach(), *size, False).shape == (4, *size)
+    assert time.monotonic() - began < (30 if backend.interpreted else 3)
+
+
+# --------------------------------------------------------------------------------------------------------------------
+# A well-behaved op
+
+
+@every_kernel
+def test_compile_with_inductor(backend: Backend) -> None:
+    """Protects torch.compile as users call it: code is generated around the op, whose gradient comes channels_last."""
+    if backend.device == "cpu" and shutil.which("c++") is None:
+        pytest.skip("inductor needs a C++ compiler")
+    z, y, w = problem((2, 5, 6, 7), torch.float32, backend.device)
+    z = z.contiguous(memory_format=torch.channels_last)
+
+    def loss(z: Tensor) -> Tensor:
+        return bcmf_ext.segmentation_loss(2 * z, y, weight=w, ohem=0.7, impl=backend.impl).total
+
+    torch.compiler.reset()
+    for ours, expected in zip(
+        value_and_grad(torch.compile(loss, fullgraph=True), z), value_and_grad(loss, z), strict=True
+    ):
+        torch.testing.assert_close(ours, expected, rtol=1e-6, atol=1e-8)
+
+
+def test_options_are_those_of_the_schema() -> None:
+    """Protects the order in which LossOptions are handed to the op."""
+    names = [argument.name for argument in torch.ops.bcmf.loss.default._schema.arguments]
+    assert names == ["logits", "target", "weight", *LossOptions._fields]
+
+
+@every_kernel
+def test_direct_calls_are_memory_safe(backend: Backend) -> None:
+    """Protects torch.ops from arguments that would be read out of bounds."""
+    z, y, w = problem((2, 5, 6, 7), torch.float32, backend.device)
+    op = ops.LOSS[backend.impl]
+    options = LossOptions(255, bcl_steps=[1])
+    _, _, stats, selected, summary = op(z, y, w, *options)
+    one = torch.ones((), device=backend.device)
+    wrong = [(z, y[:1], w), (z, y, w[:3]), (z[0], y, None), (z[:, :, :0], y, w)]
+    for arguments in wrong:
+        with pytest.raises(ValueError, match=r"shape|size|classes"):
+            op(*arguments, *options)
+    for kept in [(stats[:, :1], selected, summary), (stats, selected, summary[:5]), (stats, selected[:, :2], summary)]:
+        with pytest.raises(ValueError, match=r"as bcmf::loss(_triton)? returned them"):
+            backward_of(op)(one, z, y, w, *kept, *options)
+    with pytest.raises(ValueError, match=f"a side of {2**30} is too long"):  # sides are counted in 32 bits
+        op(z[:1], y[:1, :1, :1].expand(1, 1, 2**30), None, *options)
+    with pytest.raises(TypeError, match="class ids"):
+        op(z, y.float(), w, *options)
+    for bad in ({"ohem_threshold": 0.0}, {"bcl_steps": [0]}, {"bcl_steps": [1] * 9}, {"cpg_kernel_size": 4}):
+        with pytest.raises(ValueError, match=r"threshold|steps|kernel_size"):
+            op(z, y, w, *options._replace(**bad))
+    grad = backward_of(op)(one, z, torch.full_like(y, 99), w, stats, selected, summary, *options)
+    assert grad.isnan().all()
+
+
+@runs(LOSSES, KERNELS)
+@pytest.mark.parametrize("dtype", [torch.uint8, torch.int16, torch.int64], ids=str)
+def test_the_backward_believes_nothing(backend: Backend, case: LossCase, dtype: torch.dtype) -> None:
+    """Protects memory that is not the op's: labels that a loader has refilled since the forward, statistics and
+    selections that anybody may have written, give some gradient of the right form. (What is done out of bounds shows
+    under AddressSanitizer, in test_hostile.py.)"""
+    z, y, w = problem((2, 5, 9, 11), torch.float32, backend.device, logits=case.logits)
+    recorder = record(case, backend, z, y.to(dtype), w)
+    _, labels, weight, *options = recorder.arguments
+    total, _, stats, selected, summary = recorder.results
+    selected.fill_(255)  # also the bits of steps that there are not
+    for id in (255, -1, torch.iinfo(dtype).max, torch.iinfo(dtype).min):  # as uint8 some are the same
+        labels.random_(0, 5).masked_fill_(
+            torch.rand(labels.shape, device=labels.device) < 0.5, id & 255 if id < 0 else id
+        )
+        for odd in (math.nan, math.inf, -1e38, 0.0):
+            grad = backward_of(recorder.op)(
+                total, z, labels, weight, stats.fill_(odd), selected, summary.fill_(odd), *options
+            )
+            assert (grad.shape, grad.dtype) == (z.shape, z.dtype)
+
+
+# --------------------------------------------------------------------------------------------------------------------
+# What only a GPU can show
+
+
+@runs(LOSSES, GPU)
+def test_graph_replay_with_other_values(backend: Backend, case: LossCase) -> None:
+    """Protects CUDA graphs: no host sync, nothing of the captured values is baked in."""
+    z, y, w = problem((2, 19, 64, 64), torch.float32, "cuda", logits=case.logits)
+    static = z.clone().requires_grad_()
+    stream = torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):
+        for _ in range(2):
+            torch.autograd.grad(case(static, y, w, backend.impl), static)
+    torch.cuda.current_stream().wait_stream(stream)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        value = case(static, y, w, backend.impl)
+        (grad,) = torch.autograd.grad(value, static)
+    for scale in (1.0, 0.3, 2.0):
+        with torch.no_grad():
+            static.copy_(scale * z)
+            y[:, : int(10 * scale)] = 255
+            w.mul_(1 + scale * torch.rand_like(w))
+        graph.replay()
+        expected, expected_grad = value_and_grad(lambda z: case(z, y, w, backend.impl), scale * z)
+        assert torch.equal(value, expected)
+        assert torch.equal(grad, expected_grad)
+
+
+@runs(LOSSES, GPU)
+@pytest.mark.parametrize("shape", [(3, 256, 2048, 2048), (1, 160, 4096, 4096)], ids=["batch", "image"])
+def test_more_than_two_billion_elements(backend: Backend, case: LossCase, shape: tuple[int, ...]) -> None:
+    """Protects 64-bit offsets, over the batch and within one image: of logits that are all alike but for the last
+    pixels, only these are counted, and give the value and gradient of the same pixels cut out."""
+    n, c, h, w = shape
+    if torch.cuda.mem_get_info()[0] < 3 * n * c * h * w * 2:
+        pytest.skip("too little GPU memory")
+    last, y_last, weight = problem((1, c, 2, 3), torch.bfloat16, "cuda", ignore_index=-1, logits=case.logits)
+    y_last[:] = torch.tensor([[0, c - 1, 1], [c - 2, 5, c - 1]])
+    z = torch.zeros(shape, dtype=torch.bfloat16, device="cuda")
+    z[-1:, :, -2:, -3:] = last
+    y = torch.full((n, h, w), -1, dtype=torch.int16, device="cuda")
+    y[-1:, -2:, -3:] = y_last
+    value, grad = value_and_grad(lambda z: case(z, y, weight, backend.impl, ignore_index=-1), z)
+    expected, expected_grad = value_and_grad(lambda z: case.define(z, y_last, weight, ignore_index=-1), last)
+    torch.testing.assert_close(value, expected, rtol=1e-5, atol=0)
+    torch.testing.assert_close(grad[-1:, :, -2:, -3:], expected_grad, rtol=2e-2, atol=1e-6)
+    assert grad[0, :, 0, :5].count_nonzero() == 0
