@@ -32,7 +32,7 @@ from triton.runtime.autotuner import Autotuner
 from triton.runtime.errors import InterpreterError
 
 from bcmf_ext.triton import launch, lmfm, loss
-from bcmf_ext.triton.common import Size, pixel_at
+from bcmf_ext.triton.common import Pixels, Size, place_of
 
 pytestmark = pytest.mark.skipif(not dispatch.INTERPRETED, reason="Triton's kernels are not interpreted")
 (TRITON,) = (backend for backend in KERNELS if backend.name == "triton")
@@ -103,7 +103,7 @@ def test_autotuned(monkeypatch: pytest.MonkeyPatch) -> None:
     for case in CASES:
         if "segmentation_loss" in case.name:
             assert_not_less_exact(case, TRITON, *problem((2, 5, 9, 11), torch.float32, logits=case.logits))
-    assert {"forward", "backward"} == set(tried)
+    assert {"dense_forward", "dense_backward"} == set(tried)
     assert len(tried) >= 2 * 9
 
 
@@ -137,13 +137,13 @@ def test_more_than_two_billion_pixels() -> None:
     """Protects maps of that size: the place of a pixel is counted in 64 bits."""
 
     @triton.jit
-    def place(size, n, y, x, to):
-        tl.store(to, pixel_at(size, n, y, x))
+    def place(size, pixels, to):
+        tl.store(to, place_of(size, pixels))
 
     to = torch.empty(1, dtype=torch.int64)
     look_for_overflow(True)
     try:
-        place[(1,)](Size(2, 2**15, 2**15, 2**15, 2**15), 5, 7, 3, to)
+        place[(1,)](Size(2, 2**15, 2**15, 2**15, 2**15, 6 * 2**30, 1), Pixels(5, 7, 3, True), to)
     finally:
         look_for_overflow(False)
     assert to.item() == 5 * 2**30 + 7 * 2**15 + 3
@@ -173,7 +173,7 @@ NormRelu = Callable[[torch.memory_format, bool], list[torch.Tensor]]
 @pytest.fixture
 def small_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
     """Several to a map, and programs with fewer channels than there are, as on a GPU."""
-    monkeypatch.setattr(lmfm, "LANES", {True: lmfm.Lanes(4, 16), False: lmfm.Lanes(1, 64)})
+    monkeypatch.setattr(lmfm, "BLOCKS", {True: lmfm.Block(4, 16), False: lmfm.Block(1, 64)})
 
 
 class RacesOfLayouts(Races):
@@ -343,7 +343,7 @@ def test_integers_of_norms_do_not_overflow(
 
 def test_taps_of_long_axes(monkeypatch: pytest.MonkeyPatch) -> None:
     """Protects 64-bit products where a row of pixels and the cells that it is resampled from are long."""
-    monkeypatch.setattr(lmfm, "LANES", dict.fromkeys((True, False), lmfm.Lanes(1, 2**15)))
+    monkeypatch.setattr(lmfm, "BLOCKS", dict.fromkeys((True, False), lmfm.Block(1, 2**15)))
     (x,) = random_maps((1, 1, 33000))
     look_for_overflow(True)
     try:
