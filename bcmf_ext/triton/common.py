@@ -13,7 +13,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .integers import ONE, multiple_of, pack, pack_known_one, unpack, unpack_side
+from .integers import multiple_of, pack, pack_known_one, unpack, unpack_side
 
 # Labels that are no class. The loss over a bad one becomes NaN, because the host never looks at labels.
 IGNORED = tl.constexpr(-1)
@@ -76,65 +76,79 @@ class TileShape(NamedTuple):
 
 
 class Map(NamedTuple):
-    """Logits or their gradient, (N, C, h, w) of any strides, in entries. multiple: of all strides but the one that is
-    known to be 1."""
+    """Logits or their gradient, (N, C, h, w) of any strides, in entries. Known are the axis along which neighbours are
+    `adjacent` in memory (3, 1, or −1 for neither), and what all other strides are a `multiple` of."""
 
     data: Any
     stride_n: Any
     stride_c: Any
     stride_h: Any
     stride_w: Any
+    adjacent: Any
     multiple: Any
 
 
 def pack_map(tensor: Tensor, by_rows: bool = False) -> Map:
     """For a kernel. by_rows: it works on rows of neighbours."""
     strides, width = tensor.stride(), tensor.shape[3]
-    columns_adjacent = strides[3] == 1 or (width == 1 and strides[1] != 1)  # an axis of length 1 may have any stride
-    known = 3 if columns_adjacent else 1 if strides[1] == 1 else -1
-    multiple = multiple_of(by_rows, *(stride for axis, stride in enumerate(strides) if axis != known))
-    packed = (ONE if axis == known else pack(stride // multiple) for axis, stride in enumerate(strides))
-    return Map(tensor, *packed, tl.constexpr(multiple))
+    in_rows = strides[3] == 1 or (width == 1 and strides[1] != 1)  # an axis of length 1 may have any stride
+    adjacent = 3 if in_rows else 1 if strides[1] == 1 else -1
+    multiple = multiple_of(by_rows, *(stride for axis, stride in enumerate(strides) if axis != adjacent))
+    packed = (pack(stride // multiple) for stride in strides)
+    return Map(tensor, *packed, tl.constexpr(adjacent), tl.constexpr(multiple))
 
 
 @triton.jit
 def unpack_map(map):
     return Map(
-        map.data, unpack(map.stride_n, map.multiple), unpack(map.stride_c, map.multiple),
-        unpack(map.stride_h, map.multiple), unpack(map.stride_w, map.multiple), map.multiple,
-    )  # fmt: skip
+        map.data,
+        unpack(map.stride_n, map.multiple),
+        1 if map.adjacent == 1 else unpack(map.stride_c, map.multiple),
+        unpack(map.stride_h, map.multiple),
+        1 if map.adjacent == 3 else unpack(map.stride_w, map.multiple),
+        map.adjacent,
+        map.multiple,
+    )
 
 
 class Labels(NamedTuple):
-    """(N, H, W) of any strides, in entries, of which the last is known if it is 1. multiple: of the others."""
+    """(N, H, W) of any strides, in entries. Known are whether columns are `adjacent` in memory, and what the other
+    strides are a `multiple` of."""
 
     data: Any
     stride_n: Any
     stride_h: Any
     stride_w: Any
-    multiple: Any
     ignore_index: Any
+    adjacent: Any
+    multiple: Any
 
 
 def pack_labels(target: Tensor, ignore_index: int, by_rows: bool) -> Labels:
     """For a kernel. by_rows: it works on rows of neighbours."""
     *others, last = target.stride()
-    if last == 1 or target.shape[2] == 1:
-        multiple = multiple_of(by_rows, *others)
-        return Labels(target, *(pack(s // multiple) for s in others), ONE, tl.constexpr(multiple), pack(ignore_index))
-    return Labels(target, *map(pack, target.stride()), tl.constexpr(1), pack(ignore_index))
+    adjacent = last == 1 or target.shape[2] == 1  # an axis of length 1 may have any stride
+    multiple = multiple_of(by_rows and adjacent, *others)
+    packed = (pack(stride // multiple) for stride in target.stride())
+    return Labels(target, *packed, pack(ignore_index), tl.constexpr(adjacent), tl.constexpr(multiple))
 
 
 @triton.jit
 def unpack_labels(labels):
     return Labels(
-        labels.data, unpack(labels.stride_n, labels.multiple), unpack(labels.stride_h, labels.multiple),
-        unpack(labels.stride_w), labels.multiple, unpack(labels.ignore_index),
-    )  # fmt: skip
+        labels.data,
+        unpack(labels.stride_n, labels.multiple),
+        unpack(labels.stride_h, labels.multiple),
+        1 if labels.adjacent else unpack(labels.stride_w),
+        unpack(labels.ignore_index),
+        labels.adjacent,
+        labels.multiple,
+    )
 
 
 class Size(NamedTuple):
-    """C, H and W of the labels, h and w of the logits, N · H · W. multiple: of W."""
+    """C, H and W of the labels, h and w of the logits, and N · H · W. Known are what W and N · H · W are a multiple of
+    (`width_multiple`), and what w is (`columns_multiple`)."""
 
     classes: Any
     height: Any
@@ -142,22 +156,31 @@ class Size(NamedTuple):
     rows: Any
     columns: Any
     pixels: Any
-    multiple: Any
+    width_multiple: Any = 1
+    columns_multiple: Any = 1
 
 
-def pack_size(size: Size, by_rows: bool) -> Size:
-    """For a kernel. by_rows: it works on rows of neighbours."""
-    multiple = multiple_of(by_rows, size.width)
-    classes, height, width, *others = size[:-1]
-    return Size(classes, pack(height), pack(width // multiple), *map(pack, others), tl.constexpr(multiple))  # type: ignore[call-arg]
+def pack_size(size: Size, by_rows: bool = False, by_cells: bool = False) -> Size:
+    """For a kernel. by_rows (by_cells): it works on rows of neighbouring pixels (logits)."""
+    width, columns = multiple_of(by_rows, size.width), multiple_of(by_cells, size.columns)
+    return Size(
+        size.classes, pack(size.height), pack(size.width // width), pack(size.rows), pack(size.columns // columns),
+        pack(size.pixels // width), tl.constexpr(width), tl.constexpr(columns),
+    )  # fmt: skip
 
 
 @triton.jit
 def unpack_size(size):
     return Size(
-        size.classes, unpack_side(size.height), unpack_side(size.width, size.multiple), unpack_side(size.rows),
-        unpack_side(size.columns), unpack(size.pixels), size.multiple,
-    )  # fmt: skip
+        size.classes,
+        unpack_side(size.height),
+        unpack_side(size.width, size.width_multiple),
+        unpack_side(size.rows),
+        unpack_side(size.columns, size.columns_multiple),
+        unpack(size.pixels, size.width_multiple),
+        size.width_multiple,
+        size.columns_multiple,
+    )
 
 
 class Axis(NamedTuple):

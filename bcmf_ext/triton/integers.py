@@ -3,8 +3,8 @@
 Triton compiles a kernel anew for an integer that is 1 or a multiple of 16; for one in a tuple nothing can turn that
 off. So every integer that depends on the size of an image is packed at the launch (`pack`), into a number that is
 neither, and each kernel unpacks what it gets before it does anything else (`unpack`). Two things about strides the
-compiler must know to read 16 bytes at once; both depend on the layout and hardly on the size: which stride is 1
-(`ONE`), and whether all others are multiples of 16 (`multiple_of`).
+compiler must know to read 16 bytes at once; both depend on the layout and hardly on the size: along which axis the
+stride is 1, and whether all others are multiples of 16 (`multiple_of`). That travels as a tl.constexpr.
 
 Integers that stay the same throughout a training, such as the number of classes, go as they are: that the compiler
 knows more about them costs nothing. Floats are never specialised, but arrive as fp32 unless the kernel declares them
@@ -22,22 +22,16 @@ def pack(value: int) -> int:
     return 4 * value + 2
 
 
-ONE = tl.constexpr(pack(1))
-"""A packed 1 that the compiler knows."""
-
-
 def pack_known_one(value: int) -> int | tl.constexpr:
     """The same where being 1 is worth a variant of the kernel."""
-    return ONE if value == 1 else pack(value)
+    return tl.constexpr(pack(1)) if value == 1 else pack(value)
 
 
 @triton.jit
 def unpack(packed, MULTIPLE: tl.constexpr = 1):
-    """The integer that was packed. MULTIPLE: by what it was divided before, unless it is known to be 1."""
+    """The integer that was packed, after it was divided by MULTIPLE."""
     value = packed >> 2
-    if MULTIPLE != 1 and not isinstance(packed, tl.constexpr):
-        value = value * MULTIPLE
-    return value
+    return value * MULTIPLE if MULTIPLE != 1 else value
 
 
 @triton.jit

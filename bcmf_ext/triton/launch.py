@@ -124,7 +124,7 @@ class Geometry:
     def __init__(self, logits: Tensor, height: int, width: int, align_corners: bool) -> None:
         images, classes, rows, columns = logits.shape
         self.map, self.dtype, self.images, self.pixels = logits, logits.dtype, images, images * height * width
-        self.size = Size(classes, height, width, rows, columns, self.pixels, 1)
+        self.size = Size(classes, height, width, rows, columns, self.pixels)
         self.acc = acc_dtype(logits)
         self.mode, self.most = self._choose_mode(align_corners)
         self.read = Reading(self.mode, tl.float64 if self.acc == torch.float64 else tl.float32)
@@ -134,10 +134,10 @@ class Geometry:
         if self.mode != DIRECT.value and self.pixels > 0:
             self._fill_axes(logits, align_corners)
 
-    def logits(self, by_rows: bool) -> Logits:
-        """For a kernel. by_rows: it works on rows of neighbours."""
+    def logits(self, by_rows: bool = False, by_cells: bool = False) -> Logits:
+        """For a kernel. by_rows (by_cells): it works on rows of neighbouring pixels (logits)."""
         return Logits(
-            pack_map(self.map, by_rows and self.mode == DIRECT.value), pack_size(self.size, by_rows),
+            pack_map(self.map, by_rows and self.mode == DIRECT.value), pack_size(self.size, by_rows, by_cells),
             pack_axis(self.down), pack_axis(self.across),
         )  # fmt: skip
 
@@ -162,7 +162,7 @@ class Geometry:
         self.across = make(columns, width, self.most[1], self.tile.SPAN)
         entries = max(height, width, rows + 2, columns + 2)
         run(
-            fill_axes, triton.cdiv(entries, FLAT_BLOCK), size=pack_size(self.size, False),
+            fill_axes, triton.cdiv(entries, FLAT_BLOCK), size=pack_size(self.size),
             down=pack_axis(self.down), across=pack_axis(self.across), ALIGN=align_corners, BLOCK=FLAT_BLOCK,
         )  # fmt: skip
 

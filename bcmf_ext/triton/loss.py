@@ -31,6 +31,7 @@ from .common import (
     TileShape,
     pack_labels,
     pack_map,
+    pack_size,
 )
 from .cpg import ARRAYS, Scratch, cpg_compare, cpg_shares, sparse_backward, window_for
 from .dense import dense_backward, dense_forward
@@ -208,8 +209,8 @@ def run_ohem(call: Call, nll: Tensor, summary: Tensor, partials: Partials, total
     programs = min(256, triton.cdiv(geometry.pixels, FLAT_BLOCK))
     for digit, histogram in zip(levels, histograms, strict=True):
         run(
-            ohem_count, programs, nll=nll, selection=selection, histogram=histogram, pixels=pack(geometry.pixels),
-            DIGIT=digit, BLOCK=FLAT_BLOCK,
+            ohem_count, programs, nll=nll, selection=selection, histogram=histogram,
+            size=pack_size(geometry.size, True), DIGIT=digit, BLOCK=FLAT_BLOCK,
         )  # fmt: skip
         run(ohem_choose, 1, selection=selection, histogram=histogram, DIGIT=digit)
     run(
@@ -279,8 +280,8 @@ def run_low_gather(geometry: Geometry, sink: Tensor, grad: Tensor) -> None:
     """From the sink to the gradient of logits of another size."""
     programs = triton.cdiv(grad.numel(), GATHER_BLOCK)
     arguments = {
-        "sums": pack_map(sink), "logits": geometry.logits(False), "grad": pack_map(grad), "count": pack(grad.numel()),
-        "BLOCK": GATHER_BLOCK,
+        "sums": pack_map(sink), "logits": geometry.logits(by_cells=True), "grad": pack_map(grad, True),
+        "count": pack(grad.numel()), "BLOCK": GATHER_BLOCK,
     }  # fmt: skip
     if geometry.mode == QUADS.value:
         run(low_gather_quads, programs, **arguments)

@@ -40,23 +40,24 @@ class Norm(NamedTuple):
 
 
 class Sizes(NamedTuple):
-    """What a kernel gets, packed: channels of all branches; height and width; values of scratch memory for a channel;
+    """What a kernel gets, packed: channels of all branches; height and width; values of scratch memory (`memory`) for a
+    channel;
     the images that a program has, and how many programs share the images."""
 
     channels: Any
     height: Any
     width: Any
-    values: Any
+    memory: Any
     images: Any
     parts: Any
 
 
 @triton.jit
 def unpack_sizes(sizes):
-    """Channels and values in 64 bits."""
+    """Channels and memory in 64 bits."""
     return Sizes(
         tl.cast(unpack(sizes.channels), tl.int64), unpack_side(sizes.height), unpack_side(sizes.width),
-        tl.cast(unpack(sizes.values), tl.int64), unpack(sizes.images), unpack(sizes.parts),
+        tl.cast(unpack(sizes.memory), tl.int64), unpack(sizes.images), unpack(sizes.parts),
     )  # fmt: skip
 
 
@@ -95,7 +96,7 @@ class Affine(NamedTuple):
 
 def strided(tensor: Tensor) -> Map:
     """A map for LMFM's kernels, which are told by Lanes.ADJACENT what they have to know about strides."""
-    return Map(tensor, *map(pack, tensor.stride()), tl.constexpr(1))
+    return Map(tensor, *map(pack, tensor.stride()), tl.constexpr(-1), tl.constexpr(1))
 
 
 # --------------------------------------------------------------------------------------------------------------------

@@ -22,6 +22,7 @@ from .common import (
     store_partial,
     unpack_labels,
     unpack_logits,
+    unpack_size,
 )
 from .geometry import tile_of
 from .integers import unpack
@@ -70,7 +71,7 @@ def ohem_begin(totals, min_kept, selection):
 
 
 @triton.jit
-def ohem_count(nll, selection, histogram, pixels, DIGIT: tl.constexpr, BLOCK: tl.constexpr):
+def ohem_count(nll, selection, histogram, size, DIGIT: tl.constexpr, BLOCK: tl.constexpr):
     """Counts a digit of the losses that have the prefix. Few programs do, since each adds its counts to those of
     all."""
     SHIFT: tl.constexpr = DIGIT.SHIFT
@@ -78,7 +79,7 @@ def ohem_count(nll, selection, histogram, pixels, DIGIT: tl.constexpr, BLOCK: tl
     prefix = tl.load(selection)
     bins = tl.arange(0, 1 << BITS)
     counts = tl.zeros([1 << BITS], tl.int64)
-    end = tl.where(tl.load(selection + 1) > 0, tl.cast(unpack(pixels), tl.int64), 0)
+    end = tl.where(tl.load(selection + 1) > 0, tl.cast(unpack_size(size).pixels, tl.int64), 0)
     first = tl.program_id(0).to(tl.int64) * BLOCK
     while first < end:
         index = first + tl.arange(0, BLOCK)

@@ -159,7 +159,7 @@ def pool_forward(
     sizes = unpack_sizes(sizes)
     area = Area(sizes.images, tl.program_id(0) % sizes.parts, sizes.height, sizes.width)
     channels = channels_of(tl.program_id(0) // sizes.parts, sizes.channels, LANES)
-    behind = scratch + tl.cast(tl.program_id(0), tl.int64) * sizes.values * LANES.SIDE
+    behind = scratch + tl.cast(tl.program_id(0), tl.int64) * sizes.memory * LANES.SIDE
     sum_down(x, behind, area, channels, LANES)
     for POOL in tl.static_range(WHOLE + 1):
         along_y, z, behind = part_of(behind, area, POOL, LANES)
@@ -178,7 +178,7 @@ def pool_backward(x, grads, norms, stats, grad_norms, grad_x, scratch, sizes, tr
     sizes, training = unpack_sizes(sizes), unpack(training)
     area = Area(sizes.images, 0, sizes.height, sizes.width)
     channels = channels_of(tl.program_id(0), sizes.channels, LANES)
-    begin = scratch + tl.cast(tl.program_id(0), tl.int64) * sizes.values * LANES.SIDE
+    begin = scratch + tl.cast(tl.program_id(0), tl.int64) * sizes.memory * LANES.SIDE
     behind = begin
     sum_down(x, begin, area, channels, LANES)
     for POOL in tl.static_range(WHOLE + 1):

@@ -183,7 +183,7 @@ def add_forward(
     branch, group = branch_of(branches, tl.program_id(0) // sizes.parts, LANES)
     area = Area(sizes.images, tl.program_id(0) % sizes.parts, sizes.height, sizes.width)
     channels = channels_of(group, branch.channels, LANES)
-    z = scratch + tl.cast(tl.program_id(0), tl.int64) * sizes.values * LANES.SIDE
+    z = scratch + tl.cast(tl.program_id(0), tl.int64) * sizes.memory * LANES.SIDE
     find_sum(branch, z, area, channels, LANES)
     count = area.images * area.height * area.width
     table = Table(stats, sizes.channels, branch.first)
@@ -200,7 +200,7 @@ def add_backward(
     branch, group = branch_of(branches, tl.program_id(0), LANES)
     area = Area(sizes.images, 0, sizes.height, sizes.width)
     channels = channels_of(group, branch.channels, LANES)
-    z = scratch + tl.cast(tl.program_id(0), tl.int64) * sizes.values * LANES.SIDE
+    z = scratch + tl.cast(tl.program_id(0), tl.int64) * sizes.memory * LANES.SIDE
     find_sum(branch, z, area, channels, LANES)
     table = Table(stats, sizes.channels, branch.first)
     norm_backward(z, branch.norm, table, grad_norms, branch.out, area, channels, training, LANES)
