@@ -83,7 +83,7 @@ def test_a_missing_barrier_is_found(small_tiles: None) -> None:
 
     everywhere = races()
     assert not everywhere.found
-    assert len(everywhere.barriers) == 9
+    assert len(everywhere.barriers) == 10
     for barrier in sorted(everywhere.barriers):
         assert races(without=barrier).found, barrier
 

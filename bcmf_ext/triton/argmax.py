@@ -21,7 +21,7 @@ def argmax(logits, classes, READ: tl.constexpr, TILE: tl.constexpr):
     pixels = tile_of(tile, logits, READ.MODE, TILE)
     places = places_of(tile, logits, pixels, READ, TILE)
     best = tl.full([TILE.ROWS, TILE.SPANS, TILE.SPAN], float("-inf"), READ.ACC)
-    found = tl.zeros([TILE.ROWS, TILE.SPANS, TILE.SPAN], tl.int32)
+    found = tl.full([TILE.ROWS, TILE.SPANS, TILE.SPAN], 0, tl.int32)
     for first in range(0, logits.size.classes, TILE.GROUP):
         z = group(logits, pixels, places, first, READ, TILE)
         c = first + tl.arange(0, TILE.GROUP)[:, None, None, None]

@@ -71,12 +71,12 @@ def bcl_select(
     own = stats_at(stats, size, pixels)
     down_reach = tl.minimum(nms_radius, size.height - 1)
     across_reach = tl.minimum(nms_radius, size.width - 1)
-    bits = tl.zeros([TILE.ROWS, TILE.SPANS, TILE.SPAN], tl.int32)
+    bits = tl.full([TILE.ROWS, TILE.SPANS, TILE.SPAN], 0, tl.int32)
     for i in tl.static_range(len(TERMS.STEPS)):
         image = scores + i * tl.cast(size.pixels, tl.int64) + place
         q = tl.load(image, mask=inside, other=-1)
         found = (q > tl.full((), least_score, READ.ACC)) | (q != q)
-        sums = tl.zeros([TILE.ROWS, TILE.SPANS, TILE.SPAN], READ.ACC)
+        sums = tl.full([TILE.ROWS, TILE.SPANS, TILE.SPAN], 0, READ.ACC)
         if tl.max(found.to(tl.int32)) > 0:
             pooled = q
             for v in range(-down_reach, down_reach + 1):

@@ -55,8 +55,9 @@ class Window(NamedTuple):
     COUNT: int  # entries in all
     LANES: int  # the power of two that holds them
     BLOCK: int  # entries that are worked on together
-    PART: int  # and of their windows
     V: int  # places for a row of a window
+    PART: int  # places that are worked on together
+    PARTS: int  # of a window
     UNIT: int
 
 
@@ -66,7 +67,8 @@ def window_for(tile: TileShape, radius: int, only_valid: bool, margin: int, bloc
     count = (tile.ROWS + 2 * margin) * wide
     v, unit = 4 if radius == 1 else 8, {1: 2, 2: 20, 3: 780}[radius]
     part = v * min(rows, triton.next_power_of_2(2 * radius + 1))
-    return Window(radius, only_valid, margin, wide, count, triton.next_power_of_2(count), block, part, v, unit)
+    parts = triton.cdiv(v * (2 * radius + 1), part)
+    return Window(radius, only_valid, margin, wide, count, triton.next_power_of_2(count), block, v, part, parts, unit)
 
 
 class Scratch(NamedTuple):
@@ -116,11 +118,11 @@ def append(list, count, wanted, at):
 
 
 @triton.jit
-def window_part(first, W: tl.constexpr):
-    """Offsets u, v in a window and which of them exist, (PART, 1) each, from place `first` on; V places to a row.
+def window_part(part, W: tl.constexpr):
+    """Offsets u, v in a window and which of them exist, (PART, 1) each, of one of its PARTS; V places to a row.
     Columns descend, because Triton shares ascending ones, which are neighbours in memory, among threads, and a sum over
     a window should be a thread's own."""
-    place = first + tl.arange(0, W.PART)[:, None]
+    place = part * W.PART + tl.arange(0, W.PART)[:, None]
     u = place // W.V - W.RADIUS
     v = W.RADIUS - place % W.V
     return u, v, (u <= W.RADIUS) & (v >= -W.RADIUS)
@@ -163,6 +165,7 @@ def next_class(ids, c, W: tl.constexpr):
 def cpg_edges(scratch, size, rectangle, W: tl.constexpr):
     """Lists the entries whose windows hold more than one label and, if ONLY_VALID, no ignored one; how many there
     are."""
+    PARTS: tl.constexpr = W.PARTS
     _, top, left, bottom, right = rectangle
     ids = scratch.integers + IDS * W.COUNT
     REACH: tl.constexpr = W.MARGIN - W.RADIUS  # how far around the tile G is compared
@@ -174,10 +177,10 @@ def cpg_edges(scratch, size, rectangle, W: tl.constexpr):
         own = tl.load(ids + at, mask=at < W.COUNT, other=-1)
         compared = (own >= 0) & (y >= 0) & (y < size.height) & (x >= 0) & (x < size.width)
         compared = compared & (y >= top - REACH) & (y < bottom + REACH) & (x >= left - REACH) & (x < right + REACH)
-        differ = tl.zeros([W.BLOCK], tl.int32)
-        ignored = tl.zeros([W.BLOCK], tl.int32)
-        for first in tl.static_range(0, W.V * (2 * W.RADIUS + 1), W.PART):
-            u, v, exists = window_part(first, W)
+        differ = tl.full([W.BLOCK], 0, tl.int32)
+        ignored = tl.full([W.BLOCK], 0, tl.int32)
+        for part in tl.static_range(PARTS):
+            u, v, exists = window_part(part, W)
             there = compared[None] & exists
             id = tl.load(ids + at[None] + (u * W.WIDE + v), mask=there, other=0)
             differ |= tl.max((there & (id != own[None])).to(tl.int32), 0)
@@ -195,14 +198,15 @@ def cpg_edges(scratch, size, rectangle, W: tl.constexpr):
 def find_near(scratch, size, rectangle, W: tl.constexpr):
     """Lists the entries with an edge in their window; and of these the tile's own pixels and copies of them. How many
     there are of each."""
+    PARTS: tl.constexpr = W.PARTS
     _, top, left, bottom, right = rectangle
     near_count = 0
     own_count = 0
     for start in range(0, W.COUNT, W.BLOCK):
         at = start + tl.arange(0, W.BLOCK)
-        found = tl.zeros([W.BLOCK], tl.int32)
-        for first in tl.static_range(0, W.V * (2 * W.RADIUS + 1), W.PART):
-            u, v, exists = window_part(first, W)
+        found = tl.full([W.BLOCK], 0, tl.int32)
+        for part in tl.static_range(PARTS):
+            u, v, exists = window_part(part, W)
             # Edges are a radius away from where a row goes over into the next.
             other = at[None] + (u * W.WIDE + v)
             there = exists & (other >= 0) & (other < W.COUNT)
@@ -221,16 +225,16 @@ def list_entries(scratch, ids, size, rectangle, BACKWARD: tl.constexpr, W: tl.co
     """What there is to do around a tile: nothing where all labels are the same. In the backward, clears the numbers
     that classes leave behind."""
     lane = tl.arange(0, W.LANES)
-    edges = tl.zeros((), tl.int32)
-    near = tl.zeros((), tl.int32)
-    own = tl.zeros((), tl.int32)
+    edges = tl.full((), 0, tl.int32)
+    near = tl.full((), 0, tl.int32)
+    own = tl.full((), 0, tl.int32)
     first_class = tl.full((), NO_CLASS, tl.int32)
     if tl.max(tl.where(lane < W.COUNT, ids, -1)) != tl.min(tl.where(lane < W.COUNT, ids, NO_CLASS)):
         # The tile before is done with: each step ends with a barrier.
         tl.store(scratch.integers + IDS * W.COUNT + lane, ids, mask=lane < W.COUNT)
         if BACKWARD:
             for array in tl.static_range(1, ARRAYS):
-                zeros = tl.zeros([W.LANES], scratch.numbers.dtype.element_ty)
+                zeros = tl.full([W.LANES], 0, scratch.numbers.dtype.element_ty)
                 tl.store(scratch.numbers + array * W.COUNT + lane, zeros, mask=lane < W.COUNT)
         tl.debug_barrier()
         edges = cpg_edges(scratch, size, rectangle, W)
@@ -261,15 +265,16 @@ def find_probabilities(scratch, count, c, logits, stats, rectangle, READ: tl.con
 @triton.jit
 def gradients_at(scratch, start, count, c, ACC: tl.constexpr, W: tl.constexpr):
     """The gradients of class c at edges of the list, from `start` on."""
+    PARTS: tl.constexpr = W.PARTS
     i = start + tl.arange(0, W.BLOCK)
     some = i < count
     at = tl.load(scratch.integers + EDGE_LIST * W.COUNT + i, mask=some, other=0)
-    gx = tl.zeros([W.BLOCK], ACC)
-    gy = tl.zeros([W.BLOCK], ACC)
-    px = tl.zeros([W.BLOCK], ACC)
-    py = tl.zeros([W.BLOCK], ACC)
-    for first in tl.static_range(0, W.V * (2 * W.RADIUS + 1), W.PART):
-        u, v, exists = window_part(first, W)
+    gx = tl.full([W.BLOCK], 0, ACC)
+    gy = tl.full([W.BLOCK], 0, ACC)
+    px = tl.full([W.BLOCK], 0, ACC)
+    py = tl.full([W.BLOCK], 0, ACC)
+    for part in tl.static_range(PARTS):
+        u, v, exists = window_part(part, W)
         tap_x, tap_y = taps(u, v, W.UNIT)
         there = some[None] & exists
         other = at[None] + (u * W.WIDE + v)
@@ -310,13 +315,14 @@ def cpg_residuals(scratch, count, c, scale, ACC: tl.constexpr, W: tl.constexpr):
 @triton.jit
 def find_derivatives(scratch, count, ACC: tl.constexpr, W: tl.constexpr):
     """g, the derivative of the total by p, at the tile's own entries and copies of them."""
+    PARTS: tl.constexpr = W.PARTS
     for start in range(0, count, W.BLOCK):
         i = start + tl.arange(0, W.BLOCK)
         some = i < count
         at = tl.load(scratch.integers + OWN_LIST * W.COUNT + i, mask=some, other=0)
-        g = tl.zeros([W.BLOCK], ACC)
-        for first in tl.static_range(0, W.V * (2 * W.RADIUS + 1), W.PART):
-            u, v, exists = window_part(first, W)
+        g = tl.full([W.BLOCK], 0, ACC)
+        for part in tl.static_range(PARTS):
+            u, v, exists = window_part(part, W)
             tap_x, tap_y = taps(u, v, W.UNIT)
             there = some[None] & exists
             other = at[None] - (u * W.WIDE + v)  # its window has this entry at (u, v)
@@ -338,12 +344,13 @@ def differentiate(scratch, lists, c, scale, logits, stats, rectangle, READ: tl.c
 @triton.jit
 def fold(g, at, pixels, size, rectangle, W: tl.constexpr):
     """g of pixels, and of their copies beyond the border."""
+    PARTS: tl.constexpr = W.PARTS
     _, top, left, bottom, right = rectangle
     _, y, x, some = pixels
     total = tl.load(g + at, mask=some, other=0)
     if (top == 0) | (left == 0) | (bottom == size.height) | (right == size.width):
-        for first in tl.static_range(0, W.V * (2 * W.RADIUS + 1), W.PART):
-            u, v, exists = window_part(first, W)
+        for part in tl.static_range(PARTS):
+            u, v, exists = window_part(part, W)
             there = some[None] & exists & ((u != 0) | (v != 0))
             there = there & ((u >= 0) | (y == 0)[None]) & ((u <= 0) | (y == size.height - 1)[None])
             there = there & ((v >= 0) | (x == 0)[None]) & ((v <= 0) | (x == size.width - 1)[None])
@@ -387,8 +394,8 @@ def cpg_compare(
     for tile in range(tl.program_id(0), unpack(tiles), tl.num_programs(0)):
         rectangle = rectangle_of(tile, logits, READ.MODE, TILE)
         ids = ids_of(labels, logits.size, rectangle, W)
-        error = tl.zeros([W.BLOCK], READ.ACC)
-        compared = tl.zeros([W.BLOCK], READ.ACC)
+        error = tl.full([W.BLOCK], 0, READ.ACC)
+        compared = tl.full([W.BLOCK], 0, READ.ACC)
         lists = list_entries(scratch, ids, logits.size, rectangle, False, W)
         c = lists.first_class
         while c < NO_CLASS:
@@ -462,5 +469,5 @@ def add_products(grad, tile, logits, c, scratch, rectangle, TILE: tl.constexpr, 
     at = (pixels.y - rectangle.top + W.MARGIN) * W.WIDE + pixels.x - rectangle.left + W.MARGIN
     products = tl.load(scratch.numbers + PLANE * W.COUNT + at, mask=pixels.inside, other=0)
     corners = corner_weights(tile, logits, pixels, TILE)
-    add_to_quads(grad, tile, logits, c + tl.zeros([1, 1], tl.int32), products[None], corners, TILE, True)
+    add_to_quads(grad, tile, logits, c + tl.full([1, 1], 0, tl.int32), products[None], corners, TILE, True)
     tl.debug_barrier()

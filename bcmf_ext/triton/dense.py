@@ -47,7 +47,7 @@ def dense_forward(
     pixels = tile_of(tile, logits, READ.MODE, TILE)
     places = places_of(tile, logits, pixels, READ, TILE)
     m = tl.full([TILE.ROWS, TILE.SPANS, TILE.SPAN], float("-inf"), READ.ACC)
-    total = tl.zeros([TILE.ROWS, TILE.SPANS, TILE.SPAN], READ.ACC)
+    total = tl.full([TILE.ROWS, TILE.SPANS, TILE.SPAN], 0, READ.ACC)
     for first in range(0, size.classes, TILE.GROUP):
         z = group(logits, pixels, places, first, READ, TILE)
         largest = tl.maximum(m, tl.max(z, 0))  # leaves NaN out

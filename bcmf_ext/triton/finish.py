@@ -27,7 +27,7 @@ def add_tiles(partials, totals, BLOCK: tl.constexpr):
     """Each sum over its tiles, in an order that depends on their number alone."""
     row = tl.program_id(0)
     length = unpack(partials.length)
-    total = tl.zeros([BLOCK], tl.float64)
+    total = tl.full([BLOCK], 0, tl.float64)
     for start in range(0, length, BLOCK):
         tile = start + tl.arange(0, BLOCK)
         total += tl.load(partials.data + tl.cast(row, tl.int64) * length + tile, mask=tile < length, other=0)

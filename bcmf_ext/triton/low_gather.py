@@ -72,7 +72,7 @@ def low_gather_quads(sums, logits, grad, count, BLOCK: tl.constexpr):
     n, c, row, column = cell_of(index, logits.size)
     base = sums.data + n * sums.stride_n + c * sums.stride_c
     pieces = (logits.size.columns + 1) * across.parts
-    total = tl.zeros([BLOCK], sums.data.dtype.element_ty)
+    total = tl.full([BLOCK], 0, sums.data.dtype.element_ty)
     for i in range(2 * down.parts):  # pieces of the quad above the logit, whose lower corners it is; then of that below
         is_lower = i < down.parts
         at_row = base + (row * down.parts + i) * pieces + tl.where(is_lower, 2 * tl.cast(sums.stride_h, tl.int64), 0)
@@ -95,11 +95,11 @@ def low_gather_pixels(sums, logits, grad, count, most_rows, most_columns, BLOCK:
     base = sums.data + n * sums.stride_n + c * sums.stride_c
     top = tl.load(logits.down.start + row, mask=inside, other=0)
     left = tl.load(logits.across.start + column, mask=inside, other=0)
-    total = tl.zeros([BLOCK], sums.data.dtype.element_ty)
+    total = tl.full([BLOCK], 0, sums.data.dtype.element_ty)
     for i in range(most_rows):
         y = top + i
         share_y, some_y = share_of(logits.down, row, y, inside)
-        line = tl.zeros([BLOCK], sums.data.dtype.element_ty)
+        line = tl.full([BLOCK], 0, sums.data.dtype.element_ty)
         for j in range(most_columns):
             x = left + j
             share, some = share_of(logits.across, column, x, some_y)

@@ -41,8 +41,7 @@ class Norm(NamedTuple):
 
 class Sizes(NamedTuple):
     """What a kernel gets, packed: channels of all branches; height and width; values of scratch memory (`memory`) for a
-    channel;
-    the images that a program has, and how many programs share the images."""
+    channel; the images that a program has, and how many programs share the images."""
 
     channels: Any
     height: Any
@@ -153,12 +152,12 @@ def square_root(value):
 @triton.jit
 def batch_statistics(z, count, LANES: tl.constexpr):
     """Mean, and the sum of squared differences from it."""
-    total = tl.zeros([LANES.PIXELS, LANES.SIDE], LANES.ACC)
+    total = tl.full([LANES.PIXELS, LANES.SIDE], 0, LANES.ACC)
     for start in range(0, count, LANES.PIXELS):
         pixel = pixels_from(start, LANES)
         total += tl.load(own(z, pixel, LANES), mask=pixel < count, other=0)
     mean = ratio(channel_sum(total), tl.cast(count, LANES.ACC))
-    total = tl.zeros([LANES.PIXELS, LANES.SIDE], LANES.ACC)
+    total = tl.full([LANES.PIXELS, LANES.SIDE], 0, LANES.ACC)
     for start in range(0, count, LANES.PIXELS):
         pixel = pixels_from(start, LANES)
         difference = tl.load(own(z, pixel, LANES), mask=pixel < count, other=0) - mean
@@ -219,8 +218,8 @@ def norm_backward(z, norm, stats, grad_norms, grad, area, channels, training, LA
     inverse_std = tl.load(stats.data + stats.channels + stats.first + c, mask=exists, other=0)
     scale = inverse_std * tl.load(norm.weight + c, mask=exists, other=0)
     affine = Affine(mean, scale, tl.load(norm.bias + c, mask=exists, other=0))
-    grad_bias = tl.zeros([LANES.PIXELS, LANES.SIDE], LANES.ACC)
-    grad_weight = tl.zeros([LANES.PIXELS, LANES.SIDE], LANES.ACC)
+    grad_bias = tl.full([LANES.PIXELS, LANES.SIDE], 0, LANES.ACC)
+    grad_weight = tl.full([LANES.PIXELS, LANES.SIDE], 0, LANES.ACC)
     for start in range(0, count, LANES.PIXELS):
         pixel = pixels_from(start, LANES)
         centred, passed = passed_relu(z, pixel, affine, grad, area, channels, LANES)

@@ -78,7 +78,7 @@ def ohem_count(nll, selection, histogram, size, DIGIT: tl.constexpr, BLOCK: tl.c
     BITS: tl.constexpr = DIGIT.BITS
     prefix = tl.load(selection)
     bins = tl.arange(0, 1 << BITS)
-    counts = tl.zeros([1 << BITS], tl.int64)
+    counts = tl.full([1 << BITS], 0, tl.int64)
     end = tl.where(tl.load(selection + 1) > 0, tl.cast(unpack_size(size).pixels, tl.int64), 0)
     first = tl.program_id(0).to(tl.int64) * BLOCK
     while first < end:

@@ -72,7 +72,7 @@ def sum_down(map, scratch, area, channels, LANES: tl.constexpr):
         column = pixels_from(start, LANES)
         there = column < images * width
         image, x = column // width, column % width
-        total = tl.zeros([LANES.PIXELS, LANES.SIDE], LANES.ACC)
+        total = tl.full([LANES.PIXELS, LANES.SIDE], 0, LANES.ACC)
         before_0, before_1, before_2 = total, total, total
         here_0, here_1, here_2 = total, total, total
         for y in range(height):
@@ -81,15 +81,15 @@ def sum_down(map, scratch, area, channels, LANES: tl.constexpr):
             if y % 2 == 0:
                 if y > 0:
                     end_window(to_0, image, x, y // 2 - 1, before_0 + here_0 + value, there, rows_0, width, LANES)
-                before_0, here_0 = here_0, tl.zeros([LANES.PIXELS, LANES.SIDE], LANES.ACC)
+                before_0, here_0 = here_0, tl.full([LANES.PIXELS, LANES.SIDE], 0, LANES.ACC)
             if y % 4 == 0:
                 if y > 0:
                     end_window(to_1, image, x, y // 4 - 1, before_1 + here_1 + value, there, rows_1, width, LANES)
-                before_1, here_1 = here_1, tl.zeros([LANES.PIXELS, LANES.SIDE], LANES.ACC)
+                before_1, here_1 = here_1, tl.full([LANES.PIXELS, LANES.SIDE], 0, LANES.ACC)
             if y % 8 == 0:
                 if y > 0:
                     end_window(to_2, image, x, y // 8 - 1, before_2 + here_2 + value, there, rows_2, width, LANES)
-                before_2, here_2 = here_2, tl.zeros([LANES.PIXELS, LANES.SIDE], LANES.ACC)
+                before_2, here_2 = here_2, tl.full([LANES.PIXELS, LANES.SIDE], 0, LANES.ACC)
             here_0 += value
             here_1 += value
             here_2 += value
@@ -111,7 +111,7 @@ def pool_across(along_y, pool, area, POOL: tl.constexpr, LANES: tl.constexpr):
     for start in range(0, count, LANES.PIXELS):
         pixel = pixels_from(start, LANES)
         left = pixel % columns * stride - pad
-        total = tl.zeros([LANES.PIXELS, LANES.SIDE], LANES.ACC)
+        total = tl.full([LANES.PIXELS, LANES.SIDE], 0, LANES.ACC)
         for k in range(across):
             there = (pixel < count) & (left + k >= 0) & (left + k < area.width)
             total += tl.load(own(along_y, pixel // columns * area.width + left + k, LANES), mask=there, other=0)
@@ -129,7 +129,7 @@ def spread_across(grad, along_y, area, POOL: tl.constexpr, LANES: tl.constexpr):
     for start in range(0, count, LANES.PIXELS):
         pixel = pixels_from(start, LANES)
         x = pixel % area.width
-        total = tl.zeros([LANES.PIXELS, LANES.SIDE], LANES.ACC)
+        total = tl.full([LANES.PIXELS, LANES.SIDE], 0, LANES.ACC)
         for k in tl.static_range(3):
             window = (x + pad) // stride - k
             there = (pixel < count) & (window >= 0) & (window < columns)
@@ -142,7 +142,7 @@ def spread_across(grad, along_y, area, POOL: tl.constexpr, LANES: tl.constexpr):
 def spread_down(along_y, n, y, x, inside, area, POOL: tl.constexpr, LANES: tl.constexpr):
     """What a map's pixels get of a pool's gradient along y."""
     size, stride, pad, rows = window_of(POOL, area.height)
-    total = tl.zeros([inside.shape[0], LANES.SIDE], LANES.ACC)
+    total = tl.full([inside.shape[0], LANES.SIDE], 0, LANES.ACC)
     for k in tl.static_range(3):
         window = (y + pad) // stride - k
         there = inside & (window >= 0) & (window < rows) & (window * stride - pad + size > y)
@@ -195,7 +195,7 @@ def pool_backward(x, grads, norms, stats, grad_norms, grad_x, scratch, sizes, tr
         pixel = pixels_from(start, LANES)
         inside = (pixel < count) & channels.exists
         n, row, column = position_of(pixel, area.height, area.width)
-        total = tl.zeros([LANES.PIXELS, LANES.SIDE], LANES.ACC)
+        total = tl.full([LANES.PIXELS, LANES.SIDE], 0, LANES.ACC)
         behind = begin
         for POOL in tl.static_range(WHOLE + 1):
             along_y, z, behind = part_of(behind, area, POOL, LANES)

@@ -109,7 +109,7 @@ def find_sum(branch, z, area, channels, LANES: tl.constexpr):
         inside = (pixel < count) & channels.exists
         n, y, x = position_of(pixel, area.height, area.width)
         n += area.first
-        total = tl.zeros([LANES.PIXELS, LANES.SIDE], LANES.ACC)
+        total = tl.full([LANES.PIXELS, LANES.SIDE], 0, LANES.ACC)
         if branch.has_added != 0:
             from_ = entry_of(branch.added, n, channels.c, y, x, LANES)
             total += tl.load(from_, mask=inside, other=0).to(LANES.ACC)
@@ -140,7 +140,7 @@ def gather(grads, step, cell, inside, outside, most, there, LANES: tl.constexpr)
     """The gradient of a cell, from those of the pixels between its neighbours: `most` of them, `step` apart."""
     begin, middle = start_of(cell - 1, inside, outside), start_of(cell, inside, outside)
     end = start_of(cell + 1, inside, outside)
-    total = tl.zeros([cell.shape[0], LANES.SIDE], LANES.ACC)
+    total = tl.full([cell.shape[0], LANES.SIDE], 0, LANES.ACC)
     for k in range(most):
         i = begin + k
         _, weight = tap(i, inside, outside, LANES.ACC)
