@@ -33,6 +33,7 @@ from triton.runtime.errors import InterpreterError
 
 from bcmf_ext.triton import launch, lmfm, loss
 from bcmf_ext.triton.common import Pixels, Size, place_of
+from bcmf_ext.triton.integers import multiple_of, pack, unpack
 
 pytestmark = pytest.mark.skipif(not dispatch.INTERPRETED, reason="Triton's kernels are not interpreted")
 (TRITON,) = (backend for backend in KERNELS if backend.name == "triton")
@@ -131,6 +132,26 @@ def test_integers_do_not_overflow(small_tiles: None, monkeypatch: pytest.MonkeyP
         look_for_overflow(False)
     assert grad.stride() == strides
     assert torch.equal(grad, expected_grad)
+
+
+# The interpreter takes integers from 2^31 to 2^32, packed ones of 2^29 to 2^30, for negative ones; GPUs do not.
+@pytest.mark.parametrize("value", [0, 1, 16, 48, 255, -1, -100, 2**29 - 16, 2**30, 2**31, 2**32 + 64, 2**40])
+def test_integers_arrive_as_they_were_packed(value: int) -> None:
+    """Protects the form in which kernels get integers: none is 1 or a multiple of 16, for which Triton would compile a
+    kernel anew, and all arrive as they were, also those that were divided by what they are known to be multiples of.
+    """
+
+    @triton.jit
+    def arrived(packed, to, MULTIPLE: tl.constexpr):
+        tl.store(to, unpack(packed, MULTIPLE))
+
+    to = torch.empty(1, dtype=torch.int64)
+    for multiple in {1, multiple_of(True, value)}:
+        packed = pack(value // multiple)
+        assert packed != 1
+        assert packed % 16 != 0
+        arrived[(1,)](packed, to, multiple)
+        assert to.item() == value
 
 
 def test_more_than_two_billion_pixels() -> None:

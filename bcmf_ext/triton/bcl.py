@@ -1,4 +1,4 @@
-"""BCL: the score of a pixel, which scores are maxima, and what the selected pixels add to the gradient
+"""BCL: the score of a pixel, which scores are maxima, and the scale of the selected pixels' gradients
 (csrc/device/bcl.cuh)."""
 
 from __future__ import annotations

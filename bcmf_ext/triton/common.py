@@ -2,7 +2,7 @@
 
 What belongs together travels in a named tuple. Its integers are packed where a kernel is launched and unpacked where it
 begins (see integers.py). Offsets have 64 bits wherever a tensor may have more than 2³¹ entries.
-Tuples whose fields are in capitals are known when a kernel is compiled.
+Fields in capitals are known when a kernel is compiled.
 """
 
 from __future__ import annotations
@@ -41,18 +41,18 @@ BCL_ROWS = tl.constexpr(len(DENSE_ROWS))
 
 
 # --------------------------------------------------------------------------------------------------------------------
-# What is known when a kernel is compiled
+# Tuples that are known when a kernel is compiled
 
 
 class Reading(NamedTuple):
-    """How logits are read: MODE, and the dtype that is computed in."""
+    """How a kernel reads logits: from where (MODE), and in which dtype it computes."""
 
     MODE: int
     ACC: Any
 
 
 class Terms(NamedTuple):
-    """What is asked of the loss. STEPS: those of BCL, none without it."""
+    """The terms of a loss, and how they are computed. STEPS are those of BCL; there are none without it."""
 
     CE: bool
     WEIGHTED: bool
@@ -72,7 +72,7 @@ class TileShape(NamedTuple):
 
 
 # --------------------------------------------------------------------------------------------------------------------
-# What kernels get
+# Tuples that kernels get
 
 
 class Map(NamedTuple):
@@ -89,13 +89,13 @@ class Map(NamedTuple):
 
 
 def pack_map(tensor: Tensor, by_rows: bool = False) -> Map:
-    """For a kernel. by_rows: it works on rows of neighbours."""
+    """A map for a kernel. by_rows: it works on rows of neighbours."""
     strides, width = tensor.stride(), tensor.shape[3]
     in_rows = strides[3] == 1 or (width == 1 and strides[1] != 1)  # an axis of length 1 may have any stride
     adjacent = 3 if in_rows else 1 if strides[1] == 1 else -1
     multiple = multiple_of(by_rows, *(stride for axis, stride in enumerate(strides) if axis != adjacent))
-    packed = (pack(stride // multiple) for stride in strides)
-    return Map(tensor, *packed, tl.constexpr(adjacent), tl.constexpr(multiple))
+    n, c, h, w = (pack(stride // multiple) for stride in strides)
+    return Map(tensor, n, c, h, w, tl.constexpr(adjacent), tl.constexpr(multiple))
 
 
 @triton.jit
@@ -125,12 +125,12 @@ class Labels(NamedTuple):
 
 
 def pack_labels(target: Tensor, ignore_index: int, by_rows: bool) -> Labels:
-    """For a kernel. by_rows: it works on rows of neighbours."""
+    """Labels for a kernel. by_rows: it works on rows of neighbours."""
     *others, last = target.stride()
     adjacent = last == 1 or target.shape[2] == 1  # an axis of length 1 may have any stride
     multiple = multiple_of(by_rows and adjacent, *others)
-    packed = (pack(stride // multiple) for stride in target.stride())
-    return Labels(target, *packed, pack(ignore_index), tl.constexpr(adjacent), tl.constexpr(multiple))
+    n, h, w = (pack(stride // multiple) for stride in target.stride())
+    return Labels(target, n, h, w, pack(ignore_index), tl.constexpr(adjacent), tl.constexpr(multiple))
 
 
 @triton.jit
@@ -161,8 +161,8 @@ class Size(NamedTuple):
 
 
 def pack_size(size: Size, by_rows: bool = False, by_cells: bool = False) -> Size:
-    """For a kernel. by_rows (by_cells): it works on rows of neighbouring pixels (logits)."""
-    width, columns = multiple_of(by_rows, size.width), multiple_of(by_cells, size.columns)
+    """Sizes for a kernel. by_rows (by_cells): it works on rows of neighbouring pixels (logits)."""
+    width, columns = multiple_of(by_rows, size.width, size.pixels), multiple_of(by_cells, size.columns)
     return Size(
         size.classes, pack(size.height), pack(size.width // width), pack(size.rows), pack(size.columns // columns),
         pack(size.pixels // width), tl.constexpr(width), tl.constexpr(columns),
@@ -228,11 +228,11 @@ class Partials(NamedTuple):
 
 
 # --------------------------------------------------------------------------------------------------------------------
-# What jitted functions hand to each other
+# Tuples and functions that kernels share
 
 
 class Pixels(NamedTuple):
-    """Label pixels: image, row, column, and which of them exist."""
+    """Label pixels: their image, row and column, and which of them are `inside`, that is, exist."""
 
     n: Any
     y: Any
@@ -267,13 +267,13 @@ def class_at(labels, pixels, classes):
 
 @triton.jit
 def place_of(size, pixels):
-    """Where pixels lie in a contiguous map (N, H, W)."""
+    """The indices of pixels in a contiguous map (N, H, W)."""
     return (tl.cast(pixels.n, tl.int64) * size.height + pixels.y) * size.width + pixels.x
 
 
 @triton.jit
 def stats_at(stats, size, pixels):
-    """What `dense_forward` found for pixels; 0 where there is none."""
+    """Reads what `dense_forward` found for pixels; 0 for one that is not inside."""
     place = place_of(size, pixels)
     m = tl.load(stats + place, mask=pixels.inside, other=0)
     return Stats(m, tl.load(stats + size.pixels + place, mask=pixels.inside, other=0))
@@ -281,5 +281,5 @@ def stats_at(stats, size, pixels):
 
 @triton.jit
 def store_partial(partials, row, tile, values):
-    """The sum of a tile's values."""
+    """Stores the sum of a tile's values in a row of the table."""
     tl.store(partials.data + row * partials.length + tile, tl.sum(values).to(tl.float64))

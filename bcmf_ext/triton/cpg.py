@@ -46,7 +46,7 @@ NO_CLASS = tl.constexpr(1 << 30)
 
 
 class Window(NamedTuple):
-    """How a kernel goes through windows and the entries around a tile. All of it is known when a kernel is compiled."""
+    """The windows of a kernel, and the entries around a tile. All of it is known when a kernel is compiled."""
 
     RADIUS: int
     ONLY_VALID: bool  # whether an ignored label in a pixel's window keeps it from being compared
@@ -62,25 +62,37 @@ class Window(NamedTuple):
 
 
 def window_for(tile: TileShape, radius: int, only_valid: bool, margin: int, block: int, rows: int) -> Window:
-    """rows: of windows, which are looked at together."""
+    """The windows for a tile. rows: so many rows of a window are looked at together."""
     wide = tile.SPANS * tile.SPAN + 2 * margin
     count = (tile.ROWS + 2 * margin) * wide
     v, unit = 4 if radius == 1 else 8, {1: 2, 2: 20, 3: 780}[radius]
     part = v * min(rows, triton.next_power_of_2(2 * radius + 1))
     parts = triton.cdiv(v * (2 * radius + 1), part)
-    return Window(radius, only_valid, margin, wide, count, triton.next_power_of_2(count), block, v, part, parts, unit)
+    return Window(
+        RADIUS=radius,
+        ONLY_VALID=only_valid,
+        MARGIN=margin,
+        WIDE=wide,
+        COUNT=count,
+        LANES=triton.next_power_of_2(count),
+        BLOCK=block,
+        V=v,
+        PART=part,
+        PARTS=parts,
+        UNIT=unit,
+    )
 
 
 class Scratch(NamedTuple):
-    """A program's memory, or that of all programs."""
+    """The scratch memory of a program, or of all programs one after another: ARRAYS of each kind."""
 
     integers: Any
     numbers: Any
 
 
 class Lists(NamedTuple):
-    """How many edges there are around a tile, how many entries near one, how many of these stand for the tile's own
-    pixels; and the first class to look at."""
+    """The lengths of the lists of a tile: edges, entries near an edge, and those of them that stand for the tile's own
+    pixels. Then the first class to look at, NO_CLASS where there is no edge."""
 
     edges: Any
     near: Any
@@ -89,7 +101,7 @@ class Lists(NamedTuple):
 
 
 class Gradients(NamedTuple):
-    """Of edges, which exist if `some`, at entries `at`: G of a class, and its estimate, times UNIT."""
+    """G of a class and its estimate, times UNIT, at entries `at`, of which only `some` exist."""
 
     at: Any
     some: Any
@@ -222,8 +234,8 @@ def find_near(scratch, size, rectangle, W: tl.constexpr):
 
 @triton.jit
 def list_entries(scratch, ids, size, rectangle, BACKWARD: tl.constexpr, W: tl.constexpr):
-    """What there is to do around a tile: nothing where all labels are the same. In the backward, clears the numbers
-    that classes leave behind."""
+    """Lists the entries around a tile that there is something to do for: none where all labels are the same. In the
+    backward it also clears the numbers that another tile's classes have left behind."""
     lane = tl.arange(0, W.LANES)
     edges = tl.full((), 0, tl.int32)
     near = tl.full((), 0, tl.int32)
@@ -244,12 +256,12 @@ def list_entries(scratch, ids, size, rectangle, BACKWARD: tl.constexpr, W: tl.co
 
 
 # --------------------------------------------------------------------------------------------------------------------
-# What is found for a class
+# Steps for one class
 
 
 @triton.jit
 def find_probabilities(scratch, count, c, logits, stats, rectangle, READ: tl.constexpr, W: tl.constexpr):
-    """p of a class, wherever it is looked at."""
+    """Finds p of a class, wherever a window looks at it."""
     for start in range(0, count, W.BLOCK):
         i = start + tl.arange(0, W.BLOCK)
         some = i < count
@@ -302,7 +314,7 @@ def add_errors(error, compared, scratch, count, c, ACC: tl.constexpr, W: tl.cons
 
 @triton.jit
 def cpg_residuals(scratch, count, c, scale, ACC: tl.constexpr, W: tl.constexpr):
-    """The derivatives of the total by the estimates of class c, which are kept times UNIT."""
+    """Finds the derivatives of the total by the estimates of class c, which are kept times UNIT."""
     for start in range(0, count, W.BLOCK):
         at, some, gx, gy, px, py = gradients_at(scratch, start, count, c, ACC, W)
         residual_x = tl.where(gx != 0, scale * (px - gx), 0.0)
@@ -314,7 +326,7 @@ def cpg_residuals(scratch, count, c, scale, ACC: tl.constexpr, W: tl.constexpr):
 
 @triton.jit
 def find_derivatives(scratch, count, ACC: tl.constexpr, W: tl.constexpr):
-    """g, the derivative of the total by p, at the tile's own entries and copies of them."""
+    """Finds g, the derivative of the total by p, at the tile's own entries and copies of them."""
     PARTS: tl.constexpr = W.PARTS
     for start in range(0, count, W.BLOCK):
         i = start + tl.arange(0, W.BLOCK)
@@ -335,7 +347,7 @@ def find_derivatives(scratch, count, ACC: tl.constexpr, W: tl.constexpr):
 
 @triton.jit
 def differentiate(scratch, lists, c, scale, logits, stats, rectangle, READ: tl.constexpr, W: tl.constexpr):
-    """p and g of class c, into scratch memory."""
+    """Finds p and g of class c, into scratch memory."""
     find_probabilities(scratch, lists.near, c, logits, stats, rectangle, READ, W)
     cpg_residuals(scratch, lists.edges, c, scale, READ.ACC, W)
     find_derivatives(scratch, lists.own, READ.ACC, W)
@@ -373,7 +385,7 @@ def own_pixels(scratch, start, count, size, rectangle, W: tl.constexpr):
 
 @triton.jit
 def residual_scale(upstream, cpg_weight, ACC: tl.constexpr, W: tl.constexpr):
-    """What a difference of G and its estimate, both times UNIT, is multiplied with."""
+    """The factor that makes a residual of a difference of G and its estimate, both times UNIT."""
     scale = 2 * tl.full((), cpg_weight, ACC) * tl.load(upstream.grad_total)
     return ratio(scale, tl.load(upstream.summary + COMPARED)) * (1.0 / (W.UNIT * W.UNIT))
 

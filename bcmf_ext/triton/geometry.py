@@ -22,7 +22,8 @@ class Rectangle(NamedTuple):
 
 
 class Pieces(NamedTuple):
-    """Of image n, a piece of a quad along y, and the first of a tile's pieces along x."""
+    """The pieces of quads that a tile of image n consists of: one along y (`down`), and those from `across` on along
+    x."""
 
     n: Any
     down: Any
@@ -65,7 +66,7 @@ def fill_axis(axis, inside, outside, i, ALIGN: tl.constexpr):
 
 @triton.jit
 def fill_axes(size, down, across, ALIGN: tl.constexpr, BLOCK: tl.constexpr):
-    """The tables of both axes."""
+    """Fills the tables of both axes."""
     size, down, across = unpack_size(size), unpack_axis(down), unpack_axis(across)
     i = (tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)).to(tl.int64)
     zero = i * 0

@@ -1,5 +1,5 @@
-"""What the cross-entropy and BCL ask of a pixel, and a logit's gradient (docs/definitions.md, Gradients): shared by
-`dense_backward` and `sparse_backward` (csrc/device/loss.cuh)."""
+"""The pulls and factors of pixels, and a logit's gradient (docs/definitions.md, Gradients): `dense_backward` and
+`sparse_backward` share them (csrc/device/loss.cuh)."""
 
 from __future__ import annotations
 
@@ -14,8 +14,8 @@ from .ohem import key_of, weight_of
 
 
 class Upstream(NamedTuple):
-    """What the backward gets beside logits and labels: class weights, the gradient of the total, what the forward kept
-    (see ops.py), and the shares of CPG, (N, H, W)."""
+    """Tensors that the backward gets beside logits and labels: class weights, the gradient of the total, the results of
+    the forward (see ops.py), and the shares of CPG, (N, H, W)."""
 
     weight: Any
     grad_total: Any
@@ -26,8 +26,8 @@ class Upstream(NamedTuple):
 
 
 class BclWeights(NamedTuple):
-    """The weight of BCL in the total, and those of its flipped labels; fp64, so that each kernel has to put them
-    together."""
+    """The weight of BCL in the total, and those of its flipped labels, all fp64. A kernel gets them one by one, because
+    only its own arguments can be declared fp64."""
 
     total: Any
     alpha: Any
@@ -35,7 +35,7 @@ class BclWeights(NamedTuple):
 
 
 class Asked(NamedTuple):
-    """What is asked of a pixel: its label, a bit for each of BCL's steps, the pull towards the label, and the factor of
+    """A pixel's label, a bit for each of BCL's steps that selected it, the pull towards the label, and the factor of
     p."""
 
     label: Any
@@ -64,7 +64,7 @@ def pull_of(label, nll, selected, upstream, bcl, ACC: tl.constexpr, TERMS: tl.co
 
 @triton.jit
 def flipped_factor(selected, upstream, bcl, ACC: tl.constexpr, TERMS: tl.constexpr):
-    """What the flipped labels of a pixel add to the factor of p."""
+    """The part of the factor of p that a pixel's flipped labels ask for."""
     share = bcl_scale(upstream, tl.load(upstream.summary + VALID), bcl.total, ACC, TERMS)
     times = tl.zeros(selected.shape, ACC)
     for i in tl.static_range(len(TERMS.STEPS)):
@@ -87,7 +87,7 @@ def flipped_pull(c, selected, labels, size, pixels, upstream, bcl, ACC: tl.const
 
 @triton.jit
 def asked_of(logits, labels, pixels, upstream, bcl, READ: tl.constexpr, TERMS: tl.constexpr):
-    """What the gradients of a pixel's logits are made of."""
+    """Finds all that the gradients of a pixel's logits have in common."""
     size, inside = logits.size, pixels.inside
     place = place_of(size, pixels)
     label = class_at(labels, pixels, size.classes)
@@ -118,7 +118,7 @@ def gradient_of(c, p, asked, labels, size, pixels, upstream, bcl, ACC: tl.conste
 
 @triton.jit
 def store_gradient(grad, pixels, c, value, inside):
-    """Into a map of the labels' size."""
+    """Stores gradients of class c in a map of the labels' size."""
     to = grad.data + tl.cast(pixels.n, tl.int64) * grad.stride_n + tl.cast(c, tl.int64) * grad.stride_c
     to += pixels.y.to(tl.int64) * grad.stride_h + pixels.x.to(tl.int64) * grad.stride_w
     tl.store(to, value.to(grad.data.dtype.element_ty), mask=inside)

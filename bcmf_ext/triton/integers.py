@@ -23,7 +23,7 @@ def pack(value: int) -> int:
 
 
 def pack_known_one(value: int) -> int | tl.constexpr:
-    """The same where being 1 is worth a variant of the kernel."""
+    """A packed integer; if it is 1, the compiler knows, where that is worth a variant of the kernel."""
     return tl.constexpr(pack(1)) if value == 1 else pack(value)
 
 
@@ -36,11 +36,12 @@ def unpack(packed, MULTIPLE: tl.constexpr = 1):
 
 @triton.jit
 def unpack_side(packed, MULTIPLE: tl.constexpr = 1):
-    """The same of a number of rows or columns, in 32 bits."""
+    """A number of rows or columns, below 2^30, in 32 bits."""
     return unpack(packed, MULTIPLE).to(tl.int32)
 
 
 def multiple_of(by_rows: bool, *values: int) -> int:
-    """16 if all values are multiples of that, and the kernel reads rows of neighbours, which gains by knowing it;
-    otherwise 1. The values are then divided by it before they are packed."""
-    return 16 if by_rows and all(value % 16 == 0 for value in values) else 1
+    """16 if all values are multiples of that, and the kernel works on rows of neighbours, which gains by knowing it;
+    otherwise 1. The values are then divided by it before they are packed; those that need 64 bits must not seem to need
+    32."""
+    return 16 if by_rows and all(value % 16 == 0 and value < 2**31 for value in values) else 1

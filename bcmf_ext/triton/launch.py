@@ -129,13 +129,13 @@ class Geometry:
         self.mode, self.most = self._choose_mode(align_corners)
         self.read = Reading(self.mode, tl.float64 if self.acc == torch.float64 else tl.float32)
         self.tile = tile_shape(classes, logits.dtype, self.mode, logits.stride(1) < logits.stride(3), self.most)
-        self.by_rows = self.mode != QUADS.value  # what dense kernels read
+        self.by_rows = self.mode != QUADS.value  # whether dense kernels work on rows of pixels
         self.down = self.across = Axis(logits, logits, logits, 1)  # not read in mode DIRECT
         if self.mode != DIRECT.value and self.pixels > 0:
             self._fill_axes(logits, align_corners)
 
     def logits(self, by_rows: bool = False, by_cells: bool = False) -> Logits:
-        """For a kernel. by_rows (by_cells): it works on rows of neighbouring pixels (logits)."""
+        """The logits for a kernel. by_rows (by_cells): it works on rows of neighbouring pixels (logits)."""
         return Logits(
             pack_map(self.map, by_rows and self.mode == DIRECT.value), pack_size(self.size, by_rows, by_cells),
             pack_axis(self.down), pack_axis(self.across),

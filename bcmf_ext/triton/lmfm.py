@@ -97,7 +97,7 @@ def check_pool_input(x: Tensor) -> None:
 
 
 def pool_values(x: Tensor) -> int:
-    """Of scratch memory, for a channel of an image: pools along y, and pools."""
+    """Values of scratch memory that a channel of an image needs: for the pools along y, and for the pools."""
     return sum(rows * (columns + x.shape[3]) for rows, columns in pool_sizes(*x.shape[2:]))
 
 
@@ -193,7 +193,7 @@ class Branches:
                     check_map(given, self.like, (self.images, self.channels[-1], *sides))
 
     def packed(self, outs: Sequence[Tensor], grads: Sequence[Maps], norms: Sequence[Norm]) -> tuple[Branch, ...]:
-        """For the kernels. grads: of resampled maps and of added ones, in the backward."""
+        """The branches for a kernel. grads: in the backward, those of resampled maps and of added ones."""
         found, first = [], 0
         for b, ((low, map), channels) in enumerate(zip(self.pairs, self.channels, strict=True)):
             rows, columns = (1, 1) if low is None else low.shape[2:]

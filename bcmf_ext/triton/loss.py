@@ -96,7 +96,7 @@ class Call:
         self.alpha, self.beta = options.bcl_flipped or (0.0, 0.0)
 
     def inputs(self, by_rows: bool) -> dict[str, Any]:
-        """Logits and labels for a kernel. by_rows: it works on rows of neighbours."""
+        """Logits and labels for a kernel. by_rows: it works on rows of neighbouring pixels."""
         labels = pack_labels(self.target, self.options.ignore_index, by_rows)
         return {"logits": self.geometry.logits(by_rows), "labels": labels}
 
@@ -264,8 +264,9 @@ def loss_backward(
 
 
 def make_sink(call: Call, grad: Tensor) -> Tensor:
-    """Where gradients go first, four axes: to their tensor, or on the way back to logits of another size: a pixel's own
-    (N, C, H, W), or sums for four corners, of whose pieces (N, C, 4, down, across) this is the first column."""
+    """The map that `dense_backward` writes to: the gradient itself, or, of logits of another size, the gradients of
+    label pixels (N, C, H, W), or sums for the corners of quads' pieces (N, C, 4, down, across), without the last
+    axis."""
     geometry, planes = call.geometry, grad.shape[:2]
     if geometry.mode == DIRECT.value:
         return grad
@@ -277,7 +278,7 @@ def make_sink(call: Call, grad: Tensor) -> Tensor:
 
 
 def run_low_gather(geometry: Geometry, sink: Tensor, grad: Tensor) -> None:
-    """From the sink to the gradient of logits of another size."""
+    """Takes the gradients from the sink to logits of another size."""
     programs = triton.cdiv(grad.numel(), GATHER_BLOCK)
     arguments = {
         "sums": pack_map(sink), "logits": geometry.logits(by_cells=True), "grad": pack_map(grad, True),

@@ -16,8 +16,8 @@ from .integers import unpack
 
 @triton.jit
 def corner_weights(tile, logits, pixels, TILE: tl.constexpr):
-    """How much of a tile's pixels goes to the logits below and to the right: (ROWS, 1, 1) and (1, SPANS, SPAN). All of
-    the quad before the first logit goes to that."""
+    """The shares of a tile's pixels that go to the logits below and to the right: (ROWS, 1, 1) and (1, SPANS, SPAN).
+    All of the quad before the first logit goes to that logit."""
     size, down, across = logits.size, logits.down, logits.across
     _, piece, first_piece = pieces_of(tile, logits, TILE)
     pieces = first_piece + tl.arange(0, TILE.SPANS)[None, :, None]
@@ -49,6 +49,7 @@ def add_to_quads(sums, tile, logits, c, gradient, corners, TILE: tl.constexpr, A
 
 @triton.jit
 def put(to, value, some, ADD: tl.constexpr):
+    """Stores values, or ADDs them to what is there."""
     if ADD:
         value += tl.load(to, mask=some, other=0)
     tl.store(to, value, mask=some)
@@ -111,7 +112,7 @@ def low_gather_pixels(sums, logits, grad, count, most_rows, most_columns, BLOCK:
 
 @triton.jit
 def share_of(axis, cell, i, inside):
-    """How much of pixel i is taken from a cell; and whether any."""
+    """The weight with which pixel i was resampled from a cell; and whether it was at all."""
     start = tl.load(axis.start + cell + 1, mask=inside, other=0)
     some = inside & (i < tl.load(axis.start + cell + 2, mask=inside, other=0))
     weight = tl.load(axis.weight + i, mask=some, other=0)

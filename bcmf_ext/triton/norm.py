@@ -1,5 +1,4 @@
-"""Batch norm and ReLU of what lies in a program's scratch memory: what the kernels of LMFM share
-(csrc/device/lmfm.cuh).
+"""Batch norm and ReLU of values in a program's scratch memory, which the kernels of LMFM share (csrc/device/lmfm.cuh).
 
 A program has a few channels of a branch and all their pixels, so that it finds the statistics of a batch norm by
 itself; in eval mode, where there are none to find, the pixels of one image. What is normalised, and later its gradient,
@@ -21,8 +20,8 @@ from .integers import pack, unpack, unpack_side
 
 
 class Lanes(NamedTuple):
-    """How a program works, known when a kernel is compiled: in ACC, on blocks (PIXELS, SIDE channels); whether channels
-    are ADJACENT in all maps' memory."""
+    """The way a program works, known when its kernel is compiled: in the dtype ACC, on blocks (PIXELS, SIDE channels).
+    ADJACENT: whether channels are neighbours in the memory of all maps."""
 
     ACC: Any
     ADJACENT: bool
@@ -40,8 +39,8 @@ class Norm(NamedTuple):
 
 
 class Sizes(NamedTuple):
-    """What a kernel gets, packed: channels of all branches; height and width; values of scratch memory (`memory`) for a
-    channel; the images that a program has, and how many programs share the images."""
+    """Sizes that kernels get, packed: the channels of all branches; height and width; the values of scratch memory that
+    a channel needs; the images that a program has, and how many programs share the images."""
 
     channels: Any
     height: Any
@@ -86,7 +85,7 @@ class Table(NamedTuple):
 
 
 class Affine(NamedTuple):
-    """What a norm does: (z − mean) · scale + bias."""
+    """A norm as it is applied: (z − mean) · scale + bias."""
 
     mean: Any
     scale: Any
@@ -95,7 +94,8 @@ class Affine(NamedTuple):
 
 def strided(tensor: Tensor) -> Map:
     """A map for LMFM's kernels, which are told by Lanes.ADJACENT what they have to know about strides."""
-    return Map(tensor, *map(pack, tensor.stride()), tl.constexpr(-1), tl.constexpr(1))
+    n, c, h, w = map(pack, tensor.stride())
+    return Map(tensor, n, c, h, w, adjacent=tl.constexpr(-1), multiple=tl.constexpr(1))
 
 
 # --------------------------------------------------------------------------------------------------------------------
@@ -198,7 +198,7 @@ def find_norm(
 
 @triton.jit
 def write_relu(z, affine, out, area, channels, LANES: tl.constexpr):
-    """ReLU of the normalised z, to a map."""
+    """Writes the ReLU of the normalised z to a map."""
     count = area.images * area.height * area.width
     for start in range(0, count, LANES.PIXELS):
         pixel = pixels_from(start, LANES)

@@ -54,6 +54,7 @@ def part_of(scratch, area, POOL: tl.constexpr, LANES: tl.constexpr):
 
 @triton.jit
 def end_window(along_y, image, x, window, value, there, rows, width, LANES: tl.constexpr):
+    """Stores the sum of a window that ends, in the pool along y, which has so many rows."""
     tl.store(own(along_y, (image * rows + window) * width + x, LANES), value, mask=there)
 
 
@@ -103,7 +104,7 @@ def sum_down(map, scratch, area, channels, LANES: tl.constexpr):
 
 @triton.jit
 def pool_across(along_y, pool, area, POOL: tl.constexpr, LANES: tl.constexpr):
-    """A pool of its sums along y."""
+    """Finds a pool by its sums along y."""
     size, _, _, rows = window_of(POOL, area.height)
     across, stride, pad, columns = window_of(POOL, area.width)
     share = ratio(tl.cast(1, LANES.ACC), tl.cast(size * across, LANES.ACC))
@@ -140,7 +141,7 @@ def spread_across(grad, along_y, area, POOL: tl.constexpr, LANES: tl.constexpr):
 
 @triton.jit
 def spread_down(along_y, n, y, x, inside, area, POOL: tl.constexpr, LANES: tl.constexpr):
-    """What a map's pixels get of a pool's gradient along y."""
+    """The part of a map's gradient that comes from a pool, by its gradient along y."""
     size, stride, pad, rows = window_of(POOL, area.height)
     total = tl.full([inside.shape[0], LANES.SIDE], 0, LANES.ACC)
     for k in tl.static_range(3):

@@ -102,7 +102,7 @@ def start_of(cell, inside, outside):
 
 @triton.jit
 def find_sum(branch, z, area, channels, LANES: tl.constexpr):
-    """The sum of a branch's maps, to scratch memory."""
+    """Finds the sum of a branch's maps, into scratch memory."""
     count = area.images * area.height * area.width
     for start in range(0, count, LANES.PIXELS):
         pixel = pixels_from(start, LANES)
