@@ -20,7 +20,7 @@ from harness.cases import (
     value_and_grad,
 )  # fmt: skip
 
-from bcmf_ext import BCL, CPG, dispatch, ops
+from bcmf_ext import BCL, CPG, OHEM, cross_entropy, dispatch, ops
 
 pytest.importorskip("triton")
 import triton
@@ -151,6 +151,19 @@ def test_integers_arrive_as_they_were_packed(value: int) -> None:
         assert packed % 16 != 0
         arrived[(1,)](packed, to, multiple)
         assert to.item() == value
+
+
+@pytest.mark.parametrize("ignore_index", [0, 1, 2**63 - 1, -(2**63)])
+@pytest.mark.parametrize("min_kept", [0, 2**62 + 1])
+def test_options_of_64_bits(ignore_index: int, min_kept: int) -> None:
+    """Protects options that no packed integer has room for."""
+    z = torch.randn(1, 3, 4, 6)
+    y = torch.randint(0, 3, (1, 4, 6))
+    y[0, 0, :3] = ignore_index
+    options: dict[str, Any] = {"ignore_index": ignore_index, "ohem": OHEM(0.5, min_kept)}
+    torch.testing.assert_close(
+        cross_entropy(z, y, impl="triton", **options), cross_entropy(z, y, impl="torch", **options)
+    )
 
 
 def test_more_than_two_billion_pixels() -> None:

@@ -130,7 +130,7 @@ def pack_labels(target: Tensor, ignore_index: int, by_rows: bool) -> Labels:
     adjacent = last == 1 or target.shape[2] == 1  # an axis of length 1 may have any stride
     multiple = multiple_of(by_rows and adjacent, *others)
     n, h, w = (pack(stride // multiple) for stride in target.stride())
-    return Labels(target, n, h, w, pack(ignore_index), tl.constexpr(adjacent), tl.constexpr(multiple))
+    return Labels(target, n, h, w, ignore_index, tl.constexpr(adjacent), tl.constexpr(multiple))
 
 
 @triton.jit
@@ -140,7 +140,7 @@ def unpack_labels(labels):
         unpack(labels.stride_n, labels.multiple),
         unpack(labels.stride_h, labels.multiple),
         1 if labels.adjacent else unpack(labels.stride_w),
-        unpack(labels.ignore_index),
+        labels.ignore_index,
         labels.adjacent,
         labels.multiple,
     )

@@ -6,9 +6,9 @@ neither, and each kernel unpacks what it gets before it does anything else (`unp
 compiler must know to read 16 bytes at once; both depend on the layout and hardly on the size: along which axis the
 stride is 1, and whether all others are multiples of 16 (`multiple_of`). That travels as a tl.constexpr.
 
-Integers that stay the same throughout a training, such as the number of classes, go as they are: that the compiler
-knows more about them costs nothing. Floats are never specialised, but arrive as fp32 unless the kernel declares them
-as tl.float64.
+Integers that stay the same throughout a training, the number of classes and ignore_index, go as they are: that the
+compiler knows more about them costs nothing. Floats are never specialised, but arrive as fp32 unless the kernel
+declares them as tl.float64.
 """
 
 from __future__ import annotations

@@ -205,7 +205,8 @@ def run_ohem(call: Call, nll: Tensor, summary: Tensor, partials: Partials, total
     levels = list(digits(8 * nll.element_size()))
     histograms = nll.new_zeros((len(levels), 1 << DIGIT_BITS), dtype=torch.int64)
     run(add_tiles, len(DENSE_ROWS), partials=partials, totals=totals, BLOCK=FLAT_BLOCK)
-    run(ohem_begin, 1, totals=totals, min_kept=pack(call.options.ohem_min_kept), selection=selection)
+    min_kept = pack(min(call.options.ohem_min_kept, geometry.pixels))
+    run(ohem_begin, 1, totals=totals, min_kept=min_kept, selection=selection)
     programs = min(256, triton.cdiv(geometry.pixels, FLAT_BLOCK))
     for digit, histogram in zip(levels, histograms, strict=True):
         run(
