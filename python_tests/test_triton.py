@@ -20,7 +20,7 @@ from harness.cases import (
     value_and_grad,
 )  # fmt: skip
 
-from bcmf_ext import BCL, CPG, dispatch, ops
+from bcmf_ext import BCL, CPG, OHEM, cross_entropy, dispatch, ops
 
 pytest.importorskip("triton")
 import triton
@@ -32,7 +32,8 @@ from triton.runtime.autotuner import Autotuner
 from triton.runtime.errors import InterpreterError
 
 from bcmf_ext.triton import launch, lmfm, loss
-from bcmf_ext.triton.common import Size, pixel_at
+from bcmf_ext.triton.common import Pixels, Size, place_of
+from bcmf_ext.triton.integers import multiple_of, pack, unpack
 
 pytestmark = pytest.mark.skipif(not dispatch.INTERPRETED, reason="Triton's kernels are not interpreted")
 (TRITON,) = (backend for backend in KERNELS if backend.name == "triton")
@@ -84,7 +85,7 @@ def test_a_missing_barrier_is_found(small_tiles: None) -> None:
 
     everywhere = races()
     assert not everywhere.found
-    assert len(everywhere.barriers) == 9
+    assert len(everywhere.barriers) == 10
     for barrier in sorted(everywhere.barriers):
         assert races(without=barrier).found, barrier
 
@@ -104,7 +105,7 @@ def test_autotuned(monkeypatch: pytest.MonkeyPatch) -> None:
     for case in CASES:
         if "segmentation_loss" in case.name:
             assert_not_less_exact(case, TRITON, *problem((2, 5, 9, 11), torch.float32, logits=case.logits))
-    assert {"forward", "backward"} == set(tried)
+    assert {"dense_forward", "dense_backward"} == set(tried)
     assert len(tried) >= 2 * 9
 
 
@@ -134,17 +135,49 @@ def test_integers_do_not_overflow(small_tiles: None, monkeypatch: pytest.MonkeyP
     assert torch.equal(grad, expected_grad)
 
 
+@pytest.mark.parametrize("value", [0, 1, 16, 48, 255, -1, -100, 2**29, 2**31, 2**32 + 64, 2**40])
+def test_integers_arrive_as_they_were_packed(value: int) -> None:
+    """Protects the form in which kernels get integers: none is 1 or a multiple of 16, for which Triton would compile a
+    kernel anew, and all arrive as they were, also those that were divided by what they are known to be multiples of.
+    """
+
+    @triton.jit
+    def arrived(packed, to, MULTIPLE: tl.constexpr):
+        tl.store(to, unpack(packed, MULTIPLE))
+
+    to = torch.empty(1, dtype=torch.int64)
+    for multiple in {1, multiple_of(True, value)}:
+        packed = pack(value // multiple)
+        assert packed != 1
+        assert packed % 16 != 0
+        arrived[(1,)](packed, to, multiple)
+        assert to.item() == value
+
+
+@pytest.mark.parametrize("ignore_index", [0, 1, 2**63 - 1, -(2**63)])
+@pytest.mark.parametrize("min_kept", [0, 2**62 + 1])
+def test_options_of_64_bits(ignore_index: int, min_kept: int) -> None:
+    """Protects options that no packed integer has room for."""
+    z = torch.randn(1, 3, 4, 6)
+    y = torch.randint(0, 3, (1, 4, 6))
+    y[0, 0, :3] = ignore_index
+    options: dict[str, Any] = {"ignore_index": ignore_index, "ohem": OHEM(0.5, min_kept)}
+    torch.testing.assert_close(
+        cross_entropy(z, y, impl="triton", **options), cross_entropy(z, y, impl="torch", **options)
+    )
+
+
 def test_more_than_two_billion_pixels() -> None:
     """Protects maps of that size: the place of a pixel is counted in 64 bits."""
 
     @triton.jit
-    def place(size, n, y, x, to):
-        tl.store(to, pixel_at(size, n, y, x))
+    def place(size, pixels, to):
+        tl.store(to, place_of(size, pixels))
 
     to = torch.empty(1, dtype=torch.int64)
     look_for_overflow(True)
     try:
-        place[(1,)](Size(2, 2**15, 2**15, 2**15, 2**15), 5, 7, 3, to)
+        place[(1,)](Size(2, 2**15, 2**15, 2**15, 2**15, 6 * 2**30), Pixels(5, 7, 3, True), to)
     finally:
         look_for_overflow(False)
     assert to.item() == 5 * 2**30 + 7 * 2**15 + 3
@@ -174,7 +207,7 @@ NormRelu = Callable[[torch.memory_format, bool], list[torch.Tensor]]
 @pytest.fixture
 def small_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
     """Several to a map, and programs with fewer channels than there are, as on a GPU."""
-    monkeypatch.setattr(lmfm, "LANES", {True: lmfm.Lanes(4, 16), False: lmfm.Lanes(1, 64)})
+    monkeypatch.setattr(lmfm, "BLOCKS", {True: lmfm.Block(4, 16), False: lmfm.Block(1, 64)})
 
 
 class RacesOfLayouts(Races):
@@ -344,7 +377,7 @@ def test_integers_of_norms_do_not_overflow(
 
 def test_taps_of_long_axes(monkeypatch: pytest.MonkeyPatch) -> None:
     """Protects 64-bit products where a row of pixels and the cells that it is resampled from are long."""
-    monkeypatch.setattr(lmfm, "LANES", dict.fromkeys((True, False), lmfm.Lanes(1, 2**15)))
+    monkeypatch.setattr(lmfm, "BLOCKS", dict.fromkeys((True, False), lmfm.Block(1, 2**15)))
     (x,) = random_maps((1, 1, 33000))
     look_for_overflow(True)
     try:

@@ -3,10 +3,31 @@
 
 from __future__ import annotations
 
+from typing import Any, NamedTuple
+
 import triton
 import triton.language as tl
 
-from .common import QUADS, ratio
+from .common import QUADS, Pixels, ratio, unpack_axis, unpack_size
+
+
+class Rectangle(NamedTuple):
+    """The pixels of image n from row `top` and column `left` on; `bottom` and `right` lie behind it."""
+
+    n: Any
+    top: Any
+    left: Any
+    bottom: Any
+    right: Any
+
+
+class Pieces(NamedTuple):
+    """The pieces of quads that a tile of image n consists of: one along y (`down`), and those from `across` on along
+    x."""
+
+    n: Any
+    down: Any
+    across: Any
 
 
 @triton.jit
@@ -26,12 +47,12 @@ def fill_axis(axis, inside, outside, i, ALIGN: tl.constexpr):
     else:
         numerator, denominator = tl.maximum((2 * i + 1) * inside - outside, 0), 2 * outside
     first = numerator // denominator
-    # Beyond the last centre: exact copies, so that ties stay ties.
+    # Beyond the last logit's centre pixels are exact copies, so that ties stay ties.
     rest = tl.where(first + 1 < inside, numerator % denominator, 0)
     tl.store(axis.first + i, first.to(tl.int32), mask=i < outside)
     tl.store(axis.weight + i, ratio(rest.to(acc), (denominator + i * 0).to(acc)), mask=i < outside)
 
-    quad = i - 1  # its first pixel: the least with a coordinate of at least `quad`
+    quad = i - 1  # its first pixel is the least with a coordinate of at least `quad`
     if ALIGN:
         # A single pixel lies at logit 0.
         least = quad * tl.maximum(outside - 1, 1)
@@ -45,7 +66,8 @@ def fill_axis(axis, inside, outside, i, ALIGN: tl.constexpr):
 
 @triton.jit
 def fill_axes(size, down, across, ALIGN: tl.constexpr, BLOCK: tl.constexpr):
-    """The tables of both axes."""
+    """Fills the tables of both axes."""
+    size, down, across = unpack_size(size), unpack_axis(down), unpack_axis(across)
     i = (tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)).to(tl.int64)
     zero = i * 0
     fill_axis(down, zero + size.rows, zero + size.height, i, ALIGN)
@@ -53,61 +75,65 @@ def fill_axes(size, down, across, ALIGN: tl.constexpr, BLOCK: tl.constexpr):
 
 
 @triton.jit
-def tile_of(tile, size, down, across, MODE: tl.constexpr, ROWS: tl.constexpr, SPANS: tl.constexpr, SPAN: tl.constexpr):
-    """The label pixels of a tile: image n, rows y (ROWS, 1, 1), columns x (1, SPANS, SPAN), and which of them are
-    inside. In mode QUADS a span is a piece of a quad, in other modes just SPAN pixels, and the tile a rectangle."""
-    row = tl.arange(0, ROWS)[:, None, None]
-    span = tl.arange(0, SPANS)[None, :, None]
-    column = tl.arange(0, SPAN)[None, None, :]
+def tile_of(tile, logits, MODE: tl.constexpr, TILE: tl.constexpr):
+    """The label pixels of a tile: an image, rows (ROWS, 1, 1) and columns (1, SPANS, SPAN). In mode QUADS a span is a
+    piece of a quad; in other modes it is just SPAN pixels, and the tile a rectangle."""
+    size, down, across = logits.size, logits.down, logits.across
+    row = tl.arange(0, TILE.ROWS)[:, None, None]
+    span = tl.arange(0, TILE.SPANS)[None, :, None]
+    column = tl.arange(0, TILE.SPAN)[None, None, :]
     if MODE == QUADS:
-        n, down_piece, first_piece = quads_of(tile, size, down, across, SPANS)
-        piece = first_piece + span
+        pieces = pieces_of(tile, logits, TILE)
+        piece = pieces.across + span
         exists = piece < (size.columns + 1) * across.parts
-        y = tl.load(down.start + down_piece // down.parts) + down_piece % down.parts * ROWS + row
-        x = tl.load(across.start + piece // across.parts, mask=exists, other=0) + piece % across.parts * SPAN + column
-        bottom = tl.load(down.start + down_piece // down.parts + 1)
+        n = pieces.n
+        y = tl.load(down.start + pieces.down // down.parts) + pieces.down % down.parts * TILE.ROWS + row
+        x = tl.load(across.start + piece // across.parts, mask=exists, other=0)
+        x += piece % across.parts * TILE.SPAN + column
+        bottom = tl.load(down.start + pieces.down // down.parts + 1)
         right = tl.load(across.start + piece // across.parts + 1, mask=exists, other=0)
         inside = (y < bottom) & (x < right)
     else:
-        n, top, left = corner_of(tile, size, ROWS, SPANS * SPAN)
+        n, top, left = corner_of(tile, size, TILE)
         y = top + row
-        x = left + span * SPAN + column
+        x = left + span * TILE.SPAN + column
         inside = (y < size.height) & (x < size.width)
-    return n, y, x, inside
+    return Pixels(n, y, x, inside)
 
 
 @triton.jit
-def corner_of(tile, size, ROWS: tl.constexpr, COLUMNS: tl.constexpr):
+def corner_of(tile, size, TILE: tl.constexpr):
     """Image, first row and first column of a tile that is a rectangle."""
-    across = tl.cdiv(size.width, COLUMNS)
-    down = tl.cdiv(size.height, ROWS)
-    return tile // (across * down), tile // across % down * ROWS, tile % across * COLUMNS
+    across = tl.cdiv(size.width, TILE.SPANS * TILE.SPAN)
+    down = tl.cdiv(size.height, TILE.ROWS)
+    return tile // (across * down), tile // across % down * TILE.ROWS, tile % across * (TILE.SPANS * TILE.SPAN)
 
 
 @triton.jit
-def quads_of(tile, size, down, across, SPANS: tl.constexpr):
-    """Image, piece of a quad along y, and the first of SPANS pieces along x."""
-    across_tiles = tl.cdiv((size.columns + 1) * across.parts, SPANS)
-    down_tiles = (size.rows + 1) * down.parts
-    return tile // (across_tiles * down_tiles), tile // across_tiles % down_tiles, tile % across_tiles * SPANS
+def pieces_of(tile, logits, TILE: tl.constexpr):
+    """Which pieces of quads a tile consists of."""
+    across_tiles = tl.cdiv((logits.size.columns + 1) * logits.across.parts, TILE.SPANS)
+    down_tiles = (logits.size.rows + 1) * logits.down.parts
+    return Pieces(
+        tile // (across_tiles * down_tiles), tile // across_tiles % down_tiles, tile % across_tiles * TILE.SPANS
+    )
 
 
 @triton.jit
-def rectangle(
-    tile, size, down, across, MODE: tl.constexpr, ROWS: tl.constexpr, SPANS: tl.constexpr, SPAN: tl.constexpr
-):  # fmt: skip
-    """The same pixels as a rectangle: image, first row and column, and where rows and columns end."""
+def rectangle_of(tile, logits, MODE: tl.constexpr, TILE: tl.constexpr):
+    """The rectangle around the pixels of `tile_of`, which they fill."""
+    size, down, across = logits.size, logits.down, logits.across
     if MODE == QUADS:
-        n, down_piece, first_piece = quads_of(tile, size, down, across, SPANS)
-        last_piece = tl.minimum(first_piece + SPANS, (size.columns + 1) * across.parts) - 1
-        top = tl.load(down.start + down_piece // down.parts) + down_piece % down.parts * ROWS
-        bottom = tl.minimum(top + ROWS, tl.load(down.start + down_piece // down.parts + 1))
-        left = tl.load(across.start + first_piece // across.parts) + first_piece % across.parts * SPAN
-        left = tl.minimum(left, tl.load(across.start + first_piece // across.parts + 1))
-        right = tl.load(across.start + last_piece // across.parts) + last_piece % across.parts * SPAN + SPAN
-        right = tl.minimum(right, tl.load(across.start + last_piece // across.parts + 1))
+        n, piece, first = pieces_of(tile, logits, TILE)
+        last = tl.minimum(first + TILE.SPANS, (size.columns + 1) * across.parts) - 1
+        top = tl.load(down.start + piece // down.parts) + piece % down.parts * TILE.ROWS
+        bottom = tl.minimum(top + TILE.ROWS, tl.load(down.start + piece // down.parts + 1))
+        left = tl.load(across.start + first // across.parts) + first % across.parts * TILE.SPAN
+        left = tl.minimum(left, tl.load(across.start + first // across.parts + 1))
+        right = tl.load(across.start + last // across.parts) + last % across.parts * TILE.SPAN + TILE.SPAN
+        right = tl.minimum(right, tl.load(across.start + last // across.parts + 1))
     else:
-        n, top, left = corner_of(tile, size, ROWS, SPANS * SPAN)
-        bottom = tl.minimum(top + ROWS, size.height)
-        right = tl.minimum(left + SPANS * SPAN, size.width)
-    return n, top, left, bottom, right
+        n, top, left = corner_of(tile, size, TILE)
+        bottom = tl.minimum(top + TILE.ROWS, size.height)
+        right = tl.minimum(left + TILE.SPANS * TILE.SPAN, size.width)
+    return Rectangle(n, top, left, bottom, right)

@@ -1,9 +1,9 @@
-"""bcmf::loss in Triton: the algorithm of csrc/device/loss.cuh. Each step is a kernel: what one writes, the next reads.
+"""bcmf::loss in Triton: the steps of docs/definitions.md (Steps), each a kernel; what one writes, the next reads.
 Nothing synchronises, and no float is added atomically.
 
-Forward: dense (statistics, losses for OHEM, scores for BCL), select (OHEM), bcl, cpg; sums by tile, then in the order
-of the tiles. Backward: cpg (what p is pushed by), dense, cpg again (the classes near an edge); then back to logits of
-another size (quads).
+Forward: `dense_forward`, `ohem_…`, `bcl_select`, `cpg_compare`; their sums by tile, then in the order of the tiles
+(`add_tiles`), then `loss_finish`. Backward: `cpg_shares`, `dense_backward`, `sparse_backward`; then back to logits of
+another size (`low_gather_…`).
 """
 
 from __future__ import annotations
@@ -13,198 +13,47 @@ from typing import Any
 
 import torch
 import triton
-import triton.language as tl
 from torch import Tensor
 
 from ..checks import check_inputs
 from ..ops import SUMMARY
 from ..options import OHEM, LossOptions
-from . import bcl, cpg, ohem, quads
-from .bcl import loss_of, score
+from .bcl import bcl_select
 from .common import (
     ANY,
-    BAD,
-    DENOMINATOR,
+    BCL_ROWS,
+    DENSE_ROWS,
     DIRECT,
-    EDGES,
-    IGNORED,
     QUADS,
-    SELECTED,
-    VALID,
-    Labels,
-    Map,
-    class_at,
-    double,
-    pixel_at,
+    TERM_NAMES,
+    Partials,
+    TermFlags,
+    TileShape,
+    pack_labels,
+    pack_map,
+    pack_size,
 )
-from .cpg import COMPARE, GRADIENT, SHARES, cpg_tiles
-from .geometry import tile_of
-from .gradient import gradient_of, pixel_pulls
+from .cpg import ARRAYS, Scratch, cpg_compare, cpg_shares, sparse_backward, window_for
+from .dense import dense_backward, dense_forward
+from .finish import add_tiles, loss_finish
+from .gradient import Upstream
+from .integers import pack
 from .launch import (
     FLAT,
     FLAT_BLOCK,
     PROGRAMS,
     SPARSE,
     Geometry,
-    Tile,
-    bits_of,
     check_sides,
     multiprocessors,
     on_device,
-    power_of_two,
     run,
+    run_dense,
 )
-from .logits import group, places_of
-from .ohem import key_of, weight_of
+from .low_gather import low_gather_pixels, low_gather_quads
+from .ohem import DIGIT_BITS, digits, ohem_begin, ohem_choose, ohem_count, ohem_sum
 
 GATHER_BLOCK = 256  # logits
-
-# Rows of the table of partial sums: of the dense kernel; then two for each of BCL's steps, and CPG's two.
-NUMERATOR, COUNT, HARD, VALID_PIXELS, BAD_LABELS = (tl.constexpr(row) for row in range(5))
-DENSE_SUMS = tl.constexpr(5)
-
-
-@triton.jit(do_not_specialize=["ignore_index", "exceeds"])
-def forward(
-    logits, labels, size, down, across, weight, stats, nlls, scores, partials, length, pixels, ignore_index, exceeds,
-    ACC: tl.constexpr, WEIGHTED: tl.constexpr, OHEM: tl.constexpr, STEPS: tl.constexpr,
-    MODE: tl.constexpr, ROWS: tl.constexpr, SPANS: tl.constexpr, SPAN: tl.constexpr, GROUP: tl.constexpr,
-):  # fmt: skip
-    """stats, with OHEM ℓ (−1 where ignored), by BCL's steps q, and partial sums."""
-    tile = tl.program_id(0)
-    n, y, x, inside = tile_of(tile, size, down, across, MODE, ROWS, SPANS, SPAN)
-    places = places_of(tile, logits, size, down, across, y, x, MODE, SPANS)
-    m = tl.full([ROWS, SPANS, SPAN], float("-inf"), ACC)
-    total = tl.zeros([ROWS, SPANS, SPAN], ACC)
-    for first in range(0, size.classes, GROUP):
-        z = group(logits, n, places, first, size.classes, inside, ACC, MODE, GROUP)
-        largest = tl.maximum(m, tl.max(z, 0))  # leaves NaN out
-        base = tl.where(largest == float("-inf"), 0.0, largest)  # −inf − −inf would be NaN
-        total = total * tl.exp(m - base) + tl.sum(tl.exp(z - base[None]), 0)
-        m = largest
-    log_sum = tl.log(total)
-    pixel = pixel_at(size, n, y, x)
-    tl.store(stats + pixel, m, mask=inside)
-    tl.store(stats + pixels + pixel, log_sum, mask=inside)
-
-    label = class_at(labels, n, y, x, inside, size.classes, ignore_index)
-    nll = loss_of(logits, size, down, across, n, y, x, label, inside, m, log_sum, ACC, MODE)
-    nll = tl.where(label == BAD, float("nan"), nll)
-    valid = label != IGNORED
-    w = weight_of(weight, label, ACC, WEIGHTED)
-    to = partials + tile
-    tl.store(to + NUMERATOR * length, tl.sum(tl.where(valid, w * nll, 0.0)).to(tl.float64))
-    tl.store(to + COUNT * length, tl.sum(tl.where(valid, w, 0.0)).to(tl.float64))
-    tl.store(to + VALID_PIXELS * length, tl.sum(valid.to(ACC)).to(tl.float64))
-    tl.store(to + BAD_LABELS * length, tl.sum((label == BAD).to(ACC)).to(tl.float64))
-    if OHEM:
-        tl.store(nlls + pixel, tl.where(valid, nll, -1.0), mask=inside)
-        hard = valid & (key_of(nll) >= key_of(double(exceeds).to(ACC)))
-        tl.store(to + HARD * length, tl.sum(hard.to(ACC)).to(tl.float64))
-    for i in tl.static_range(len(STEPS)):
-        q = score(
-            logits, labels, size, down, across, n, y, x, label, nll, m, log_sum, ignore_index, STEPS[i], ACC, MODE
-        )
-        tl.store(scores + i * tl.cast(pixels, tl.int64) + pixel, q, mask=inside)
-
-
-@triton.jit
-def add_tiles(partials, totals, length, BLOCK: tl.constexpr):
-    """Each sum over its tiles, in an order that depends on their number alone."""
-    row = tl.program_id(0)
-    total = tl.zeros([BLOCK], tl.float64)
-    for start in range(0, length, BLOCK):
-        tile = start + tl.arange(0, BLOCK)
-        total += tl.load(partials + tl.cast(row, tl.int64) * length + tile, mask=tile < length, other=0)
-    tl.store(totals + row, tl.sum(total, 0))
-
-
-@triton.jit
-def mean_of(totals, row, count, bad):
-    """NaN with a bad label."""
-    mean = tl.where(count == 0, 0.0, tl.load(totals + row) / tl.where(count == 0, 1.0, count))
-    return tl.where(bad > 0, float("nan"), mean)
-
-
-@triton.jit(do_not_specialize=["bcl_weight", "cpg_weight"])
-def finish(
-    totals, total, terms, summary, bcl_weight, cpg_weight,
-    CE: tl.constexpr, BCL_STEPS: tl.constexpr, FLIPPED: tl.constexpr, CPG: tl.constexpr,
-):  # fmt: skip
-    """The means, from the totals of all partial sums; what the backward needs of them (summary is 0 but for OHEM's
-    cutoff)."""
-    acc = total.dtype.element_ty
-    bad = tl.load(totals + BAD_LABELS)
-    valid = tl.load(totals + VALID_PIXELS)
-    tl.store(summary + VALID, valid.to(acc))
-    ce = valid * 0
-    if CE:
-        count = tl.load(totals + COUNT)
-        tl.store(summary + DENOMINATOR, count.to(acc))
-        ce = mean_of(totals, NUMERATOR, count, bad)
-    bcl = valid * 0
-    for i in tl.static_range(BCL_STEPS):
-        count = tl.load(totals + DENSE_SUMS + 2 * i + 1)
-        tl.store(summary + SELECTED + i, count.to(acc))
-        bcl += mean_of(totals, DENSE_SUMS + 2 * i, valid if FLIPPED else count, bad) / BCL_STEPS
-    cpg = valid * 0
-    if CPG:
-        count = tl.load(totals + DENSE_SUMS + 2 * BCL_STEPS + 1)
-        tl.store(summary + EDGES, count.to(acc))
-        cpg = mean_of(totals, DENSE_SUMS + 2 * BCL_STEPS, count, bad)
-    tl.store(terms, ce.to(acc))
-    tl.store(terms + 1, bcl.to(acc))
-    tl.store(terms + 2, cpg.to(acc))
-    weighted = ce
-    if BCL_STEPS > 0:
-        weighted += double(bcl_weight) * bcl
-    if CPG:
-        weighted += double(cpg_weight) * cpg
-    tl.store(total, weighted.to(acc))
-
-
-@triton.jit(do_not_specialize=["ignore_index", "bcl_weight", "alpha", "beta"])
-def backward(
-    logits, labels, size, down, across, weight, stats, selected, summary, grad_total, shares, grad, pixels,
-    ignore_index, bcl_weight, alpha, beta,
-    ACC: tl.constexpr, CE: tl.constexpr, WEIGHTED: tl.constexpr, OHEM: tl.constexpr, STEPS: tl.constexpr,
-    FLIPPED: tl.constexpr, CPG: tl.constexpr,
-    MODE: tl.constexpr, ROWS: tl.constexpr, SPANS: tl.constexpr, SPAN: tl.constexpr, GROUP: tl.constexpr,
-):  # fmt: skip
-    """The gradient by logits of the labels' size, but for p_c g_c of CPG; of quads, summed up for their corners."""
-    tile = tl.program_id(0)
-    n, y, x, inside = tile_of(tile, size, down, across, MODE, ROWS, SPANS, SPAN)
-    places = places_of(tile, logits, size, down, across, y, x, MODE, SPANS)
-    pixel = pixel_at(size, n, y, x)
-    m = tl.load(stats + pixel, mask=inside, other=0)
-    log_sum = tl.load(stats + pixels + pixel, mask=inside, other=0)
-    label, chosen, pull, factor = pixel_pulls(
-        logits, labels, size, down, across, weight, stats, selected, summary, grad_total, shares, pixels, ignore_index,
-        bcl_weight, alpha, beta, n, y, x, inside, ACC, MODE, CE, WEIGHTED, OHEM, STEPS, FLIPPED, CPG,
-    )  # fmt: skip
-    if MODE == QUADS:
-        lower_weight, right_weight = quads.corner_weights(tile, size, down, across, y, x, SPANS)
-    for first in range(0, size.classes, GROUP):
-        z = group(logits, n, places, first, size.classes, inside, ACC, MODE, GROUP)
-        c = first + tl.arange(0, GROUP)[:, None, None, None]
-        p = tl.exp((z - m[None]) - log_sum[None])
-        value = gradient_of(
-            c, p, factor[None], label[None], chosen[None], pull[None], labels, size, n, y[None], x[None],
-            grad_total, summary, bcl_weight, alpha, beta, ignore_index, ACC, STEPS, FLIPPED,
-        )  # fmt: skip
-        if MODE == QUADS:
-            quads.add_to_quads(
-                grad, tile, size, down, across, first + tl.arange(0, GROUP)[:, None],
-                tl.where(inside[None], value, 0.0), lower_weight, right_weight, SPANS, False,
-            )  # fmt: skip
-        else:
-            to = grad.data + tl.cast(n, tl.int64) * grad.stride_n + c.to(tl.int64) * grad.stride_c
-            to += (y.to(tl.int64) * grad.stride_h + x.to(tl.int64) * grad.stride_w)[None]
-            tl.store(to, value.to(grad.data.dtype.element_ty), mask=inside[None] & (c < size.classes))
-
-
-# --------------------------------------------------------------------------------------------------------------------
-# The op
 
 
 def check(logits: Tensor, target: Tensor, weight: Tensor | None, options: LossOptions) -> None:
@@ -228,106 +77,117 @@ def check(logits: Tensor, target: Tensor, weight: Tensor | None, options: LossOp
 
 
 class Call:
-    """A call of the op: its geometry, and the arguments that its kernels share, by name."""
+    """A call of the op, checked: its geometry, and what its kernels share."""
 
     def __init__(self, logits: Tensor, target: Tensor, weight: Tensor | None, options: LossOptions) -> None:
         check(logits, target, weight, options)
         self.options, self.target = options, target
-        self.geometry = geometry = Geometry(logits, target.shape[1], target.shape[2], options.align_corners)
-        self.new, self.acc = logits.new_empty, geometry.acc
-        self.steps = tuple(min(step, 2**30) for step in options.bcl_steps)  # no image is as large
-        self.ohem = options.ohem_threshold is not None
-        self.cpg = options.cpg_kernel_size > 0
-        alpha, beta = options.bcl_flipped or (0.0, 0.0)
-        self.arguments = {
-            **geometry.arguments,
-            "labels": Labels(target, *target.stride()),
-            "ignore_index": options.ignore_index,
-            "weight": logits if weight is None else weight.to(self.acc).contiguous(),
-            "bcl_weight": bits_of(options.bcl_weight),
-            "alpha": bits_of(alpha),
-            "beta": bits_of(beta),
-            "cpg_weight": bits_of(options.cpg_weight),
-            "CE": options.ce,
-            "WEIGHTED": weight is not None,
-            "OHEM": self.ohem,
-            "STEPS": self.steps,
-            "FLIPPED": len(options.bcl_flipped) > 0,
-            "CPG": self.cpg,
-        }
+        self.geometry = Geometry(logits, target.shape[1], target.shape[2], options.align_corners)
+        self.new, self.acc = logits.new_empty, self.geometry.acc
+        self.weight = logits if weight is None else weight.to(self.acc).contiguous()  # not read without weights
+        self.terms = TermFlags(
+            CE=options.ce,
+            WEIGHTED=weight is not None,
+            OHEM=options.ohem_threshold is not None,
+            STEPS=tuple(min(step, 2**30) for step in options.bcl_steps),  # no image is as large
+            FLIPPED=len(options.bcl_flipped) > 0,
+            CPG=options.cpg_kernel_size > 0,
+        )
+        self.alpha, self.beta = options.bcl_flipped or (0.0, 0.0)
 
-    def run(self, kernel: Any, programs: int, **more: Any) -> None:
-        run(kernel, programs, self.arguments, **more)
+    def inputs(self, by_rows: bool) -> dict[str, Any]:
+        """Logits and labels for a kernel. by_rows: it works on rows of neighbouring pixels."""
+        labels = pack_labels(self.target, self.options.ignore_index, by_rows)
+        return {"logits": self.geometry.logits(by_rows), "labels": labels}
 
-    def run_dense(self, kernel: Any, **more: Any) -> None:
-        """A kernel for all label pixels that reads their logits."""
-        self.run(kernel, self.geometry.dense_tiles, **self.geometry.tile._asdict(), **more)
+    def run_dense(self, kernel: Any, **arguments: Any) -> None:
+        """Launches a kernel for all label pixels that reads their logits."""
+        run_dense(kernel, self.geometry, **self.inputs(self.geometry.by_rows), **arguments, TERMS=self.terms)
 
-    def run_cpg(self, phase: tl.constexpr, **more: Any) -> None:
-        mode, tile, tiles = self.sparse_tiles(phase)
-        radius = self.options.cpg_kernel_size // 2
-        margin = radius if phase is COMPARE else 2 * radius
-        count = (tile.ROWS + 2 * margin) * (tile.SPANS * tile.SPAN + 2 * margin)
+    def run_cpg(self, kernel: Any, mode: int, tile: TileShape, margin: int, **arguments: Any) -> None:
+        """One of CPG's kernels, in programs that take one tile after another. margin: around a tile, in radii."""
+        options = self.options
+        radius = options.cpg_kernel_size // 2
+        window = window_for(tile, radius, options.cpg_window, margin * radius, SPARSE.block, SPARSE.window_rows)
+        tiles = self.geometry.tiles(tile, mode)
         programs = min(tiles, PROGRAMS * multiprocessors(self.target.device))
-        names = ("selected", "summary", "grad_total", "shares", "partials")
-        unused = {**dict.fromkeys(names, self.target), "grad": self.arguments["logits"], "length": 1}  # by this phase
+        entries = programs * ARRAYS.value * window.COUNT
+        scratch = Scratch(self.new(entries, dtype=torch.int32), self.new(entries, dtype=self.acc))
+        read = self.geometry.read._replace(MODE=mode)
         run(
-            cpg_tiles, programs, {**unused, **self.arguments}, **more, **tile._asdict(),
-            integers=self.new(programs * cpg.ARRAYS.value * count, dtype=torch.int32),
-            numbers=self.new(programs * cpg.ARRAYS.value * count, dtype=self.acc),
-            tiles=tiles, MODE=mode, PHASE=phase.value, WINDOW=self.options.cpg_window, RADIUS=radius, MARGIN=margin,
-            LANES=power_of_two(count), BLOCK=SPARSE.block,
-            PART_ROWS=min(SPARSE.window_rows, power_of_two(2 * radius + 1)),
-        )  # fmt: skip
+            kernel,
+            programs,
+            **self.inputs(False),
+            **arguments,
+            scratch=scratch,
+            tiles=pack(tiles),
+            READ=read,
+            TILE=tile,
+            W=window,
+        )
 
-    def sparse_tiles(self, phase: tl.constexpr) -> tuple[int, Tile, int]:
-        """Mode and tile of CPG's kernel, and how many of these there are."""
-        mode, tile = self.geometry.mode, SPARSE.tile
-        if mode == QUADS.value and phase is GRADIENT:  # those of the dense kernel, but fewer columns
-            dense = self.geometry.tile
-            tile = dense._replace(SPANS=max(1, tile.SPANS * tile.SPAN // dense.SPAN))
-        elif mode == QUADS.value:
-            mode = ANY.value
-        return mode, tile, self.geometry.tiles(tile, mode)
+    @property
+    def rectangles(self) -> int:
+        """The mode of kernels that read a few logits of tiles that are rectangles."""
+        mode = self.geometry.mode
+        return ANY.value if mode == QUADS.value else mode
+
+    @property
+    def sparse_tile(self) -> TileShape:
+        """The tile of `sparse_backward`. In mode QUADS it has to be one of `dense_backward`, but with fewer columns."""
+        if self.geometry.mode != QUADS.value:
+            return SPARSE.tile
+        dense = self.geometry.tile
+        return dense._replace(SPANS=max(1, SPARSE.tile.SPANS * SPARSE.tile.SPAN // dense.SPAN))
 
 
 def loss(
     logits: Tensor, target: Tensor, weight: Tensor | None, *arguments: Any
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """The kernel of bcmf::loss_triton; arguments: LossOptions."""
+    """The kernel of bcmf::loss_triton; see ops.py for shapes and dtypes. arguments: LossOptions.
+
+    Raises:
+        ValueError, TypeError: for inputs or options that the op does not take.
+    """
     options = LossOptions(*arguments)
     with on_device(logits):
         call = Call(logits, target, weight, options)
-        shape, steps, new, acc = target.shape, len(call.steps), call.new, call.acc
-        total, terms, summary = new((), dtype=acc), new(3, dtype=acc), new(SUMMARY, dtype=acc).zero_()
+        shape, terms, new, acc = target.shape, call.terms, call.new, call.acc
+        steps = len(terms.STEPS)
+        total, parts, summary = new((), dtype=acc), new(len(TERM_NAMES), dtype=acc), new(SUMMARY, dtype=acc).zero_()
         stats = new((2, *shape), dtype=acc)
         selected = new((shape[0] if steps else 0, *shape[1:]), dtype=torch.uint8)
-        nlls = new(shape, dtype=acc) if call.ohem else stats
+        nll = new(shape, dtype=acc) if terms.OHEM else stats
         scores = new((steps, *shape), dtype=acc)
 
         flat_tiles = call.geometry.tiles(FLAT, DIRECT.value)
-        length = max(1, call.geometry.dense_tiles, flat_tiles, call.sparse_tiles(COMPARE)[-1])
-        sums = DENSE_SUMS.value + 2 * steps + 2 * call.cpg
-        partials, totals = new((sums, length), dtype=torch.float64).zero_(), new(sums, dtype=torch.float64)
-        call.arguments |= {
-            "stats": stats, "nlls": nlls, "scores": scores, "totals": totals, "length": length, "total": total,
-            "terms": terms, "exceeds": bits_of(least_hard_loss(options, acc)), "BLOCK": FLAT_BLOCK,
-        }  # fmt: skip
+        cpg_tiles = call.geometry.tiles(SPARSE.tile, call.rectangles)
+        rows = BCL_ROWS.value + 2 * steps + 2 * terms.CPG
+        table = new((rows, max(1, call.geometry.dense_tiles, flat_tiles, cpg_tiles)), dtype=torch.float64).zero_()
+        partials, totals = Partials(table, pack(table.shape[1])), new(rows, dtype=torch.float64)
         if call.geometry.pixels > 0:
-            call.run_dense(forward, partials=partials)
-            if call.ohem:
-                run_ohem(call, nlls, summary, partials)
+            exceeds = least_hard_loss(options, acc)
+            call.run_dense(
+                dense_forward, weight=call.weight, stats=stats, nll=nll, scores=scores, partials=partials,
+                exceeds=exceeds,
+            )  # fmt: skip
+            if terms.OHEM:
+                run_ohem(call, nll, summary, partials, totals, exceeds)
             if steps:
-                call.run(
-                    bcl.select_maxima, flat_tiles, **FLAT._asdict(), selected=selected,
-                    partials=partials[DENSE_SUMS.value :], nms_radius=min(options.bcl_nms_size // 2, 2**30),
-                    least_score=bits_of(-math.log(options.bcl_threshold)),
+                run(
+                    bcl_select, flat_tiles, **call.inputs(True), stats=stats, scores=scores, selected=selected,
+                    partials=partials, nms_radius=pack(min(options.bcl_nms_size // 2, 2**30)),
+                    least_score=-math.log(options.bcl_threshold), alpha=call.alpha, beta=call.beta,
+                    READ=call.geometry.read, TERMS=terms, TILE=FLAT,
                 )  # fmt: skip
-            if call.cpg:
-                call.run_cpg(COMPARE, partials=partials[sums - 2 :])
-        call.run(add_tiles, sums, partials=partials)
-        call.run(finish, 1, summary=summary, BCL_STEPS=steps)
-        return total, terms, stats, selected, summary
+            if terms.CPG:
+                call.run_cpg(cpg_compare, call.rectangles, SPARSE.tile, 1, stats=stats, partials=partials, TERMS=terms)
+        run(add_tiles, rows, partials=partials, totals=totals, BLOCK=FLAT_BLOCK)
+        run(
+            loss_finish, 1, totals=totals, total=total, terms=parts, summary=summary,
+            bcl_weight=options.bcl_weight, cpg_weight=options.cpg_weight, TERMS=terms,
+        )  # fmt: skip
+        return total, parts, stats, selected, summary
 
 
 def least_hard_loss(options: LossOptions, acc: torch.dtype) -> float:
@@ -339,23 +199,27 @@ def least_hard_loss(options: LossOptions, acc: torch.dtype) -> float:
     )
 
 
-def run_ohem(call: Call, nlls: Tensor, summary: Tensor, partials: Tensor) -> None:
+def run_ohem(call: Call, nll: Tensor, summary: Tensor, partials: Partials, totals: Tensor, exceeds: float) -> None:
     """Finds the smallest loss that is kept, and sums up the kept ones. Every level is always launched: whether it is
     needed only the device knows."""
-    selection = nlls.new_empty(2, dtype=torch.int64)
-    levels = list(ohem.digits(8 * nlls.element_size()))
-    histograms = nlls.new_zeros((len(levels), 1 << ohem.DIGIT_BITS), dtype=torch.int64)
-    call.run(add_tiles, DENSE_SUMS.value, partials=partials)
-    call.run(
-        ohem.begin, 1, min_kept=call.options.ohem_min_kept, selection=selection,
-        HARD_ROW=HARD.value, VALID_ROW=VALID_PIXELS.value,
+    geometry, selection = call.geometry, nll.new_empty(2, dtype=torch.int64)
+    levels = list(digits(8 * nll.element_size()))
+    histograms = nll.new_zeros((len(levels), 1 << DIGIT_BITS), dtype=torch.int64)
+    run(add_tiles, len(DENSE_ROWS), partials=partials, totals=totals, BLOCK=FLAT_BLOCK)
+    min_kept = pack(min(call.options.ohem_min_kept, geometry.pixels))
+    run(ohem_begin, 1, totals=totals, min_kept=min_kept, selection=selection)
+    programs = min(256, triton.cdiv(geometry.pixels, FLAT_BLOCK))
+    for digit, histogram in zip(levels, histograms, strict=True):
+        run(
+            ohem_count, programs, nll=nll, selection=selection, histogram=histogram,
+            size=pack_size(geometry.size, True), DIGIT=digit, BLOCK=FLAT_BLOCK,
+        )  # fmt: skip
+        run(ohem_choose, 1, selection=selection, histogram=histogram, DIGIT=digit)
+    run(
+        ohem_sum, geometry.dense_tiles, **call.inputs(geometry.by_rows), weight=call.weight, nll=nll,
+        selection=selection, summary=summary, partials=partials, exceeds=exceeds,
+        READ=geometry.read, TERMS=call.terms, TILE=geometry.tile,
     )  # fmt: skip
-    programs = min(256, triton.cdiv(call.geometry.pixels, FLAT_BLOCK))
-    for (shift, bits), histogram in zip(levels, histograms, strict=True):
-        level = {"selection": selection, "histogram": histogram, "SHIFT": shift, "BITS": bits}
-        call.run(ohem.count, programs, **level)
-        call.run(ohem.choose, 1, **level)
-    call.run_dense(ohem.sum_kept, selection=selection, summary=summary, partials=partials)
 
 
 def loss_backward(
@@ -368,54 +232,72 @@ def loss_backward(
     summary: Tensor,
     *arguments: Any,
 ) -> Tensor:
-    """The kernel of bcmf::loss_triton_backward; arguments: LossOptions."""
+    """The kernel of bcmf::loss_triton_backward: the gradient of the logits, dense, in their dtype. arguments:
+    LossOptions.
+
+    Raises:
+        ValueError, TypeError: for inputs or options that the op does not take, or another forward's results.
+    """
     options = LossOptions(*arguments)
     with on_device(logits):
         call = Call(logits, target, weight, options)
-        geometry, new, acc = call.geometry, call.new, call.acc
+        geometry, cpg = call.geometry, call.terms.CPG
         check_kept(call, grad_total, stats, selected, summary)
         grad = torch.empty_like(logits, memory_format=torch.preserve_format)
         if geometry.pixels == 0:
             return grad.zero_()
         sink = make_sink(call, grad)
-        call.arguments |= {
-            "grad_total": grad_total.to(acc).contiguous(),
-            "stats": stats.contiguous(),
-            "selected": selected.contiguous(),
-            "summary": summary.contiguous(),
-            "shares": new(target.shape, dtype=acc).zero_() if call.cpg else stats,
-            "grad": Map(sink, *sink.stride()[:4]),
-        }
-        if call.cpg:
-            call.run_cpg(SHARES)
-        call.run_dense(backward)
-        if call.cpg:
-            call.run_cpg(GRADIENT)
-        if sink is not grad:
-            to = {"sums": call.arguments["grad"], "grad": Map(grad, *grad.stride()), "count": grad.numel()}
-            rows, columns = (2 * most for most in geometry.most)
-            gather = quads.join_quads if geometry.mode == QUADS.value else quads.gather_pixels
-            programs = triton.cdiv(grad.numel(), GATHER_BLOCK)
-            call.run(gather, programs, **to, most_rows=rows, most_columns=columns, BLOCK=GATHER_BLOCK)
+        upstream = Upstream(
+            call.weight, grad_total.to(call.acc).contiguous(), stats.contiguous(), selected.contiguous(),
+            summary.contiguous(), call.new(target.shape, dtype=call.acc).zero_() if cpg else stats,
+        )  # fmt: skip
+        weights = {"bcl_weight": options.bcl_weight, "alpha": call.alpha, "beta": call.beta}
+        if cpg:
+            call.run_cpg(cpg_shares, call.rectangles, SPARSE.tile, 2, upstream=upstream, cpg_weight=options.cpg_weight)
+        call.run_dense(dense_backward, upstream=upstream, grad=pack_map(sink, geometry.mode != QUADS.value), **weights)
+        if cpg:
+            call.run_cpg(
+                sparse_backward, geometry.mode, call.sparse_tile, 2, upstream=upstream, grad=pack_map(sink),
+                cpg_weight=options.cpg_weight, **weights, TERMS=call.terms,
+            )  # fmt: skip
+        if geometry.mode != DIRECT.value:
+            run_low_gather(geometry, sink, grad)
         return grad
 
 
 def make_sink(call: Call, grad: Tensor) -> Tensor:
-    """Where gradients go first: to their tensor, or on the way back to logits of another size."""
+    """The map that `dense_backward` writes to: the gradient itself, or, of logits of another size, the gradients of
+    label pixels (N, C, H, W), or sums for the corners of quads' pieces (N, C, 4, down, across), without the last
+    axis."""
     geometry, planes = call.geometry, grad.shape[:2]
     if geometry.mode == DIRECT.value:
         return grad
     if geometry.mode == ANY.value:
         return call.new((*planes, *call.target.shape[1:]), dtype=call.acc)
     down = (geometry.size.rows + 1) * geometry.down.parts
-    return call.new((*planes, 4, down, (geometry.size.columns + 1) * geometry.across.parts), dtype=call.acc)
+    across = (geometry.size.columns + 1) * geometry.across.parts
+    return call.new((*planes, 4, down, across), dtype=call.acc)[..., 0]
+
+
+def run_low_gather(geometry: Geometry, sink: Tensor, grad: Tensor) -> None:
+    """Takes the gradients from the sink to logits of another size."""
+    programs = triton.cdiv(grad.numel(), GATHER_BLOCK)
+    arguments = {
+        "sums": pack_map(sink), "logits": geometry.logits(by_cells=True), "grad": pack_map(grad, True),
+        "count": pack(grad.numel()), "BLOCK": GATHER_BLOCK,
+    }  # fmt: skip
+    if geometry.mode == QUADS.value:
+        run(low_gather_quads, programs, **arguments)
+    else:
+        rows, columns = (pack(2 * most) for most in geometry.most)
+        run(low_gather_pixels, programs, **arguments, most_rows=rows, most_columns=columns)
 
 
 def check_kept(call: Call, grad_total: Tensor, stats: Tensor, selected: Tensor, summary: Tensor) -> None:
-    """What the backward gets of the forward."""
+    """Whether the backward gets what the forward returned."""
     shape, device = call.target.shape, call.target.device
     kept = (stats.shape, stats.dtype), (summary.shape, summary.dtype), (selected.shape, selected.dtype)
-    images = shape[0] if call.steps else 0
+    images = shape[0] if call.terms.STEPS else 0
     if kept != (((2, *shape), call.acc), ((SUMMARY,), call.acc), ((images, *shape[1:]), torch.uint8)):
         raise ValueError("bcmf::loss_triton_backward takes stats, selected and summary as bcmf::loss returned them.")
     if grad_total.numel() != 1 or any(t.device != device for t in (grad_total, stats, selected, summary)):

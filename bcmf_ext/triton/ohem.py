@@ -4,20 +4,43 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from typing import NamedTuple
 
 import triton
 import triton.language as tl
 
-from .common import CUTOFF, class_at, double, pixel_at
+from .common import (
+    COUNT,
+    CUTOFF,
+    HARD,
+    NUMERATOR,
+    VALID_PIXELS,
+    Partials,
+    Pixels,
+    class_at,
+    place_of,
+    store_partial,
+    unpack_labels,
+    unpack_logits,
+    unpack_size,
+)
 from .geometry import tile_of
+from .integers import unpack
 
 DIGIT_BITS = 11
 
 
-def digits(key_bits: int) -> Iterator[tuple[int, int]]:
-    """(lowest bit, number of bits) of each level's digit, from the highest bits down."""
+class Digit(NamedTuple):
+    """The BITS bits of a key from bit SHIFT on."""
+
+    SHIFT: int
+    BITS: int
+
+
+def digits(key_bits: int) -> Iterator[Digit]:
+    """Each level's digit, from the highest bits down."""
     for top in range(key_bits, 0, -DIGIT_BITS):
-        yield max(0, top - DIGIT_BITS), min(top, DIGIT_BITS)
+        yield Digit(max(0, top - DIGIT_BITS), min(top, DIGIT_BITS))
 
 
 @triton.jit
@@ -31,36 +54,38 @@ def key_of(nll):
 
 
 @triton.jit
-def weight_of(weight, label, ACC: tl.constexpr, WEIGHTED: tl.constexpr):
+def weight_of(weight, label, ACC: tl.constexpr, TERMS: tl.constexpr):
     """Class weights of labels; 1 for one that is no class."""
     w = tl.full(label.shape, 1.0, ACC)
-    if WEIGHTED:
+    if TERMS.WEIGHTED:
         w = tl.load(weight + label, mask=label >= 0, other=1.0)
     return w
 
 
-@triton.jit(do_not_specialize=["min_kept"])
-def begin(totals, min_kept, selection, HARD_ROW: tl.constexpr, VALID_ROW: tl.constexpr):
+@triton.jit
+def ohem_begin(totals, min_kept, selection):
     """How many of the largest losses to look for (selection: prefix, rank): none if enough are above the threshold."""
-    kept = tl.minimum(tl.cast(min_kept, tl.float64), tl.load(totals + VALID_ROW))
+    kept = tl.minimum(tl.cast(unpack(min_kept), tl.float64), tl.load(totals + VALID_PIXELS))
     tl.store(selection, 0)
-    tl.store(selection + 1, tl.where(tl.load(totals + HARD_ROW) >= kept, 0, kept.to(tl.int64)))
+    tl.store(selection + 1, tl.where(tl.load(totals + HARD) >= kept, 0, kept.to(tl.int64)))
 
 
 @triton.jit
-def count(nlls, selection, histogram, pixels, SHIFT: tl.constexpr, BITS: tl.constexpr, BLOCK: tl.constexpr):
-    """Counts the digits of the losses that have the prefix: `BITS` bits from bit `SHIFT` on. Few programs, since each
-    adds its counts to those of all."""
+def ohem_count(nll, selection, histogram, size, DIGIT: tl.constexpr, BLOCK: tl.constexpr):
+    """Counts a digit of the losses that have the prefix. Few programs do, since each adds its counts to those of
+    all."""
+    SHIFT: tl.constexpr = DIGIT.SHIFT
+    BITS: tl.constexpr = DIGIT.BITS
     prefix = tl.load(selection)
     bins = tl.arange(0, 1 << BITS)
-    counts = tl.zeros([1 << BITS], tl.int64)
-    end = tl.where(tl.load(selection + 1) > 0, tl.cast(pixels, tl.int64), 0)
+    counts = tl.full([1 << BITS], 0, tl.int64)
+    end = tl.where(tl.load(selection + 1) > 0, tl.cast(unpack_size(size).pixels, tl.int64), 0)
     first = tl.program_id(0).to(tl.int64) * BLOCK
     while first < end:
         index = first + tl.arange(0, BLOCK)
-        nll = tl.load(nlls + index, mask=index < end, other=-1)
-        key = key_of(nll)
-        counted = (nll != -1) & ((key >> SHIFT >> BITS) == (prefix >> SHIFT >> BITS))
+        loss = tl.load(nll + index, mask=index < end, other=-1)
+        key = key_of(loss)
+        counted = (loss != -1) & ((key >> SHIFT >> BITS) == (prefix >> SHIFT >> BITS))
         digit = tl.where(counted, (key >> SHIFT) & ((1 << BITS) - 1), 0).to(tl.int32)
         others = tl.sum(tl.where(counted, 0, 1), 0)  # they are counted as digit 0
         counts += (tl.histogram(digit, 1 << BITS) - tl.where(bins == 0, others, 0)).to(tl.int64)
@@ -69,8 +94,10 @@ def count(nlls, selection, histogram, pixels, SHIFT: tl.constexpr, BITS: tl.cons
 
 
 @triton.jit
-def choose(selection, histogram, SHIFT: tl.constexpr, BITS: tl.constexpr):
+def ohem_choose(selection, histogram, DIGIT: tl.constexpr):
     """Adds the digit in which the loss looked for lies to the prefix."""
+    SHIFT: tl.constexpr = DIGIT.SHIFT
+    BITS: tl.constexpr = DIGIT.BITS
     prefix = tl.load(selection)
     rank = tl.load(selection + 1)
     bins = tl.arange(0, 1 << BITS)
@@ -83,26 +110,27 @@ def choose(selection, histogram, SHIFT: tl.constexpr, BITS: tl.constexpr):
         tl.store(selection + 1, rank - larger)
 
 
-@triton.jit(do_not_specialize=["ignore_index", "exceeds"])
-def sum_kept(
-    nlls, labels, size, down, across, weight, selection, summary, partials, length, ignore_index, exceeds,
-    ACC: tl.constexpr, WEIGHTED: tl.constexpr, ROWS: tl.constexpr, SPANS: tl.constexpr, SPAN: tl.constexpr,
-    MODE: tl.constexpr,
+@triton.jit
+def ohem_sum(
+    logits, labels, weight, nll, selection, summary, partials, exceeds: tl.float64,
+    READ: tl.constexpr, TERMS: tl.constexpr, TILE: tl.constexpr,
 ):  # fmt: skip
     """With the cutoff known: partial sums of w · ℓ over the kept pixels, and their number, in place of those over
     all."""
-    least = key_of(double(exceeds).to(ACC))
+    tile = tl.program_id(0)
+    logits, labels = unpack_logits(logits), unpack_labels(labels)
+    partials = Partials(partials.data, unpack(partials.length))
+    least = key_of(tl.full((), exceeds, READ.ACC))
     found = tl.load(selection)
     key = tl.where((tl.load(selection + 1) > 0) & (found < least), found, least)
-    n, y, x, inside = tile_of(tl.program_id(0), size, down, across, MODE, ROWS, SPANS, SPAN)
-    nll = tl.load(nlls + pixel_at(size, n, y, x), mask=inside, other=-1)
-    kept = (nll != -1) & (key_of(nll) >= key)
-    label = class_at(labels, n, y, x, kept, size.classes, ignore_index)
-    total = tl.where(kept, weight_of(weight, label, ACC, WEIGHTED) * nll, 0.0)
-    tl.store(partials + tl.program_id(0), tl.sum(total).to(tl.float64))
-    tl.store(partials + length + tl.program_id(0), tl.sum(kept.to(ACC)).to(tl.float64))
-    if tl.program_id(0) == 0:
-        if tl.float64 == ACC:
+    pixels = tile_of(tile, logits, READ.MODE, TILE)
+    loss = tl.load(nll + place_of(logits.size, pixels), mask=pixels.inside, other=-1)
+    kept = (loss != -1) & (key_of(loss) >= key)
+    label = class_at(labels, Pixels(pixels.n, pixels.y, pixels.x, kept), logits.size.classes)
+    store_partial(partials, NUMERATOR, tile, tl.where(kept, weight_of(weight, label, READ.ACC, TERMS) * loss, 0.0))
+    store_partial(partials, COUNT, tile, kept.to(READ.ACC))
+    if tile == 0:
+        if tl.float64 == READ.ACC:
             tl.store(summary + CUTOFF, key.to(tl.float64, bitcast=True))
         else:
             tl.store(summary + CUTOFF, key.to(tl.int32).to(tl.float32, bitcast=True))

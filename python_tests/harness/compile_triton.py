@@ -44,6 +44,7 @@ class Loss(NamedTuple):
     weighted: bool = False
     channels_last: bool = False
     label_dtype: torch.dtype = torch.int64
+    labels: tuple[int, int] = LABELS
 
 
 # Every option, source of logits and layout, in few calls: CPG's kernels take seconds each. The slowest are compiled for
@@ -124,28 +125,65 @@ def calls(dtypes: Sequence[torch.dtype]) -> Iterator[tuple[str, Callable[[], Any
     yield "pools of 30 channels", partial(pools, 30, half, True, True)
 
 
-def repeated_calls() -> Iterator[tuple[str, Callable[[], Any]]]:
-    """What may change from step to step, and must not have a kernel compiled anew."""
-    for weight in (0.0, 0.3, 1.0):
-        options = {
-            **OHEM,
-            **BCL,
-            **CPG5,
-            "ohem_min_kept": int(1e5 * weight),
-            "bcl_weight": weight,
-            "cpg_weight": weight,
-        }
-        call = Loss(LABELS, options, weighted=True, channels_last=True)
-        yield f"bcl_weight {weight}", partial(loss_and_gradient, call, torch.bfloat16)
-    for channels_last, size, eps in itertools.product((False, True), ((1, 3), (7, 16), (33, 20)), (0.0, 1e-3)):
-        name = f"{size}, eps {eps}, channels_last {channels_last}"
-        yield f"pools, {name}", partial(pools, 512, torch.bfloat16, channels_last, True, size, eps)
-        yield f"{LEVEL}, {name}", partial(sums, LEVEL, torch.bfloat16, channels_last, True, size, eps)
+class Repeated(NamedTuple):
+    """Calls that differ in what may change from step to step or from image to image: a kernel is compiled for all of
+    them once, or twice, if it is one of `by_alignment`, which gain where all rows begin at multiples of 16 entries.
+    in_16_bytes: these kernels then read so many at once."""
+
+    name: str
+    calls: Sequence[Callable[[], Any]]
+    by_alignment: tuple[str, ...] = ()
+    in_16_bytes: bool = False
+
+
+# Of labels: multiples of 16, other even and odd ones, whose rows are aligned or not; and single rows, columns, pixels.
+WIDE = ((512, 1024), (1080, 1920), (360, 480), (33, 16), (513, 1025), (375, 1242), (333, 500), (64, 100), (720, 1001))
+THIN = ((1, 1), (97, 1), (1, 97))
+MAP_SIZES = ((1, 3), (7, 16), (33, 20), (1, 16), (16, 1), (2, 2), (16, 32), (17, 31), (48, 64), (5, 5))  # LMFM's
+
+
+def repeated_calls() -> Iterator[Repeated]:
+    """What must not have a kernel compiled anew."""
+    half, dense = torch.bfloat16, ("dense_forward", "dense_backward")
+    options = {**OHEM, **BCL, **CPG5}
+    weights = [
+        {**options, "ohem_min_kept": int(1e5 * weight), "bcl_weight": weight, "cpg_weight": weight}
+        for weight in (0.0, 0.3, 1.0)
+    ]
+    losses = [Loss(LABELS, each, weighted=True, channels_last=True) for each in weights]
+    yield Repeated("weights", [partial(loss_and_gradient, each, half) for each in losses])
+    # At label size alignment is that of rows; from 1/8, where labels are read quad by quad, that of logits' gradients.
+    equal, eighths = [(size, size) for size in (*WIDE, *THIN)], [(eighth(*size), size) for size in WIDE]
+    for name, sizes, channels_last, options, by_alignment in (
+        ("label size", equal, False, {**BCL, **CPG3}, (*dense, "bcl_select")),
+        ("label size", equal, True, OHEM, (*dense, "ohem_count", "ohem_sum")),
+        ("from 1/8", eighths, False, {**BCL, **CPG3}, ("bcl_select", "low_gather_quads")),
+        ("from 1/8", eighths, True, OHEM, ("ohem_count", "low_gather_quads")),
+    ):
+        losses = [Loss(low, options, channels_last=channels_last, labels=size) for low, size in sizes]
+        calls = [partial(loss_and_gradient, each, half) for each in losses]
+        in_16_bytes = sizes is equal and not channels_last
+        yield Repeated(f"loss, {name}, channels_last {channels_last}", calls, by_alignment, in_16_bytes)
+        maps = [empty(1, 19, *low, dtype=half, channels_last=channels_last) for low, _ in sizes]
+        calls = [partial(argmax.upsample_argmax, z, *size, False) for z, (_, size) in zip(maps, sizes, strict=True)]
+        by_alignment = ("argmax",) if sizes is equal else ()
+        yield Repeated(f"arg-max, {name}, channels_last {channels_last}", calls, by_alignment, in_16_bytes)
+    for channels_last in (False, True):
+        for name, call in (("pools", partial(pools, 512)), (f"{LEVEL}", partial(sums, LEVEL))):
+            calls = [
+                partial(call, half, channels_last, True, size, eps)
+                for size, eps in zip(MAP_SIZES, itertools.cycle((0.0, 1e-3)), strict=False)
+            ]
+            yield Repeated(f"{name}, channels_last {channels_last}", calls)
+
+
+def eighth(height: int, width: int) -> tuple[int, int]:
+    return -(-height // 8), -(-width // 8)
 
 
 def loss_and_gradient(call: Loss, dtype: torch.dtype) -> None:
     logits = empty(2, 19, *call.logits, dtype=dtype, channels_last=call.channels_last)
-    target = empty(2, *LABELS, dtype=call.label_dtype)
+    target = empty(2, *call.labels, dtype=call.label_dtype)
     weight = empty(19, dtype=torch.float32) if call.weighted else None
     options = LossOptions(255, **call.options)
     total, _, *kept = loss.loss(logits, target, weight, *options)
@@ -190,30 +228,46 @@ def sums(
 
 def compile_for(arch: int) -> str:
     """Compiles what all calls launch; a summary."""
-    began, compiled = time.perf_counter(), set()
+    began = time.perf_counter()
+    compiled: dict[str, dict[str, str]] = {}  # of each kernel the PTX of its variants
     driver.set_active(Driver(arch))
 
     def compile_only(self: Any, *arguments: Any, warmup: bool, **more: Any) -> None:
         found = launch(self, *arguments, warmup=True, **more)
         assert found.asm["cubin"]
         assert found.metadata.enable_fp_fusion is False
-        compiled.add(found.hash)
+        compiled.setdefault(self.fn.__name__, {})[found.hash] = found.asm["ptx"]
 
-    def run(calls: Iterator[tuple[str, Callable[[], Any]]]) -> int:
-        for name, call in calls:
-            try:
-                call()
-            except Exception as error:
-                raise RuntimeError(f"{name}, for sm_{arch}: {error}") from error
-        return len(compiled)
+    def run(name: str, call: Callable[[], Any]) -> None:
+        try:
+            call()
+        except Exception as error:
+            raise RuntimeError(f"{name}, for sm_{arch}: {error}") from error
 
     launch = JITFunction.run
     with mock.patch.object(JITFunction, "run", compile_only):
-        count = run(calls(DTYPES if arch == ARCHS[0] else DTYPES[:1]))
-        assert arch != ARCHS[0] or run(repeated_calls()) == count, (
-            "another weight, size or eps has a kernel compiled anew"
-        )
+        for name, call in calls(DTYPES if arch == ARCHS[0] else DTYPES[:1]):
+            run(name, call)
+        count = sum(map(len, compiled.values()))
+        for repeated in repeated_calls() if arch == ARCHS[0] else ():
+            compiled.clear()
+            run(repeated.name, repeated.calls[0])
+            alone = {kernel: len(variants) for kernel, variants in compiled.items()}
+            for call in repeated.calls[1:]:
+                run(repeated.name, call)
+            check_variants(repeated, alone, compiled)
     return f"sm_{arch}: {count} cubins in {time.perf_counter() - began:.0f} s"
+
+
+def check_variants(repeated: Repeated, alone: Mapping[str, int], compiled: Mapping[str, Mapping[str, str]]) -> None:
+    """Whether no kernel was compiled anew but for alignment. alone: how many variants the first call needs."""
+    for kernel, variants in compiled.items():
+        expected = alone.get(kernel, 0) * (2 if kernel in repeated.by_alignment else 1)
+        found = f"{repeated.name}: {len(variants)} variants of {kernel}"
+        assert len(variants) == expected, f"{found} instead of {expected}"
+        if repeated.in_16_bytes and kernel in repeated.by_alignment:
+            wide = sum("ld.global.v4" in ptx for ptx in variants.values())
+            assert wide == expected // 2, f"{found}, {wide} of which read 16 bytes at once"
 
 
 def main() -> None:

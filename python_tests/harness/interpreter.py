@@ -1,5 +1,6 @@
-"""Triton's interpreter, mended for the tests: it cuts fp32 off to bf16, where GPUs round to nearest; and most of its
-time goes into what it makes anew for each operation."""
+"""Triton's interpreter, mended for the tests: it cuts fp32 off to bf16, where GPUs round to nearest; it keeps integers
+from 2^31 to 2^32 as unsigned ones and then shifts them as negative ones; and most of its time goes into what it makes
+anew for each operation."""
 
 from __future__ import annotations
 
@@ -16,6 +17,7 @@ from triton.runtime import interpreter
 
 def mend() -> None:
     round_to_bfloat16()
+    keep_integers_positive()
     wrap_the_language_once()
     remember_types()
     look_for_overflow(False)
@@ -36,6 +38,18 @@ def round_to_bfloat16() -> None:
         return interpreter.TensorHandle(data, kinds[1])
 
     builder.cast_impl = cast_exactly
+
+
+def keep_integers_positive() -> None:
+    convert = interpreter._implicit_cvt
+
+    def convert_exactly(argument: Any) -> Any:
+        found = convert(argument)
+        if isinstance(argument, int) and 2**31 <= argument < 2**32:
+            found.handle.data = found.handle.data.astype(np.int64)
+        return found
+
+    interpreter._implicit_cvt = convert_exactly
 
 
 def wrap_the_language_once() -> None:
