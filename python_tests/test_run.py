@@ -261,6 +261,7 @@ def test_resume_leaves_other_folders_alone(tmp_path: Path) -> None:
     assert os.listdir(tmp_path / "photos") == []
 
 
+@pytest.mark.thorough
 def test_stopped_at_any_moment() -> None:
     """Protects whole runs, with and without loading processes: killed, terminated or interrupted at random moments,
     they end as one that was never stopped, bit for bit. (`kills.py` does as many as asked for.)"""

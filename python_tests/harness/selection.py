@@ -73,14 +73,17 @@ INTERPRETED = {  # what is not here is as usual
             is_mix(case) and shape[1] != 12 and dtype in (torch.float32, torch.bfloat16, torch.uint8)
         ),
         "no kernel reads the second shape, or the other dtypes, in another way",
+        only_ci=True,
     ),
     "test_ops.py::test_gradcheck": Rule(
         lambda case, **_: is_loss(case) or case.training or case.name == "add_norm_relu level eval",
         "in eval mode all cases run the same backward",
+        only_ci=True,
     ),
     "test_ops.py::test_bit_identical_from_run_to_run": Rule(
         lambda case, layout, shape, **_: is_mix(case) and layout == "nchw" and shape == (2, 5, 13, 31),
         "the smaller shape has several programs, too, and both layouts have the same",
+        only_ci=True,
     ),
     "test_ops.py::test_opcheck": Rule(
         lambda case, form, **_: (
@@ -108,6 +111,7 @@ INTERPRETED = {  # what is not here is as usual
     "test_loss_op.py::test_rows_wider_than_a_tile": Rule(
         lambda case, size, **_: size[1] <= 1450 or "ohem" in case.options,
         "one size with many columns, not of all terms",
+        only_ci=True,
     ),
     "test_loss_op.py::test_huge_logits": Rule(
         lambda case, scale, **_: is_mix(case) and scale != 1e8, "the smallest and the largest"
