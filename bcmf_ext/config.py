@@ -18,10 +18,11 @@ import torch
 from torch import nn
 
 from .data import DATASETS, SegmentationDataset
+from .dispatch import IMPLS
 from .errors import FileError, UserError, briefly
 from .losses.criterion import ExtraLoss, SegmentationCriterion
 from .models import NETWORKS
-from .options import BCL, CPG, OHEM
+from .options import BCL, CPG, CPG_WEIGHTS, OHEM
 
 SMALLEST_CROP, LARGEST_CROP = 64, 1 << 15  # The deepest feature map of our networks is at 1/64.
 MOST = 1000  # A weight, rate, factor or number of processes above this can only be a slip.
@@ -99,20 +100,22 @@ class Config:
     )
 
     ohem: float | None = knob(
-        "average the cross-entropy over hard pixels only: those below probability THETA (0.9 when not given)",
+        "average the cross-entropy over hard pixels only: those below probability THETA "
+        f"({OHEM.threshold} when not given)",
         type=float,
         nargs="?",
-        const=0.9,
+        const=OHEM.threshold,
         metavar="THETA",
     )
-    bcl: float = knob("weight of the boundary corrected loss; 0: off", 0.1, type=float, metavar="LAMBDA")
+    bcl: float = knob("weight of the boundary corrected loss; 0: off", BCL.weight, type=float, metavar="LAMBDA")
     cpg: float | None = knob(
-        "weight of the CPG loss; 0: off; 1, 0.4, 0.35 for kernel size 3, 5, 7 when left out",
+        "weight of the CPG loss; 0: off; when left out "
+        + ", ".join(f"{weight:g} for kernel size {size}" for size, weight in CPG_WEIGHTS.items()),
         type=float,
         nargs="?",
         metavar="LAMBDA",
     )
-    cpg_kernel: int = knob("kernel size of the CPG loss", 3, type=int, choices=(3, 5, 7))
+    cpg_kernel: int = knob("kernel size of the CPG loss", CPG.kernel_size, type=int, choices=tuple(CPG_WEIGHTS))
     extra_loss: tuple[str, ...] = knob(
         "losses of your own beside these: NAME in FILE.py, a function of logits and labels or a module, times WEIGHT",
         (),
@@ -147,9 +150,7 @@ class Config:
         action=argparse.BooleanOptionalAction,
         resumable=True,
     )
-    impl: str = knob(
-        "which implementation of the losses", "auto", choices=("auto", "cuda", "triton", "cpu", "torch"), resumable=True
-    )
+    impl: str = knob("which implementation of the losses", "auto", choices=("auto", *IMPLS), resumable=True)
     seed: int = knob("of the weights, the order and the augmentation", 0, type=int)
     device: str | None = knob("cpu, cuda, cuda:1, …; the first GPU, or the CPU, when left out", resumable=True)
     eval_interval: int = knob("epochs between evaluations; the last is always evaluated", 1, type=int, resumable=True)

@@ -141,6 +141,10 @@ class BCL:
         return (self.step,) if isinstance(self.step, int) else self.step
 
 
+CPG_WEIGHTS = {3: 1.0, 5: 0.4, 7: 0.35}
+"""CPG's kernel sizes, and the weight of each where none is given."""
+
+
 @dataclass(frozen=True)
 class CPG:
     """Convolution-based Probability Gradient loss: match the Sobel gradients of p and of the labels
@@ -159,12 +163,12 @@ class CPG:
 
     def __post_init__(self) -> None:
         _set(self, kernel_size=whole("CPG's kernel_size", self.kernel_size))
-        if self.kernel_size not in (3, 5, 7):
+        if self.kernel_size not in CPG_WEIGHTS:
             raise ValueError(f"CPG's kernel_size is 3, 5 or 7, not {self.kernel_size}.")
         if self.ignore_mode not in ("window", "centre"):
             raise ValueError(f'CPG\'s ignore_mode is "window" or "centre", not {self.ignore_mode!r}.')
         if self.weight is None:
-            _set(self, weight={3: 1.0, 5: 0.4, 7: 0.35}[self.kernel_size])
+            _set(self, weight=CPG_WEIGHTS[self.kernel_size])
         _set(self, weight=real("CPG's weight", self.weight))
         _check_weight("CPG", self.weight)
 
