@@ -47,8 +47,9 @@ def pytest_configure(config: pytest.Config) -> None:
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    """A test that is named on the command line (``file.py::test``) runs in full, as do all where CI is set."""
-    everything = "CI" in os.environ or any("::" in argument for argument in config.args)
+    """Tests that are named on the command line (``file.py::test``, ``-k``) run in full, as do all where CI is set."""
+    named = config.option.keyword or any("::" in argument for argument in config.args)
+    everything = "CI" in os.environ or bool(named)
     left_out = selection.left_out(items, everything)
     config.stash[LEFT_OUT] = {why: len(tests) for why, tests in left_out.items() if tests}
     gone = {id(test) for tests in left_out.values() for test in tests}

@@ -478,7 +478,7 @@ def test_wrong_roots_and_splits(name: str, tmp_path: Path) -> None:
     sentence(lambda: open_dataset(name, tmp_path / "gone", "train"), str(tmp_path / "gone"), "does not exist")
     sentence(lambda: open_dataset(name, tmp_path / "file", "train"), "is not a folder")
     sentence(lambda: open_dataset(name, tmp_path, "train"), str(tmp_path), "does not exist")
-    sentence(lambda: open_dataset(name, tmp_path, "trian"), "'trian'", "train, val, test")
+    sentence(lambda: open_dataset(name, tmp_path, "trian"), "'trian'", ", ".join(DATASETS[name].splits))
     if name != "cityscapes":
         sentence(lambda: open_dataset(name, None, "train"), "`root=DIR`")
 

@@ -88,8 +88,10 @@ def test_half_precision(tmp_path: Path, name: str) -> None:
     """Protects bf16: convolutions run in it, norms that remain stay in fp32, and labels are nearly the same."""
     folder = write_run(tmp_path / name, name, trained(name))
     exact, half = Predictor(folder, "cpu"), Predictor(folder, "cpu", amp="bf16")
-    dtypes = {type(m): m.weight.dtype for m in half.network.modules() if isinstance(m, (nn.Conv2d, nn.BatchNorm2d))}
-    assert dtypes == {nn.Conv2d: torch.bfloat16, nn.BatchNorm2d: torch.float32}
+    parts = [module for module in half.network.modules() if isinstance(module, (nn.Conv2d, nn.BatchNorm2d))]
+    expected = {nn.Conv2d: torch.bfloat16, nn.BatchNorm2d: torch.float32}
+    assert all(part.weight.dtype == expected[type(part)] for part in parts)
+    assert any(isinstance(part, nn.Conv2d) for part in parts)
     images = picture(96, 160)
     assert half.logits(images).dtype == torch.bfloat16
     assert (half.labels(images) == exact.labels(images)).double().mean() > 0.95

@@ -357,5 +357,6 @@ class FileDataset(SegmentationDataset):
         return UserError(f"{path} holds unexpected ids: {shown}: {self._likely_cause(set(pixels), set(wrong))}.")
 
     def _likely_cause(self, ids: set[int], wrong: set[int]) -> str:
-        """The sentence about a label file with these ids, of which `wrong` must not occur."""
-        raise NotImplementedError
+        """The likely reason why a label file holds these ids, of which `wrong` must not occur; data sets know better."""
+        known = np.flatnonzero(self._table != _UNKNOWN).tolist()
+        return f"labels of {self.name} hold the ids {', '.join(map(str, known))}"
