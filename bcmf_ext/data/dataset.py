@@ -357,6 +357,6 @@ class FileDataset(SegmentationDataset):
         return UserError(f"{path} holds unexpected ids: {shown}: {self._likely_cause(set(pixels), set(wrong))}.")
 
     def _likely_cause(self, ids: set[int], wrong: set[int]) -> str:
-        """The likely reason why a label file holds these ids, of which `wrong` must not occur; data sets know better."""
+        """The likely reason why a label file holds these ids, of which `wrong` must not occur."""
         known = np.flatnonzero(self._table != _UNKNOWN).tolist()
         return f"labels of {self.name} hold the ids {', '.join(map(str, known))}"
