@@ -25,8 +25,9 @@ import sysconfig
 import time
 from collections import Counter
 from collections.abc import Callable, Sequence
-from importlib.util import module_from_spec, spec_from_file_location
+from importlib import import_module
 from pathlib import Path
+from types import ModuleType
 from typing import Any, NamedTuple
 
 import torch
@@ -743,11 +744,11 @@ def run(seed: int, number: int, library: ctypes.CDLL, counts: Counter[str]) -> N
 
 
 def load() -> ctypes.CDLL:
-    """The sanitized ops. Their schemas come from ops.py alone: the package would load the installed ones."""
-    spec = spec_from_file_location("bcmf_schemas", ROOT / "bcmf_ext" / "ops.py")
-    schemas = module_from_spec(spec)
-    sys.modules[spec.name] = schemas
-    spec.loader.exec_module(schemas)
+    """The sanitized ops. Their schemas come from ops.py without the package, which would load the installed ops."""
+    package = ModuleType("bcmf_schemas")
+    package.__path__ = [str(ROOT / "bcmf_ext")]
+    sys.modules[package.__name__] = package
+    import_module(f"{package.__name__}.ops")
     torch.ops.load_library(os.environ[LIBRARY])
     library = ctypes.CDLL(os.environ[LIBRARY])
     library.race_refills.restype = ctypes.c_int64
