@@ -35,21 +35,8 @@ mpl.use("Agg")
 import matplotlib.pyplot as plt
 
 sys.path.insert(0, str(Path(__file__).parent))
+import protocol
 from problem import interpolate
-from protocol import (
-    AA,
-    RESULTS,
-    ROUNDS,
-    Clock,
-    about,
-    device_name,
-    does_count,
-    peak_above,
-    ratio,
-    take_turns,
-    verdict,
-    write_record,
-)
 
 from bcmf_ext.checkpoint import VERSION, save_checkpoint
 from bcmf_ext.config import make_config
@@ -132,21 +119,21 @@ def measure(name: str, rows: dict[str, Row], size: tuple[int, int], device: str,
     noise = torch.rand(1, 3, 9, 17, generator=torch.Generator().manual_seed(0))
     images = (255 * F.interpolate(noise, size, mode="bicubic").clamp(0, 1)).byte().to(device)
     expected = rows[BASELINE](images)
-    clock = Clock(device)
+    clock = protocol.Clock(device)
     turns = {row: partial(clock.latency, partial(call, images)) for row, call in rows.items()}
-    times = take_turns(turns, rounds, f"{name}, {'×'.join(map(str, size))}")
+    times = protocol.take_turns(turns, rounds, f"{name}, {'×'.join(map(str, size))}")
     found = {}
     for row, call in rows.items():
         found[row] = {
             "ms": statistics.median(times[row]),
             "p90_ms": statistics.quantiles(times[row], n=10)[-1],
             "fps": 1e3 / statistics.median(times[row]),
-            "against": {rival: ratio(times[row], times[rival]) for rival in rows},
+            "against": {rival: protocol.ratio(times[row], times[rival]) for rival in rows},
             "equal_labels": (call(images) == expected).double().mean().item(),
-            "mib": peak_above(partial(call, images), images.is_cuda),
+            "mib": protocol.peak_above(partial(call, images), images.is_cuda),
         }
-    aa = ratio(times[AA], times[BASELINE])
-    counts = does_count(rounds, [aa])
+    aa = protocol.ratio(times[protocol.AA], times[BASELINE])
+    counts = protocol.does_count(rounds, [aa])
     return {"model": name, "size": size, **count(name, size), "A/A": aa, "counts": counts, "rows": found}
 
 
@@ -154,7 +141,7 @@ def render(result: dict[str, Any]) -> str:
     size = "×".join(map(str, (1, 3, *result["size"])))
     lines = [
         f"{result['model']}, {size}: {result['parameters']:,} parameters, {result['macs'] / 1e9:.2f} GMACs   "
-        f"A/A {result['A/A']:.2f}{verdict(result['counts'])}",
+        f"A/A {result['A/A']:.2f}{protocol.verdict(result['counts'])}",
         f"  {'':<24}{'FPS':>8}{'ms':>9}{'p90':>9}{'× eager':>9}{'× compile':>11}{'MiB':>7}   labels as eager's",
     ]
     for name, row in result["rows"].items():
@@ -193,23 +180,23 @@ def main() -> None:
     )
     parser.add_argument("--model", nargs="*", choices=tuple(NETWORKS), default=tuple(NETWORKS), help="default: both")
     parser.add_argument("--size", type=int, nargs=2, metavar=("H", "W"), help="one size instead of two usual ones")
-    parser.add_argument("--rounds", type=int, default=ROUNDS, help=f"default: {ROUNDS}; at least 2")
+    parser.add_argument("--rounds", type=int, default=protocol.ROUNDS, help=f"default: {protocol.ROUNDS}; at least 2")
     parser.add_argument("--no-compile", action="store_true", help="without torch.compile, which takes minutes")
-    parser.add_argument("--output", type=Path, default=RESULTS, metavar="DIR", help="where the results go")
+    parser.add_argument("--output", type=Path, default=protocol.RESULTS, metavar="DIR", help="where the results go")
     arguments = parser.parse_args()
     if arguments.rounds < 2:
         parser.error("--rounds is at least 2")
     choose_device(arguments.device)
-    path = arguments.output / f"inference-{device_name(arguments.device)}.json"
+    path = arguments.output / f"inference-{protocol.device_name(arguments.device)}.json"
     included = "a uint8 image on the device → normalise, network, bilinear upsampling, arg-max → labels on the device"
     print(f"each row: {included}")
-    record = {**about(), "included": included, "rounds": arguments.rounds, "results": []}
+    record = {**protocol.about(), "included": included, "rounds": arguments.rounds, "results": []}
     for name in arguments.model:
         rows = make_rows(name, arguments.device, not arguments.no_compile)
         for size in [tuple(arguments.size)] if arguments.size else SIZES:
             record["results"].append(measure(name, rows, size, arguments.device, arguments.rounds))
             print(render(record["results"][-1]), flush=True)
-            write_record(path, record)  # after each: a run may be cut short
+            protocol.write_record(path, record)  # after each: a run may be cut short
     draw(record["results"], path.with_suffix(".png"))
     print(f"{path}, {path.with_suffix('.png')}")
 

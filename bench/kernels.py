@@ -33,23 +33,9 @@ from matplotlib.ticker import NullFormatter
 sys.path.insert(0, str(Path(__file__).parent))
 import cross_entropy
 import lmfm
+import protocol
 import segmentation_loss
 from problem import OURS, Contender, Problem, make_labels, missing_impls
-from protocol import (
-    AA,
-    RESULTS,
-    ROUNDS,
-    Clock,
-    about,
-    device_name,
-    does_count,
-    peak_above,
-    ratio,
-    ratios,
-    take_turns,
-    verdict,
-    write_record,
-)
 
 from bcmf_ext.engine import choose_device
 from bcmf_ext.errors import run_command
@@ -70,7 +56,7 @@ REPEATS = 20  # calls in a row of what is too short to be timed alone
 # One step of one contender
 
 
-def step(problem: Problem, contender: Contender, clock: Clock) -> dict[str, float]:
+def step(problem: Problem, contender: Contender, clock: protocol.Clock) -> dict[str, float]:
     """Milliseconds of a step's phases."""
     clock.flush_cache()
     start = clock.mark()
@@ -90,7 +76,7 @@ def peak_mib(problem: Problem, contender: Contender) -> float:
         problem.backward(contender(problem.input))
         problem.input.grad = None
 
-    return peak_above(run, problem.input.is_cuda)
+    return protocol.peak_above(run, problem.input.is_cuda)
 
 
 # --------------------------------------------------------------------------------------------------------------------
@@ -111,7 +97,7 @@ class Rates:
 class RateMeter:
     """Measures both rates once a round, between the contenders; what counts is the best, that of a free machine."""
 
-    def __init__(self, logits: Tensor, clock: Clock) -> None:
+    def __init__(self, logits: Tensor, clock: protocol.Clock) -> None:
         self.clock = clock
         # 128 MiB: more than a cache holds.
         self.source = torch.zeros(32 << 20, dtype=torch.float32, device=logits.device)
@@ -160,7 +146,7 @@ def errors(problem: Problem) -> dict[str, dict[str, float]]:
     return found
 
 
-def measure(problem: Problem, clock: Clock, rounds: int) -> dict[str, Any]:
+def measure(problem: Problem, clock: protocol.Clock, rounds: int) -> dict[str, Any]:
     """Measures one problem. The first of `other`, or else of the contenders, is the baseline."""
     contenders = {**problem.other, **problem.contenders}
     names = list(contenders)
@@ -168,19 +154,20 @@ def measure(problem: Problem, clock: Clock, rounds: int) -> dict[str, Any]:
     wrong = errors(problem)
     meter = RateMeter(problem.input, clock)
     turns = {name: partial(step, problem, contender, clock) for name, contender in contenders.items()}
-    steps = take_turns(turns, rounds, problem.title, before_round=meter.sample)
+    steps = protocol.take_turns(turns, rounds, problem.title, before_round=meter.sample)
     times = {name: {phase: [s[phase] for s in steps[name]] for phase in PHASES} for name in steps}
     rates = meter.rates()
 
-    aa = {phase: ratio(times[AA][phase], times[baseline][phase]) for phase in PHASES}
+    aa = {phase: protocol.ratio(times[protocol.AA][phase], times[baseline][phase]) for phase in PHASES}
     rows = {}
     for name in names:
         rows[name] = {"error": wrong.get(name), "mib": peak_mib(problem, contenders[name])}
         if name in OURS:
             rivals = [rival for rival in names if rival not in OURS]
-            rows[name]["against"] = {rival: ratio(times[name]["both"], times[rival]["both"]) for rival in rivals}
+            ours = times[name]["both"]
+            rows[name]["against"] = {rival: protocol.ratio(ours, times[rival]["both"]) for rival in rivals}
         for phase in PHASES:
-            low, middle, high = statistics.quantiles(ratios(times[name][phase], times[baseline][phase]), n=4)
+            low, middle, high = statistics.quantiles(protocol.ratios(times[name][phase], times[baseline][phase]), n=4)
             ms = statistics.median(times[name][phase])
             share = rates.least_ms(problem.work[phase]) / ms
             rows[name][phase] = {"ratio": middle, "spread": [low, high], "ms": ms, "roofline": share}
@@ -188,7 +175,7 @@ def measure(problem: Problem, clock: Clock, rounds: int) -> dict[str, Any]:
         "problem": problem.title,
         "baseline": baseline,
         "A/A": aa,
-        "counts": does_count(rounds, [*aa.values()]),
+        "counts": protocol.does_count(rounds, [*aa.values()]),
         "gradient_mib": problem.input.numel() * problem.input.element_size() / 2**20,
         "copy_gb_per_s": rates.bytes / 1e6,
         "exp_g_per_s": rates.exps / 1e6,
@@ -203,7 +190,7 @@ def measure(problem: Problem, clock: Clock, rounds: int) -> dict[str, Any]:
 def render(result: dict[str, Any]) -> str:
     aa = ", ".join(f"{phase} {ratio:.2f}" for phase, ratio in result["A/A"].items())
     lines = [
-        f"{result['problem']}   × {result['baseline']}   A/A: {aa}{verdict(result['counts'])}",
+        f"{result['problem']}   × {result['baseline']}   A/A: {aa}{protocol.verdict(result['counts'])}",
         f"  copy {result['copy_gb_per_s']:.0f} GB/s, exp {result['exp_g_per_s']:.2f} G/s",
         f"  {'':<14}{'forward':>9}{'backward':>10}{'both':>7}  {'(spread)':<13}{'ms':>9}{'roofline':>10}{'MiB':>8}"
         "   error of value, gradient",
@@ -268,25 +255,25 @@ def parser(description: str | None) -> argparse.ArgumentParser:
 
 def main() -> None:
     flags = parser(__doc__)
-    flags.add_argument("--rounds", type=int, default=ROUNDS, help=f"default: {ROUNDS}; at least 2")
-    flags.add_argument("--output", type=Path, default=RESULTS, metavar="DIR", help="where the results go")
+    flags.add_argument("--rounds", type=int, default=protocol.ROUNDS, help=f"default: {protocol.ROUNDS}; at least 2")
+    flags.add_argument("--output", type=Path, default=protocol.RESULTS, metavar="DIR", help="where the results go")
     arguments = flags.parse_args()
     n, c, height, width = arguments.size
     labels = make_labels(arguments.labels, n, height, width).to(choose_device(arguments.device))
 
     some = arguments.op if set(arguments.op) < set(OPS) else []
-    path = arguments.output / f"{'-'.join(['kernels', *some, device_name(arguments.device)])}.json"
+    path = arguments.output / f"{'-'.join(['kernels', *some, protocol.device_name(arguments.device)])}.json"
     source = "CamVid" if arguments.labels else "drawn scenes"
     missing = missing_impls(arguments.device)
-    record = {**about(), "labels": source, "rounds": arguments.rounds, "not_measured": missing, "results": []}
+    record = {**protocol.about(), "labels": source, "rounds": arguments.rounds, "not_measured": missing, "results": []}
     for impl, reason in missing.items():
         print(f"{impl}: not measured ({reason})")
-    clock = Clock(arguments.device)
+    clock = protocol.Clock(arguments.device)
     for op in arguments.op:
         for problem in OPS[op](labels, c):
             record["results"].append(measure(problem, clock, arguments.rounds))
             print(render(record["results"][-1]), flush=True)
-            write_record(path, record)  # after each: a run may be cut short
+            protocol.write_record(path, record)  # after each: a run may be cut short
     draw(record["results"], path.with_suffix(".png"))
     print(f"{path}, {path.with_suffix('.png')}")
 

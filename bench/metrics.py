@@ -25,20 +25,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 sys.path.insert(0, str(Path(__file__).parent))
+import protocol
 from problem import interpolate, make_labels
-from protocol import (
-    AA,
-    RESULTS,
-    ROUNDS,
-    Clock,
-    about,
-    device_name,
-    does_count,
-    ratio,
-    take_turns,
-    verdict,
-    write_record,
-)
 
 from bcmf_ext import dispatch
 from bcmf_ext.engine import choose_device
@@ -85,27 +73,28 @@ def make_rows(target: Tensor, classes: int) -> dict[str, Callable[[], object]]:
 
 def measure(target: Tensor, classes: int, rounds: int) -> dict[str, Any]:
     rows = make_rows(target, classes)
-    clock = Clock(target.device.type)
+    clock = protocol.Clock(target.device.type)
     order = sorted(rows, key=lambda name: not name.startswith(TOTAL))  # The baseline comes first.
-    times = take_turns({name: partial(clock.latency, rows[name]) for name in order}, rounds, "metrics")
+    times = protocol.take_turns({name: partial(clock.latency, rows[name]) for name in order}, rounds, "metrics")
     baseline = order[0]
-    aa = ratio(times[AA], times[baseline])
+    aa = protocol.ratio(times[protocol.AA], times[baseline])
+    counts = protocol.does_count(rounds, [aa])
+    ratios = {row: protocol.ratio(times[row], times[baseline]) for row in rows}
+    found = {row: {"ms": statistics.median(times[row]), "ratio": ratio} for row, ratio in ratios.items()}
     return {
         "size": list(target.shape),
         "classes": classes,
         "baseline": baseline,
         "A/A": aa,
-        "counts": does_count(rounds, [aa]),
-        "rows": {
-            name: {"ms": statistics.median(times[name]), "ratio": ratio(times[name], times[baseline])} for name in rows
-        },
+        "counts": counts,
+        "rows": found,
     }
 
 
 def render(result: dict[str, Any]) -> str:
     lines = [
         f"{'×'.join(map(str, result['size']))}, {result['classes']} classes   A/A {result['A/A']:.2f}"
-        + verdict(result["counts"]),
+        + protocol.verdict(result["counts"]),
         f"  {'':<30}{'ms':>9}   × {result['baseline']}",
     ]
     lines += [f"  {name:<30}{row['ms']:9.2f}{row['ratio']:9.2f}" for name, row in result["rows"].items()]
@@ -117,8 +106,8 @@ def main() -> None:
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--labels", metavar="CAMVID", help="CamVid's folder; without it, labels of drawn scenes")
     parser.add_argument("--size", type=int, nargs=4, metavar=("N", "C", "H", "W"), default=SIZE)
-    parser.add_argument("--rounds", type=int, default=ROUNDS, help=f"default: {ROUNDS}; at least 2")
-    parser.add_argument("--output", type=Path, default=RESULTS, metavar="DIR", help="where the results go")
+    parser.add_argument("--rounds", type=int, default=protocol.ROUNDS, help=f"default: {protocol.ROUNDS}; at least 2")
+    parser.add_argument("--output", type=Path, default=protocol.RESULTS, metavar="DIR", help="where the results go")
     arguments = parser.parse_args()
     if arguments.rounds < 2:
         parser.error("--rounds is at least 2")
@@ -128,12 +117,12 @@ def main() -> None:
     found = target[target != 255].unique().tolist()
     if found and found[-1] >= classes:
         parser.error(f"--size says {classes} classes, and the labels hold {found[-1]}: at least {found[-1] + 1}.")
-    path = arguments.output / f"metrics-{device_name(arguments.device)}.json"
+    path = arguments.output / f"metrics-{protocol.device_name(arguments.device)}.json"
     source = "CamVid" if arguments.labels else "drawn scenes"
     result = measure(target, classes, arguments.rounds)
-    record = {**about(), "labels": source, "rounds": arguments.rounds, "result": result}
+    record = {**protocol.about(), "labels": source, "rounds": arguments.rounds, "result": result}
     print(render(result))
-    write_record(path, record)
+    protocol.write_record(path, record)
     print(path)
 
 

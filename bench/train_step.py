@@ -14,22 +14,9 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+import protocol
 import torch
 from problem import our_impls
-from protocol import (
-    AA,
-    LEAST_ROUNDS,
-    RESULTS,
-    Clock,
-    about,
-    device_name,
-    does_count,
-    peak_above,
-    ratio,
-    take_turns,
-    verdict,
-    write_record,
-)
 from torch.optim import SGD
 
 from bcmf_ext import SegmentationCriterion
@@ -46,7 +33,7 @@ class Step:
 
     def __init__(self, arguments: argparse.Namespace) -> None:
         self.device = choose_device(arguments.device)
-        self.clock = Clock(arguments.device)
+        self.clock = protocol.Clock(arguments.device)
         self.compute = Compute(self.device, choose_dtype(arguments.amp, self.device)[0])
         name = "camvid" if arguments.data else "demo"
         dataset = open_dataset(name, arguments.data, "train")
@@ -86,23 +73,29 @@ class Step:
 def measure(step: Step, rounds: int) -> dict[str, Any]:
     impls = [*step.criteria][::-1]  # The baseline comes first.
     turns = {impl: partial(step.run, impl) for impl in impls}
-    steps = take_turns(turns, rounds, step.title, before_round=step.next_batch)
+    steps = protocol.take_turns(turns, rounds, step.title, before_round=step.next_batch)
     times = {name: [found["step"] for found in steps[name]] for name in steps}
     baseline = times[impls[0]]
     rows = {}
     for impl in step.criteria:
         rows[impl] = {phase: statistics.median(found[phase] for found in steps[impl]) for phase in (*PHASES, "step")}
-        rows[impl]["ratio"] = ratio(times[impl], baseline)
+        rows[impl]["ratio"] = protocol.ratio(times[impl], baseline)
         step.next_batch()
-        rows[impl]["mib"] = peak_above(partial(step.run, impl), step.device.type == "cuda")
-    aa = ratio(times[AA], baseline)
-    return {"title": step.title, "baseline": impls[0], "A/A": aa, "counts": does_count(rounds, [aa]), "impls": rows}
+        rows[impl]["mib"] = protocol.peak_above(partial(step.run, impl), step.device.type == "cuda")
+    aa = protocol.ratio(times[protocol.AA], baseline)
+    return {
+        "title": step.title,
+        "baseline": impls[0],
+        "A/A": aa,
+        "counts": protocol.does_count(rounds, [aa]),
+        "impls": rows,
+    }
 
 
 def render(result: dict[str, Any]) -> str:
     lines = [
         f"{result['title']}   ms, median; ratio: × {result['baseline']}   A/A {result['A/A']:.2f}"
-        + verdict(result["counts"])
+        + protocol.verdict(result["counts"])
     ]
     lines.append(f"  {'':<8}" + "".join(f"{name:>11}" for name in (*PHASES, "step", "ratio", "MiB")))
     for impl, row in result["impls"].items():
@@ -122,15 +115,15 @@ def main() -> None:
     parser.add_argument(
         "--impl", nargs="*", help="the last is the baseline; all that run here, and torch, when left out"
     )
-    parser.add_argument("--rounds", type=int, default=LEAST_ROUNDS)
-    parser.add_argument("--output", type=Path, default=RESULTS, metavar="DIR")
+    parser.add_argument("--rounds", type=int, default=protocol.LEAST_ROUNDS)
+    parser.add_argument("--output", type=Path, default=protocol.RESULTS, metavar="DIR")
     arguments = parser.parse_args()
     if not arguments.impl:
         arguments.impl = our_impls(torch.device(arguments.device))
     result = measure(Step(arguments), arguments.rounds)
     print(render(result))
-    path = arguments.output / f"train_step-{device_name(arguments.device)}.json"
-    write_record(path, {**about(), "rounds": arguments.rounds, "result": result})
+    path = arguments.output / f"train_step-{protocol.device_name(arguments.device)}.json"
+    protocol.write_record(path, {**protocol.about(), "rounds": arguments.rounds, "result": result})
     print(path)
 
 

@@ -232,7 +232,8 @@ class FileDataset(SegmentationDataset):
 
     255 in a file means ignored unless `label_ids` says otherwise; any other id that is not in `label_ids` is an error.
     colours: those of the classes that are known to have one, for labels with a palette to be compared with.
-    folders: the folders of the layout, those of all splits.
+    folders: the folders of the layout, those of all splits. A constructor sets `split`, and what differs between
+    objects of `classes` and `palette`, before it calls this one, and `protocol` after it, when the length is known.
     """
 
     def __init__(

@@ -11,4 +11,13 @@ from .pretrained import LoadReport, load_pretrained
 NETWORKS: dict[str, NetworkFactory] = {"bcmfnet": bcmfnet, "ddrnet_s": ddrnet_s}
 """The networks that can be trained, by the names that checkpoints and the commands know them by."""
 
-__all__ = ["NETWORKS", "DDRNet", "LoadReport", "Network", "NetworkFactory", "bcmfnet", "ddrnet_s", "load_pretrained"]
+__all__ = [
+    "NETWORKS",
+    "DDRNet",
+    "LoadReport",
+    "Network",
+    "NetworkFactory",
+    "bcmfnet",
+    "ddrnet_s",
+    "load_pretrained",
+]

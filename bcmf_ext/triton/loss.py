@@ -17,7 +17,7 @@ from torch import Tensor
 
 from ..checks import check_inputs
 from ..ops import SUMMARY
-from ..options import OHEM, LossOptions
+from ..options import BCL, CPG, OHEM, LossOptions
 from .bcl import bcl_select
 from .common import (
     ANY,
@@ -62,18 +62,12 @@ def check(logits: Tensor, target: Tensor, weight: Tensor | None, options: LossOp
     check_sides(*logits.shape[1:], *target.shape[1:])
     if options.ohem_threshold is not None:
         OHEM(options.ohem_threshold)
-    steps = list(options.bcl_steps)
-    if steps:
-        if len(steps) > 8 or min(steps) < 1:
-            raise ValueError(f"BCL takes 1 to 8 steps of at least one pixel, not {steps}.")
-        if len(options.bcl_flipped) not in (0, 2):
-            raise ValueError("BCL's flipped labels have two weights.")
-        if options.bcl_nms_size < 1 or options.bcl_nms_size % 2 == 0:
-            raise ValueError(f"BCL's nms_size is an odd number of pixels, not {options.bcl_nms_size}.")
-        if not 0 < options.bcl_threshold <= 1:
-            raise ValueError(f"BCL's threshold is a probability in (0, 1], not {options.bcl_threshold}.")
-    if options.cpg_kernel_size not in (0, 3, 5, 7):
-        raise ValueError(f"CPG's kernel_size is 3, 5 or 7, not {options.cpg_kernel_size}.")
+    if options.bcl_steps:
+        BCL(step=tuple(options.bcl_steps), threshold=options.bcl_threshold, nms_size=options.bcl_nms_size)
+    if len(options.bcl_flipped) not in (0, 2):
+        raise ValueError("BCL's flipped labels have two weights.")
+    if options.cpg_kernel_size:
+        CPG(kernel_size=options.cpg_kernel_size)
 
 
 class Call:
