@@ -257,7 +257,8 @@ def parse_flags(argv: Sequence[str] | None = None) -> dict[str, Any]:
         nargs="?",
         const="auto",
         metavar="PATH",
-        help="go on with a run: its folder or its last.pt, or without PATH the newest run (of --name, --dataset or --model where given)",
+        help="go on with a run: its folder or its last.pt, or without PATH the newest run (of --name, --dataset or "
+        "--model where given)",
     )
     parser.add_argument("--check-data", action="store_true", help="check every image and label, and stop")
     given = vars(parser.parse_args(argv))
