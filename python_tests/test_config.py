@@ -27,7 +27,7 @@ def configure(flags: str = "") -> Config:
 # Defaults
 
 
-def test_defaults_are_the_specs() -> None:
+def test_defaults() -> None:
     """The defaults of docs/definitions.md, Networks and their training: a changed one changes everybody's results."""
     expected = {
         "cityscapes": ((1024, 1024), (0.5, 2.0), 8, 484, 0.01),

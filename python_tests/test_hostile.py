@@ -14,6 +14,8 @@ import pytest
 import torch
 from harness import hostile
 
+from bcmf_ext import ops
+
 CALLS = 3000
 
 # Calls one of the planted faults: what is checked in the library, and between which red zones torch's memory lies.
@@ -95,6 +97,11 @@ def test_what_no_sanitizer_sees_is_reported(monkeypatch: pytest.MonkeyPatch) -> 
     tensor[1, 2] += 1
     assert hostile.changed(draw, before, []) == "wrote to an input float32[6]/[1]+0"
     assert hostile.changed(draw, before, draw.memory) is None
+
+
+def test_the_summary_is_as_long_as_that_of_the_op() -> None:
+    """hostile.py runs without the package, and a call of the backward with another length would never get far."""
+    assert hostile.SUMMARY == ops.SUMMARY
 
 
 @pytest.mark.thorough

@@ -55,7 +55,7 @@ KERNELS = (
     Backend("triton", "triton", "cpu" if dispatch.INTERPRETED else "cuda"),
     Backend("cuda", "cuda", "cuda"),
 )
-BACKENDS = (*KERNELS, Backend("torch", "torch", "cpu", raises=True))
+BACKENDS = (*KERNELS, Backend("pytorch", "torch", "cpu", raises=True))  # -k torch would match dtypes, too
 
 
 def on(backends: Sequence[Backend]) -> Any:
