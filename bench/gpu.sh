@@ -43,7 +43,7 @@ build() {
 }
 
 tests() { # CUDA first: Triton compiles a kernel for every new kind of argument; one process to a GPU
-  local pytest=(env CI=1 "$python" -m pytest -o addopts=-q -m gpu --durations=5 --tb=short --maxfail=25)
+  local pytest=("$python" -m pytest -o addopts=-q -m gpu --durations=5 --tb=short --maxfail=25)
   lines=15 stage tests-cuda 220 "${pytest[@]}" python_tests -k "not triton"
   lines=15 stage tests-triton 300 "${pytest[@]}" python_tests/test_metrics.py python_tests/test_ops.py \
     python_tests/test_loss_op.py python_tests/test_lmfm.py \

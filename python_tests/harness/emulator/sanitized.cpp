@@ -50,12 +50,12 @@ Memory random_labels(int64_t count, int64_t classes, bool bad) {  // some are ig
 // What is asked of bcmf::loss. OHEM's threshold 0.5 leaves enough hard pixels, 20 leaves none: the selection runs.
 struct Options {
   bool weighted = false, bad_labels = false;
-  double threshold = 0;  // of OHEM; 0: without it
+  double threshold = 0;  // OHEM's; 0 where there is no OHEM
   int bcl_steps = 0, cpg_radius = 0;
   bool flipped = false, align_corners = false, channels_last = false;
 };
 
-struct Size {  // of logits and labels
+struct Size {  // the sizes of logits and of labels
   int64_t n, c, h, w, H, W;
 };
 
@@ -124,7 +124,7 @@ struct Loss {
   }
 };
 
-// The same bits in every order of threads.
+// Fails unless every order of threads gives the same bits.
 template <typename Scalar>
 void check_loss(bcmf::FloatType type, Size size, Options options) {
   const auto before = random_bits;
@@ -167,14 +167,14 @@ void check_loss(bcmf::FloatType type) {
     for (const bool bad_labels : {false, true})
       for (const double threshold : {0.0, 0.5, 20.0}) {
         if (type != bcmf::FloatType::f32 && !(weighted && bad_labels))
-          continue;  // differs from fp32 where it is read and written
+          continue;  // other types differ from fp32 only where they are read and written
         const Options options = {weighted, bad_labels, threshold};
         check_loss<Scalar>(type, {2, 5, 17, 37, 17, 37}, options);
         check_loss<Scalar>(type, {1, 2, 1, 1, 1, 1}, options);
         check_loss<Scalar>(type, {1, 19, 3, 257, 3, 257}, options);
         check_loss<Scalar>(type, {0, 3, 4, 4, 4, 4}, options);
       }
-  for (const Size size : {Size{2, 3, 18, 72, 18, 72}, {1, 50, 2, 68, 2, 68}})  // several pixels at once
+  for (const Size size : {Size{2, 3, 18, 72, 18, 72}, {1, 50, 2, 68, 2, 68}})  // a thread takes several pixels at once
     for (const bool channels_last : {false, true})
       check_loss<Scalar>(type, size, {true, true, 0.5, 1, 1, false, false, channels_last});
   int radius = 0;
@@ -304,7 +304,7 @@ void check_sums(bcmf::FloatType type, bool channels_last, bool training, int64_t
                 int64_t W) {
   const auto add_branches = [=](bcmf::NormReluArgs& args, Maps<Scalar>& maps) {
     args.N = n, args.branches = 3;
-    for (int b = 0; b < args.branches; ++b) {  // both maps, the resampled one, the added one
+    for (int b = 0; b < args.branches; ++b) {  // branches have both maps, the resampled one or the added one
       bcmf::Branch& branch = args.branch[b];
       branch.C = 2 * b + 3, branch.h = h, branch.w = w, branch.H = H, branch.W = W, branch.first = args.channels;
       args.channels += branch.C;
@@ -326,7 +326,7 @@ template <typename Scalar>
 void check_lmfm(bcmf::FloatType type) {
   check_pools<Scalar>(type, true, true, 2, 5, 17, 6);
   check_sums<Scalar>(type, false, true, 2, 5, 3, 17, 6);
-  if (type != bcmf::FloatType::f32) return;  // others differ where a map is read and written
+  if (type != bcmf::FloatType::f32) return;  // other types differ only where a map is read and written
   check_pools<Scalar>(type, false, false, 3, 1, 1, 1);
   check_pools<Scalar>(type, false, true, 1, 2, 3, 35);
   check_sums<Scalar>(type, true, false, 2, 1, 1, 3, 35);

@@ -30,7 +30,7 @@
 namespace emulator {
 
 enum class Order { forward, reversed, shuffled };
-inline Order order = Order::forward;  // of blocks and of threads
+inline Order order = Order::forward;  // the order in which blocks, and a block's threads, run
 
 struct Dim3 {
   unsigned x = 1, y = 1, z = 1;
@@ -51,13 +51,13 @@ struct Fiber {
   std::unique_ptr<char[]> stack{new char[kStackBytes]};
   State state;
   std::string place;           // file:line of the barrier it waits at
-  uint64_t published[2];       // to its warp, by turns
+  uint64_t published[2];       // what it shuffled to its warp, in turns
   int turn;                    // which of the two it published last
-  void* fake_stack = nullptr;  // AddressSanitizer's
+  void* fake_stack = nullptr;  // what AddressSanitizer keeps of a fiber
 };
 
 struct Block {
-  std::vector<Fiber> fibers;  // kept from launch to launch
+  std::vector<Fiber> fibers;  // they are kept from launch to launch
   ucontext_t scheduler;
   const void* scheduler_stack = nullptr;
   size_t scheduler_stack_bytes = 0;
@@ -66,7 +66,7 @@ struct Block {
   std::function<void()> kernel;
   std::map<const void*, std::unique_ptr<char[]>> shared;
   std::map<int64_t, std::unique_ptr<char[]>> dynamic;  // parts of the dynamic shared memory, by their offset
-  int64_t dynamic_bytes = 0;                           // of all of it, as the launch said
+  int64_t dynamic_bytes = 0;                           // how large all of it is, as the launch said
   bool launched = false;
 };
 inline Block block;
@@ -189,7 +189,7 @@ inline void run_block() {
   }
 }
 
-inline std::function<void()> before_launch;  // what other programs do in between, if they do anything
+inline std::function<void()> before_launch;  // it does what other programs might do in between
 
 inline void launch(Dim3 grid, Dim3 threads, int64_t shared, std::function<void()> kernel) {
   if (before_launch) before_launch();
@@ -199,7 +199,7 @@ inline void launch(Dim3 grid, Dim3 threads, int64_t shared, std::function<void()
   block_size = threads;
   block.kernel = std::move(kernel);
   block.dynamic_bytes = shared;
-  const struct Launched {  // until the launch has ended, or failed
+  const struct Launched {  // it tidies up when the launch has ended, or failed
     Launched() { block.launched = true; }
     ~Launched() { block.launched = false; }
   } launched;
@@ -212,13 +212,13 @@ inline void launch(Dim3 grid, Dim3 threads, int64_t shared, std::function<void()
 // ---------------------------------------------------------------------------------------------------------------------
 // What kernels call
 
-// For threads: an exception does not leave a fiber.
+// Threads call this instead of throwing, because an exception cannot leave a fiber.
 [[noreturn]] inline void stop(const char* fault) {
   std::fprintf(stderr, "%s\n", fault);
   std::abort();
 }
 
-// `count` entries for the block, the first time NaN (and a large negative integer).
+// `count` entries of shared memory for the block. At first they are NaN, as integers a large negative number.
 template <typename T>
 T* poisoned(std::unique_ptr<char[]>& bytes, size_t count) {
   if (!bytes) {
@@ -233,7 +233,7 @@ T* shared_array(const void* key, size_t count) {
   return poisoned<T>(block.shared[key], count);
 }
 
-// `value` of another lane of the warp; all lanes of the warp must call it, at the same place.
+// The `value` of another lane of the warp. All lanes of the warp must call it at the same place.
 template <typename T>
 T from_lane(T value, unsigned lane, const char* file, int line) {
   static_assert(sizeof(T) <= 8);
@@ -243,7 +243,7 @@ T from_lane(T value, unsigned lane, const char* file, int line) {
   wait(State::at_warp_barrier, file, line);
   const unsigned first = block.current / kWarp * kWarp;
   const unsigned lanes = std::min(kWarp, block_size.count() - first);
-  T other = value;  // as on CUDA, for a lane that is not there
+  T other = value;  // what CUDA gives for a lane that is not there
   if (lane < lanes) memcpy(&other, &block.fibers[first + lane].published[turn], sizeof(T));
   return other;
 }
@@ -288,7 +288,7 @@ T fetch_add(T* address, T value) {
 inline int __popc(unsigned bits) { return __builtin_popcount(bits); }
 inline int __ffs(int bits) { return __builtin_ffs(bits); }
 
-// Integers only: a sum of floats would depend on the order.
+// This takes integers only, because a sum of floats would depend on the order.
 inline int atomicAdd(int* address, int value) { return emulator::fetch_add(address, value); }
 inline unsigned atomicAdd(unsigned* address, unsigned value) { return emulator::fetch_add(address, value); }
 inline unsigned long long atomicAdd(unsigned long long* address, unsigned long long value) {
