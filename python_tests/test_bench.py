@@ -52,8 +52,9 @@ def test_pilot_plans_and_compares(
     assert names[len(pilot.SINGLE) :] == [
         *(f"{best}, warm-up" for best in ("0.4 BCL flipped, step 1+2", "1.5 CPG7")),
         f"CE + 0.4 BCL + {challenger}",
+        *(arm.name for arm in pilot.PAPER if arm.network == "ddrnet_s"),
     ]
-    assert len(runs) == len(names) + 4 * 4
+    assert len(runs) == len(names) + 4 * (4 + len(pilot.PAPER))
     assert len({(run["arm"], run["seed"]) for run in runs}) == len(runs)
     assert not list(pilot.plan(runs, [challenger]))
     arm = pilot.challenger(pilot.ARMS[challenger])
@@ -67,7 +68,7 @@ def test_pilot_plans_and_compares(
     assert pilot.verdict([-0.01, 0.01, -0.01, 0.01, 0.01]) == "+0.20 ± 0.98 none"
     assert pilot.verdict([0.01, 0.02]).endswith("few ")
     lines = pilot.table(runs).splitlines()
-    from_ce, _, from_spec = (index for index, line in enumerate(lines) if line.startswith("minus"))
+    from_ce, _, from_spec, *_ = (index for index, line in enumerate(lines) if line.startswith("minus"))
     default = next(line for line in lines[from_ce:] if line.startswith(pilot.OLD_DEFAULT.name))
     assert re.search(r" 5 +\+0.28 ± 0.10", default)
     assert re.search(r" 5 +-0.28 ± 0.10", next(line for line in lines[from_spec:] if line.startswith("CE ")))

@@ -3,10 +3,11 @@
 Short trainings of BCMFNet on CamVid at half its size (180×240), train → val, which differ in the loss alone: the same
 schedule, batches and seeds for every arm, so that arms are compared in pairs, seed by seed. First every arm with one
 seed; then the best arm of each term with a warm-up of its weight; then CE, CE + CPG, what was the default (CE + 0.4
-BCL + CPG) and the challengers (that, with one term exchanged for an arm's) with five seeds. What is done stands in
-pilot.json, beside this file, and is not done again: call it as often as you like, each time for --minutes. The table
-says of each arm with several seeds how far it is from CE, from CE + CPG (so, what BCL adds) and from what was the
-default: the mean of the paired differences ± two standard errors. Do not run it while a benchmark runs.
+BCL + CPG) and the challengers (that, with one term exchanged for an arm's) with five seeds; last, with as many, the
+ablation of BCMFNet's paper, where DDRNet-s stands beside BCMFNet. What is done stands in pilot.json, beside this file,
+and is not done again: call it as often as you like, each time for --minutes. The table says of each arm with several
+seeds how far it is from CE, from CE + CPG (so, what BCL adds), from what was the default, and from DDRNet-s: the mean
+of the paired differences ± two standard errors. Do not run it while a benchmark runs.
 
 The results there came with --challenger "0.1 BCL original, step 2" "1.5 CPG5". They made 0.1 BCL the default.
 """
@@ -54,12 +55,13 @@ REACH = 10  # pixels to either side of a pole or an edge
 
 
 class Arm(NamedTuple):
-    """A loss: cross-entropy and what is added to it."""
+    """A loss, cross-entropy and what is added to it, and a network."""
 
     name: str
     bcl: BCL | None = None
     cpg: CPG | None = None
     warmup: int = 0
+    network: str = "bcmfnet"
 
 
 CE = Arm("CE")
@@ -82,6 +84,12 @@ SINGLE = (
     ),
     OLD_DEFAULT,
 )
+PAPER = (
+    Arm("DDRNet-s, CE", network="ddrnet_s"),
+    Arm("0.1 BCL original, step 2", BCL()),
+    Arm("DDRNet-s, CE + 0.1 BCL + 1 CPG3", BCL(), CPG(), network="ddrnet_s"),
+)
+"""What BCMFNet's ablation needs beside CE and the default loss of BCMFNet."""
 ARMS = {
     arm.name: arm
     for single in SINGLE
@@ -156,6 +164,7 @@ def plan(runs: list[dict[str, Any]], challengers: list[str]) -> Iterator[tuple[A
         for arm in (CE, WITHOUT_BCL, OLD_DEFAULT, *(challenger(ARMS[name]) for name in challengers)):
             if missing(arm, seed):
                 yield arm, seed
+    yield from ((arm, seed) for seed in SEEDS for arm in PAPER if missing(arm, seed))
 
 
 def halve(source: str, target: Path) -> Path:
@@ -185,6 +194,7 @@ def run(arm: Arm, seed: int, root: Path, work: Path) -> dict[str, Any]:
     name = f"{arm.name}, seed {seed}".replace(" ", "-").replace(",", "")
     shutil.rmtree(work / name, ignore_errors=True)  # of a run that was stopped
     flags = {"dataset": "camvid", "data_root": str(root), "output_dir": str(work), "name": name, "seed": seed}
+    flags |= {"model": arm.network}
     flags |= {"amp": "off", "device": "cpu", "eval_interval": SCHEDULE["epochs"]}
     flags |= {"loss_warmup": arm.warmup, "log_grad_share": 10, "bcl": arm.bcl.weight if arm.bcl else 0}
     flags |= {"cpg": arm.cpg.weight, "cpg_kernel": arm.cpg.kernel_size} if arm.cpg else {"cpg": 0}
@@ -235,7 +245,7 @@ def table(runs: list[dict[str, Any]]) -> str:
         shares = " ".join(f"{name} {share:.2f}" for name, share in done["gradient_share"]["last epoch"].items())
         figures = "".join(f"{done[score]:>20.4f}" for score in SCORES)
         lines.append(f"{done['arm']:<{width}}        {figures}   {done['selected']:.4f}   {shares}")
-    for baseline in (CE.name, WITHOUT_BCL.name, OLD_DEFAULT.name):
+    for baseline in (CE.name, WITHOUT_BCL.name, OLD_DEFAULT.name, PAPER[0].name, PAPER[2].name):
         lines.append(f"\n{'minus ' + baseline:<{width}}   seeds{titles}")
         for arm in dict.fromkeys(done["arm"] for done in runs):
             found = [differences(runs, arm, baseline, score) for score in SCORES]
