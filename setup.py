@@ -181,7 +181,15 @@ def main() -> None:
         return
     from torch.utils.cpp_extension import BuildExtension
 
-    setup(cmdclass={"build_py": BuildPy, "build_ext": BuildExtension}, ext_modules=[extension(plan)])
+    class BuildExt(BuildExtension):
+        """Also tells of what ``build_ext --inplace`` has built, which runs without build_py."""
+
+        def run(self) -> None:
+            super().run()
+            if self.inplace:
+                plan.write(Path("bcmf_ext"))
+
+    setup(cmdclass={"build_py": BuildPy, "build_ext": BuildExt}, ext_modules=[extension(plan)])
 
 
 main()

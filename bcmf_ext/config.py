@@ -124,7 +124,7 @@ class Config:
     )
     aux_weight: float = knob("weight of the auxiliary head's cross-entropy", 0.4, type=float)
     loss_warmup: int = knob(
-        "iterations in which the weights of BCL, CPG and extra losses grow from 0, linearly",
+        "iterations in which the weights of all losses but the first grow from 0, linearly",
         0,
         type=int,
         metavar="ITERATIONS",

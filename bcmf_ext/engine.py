@@ -251,7 +251,8 @@ def lr_factor(iteration: int, iterations: int, power: float = 0.9, warmup: int =
 
 
 def loss_ramp(iteration: int, warmup: int = 0) -> float:
-    """How much of their weights BCL and CPG have at an iteration (from 0): from 0 to 1 in `warmup` iterations."""
+    """How much of its weight a term beside the first has at an iteration (from 0): it grows from 0 to 1 in `warmup`
+    iterations."""
     return min(1.0, iteration / warmup) if warmup else 1.0
 
 
@@ -409,8 +410,9 @@ def train_one_epoch(
     log_grad_share: int = 0,
 ) -> None:
     """Trains on the batches (uint8 images (N, 3, H, W), uint8 labels (N, H, W)), which are those of the epoch from
-    `state.step` on. Stops after a step if `interrupted()`. loss_warmup: iterations of the run in which BCL and CPG gain
-    their weights. log_grad_share: every how many iterations the terms' shares of the gradient are taken; 0: never.
+    `state.step` on. Stops after a step if `interrupted()`. loss_warmup: iterations of the run in which the terms beside
+    the first gain their weights. log_grad_share: every how many iterations the terms' shares of the gradient are taken;
+    0: never.
 
     Raises `NonFiniteLoss`, at the latest one step late: the weights have then taken the bad step, so nothing must be
     saved from them. `LoadingProcessDied`, and `UserError` for a file that can no longer be read: between two steps, the

@@ -58,10 +58,10 @@ def _define(lib: Library, name: str, schema: str, fake: Any, backward_schema: st
 
 
 # --------------------------------------------------------------------------------------------------------------------
-# bcmf::loss computes any mix of cross-entropy or OHEM, BCL and CPG, from logits of any size.
+# bcmf::loss computes any mix of the terms that options.Terms lists, from logits of any size.
 #   It takes logits (N, C, h, w), target (N, H, W), weight (C,) or None, and LossOptions. It returns
 #   * total (), differentiable;
-#   * terms (3,), unweighted, in the order of options.TERMS: 0 for one that was not asked for;
+#   * terms, unweighted, an entry for each of options.TERMS: 0 for one that was not asked for;
 #   * stats (2, N, H, W): m = max_c Z_c and log Σ_c exp(Z_c − m), kept apart so that small losses keep their digits;
 #   * selected (N, H, W) uint8, (0, H, W) without BCL: bit s says whether BCL's step s selected the pixel;
 #   * summary (SUMMARY,), see Summary.

@@ -8,9 +8,9 @@ from __future__ import annotations
 
 import math
 import operator
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import Any, ClassVar, NamedTuple
 
 from torch import Tensor
 
@@ -82,6 +82,11 @@ class OHEM:
         if self.min_kept < 0:
             raise ValueError(f"OHEM's min_kept is a number of pixels, at least 0, not {self.min_kept}.")
 
+    @property
+    def words(self) -> str:
+        """What a report calls it."""
+        return f"OHEM (p < {self.threshold:g}, at least {self.min_kept:,} pixels)"
+
 
 MAX_STEPS = 8  # A selection is kept as a byte for each pixel, with a bit for each of BCL's steps.
 
@@ -103,6 +108,8 @@ class BCL:
     threshold: τ, a boundary pixel is kept if its largest of three losses exceeds −ln τ, 0 < threshold <= 1.
     nms_size: the odd edge of the square in which a kept pixel must be the maximum.
     """
+
+    label: ClassVar = "BCL"
 
     weight: float = 0.1
     step: int | tuple[int, ...] = 2
@@ -140,6 +147,11 @@ class BCL:
         """``step`` as a tuple."""
         return (self.step,) if isinstance(self.step, int) else self.step
 
+    @property
+    def words(self) -> str:
+        """What a report calls it."""
+        return f"{self.weight:g} {self.label}"
+
 
 CPG_WEIGHTS = {3: 1.0, 5: 0.4, 7: 0.35}
 """CPG's kernel sizes, and the weight of each where none is given."""
@@ -157,6 +169,8 @@ class CPG:
         themselves, as the authors' code does.
     """
 
+    label: ClassVar = "CPG"
+
     weight: float = None  # type: ignore[assignment]  # a float once constructed
     kernel_size: int = 3
     ignore_mode: str = "window"
@@ -172,6 +186,11 @@ class CPG:
         _set(self, weight=real("CPG's weight", self.weight))
         _check_weight("CPG", self.weight)
 
+    @property
+    def words(self) -> str:
+        """What a report calls it."""
+        return f"{self.weight:g} {self.label}{self.kernel_size}"
+
 
 class SegmentationLoss(NamedTuple):
     """total, differentiable, and its terms, detached and unweighted; a term that was not asked for is None."""
@@ -181,9 +200,17 @@ class SegmentationLoss(NamedTuple):
     bcl: Tensor | None
     cpg: Tensor | None
 
+    @classmethod
+    def of(cls, total: Tensor, found: Mapping[str, Tensor]) -> SegmentationLoss:
+        """The result of a total and of the terms that were asked for, by name."""
+        return cls(total, *map(found.get, TERMS))  # type: ignore[arg-type]  # The first is always there.
+
 
 TERMS = SegmentationLoss._fields[1:]
 """The terms of a total, in the order in which kernels return them."""
+
+WEIGHTED: dict[str, type[BCL] | type[CPG]] = {"bcl": BCL, "cpg": CPG}
+"""Of these terms those that stand beside the first, each times a weight, and their options."""
 
 
 class Terms(NamedTuple):
@@ -203,6 +230,7 @@ class Terms(NamedTuple):
 class LossOptions(NamedTuple):
     """The options of bcmf::loss, flat: the op's schema is made from these names and annotations, in this order.
 
+    A term is off where one of its options is empty, None or 0; that is never its weight, which may be 0 while it grows.
     bcl_steps: empty without BCL. bcl_flipped: α and β, empty where BCL supervises the true labels. cpg_kernel_size: 0
     without CPG. cpg_window: whether an ignored pixel takes all windows that it lies in out of the mean.
     """

@@ -342,7 +342,7 @@ def segmentation_loss(
     check_not_built(first, group)
     target = check_inputs(logits, target, weight)
     total, found = compute_loss(logits, target, terms, weight, ignore_index, align_corners)
-    return SegmentationLoss(total, found["ce"], found.get("bcl"), found.get("cpg"))
+    return SegmentationLoss.of(total, found)
 
 
 def compute_loss(

@@ -21,6 +21,7 @@ from .errors import counted, warn
 from .files import short_name, write_file
 from .losses.criterion import SegmentationCriterion
 from .metrics import ConfusionMatrix, Counts
+from .options import WEIGHTED
 
 IGNORED_COLOUR = (0, 0, 0)
 WRONG_COLOUR = (255, 255, 255)  # White is near no class of our palettes, as each red is, and stands out from the dark.
@@ -66,22 +67,17 @@ def loss_words(criterion: SegmentationCriterion, impl: str, warmup: int, iterati
 
     warmup: in how many of the iterations the terms beside CE gain their weights; 0: they have them from the first on.
     """
-    ohem, bcl, cpg = criterion.ohem, criterion.bcl, criterion.cpg
-    first = "CE" if ohem is None else f"OHEM (p < {ohem.threshold:g}, at least {ohem.min_kept:,} pixels)"
-    terms = [first]
-    if bcl is not None:
-        terms.append(f"{bcl.weight:g} BCL")
-    if cpg is not None:
-        terms.append(f"{cpg.weight:g} CPG{cpg.kernel_size}")
+    first = "CE" if criterion.ohem is None else criterion.ohem.words
+    weighted = [option for name in WEIGHTED if (option := getattr(criterion, name)) is not None]
+    terms = [first, *(option.words for option in weighted)]
     terms += [f"{weight:g} {name}" for name, (weight, _) in criterion.extra.items()]
     words = f"{' + '.join(terms)}, and {criterion.aux_weight:g} {first.split()[0]} of the auxiliary head; impl {impl}"
-    ramped = [name.upper() for name in ("bcl", "cpg") if getattr(criterion, name) is not None]
-    ramped += criterion.extra
+    ramped = [*(option.label for option in weighted), *criterion.extra]
     if warmup and ramped:
         words += f"; {' and '.join(ramped)} gain weight in {counted(warmup, 'iteration')}"
         words += ", more than there are" if warmup >= iterations else ""
     elif warmup:
-        words += "; without BCL and CPG no loss has to warm up"
+        words += "; no loss stands beside the first, so none has to warm up"
     return words
 
 
@@ -129,7 +125,7 @@ def loss_line(record: Mapping[str, Any], epochs: int) -> str:
     if record.get("grad_share"):
         shares = ", ".join(f"{name} {share:.0%}" for name, share in record["grad_share"].items())
         terms += f", shares of the gradient: {shares}"
-    ramped = [name.upper() if name in ("bcl", "cpg") else name for name in loss if name not in ("ce", "aux")]
+    ramped = [WEIGHTED[name].label if name in WEIGHTED else name for name in loss if name not in ("ce", "aux")]
     if record.get("loss_ramp", 1) < 1 and ramped:
         terms += f", {' and '.join(ramped)} at {record['loss_ramp']:.0%} of the weight"
     speed = f"{record['images_per_second']:.1f} images/s, {record['seconds']:.0f} s"

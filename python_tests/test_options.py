@@ -20,8 +20,10 @@ def test_default_weights_and_floats() -> None:
     assert [CPG(kernel_size=k).weight for k in (3, 5, 7)] == [1.0, 0.4, 0.35]
     assert CPG(weight=2.0, kernel_size=7).weight == 2.0
     assert (OHEM(), BCL()) == (OHEM(0.9, 131072), BCL(0.1, 2, "original", 0.5, 0.5, 0.7, 3))
-    assert resolve_options(0.7, 0.1, 0.2) == (True, OHEM(0.7), BCL(0.1), CPG(0.2))
-    assert resolve_options(None, np.float32(0.5), 1) == (True, None, BCL(0.5), CPG(1.0))
+    terms = resolve_options(0.7, 0.1, 0.2)
+    assert (terms.ce, terms.ohem, terms.bcl, terms.cpg) == (True, OHEM(0.7), BCL(0.1), CPG(0.2))
+    terms = resolve_options(None, np.float32(0.5), 1)
+    assert (terms.ce, terms.ohem, terms.bcl, terms.cpg) == (True, None, BCL(0.5), CPG(1.0))
     for name in ("cross_entropy", "boundary_corrected_loss", "cpg_loss", "cpg_loss_sparse", "segmentation_loss"):
         assert inspect.signature(getattr(reference, name)).parameters["ignore_index"].default == 255
 

@@ -156,7 +156,7 @@ def test_loss_warmup_and_gradient_shares(
     assert first.keys() == {"ce", "cpg"}
     assert second is None
     train.main([*flags, "--epochs", "1", "--name", "z", "--bcl", "0", "--cpg", "0", "--loss-warmup", "5"])
-    assert "; without BCL and CPG no loss has to warm up\n" in capsys.readouterr().out
+    assert "; no loss stands beside the first, so none has to warm up\n" in capsys.readouterr().out
     assert "grad_share" not in log(run.with_name("z"))[0]
     with pytest.raises(UserError, match="--loss-warmup is -1, but must be at least 0"):
         train.main([*flags, "--loss-warmup", "-1"])

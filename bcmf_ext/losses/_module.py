@@ -8,7 +8,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from ..dispatch import check_impl
-from ..options import BCL, CPG, flag, whole_label
+from ..options import flag, whole_label
 
 
 class LossModule(nn.Module):
@@ -18,7 +18,7 @@ class LossModule(nn.Module):
     """
 
     def __init__(
-        self, function: Callable[..., Tensor], term: BCL | CPG, ignore_index: int, align_corners: bool, impl: str
+        self, function: Callable[..., Tensor], term: Any, ignore_index: int, align_corners: bool, impl: str
     ) -> None:
         super().__init__()
         self.function = function

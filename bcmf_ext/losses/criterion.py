@@ -19,6 +19,7 @@ from ..options import (
     CPG,
     OHEM,
     TERMS,
+    WEIGHTED,
     SegmentationLoss,
     Terms,
     check_not_built,
@@ -68,7 +69,7 @@ def segmentation_loss(
         align_corners=align_corners,
         impl=impl,
     )
-    return SegmentationLoss(total, terms["ce"], terms.get("bcl"), terms.get("cpg"))
+    return SegmentationLoss.of(total, terms)
 
 
 ExtraLoss = Callable[[Tensor, Tensor], Tensor]
@@ -81,9 +82,9 @@ class SegmentationCriterion(nn.Module):
 
     outputs: main logits (N, C, h, w); (main, auxiliary) logits; or a mapping with "out" or "logits", and "aux", as the
         networks of torchvision and Transformers return. The two heads may differ in size.
-    target: labels (N, H, W), as segmentation_loss takes them. ramp: how much of their weights BCL, CPG and the extra
-        losses have; a trainer that warms them up passes it with each step. (Under torch.compile each value of it is
-        compiled anew: compile the network, and leave the criterion as it is.)
+    target: labels (N, H, W), as segmentation_loss takes them. ramp: how much of their weights the terms beside the
+        first and the extra losses have; a trainer that warms them up passes it with each step. (Under torch.compile
+        each value of it is compiled anew: compile the network, and leave the criterion as it is.)
     ``criterion(outputs, target, ramp)`` is ``criterion.terms(outputs, target, ramp)["total"]``.
 
     weight, ohem, bcl, cpg, first, ignore_index, align_corners, impl, group: as in segmentation_loss; BCL and CPG are on
@@ -137,10 +138,10 @@ class SegmentationCriterion(nn.Module):
 
     def terms(self, outputs: Outputs, target: Tensor, ramp: float = 1.0) -> dict[str, Tensor]:
         """The loss and what it is made of, scalars: "total", differentiable; and detached, without their weights, those
-        that are on: "ce", "bcl", "cpg", "aux", and the names in ``extra``."""
+        that are on: those of `TERMS`, "aux", and the names in ``extra``."""
         main, auxiliary = main_and_auxiliary(outputs)
-        bcl, cpg = _ramped(self.bcl, ramp), _ramped(self.cpg, ramp)
-        loss = segmentation_loss(main, target, bcl=bcl, cpg=cpg, **self._first_term, **self._common)
+        weighted = {name: _ramped(getattr(self, name), ramp) for name in WEIGHTED}
+        loss = segmentation_loss(main, target, **weighted, **self._first_term, **self._common)
         total = loss.total
         terms = {name: term for name, term in loss._asdict().items() if term is not None}
         if auxiliary is not None:
@@ -168,7 +169,7 @@ class SegmentationCriterion(nn.Module):
 
     @torch.enable_grad()
     def gradient_shares(self, outputs: Outputs, target: Tensor, ramp: float = 1.0) -> dict[str, Tensor]:
-        """How much each term pulls at the main logits Z: λ‖∂L/∂Z‖ of ce, bcl, cpg and the extra losses, over the sum of
+        """How much each term pulls at the main logits Z: λ‖∂L/∂Z‖ of our terms and the extra losses, over the sum of
         these; scalars.
 
         The arguments are forward's. It takes one forward and backward of the loss for each term, and none of the
@@ -176,8 +177,8 @@ class SegmentationCriterion(nn.Module):
         main, _ = main_and_auxiliary(outputs)
         main = main.detach().to(acc_dtype(main)).requires_grad_()  # Gradients of means are too small for fp16.
         terms = {"ce": (1.0, cross_entropy(main, target, **self._first_term, **self._common))}
-        for name, option in (("bcl", self.bcl), ("cpg", self.cpg)):
-            if option is not None:
+        for name in WEIGHTED:
+            if (option := getattr(self, name)) is not None:
                 alone: dict[str, Any] = {name: replace(option, weight=1.0)}
                 name_in_errors = f"{name}'s gradient share"
                 term, _ = compute_loss(name_in_errors, main, target, Terms(ce=False, **alone), **self._common)

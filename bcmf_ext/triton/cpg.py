@@ -33,7 +33,7 @@ from .common import (
 )
 from .common import EDGES as COMPARED
 from .geometry import rectangle_of, tile_of
-from .gradient import Asked, BclWeights, asked_of, gradient_of, store_gradient
+from .gradient import Asked, TermWeights, asked_of, gradient_of, store_gradient
 from .integers import unpack
 from .logits import entry
 from .low_gather import add_to_quads, corner_weights
@@ -451,7 +451,8 @@ def sparse_backward(
     """p_c g_c, class by class: puts whole entries into `grad` (N, C, H, W), or adds to what `dense_backward` has summed
     up for the corners of quads."""
     logits, labels, scratch = unpack_logits(logits), unpack_labels(labels), own_scratch(scratch, W)
-    grad, bcl, size = unpack_map(grad), BclWeights(bcl_weight, alpha, beta), logits.size
+    grad, size = unpack_map(grad), logits.size
+    weights = TermWeights(bcl_weight, alpha, beta)
     scale = residual_scale(upstream, cpg_weight, READ.ACC, W)
     for tile in range(tl.program_id(0), unpack(tiles), tl.num_programs(0)):
         rectangle = rectangle_of(tile, logits, READ.MODE, TILE)
@@ -465,9 +466,9 @@ def sparse_backward(
                 if READ.MODE == QUADS:
                     tl.store(scratch.numbers + PLANE * W.COUNT + at, p * g, mask=pixels.inside)
                 else:
-                    asked = asked_of(logits, labels, pixels, upstream, bcl, READ, TERMS)
+                    asked = asked_of(logits, labels, pixels, upstream, weights, READ, TERMS)
                     asked = Asked(asked.label, asked.selected, asked.pull, asked.factor + g)
-                    value = gradient_of(c, p, asked, labels, size, pixels, upstream, bcl, READ.ACC, TERMS)
+                    value = gradient_of(c, p, asked, labels, size, pixels, upstream, weights, READ.ACC, TERMS)
                     store_gradient(grad, pixels, c, value, pixels.inside)
             tl.debug_barrier()
             if READ.MODE == QUADS:

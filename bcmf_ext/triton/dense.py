@@ -27,7 +27,7 @@ from .common import (
     unpack_map,
 )
 from .geometry import tile_of
-from .gradient import Asked, BclWeights, asked_of, gradient_of, store_gradient
+from .gradient import Asked, TermWeights, asked_of, gradient_of, store_gradient
 from .integers import unpack
 from .logits import group, places_of
 from .low_gather import add_to_quads, corner_weights
@@ -87,11 +87,11 @@ def dense_backward(
     corners of quads."""
     tile = tl.program_id(0)
     logits, labels, grad = unpack_logits(logits), unpack_labels(labels), unpack_map(grad)
-    bcl, size = BclWeights(bcl_weight, alpha, beta), logits.size
+    weights, size = TermWeights(bcl_weight, alpha, beta), logits.size
     pixels = tile_of(tile, logits, READ.MODE, TILE)
     places = places_of(tile, logits, pixels, READ, TILE)
     own = stats_at(upstream.stats, size, pixels)
-    asked = asked_of(logits, labels, pixels, upstream, bcl, READ, TERMS)
+    asked = asked_of(logits, labels, pixels, upstream, weights, READ, TERMS)
     # The same, with an axis of classes before the others.
     asked = Asked(asked.label[None], asked.selected[None], asked.pull[None], asked.factor[None])
     of_classes = Pixels(pixels.n, pixels.y[None], pixels.x[None], pixels.inside[None])
@@ -101,7 +101,7 @@ def dense_backward(
         z = group(logits, pixels, places, first, READ, TILE)
         c = first + tl.arange(0, TILE.GROUP)[:, None, None, None]
         p = tl.exp((z - own.m[None]) - own.log_sum[None])
-        value = gradient_of(c, p, asked, labels, size, of_classes, upstream, bcl, READ.ACC, TERMS)
+        value = gradient_of(c, p, asked, labels, size, of_classes, upstream, weights, READ.ACC, TERMS)
         if READ.MODE == QUADS:
             value = tl.where(of_classes.inside, value, 0.0)
             add_to_quads(grad, tile, logits, first + tl.arange(0, TILE.GROUP)[:, None], value, corners, TILE, False)

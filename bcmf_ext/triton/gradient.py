@@ -25,11 +25,11 @@ class Upstream(NamedTuple):
     shares: Any
 
 
-class BclWeights(NamedTuple):
-    """The weight of BCL in the total, and those of its flipped labels, all fp64. A kernel gets them one by one, because
-    only its own arguments can be declared fp64."""
+class TermWeights(NamedTuple):
+    """The weights in the total of the terms that `dense_backward` differentiates, and those of BCL's flipped labels,
+    all fp64. A kernel gets them one by one, because only its own arguments can be declared fp64."""
 
-    total: Any
+    bcl: Any
     alpha: Any
     beta: Any
 
@@ -45,7 +45,7 @@ class Asked(NamedTuple):
 
 
 @triton.jit
-def pull_of(label, nll, selected, upstream, bcl, ACC: tl.constexpr, TERMS: tl.constexpr):
+def pull_of(label, nll, selected, upstream, weights, ACC: tl.constexpr, TERMS: tl.constexpr):
     """The pull of p towards the one-hot label; exactly 0 where nothing is asked."""
     summary = upstream.summary
     pull = tl.zeros(label.shape, ACC)
@@ -56,37 +56,37 @@ def pull_of(label, nll, selected, upstream, bcl, ACC: tl.constexpr, TERMS: tl.co
         pull = tl.where(key_of(nll) >= key_of(tl.load(summary + CUTOFF)), pull, 0.0)
     if not TERMS.FLIPPED:
         for i in tl.static_range(len(TERMS.STEPS)):
-            share = bcl_scale(upstream, tl.load(summary + SELECTED + i), bcl.total, ACC, TERMS)
+            share = bcl_scale(upstream, tl.load(summary + SELECTED + i), weights.bcl, ACC, TERMS)
             pull += tl.where((selected >> i) & 1 == 1, share, 0.0)
     pull = tl.where(label >= 0, pull, 0.0)
     return tl.where(label == BAD, float("nan"), pull)
 
 
 @triton.jit
-def flipped_factor(selected, upstream, bcl, ACC: tl.constexpr, TERMS: tl.constexpr):
+def flipped_factor(selected, upstream, weights, ACC: tl.constexpr, TERMS: tl.constexpr):
     """The part of the factor of p that a pixel's flipped labels ask for."""
-    share = bcl_scale(upstream, tl.load(upstream.summary + VALID), bcl.total, ACC, TERMS)
+    share = bcl_scale(upstream, tl.load(upstream.summary + VALID), weights.bcl, ACC, TERMS)
     times = tl.zeros(selected.shape, ACC)
     for i in tl.static_range(len(TERMS.STEPS)):
         times += ((selected >> i) & 1).to(ACC)
-    return times * (share * (tl.full((), bcl.alpha, ACC) + tl.full((), bcl.beta, ACC)))
+    return times * (share * (tl.full((), weights.alpha, ACC) + tl.full((), weights.beta, ACC)))
 
 
 @triton.jit
-def flipped_pull(c, selected, labels, size, pixels, upstream, bcl, ACC: tl.constexpr, TERMS: tl.constexpr):
+def flipped_pull(c, selected, labels, size, pixels, upstream, weights, ACC: tl.constexpr, TERMS: tl.constexpr):
     """The pull of a pixel's flipped labels towards class c."""
-    share = bcl_scale(upstream, tl.load(upstream.summary + VALID), bcl.total, ACC, TERMS)
+    share = bcl_scale(upstream, tl.load(upstream.summary + VALID), weights.bcl, ACC, TERMS)
     pull = tl.zeros(selected.shape, ACC)
     for i in tl.static_range(len(TERMS.STEPS)):
         chosen = (selected >> i) & 1 == 1
         by_rows, by_columns = flipped_labels(labels, size, pixels, chosen, TERMS.STEPS[i])
-        pull += tl.where(chosen & (by_rows == c), share * tl.full((), bcl.alpha, ACC), 0.0)
-        pull += tl.where(chosen & (by_columns == c), share * tl.full((), bcl.beta, ACC), 0.0)
+        pull += tl.where(chosen & (by_rows == c), share * tl.full((), weights.alpha, ACC), 0.0)
+        pull += tl.where(chosen & (by_columns == c), share * tl.full((), weights.beta, ACC), 0.0)
     return pull
 
 
 @triton.jit
-def asked_of(logits, labels, pixels, upstream, bcl, READ: tl.constexpr, TERMS: tl.constexpr):
+def asked_of(logits, labels, pixels, upstream, weights, READ: tl.constexpr, TERMS: tl.constexpr):
     """Finds all that the gradients of a pixel's logits have in common."""
     size, inside = logits.size, pixels.inside
     place = place_of(size, pixels)
@@ -97,22 +97,22 @@ def asked_of(logits, labels, pixels, upstream, bcl, READ: tl.constexpr, TERMS: t
     nll = tl.zeros(label.shape, READ.ACC)
     if TERMS.OHEM:
         nll = loss_of(logits, pixels, stats_at(upstream.stats, size, pixels), label, inside, READ)
-    pull = pull_of(label, nll, selected, upstream, bcl, READ.ACC, TERMS)
+    pull = pull_of(label, nll, selected, upstream, weights, READ.ACC, TERMS)
     factor = pull
     if TERMS.CPG:
         factor -= tl.load(upstream.shares + place, mask=inside, other=0)
     if TERMS.FLIPPED:
-        factor += flipped_factor(selected, upstream, bcl, READ.ACC, TERMS)
+        factor += flipped_factor(selected, upstream, weights, READ.ACC, TERMS)
     return Asked(label, selected, pull, factor)
 
 
 @triton.jit
-def gradient_of(c, p, asked, labels, size, pixels, upstream, bcl, ACC: tl.constexpr, TERMS: tl.constexpr):
+def gradient_of(c, p, asked, labels, size, pixels, upstream, weights, ACC: tl.constexpr, TERMS: tl.constexpr):
     """p · factor − what class c is pulled by; an ignored pixel's NaN stays where it is."""
     product = tl.where(asked.factor == 0, 0.0, asked.factor * p)
     value = tl.where(asked.label == c, product - asked.pull, product)
     if TERMS.FLIPPED:
-        value -= flipped_pull(c, asked.selected, labels, size, pixels, upstream, bcl, ACC, TERMS)
+        value -= flipped_pull(c, asked.selected, labels, size, pixels, upstream, weights, ACC, TERMS)
     return value
 
 

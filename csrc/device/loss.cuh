@@ -19,8 +19,8 @@
 
 namespace bcmf::device {
 
-// The rows of the table of partial sums (sums, tiles): first those of dense_forward, which are listed here, then two
-// for each of BCL's steps, then CPG's two.
+// The rows of the table of partial sums (sums, tiles): first those of dense_forward, which are listed here, of which
+// ohem_sum writes the first two anew; then two for each of BCL's steps, then CPG's two.
 enum Sum : int { kNumerator, kCount, kHard, kValidPixels, kBadLabels, kForwardSums };
 
 // Finds m and the sum of exp(z - m) over the classes of a stack, reading the logits once: the sum is scaled down
@@ -227,7 +227,9 @@ __device__ __forceinline__ Acc pull_of(const LossArgs& args, int64_t pixel, int 
   return pull;
 }
 
-// The dense gradient of a stack: the pull times p, minus the pull at the label. It is exactly 0 where the pull is.
+// The dense gradient of a stack: the factor times p, minus the pull at the label. It is exactly 0 where both are. Here
+// the factor is the pull: what CPG and flipped labels change about it is for sparse_backward, which adds that, or, to
+// round once, writes the pixel's gradients again.
 template <typename Source>
 struct Pulls {
   using Acc = typename Source::Acc;

@@ -215,6 +215,7 @@ def build() -> Path:
 # What calls are made of
 
 SUMMARY = 12  # entries
+PACKAGE = "bcmf_schemas"  # the name under which `load` has what of bcmf_ext the schemas need
 FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 LABELS = (torch.uint8, torch.int16, torch.int32, torch.int64)
 MAP_LABELS = (torch.uint8, torch.int32)  # of the metrics
@@ -404,7 +405,7 @@ class Call(NamedTuple):
 
 
 def loss_options(draw: Draw, ignore_index: int) -> list[Any]:
-    """Of the schema; in range, but odd."""
+    """LossOptions, all of them; in range, but odd."""
 
     def odd(*usual: float) -> float:
         return draw.pick(*ODD) if draw.chance(0.1) else draw.pick(*usual)
@@ -412,21 +413,24 @@ def loss_options(draw: Draw, ignore_index: int) -> list[Any]:
     step = draw.pick(1, 2, 3, 5, 20, 2**20 + 1, 2**30, 2**31, 2**62)
     steps = [draw.pick(step, draw.between(1, 9)) for _ in range(draw.pick(1, 1, 2, 3, 8))]
     radius = draw.pick(0, 1, 2, 3, 15, 200, 2**20, 2**30, 2**31, 2**62 - 1)
-    return [
-        ignore_index,
-        draw.chance(0.5),  # align_corners
-        draw.chance(0.8),  # ce
-        draw.pick(None, None, 1e-3, 0.3, 0.9, 1.0, 1e-320),  # ohem_threshold
-        draw.pick(0, 1, 17, 10**6, 2**62, -1, -(2**63)),  # ohem_min_kept
-        odd(0.7, 1.0),  # bcl_weight
-        steps if draw.chance(0.6) else [],
-        [odd(0.2), odd(0.3)] if draw.chance(0.5) else [],  # bcl_flipped
-        draw.pick(0.1, 0.7, 1.0, 1.0, 1e-320),  # bcl_threshold
-        2 * radius + 1,  # bcl_nms_size
-        odd(0.6),  # cpg_weight
-        draw.pick(0, 0, 3, 5, 7),  # cpg_kernel_size
-        draw.chance(0.5),  # cpg_window
-    ]
+    drawn = {
+        "ignore_index": ignore_index,
+        "align_corners": draw.chance(0.5),
+        "ce": draw.chance(0.8),
+        "ohem_threshold": draw.pick(None, None, 1e-3, 0.3, 0.9, 1.0, 1e-320),
+        "ohem_min_kept": draw.pick(0, 1, 17, 10**6, 2**62, -1, -(2**63)),
+        "bcl_weight": odd(0.7, 1.0),
+        "bcl_steps": steps if draw.chance(0.6) else [],
+        "bcl_flipped": [odd(0.2), odd(0.3)] if draw.chance(0.5) else [],
+        "bcl_threshold": draw.pick(0.1, 0.7, 1.0, 1.0, 1e-320),
+        "bcl_nms_size": 2 * radius + 1,
+        "cpg_weight": odd(0.6),
+        "cpg_kernel_size": draw.pick(0, 0, 3, 5, 7),
+        "cpg_window": draw.chance(0.5),
+    }
+    names = options_type()._fields
+    assert drawn.keys() == {*names}, "LossOptions has others"
+    return [drawn[name] for name in names]
 
 
 def loss_inputs(draw: Draw, kind: str | None = None) -> list[Any]:
@@ -455,7 +459,7 @@ def large_loss(draw: Draw) -> list[Any]:
     z, y = draw.pick(((1, 2, 8, 8), (1, 2048, 2048)), ((1, 2, 2048, 2048), (1, 2048, 2048)))
     labels = torch.randint(0, 2, y[-1:], dtype=torch.uint8, generator=draw.generator).expand(y)
     logits = torch.randn(z[-1:], generator=draw.generator).expand(z)
-    return [logits, labels, None, 255, False, True, None, 0, 0.0, [], [], 1.0, 1, 0.0, 0, True]
+    return [logits, labels, None, *options_type()(255)]
 
 
 def loss_backward(draw: Draw) -> Call:
@@ -463,7 +467,8 @@ def loss_backward(draw: Draw) -> Call:
     inputs = large_loss(draw) if draw.chance(0.01) else loss_inputs(draw, kind="usual")
     z, y, *_ = inputs
     acc = torch.float64 if z.dtype == torch.float64 else torch.float32
-    shapes = ((2, *y.shape), (z.shape[0] if inputs[9] else 0, *y.shape[1:]), (SUMMARY,))
+    steps = inputs[3 + options_type()._fields.index("bcl_steps")]
+    shapes = ((2, *y.shape), (z.shape[0] if steps else 0, *y.shape[1:]), (SUMMARY,))
     fills = (draw.floats(acc), lambda count, _: draw.bits(count, torch.uint8), draw.floats(acc))
     forward = attempt(announce(Call("loss", inputs)))
     kept: list[Tensor] = []
@@ -743,12 +748,17 @@ def run(seed: int, number: int, library: ctypes.CDLL, counts: Counter[str]) -> N
         sys.stderr.write(f"REPORT of --only {number}, {call.op}: {report}\n")
 
 
+def options_type() -> Any:
+    """LossOptions, once the ops are loaded."""
+    return import_module(f"{PACKAGE}.options").LossOptions
+
+
 def load() -> ctypes.CDLL:
     """The sanitized ops. Their schemas come from ops.py without the package, which would load the installed ops."""
-    package = ModuleType("bcmf_schemas")
+    package = ModuleType(PACKAGE)
     package.__path__ = [str(ROOT / "bcmf_ext")]
-    sys.modules[package.__name__] = package
-    import_module(f"{package.__name__}.ops")
+    sys.modules[PACKAGE] = package
+    import_module(f"{PACKAGE}.ops")
     torch.ops.load_library(os.environ[LIBRARY])
     library = ctypes.CDLL(os.environ[LIBRARY])
     library.race_refills.restype = ctypes.c_int64

@@ -8,6 +8,7 @@ from __future__ import annotations
 import functools
 import shutil
 import subprocess
+import zlib
 from ctypes import CDLL
 from pathlib import Path
 
@@ -46,7 +47,7 @@ def load() -> CDLL:
     ``LOSS`` takes them in: ``ops.LOSS["cpu"] = emulator.LOSS`` runs every caller of bcmf::loss on them.
     """
     library = cpp_extension.load(
-        "bcmf_emulated",
+        f"bcmf_emulated_{zlib.crc32(bytes(SOURCES)):08x}",  # each source tree has a folder of its own
         [*(str(HERE / f"{name}.cpp") for name in ("order", *LAUNCHERS)), *map(str, sorted(SOURCES.glob("*.cpp")))],
         extra_include_paths=[str(HERE / "include")],
         extra_cflags=["-std=c++20", "-O2", "-DBCMF_EMULATED", "-DBCMF_WITH_CUDA", "-Wno-unknown-pragmas"],
