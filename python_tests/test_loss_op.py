@@ -163,24 +163,36 @@ def test_out_of_range_labels(backend: Backend, case: LossCase, label: int) -> No
 @every_backend
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
 def test_ohem_at_ties(backend: Backend, dtype: torch.dtype) -> None:
-    """Protects OHEM's selection: all ties at the last place are kept; the threshold is strict; min_kept is capped at
-    the number of valid pixels; 0 keeps the hard ones only."""
+    """Protects OHEM's selection, which forward and backward each make: all ties at the last place are kept, in the
+    value and in the gradient; the threshold is strict; min_kept is capped at the number of valid pixels; 0 keeps the
+    hard ones only."""
     p = torch.tensor([0.1, 0.2, 0.2, 0.4, 0.5, 0.5], dtype=torch.float64, device=backend.device)
     z = torch.stack([1 - p, p]).log().view(1, 2, 1, 6).to(dtype)
     y = torch.zeros(1, 1, 6, dtype=torch.long, device=backend.device)
     nll = -(1 - p).log()
+    tolerance = {"rtol": 1e-12 if dtype == torch.float64 else 1e-6, "atol": 0.0, "check_dtype": False}
 
-    def kept(threshold: float, min_kept: int) -> float:
-        return bcmf_ext.cross_entropy(z, y, ohem=OHEM(threshold, min_kept), impl=backend.impl).item()
+    def assert_kept(count: int, threshold: float, min_kept: int) -> None:
+        """The last pixels, which have the largest losses, are kept: the loss is their mean, and no other pixel has a
+        gradient."""
+        ohem = OHEM(threshold, min_kept)
+        value, grad = value_and_grad(lambda z: bcmf_ext.cross_entropy(z, y, ohem=ohem, impl=backend.impl), z)
+        expected, pulls = torch.zeros_like(nll[0]), torch.zeros_like(p)
+        if count > 0:
+            expected, pulls[-count:] = nll[-count:].mean(), p[-count:] / count
+        torch.testing.assert_close(value, expected, **tolerance)
+        torch.testing.assert_close(grad[0, :, 0], torch.stack([-pulls, pulls]), **tolerance)
 
-    rel = 1e-12 if dtype == torch.float64 else 1e-6
-    assert kept(0.5, 0) == 0  # ℓ = −ln θ exactly
-    assert kept(0.5, 1) == pytest.approx(nll[4:].mean().item(), rel=rel)
-    assert kept(0.5, 3) == pytest.approx(nll[3:].mean().item(), rel=rel)
-    assert kept(0.5, 4) == kept(0.5, 5) == pytest.approx(nll[1:].mean().item(), rel=rel)
-    assert kept(0.5, 6) == kept(0.5, 1000) == pytest.approx(nll.mean().item(), rel=rel)
-    assert kept(0.7, 0) == kept(0.7, 3) == pytest.approx(nll[3:].mean().item(), rel=rel)
-    assert kept(1.0, 0) == pytest.approx(nll.mean().item(), rel=rel)
+    assert_kept(0, 0.5, 0)  # ℓ = −ln θ exactly
+    assert_kept(2, 0.5, 1)
+    assert_kept(3, 0.5, 3)
+    assert_kept(5, 0.5, 4)
+    assert_kept(5, 0.5, 5)
+    assert_kept(6, 0.5, 6)
+    assert_kept(6, 0.5, 1000)
+    assert_kept(3, 0.7, 0)
+    assert_kept(3, 0.7, 3)
+    assert_kept(6, 1.0, 0)
 
 
 @every_kernel

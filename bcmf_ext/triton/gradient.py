@@ -52,7 +52,7 @@ def pull_of(label, nll, selected, upstream, weights, ACC: tl.constexpr, TERMS: t
     if TERMS.CE:
         scale = ratio(tl.load(upstream.grad_total), tl.load(summary + DENOMINATOR))
         pull += scale * weight_of(upstream.weight, label, ACC, TERMS)
-    if TERMS.OHEM:  # the forward's own arithmetic, so that the same pixels are kept
+    if TERMS.OHEM:  # the loss has the forward's bits, so that the same pixels are kept
         pull = tl.where(key_of(nll) >= key_of(tl.load(summary + CUTOFF)), pull, 0.0)
     if not TERMS.FLIPPED:
         for i in tl.static_range(len(TERMS.STEPS)):

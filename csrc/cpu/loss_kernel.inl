@@ -168,7 +168,7 @@ static void find_pull(const LossArgs& args, const Acc* z, int64_t pitch, int64_t
   find_weights(args, labels, count, pull);
   for (int64_t i = 0; i < count; ++i)
     pull[i] = labels[i] == kBad ? static_cast<Acc>(__builtin_nan("")) : scale * pull[i];
-  if (args.ohem) {  // losses are computed as in the forward, so that the same pixels are kept
+  if (args.ohem) {  // losses have the forward's bits, so that the same pixels are kept, those at the cutoff too
     const auto cutoff = key_of(summary[kCutoff]);
     Acc nll[kMaxTilePixels];
     find_losses(z, pitch, count, labels, m, log_sum, nll);

@@ -217,7 +217,7 @@ __device__ __forceinline__ Acc pull_of(const LossArgs& args, int64_t pixel, int 
   const Acc* summary = static_cast<const Acc*>(args.summary);
   if (label < 0) return label == kBad ? static_cast<Acc>(nan("")) : Acc(0);
   Acc pull = args.ce ? scale * weight_of<Acc>(args, label) : Acc(0);
-  // The loss is computed as in the forward, so that the same pixels are kept.
+  // The loss has the forward's bits, so that the same pixels are kept, those at the cutoff too.
   if (args.ohem && key_of(loss_of_class(label)) < key_of(summary[kCutoff])) pull = 0;
   if (args.bcl_steps > 0 && !args.bcl_flipped) {
 #pragma unroll 1

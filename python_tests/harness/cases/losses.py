@@ -131,6 +131,13 @@ LOSSES = (
         logits=quarter,
         align_corners=True,
     ),
+    make_case(
+        "segmentation_loss weighted OHEM low-resolution",
+        bcl=BCL(0.7),
+        cpg=CPG(0.6),
+        ohem=OHEM(1e-6, 40),
+        logits=quarter,
+    ),
     make_case("segmentation_loss low-resolution", bcl=BCL(0.7, (1, 2)), cpg=CPG(0.6, 5), logits=quarter),
 )
 SIZES = (  # of logits and labels: every ratio, up and down, and single pixels
