@@ -159,14 +159,24 @@ def device_name(device: str) -> str:
     return re.sub(r"[^a-z0-9]+", "-", torch.cuda.get_device_name().lower().removeprefix("nvidia ")).strip("-")
 
 
+def commit() -> str:
+    """The commit, and whether a file was changed since; results are not counted, which a bench before may have
+    written."""
+
+    def git(*arguments: str) -> str:
+        done = subprocess.run(["git", *arguments], capture_output=True, text=True, cwd=ROOT)
+        return done.stdout.strip() if done.returncode == 0 else ""
+
+    changed = git("status", "--porcelain", "--untracked-files=no", "--", ".", ":!bench/results")
+    return (git("rev-parse", "--short", "HEAD") or "unknown") + ("-dirty" if changed else "")
+
+
 def about() -> dict[str, Any]:
     """Commit, a hash of the sources that were measured, versions and machine."""
     files = sorted(path for folder in ("bcmf_ext", "csrc") for path in (ROOT / folder).rglob("*.*") if path.is_file())
     sources = [path for path in files if path.suffix in (".py", ".cpp", ".h", ".inl", ".cu", ".cuh")]
-    describe = ["git", "describe", "--always", "--dirty", "--exclude=*"]
-    commit = subprocess.run(describe, capture_output=True, text=True, cwd=ROOT)
     return {
-        "commit": commit.stdout.strip() or "unknown",
+        "commit": commit(),
         "sources": hashlib.sha256(b"".join(path.read_bytes() for path in sources)).hexdigest()[:16],
         "versions": info.versions().splitlines(),
         "platform": platform.platform(),
