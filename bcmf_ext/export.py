@@ -25,6 +25,8 @@ from .inference import InferenceNetwork, load_network, not_finite, read_checkpoi
 
 COMMAND = "bcmf_ext.export"
 ENDINGS = {"onnx": ".onnx", "torch-export": ".pt2"}
+# From opset 20 on, GridSample's mode is called linear, and TensorRT up to 11.1 then takes the nearest pixel in silence.
+OPSET = 18
 # The exported network is run on so many images of this height and width.
 TRIED = ((1, 360, 480), (2, 97, 130), (1, 64, 64))
 # This share of labels must be equal, and logits may differ by this share of the largest one.
@@ -45,7 +47,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     )
     parser.add_argument("--format", required=True, choices=tuple(ENDINGS), help="ONNX, or a program of torch.export")
     parser.add_argument("--output", metavar="FILE", help="where to write; beside the checkpoint when left out")
-    parser.add_argument("--logits", action="store_true", help="end with logits (N, C, H/8, W/8), fp32, not classes")
+    parser.add_argument("--logits", action="store_true", help="end with logits of the network's own size, fp32")
     parser.add_argument(
         "--overwrite", action="store_true", help="replace a file of that name that this command has not made"
     )
@@ -124,7 +126,9 @@ def to_onnx(program: torch.export.ExportedProgram, result: str, classes: list[st
     logging.getLogger("torch.onnx").setLevel(logging.ERROR)  # It would complain that torchvision's ops are not there.
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        onnx = torch.onnx.export(program, dynamo=True, verbose=False, input_names=["images"], output_names=[result])
+        onnx = torch.onnx.export(
+            program, dynamo=True, verbose=False, opset_version=OPSET, input_names=["images"], output_names=[result]
+        )
     assert onnx is not None
     model = onnx.model_proto
     name_sides(model.graph)

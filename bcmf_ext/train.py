@@ -144,6 +144,8 @@ class Trainer:
         """The folder of a new run, with a first last.pt in it, and where the weights are from."""
         config = self.config
         weights = f"random, seed {config.seed} (--pretrained PATH would start from public weights)"
+        if hasattr(self.state.model, "untrained"):
+            weights += f";\n{self.state.model.untrained}"
         if config.pretrained is not None:
             weights = str(load_pretrained(self.state.model, config.pretrained))
         run = begin_run(config.output_dir, config.name, config.default_name)

@@ -15,12 +15,14 @@ import pytest
 import torch
 from harness.tiny import TinyNet
 from test_inference import picture, trained, write_run
+from torch import nn
 
 from bcmf_ext import export
 from bcmf_ext.errors import UserError
 from bcmf_ext.files import mark_of
 from bcmf_ext.inference import Predictor
 from bcmf_ext.models import NETWORKS
+from bcmf_ext.nn import SRM
 
 needs_onnx = pytest.mark.skipif(
     not all(map(importlib.util.find_spec, ("onnx", "onnxscript", "onnxruntime"))), reason="pip install '.[export]'"
@@ -54,7 +56,10 @@ def run_elsewhere(path: Path, images: torch.Tensor, folder: Path) -> np.ndarray:
     [
         pytest.param("onnx", "bcmfnet", marks=needs_onnx),
         pytest.param("onnx", "ddrnet_s", marks=[needs_onnx, pytest.mark.thorough]),
+        pytest.param("onnx", "scr_ddrnet_s", marks=[needs_onnx, pytest.mark.thorough]),
+        pytest.param("onnx", "scr_resnet18", marks=[needs_onnx, pytest.mark.thorough]),
         pytest.param("torch-export", "bcmfnet", marks=pytest.mark.thorough),
+        pytest.param("torch-export", "scr_resnet18", marks=pytest.mark.thorough),
     ],
 )
 def test_it_runs_without_the_package(tmp_path: Path, form: str, name: str, capsys: pytest.CaptureFixture[str]) -> None:
@@ -95,6 +100,52 @@ def test_logits(tmp_path: Path, form: str, monkeypatch: pytest.MonkeyPatch) -> N
         torch.export.load(path, extra_files=extra)
         classes = json.loads(extra["classes.json"])
     assert classes == [f"class {index}" for index in range(11)]
+
+
+class Refined(nn.Module):
+    """An SRM between an image and half of it."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.srm = SRM(3, 4)
+        self.smaller = nn.Conv2d(3, 4, 3, stride=2, padding=1)
+        nn.init.normal_(self.srm.offset.weight)
+
+    def forward(self, images: torch.Tensor) -> torch.Tensor:
+        images = images.float() / 255
+        return self.srm(images, self.smaller(images))
+
+
+@needs_onnx
+def test_grid_sample() -> None:
+    """Protects TensorRT's users: in opset 20 GridSample's mode is called linear, and TensorRT up to 11.1 then takes the
+    nearest pixel without a word."""
+    import onnx
+
+    torch.manual_seed(0)
+    network = Refined().eval()
+    file, run = export.to_onnx(export.trace(network), "logits", [])
+    model = onnx.load_from_string(file)
+    assert [entry.version for entry in model.opset_import if entry.domain == ""] == [18]
+    (node,) = (node for node in model.graph.node if node.op_type == "GridSample")
+    values = {entry.name: onnx.helper.get_attribute_value(entry) for entry in node.attribute}
+    assert (values["mode"], values["padding_mode"], values["align_corners"]) == (b"bilinear", b"border", 0)
+    images = picture(33, 46, batch=2)
+    torch.testing.assert_close(run(images), network(images), rtol=1e-4, atol=1e-5)
+
+
+@needs_onnx
+@pytest.mark.thorough
+@pytest.mark.parametrize("name", ["scr_ddrnet_s", "scr_resnet18"])
+def test_refined_networks(tmp_path: Path, name: str) -> None:
+    """Protects their logits: they are the Predictor's within 1e-5 of the largest, at sizes that were not traced."""
+    folder = write_run(tmp_path / "run", name, trained(name))
+    export.main(["--checkpoint", str(folder), "--format", "onnx", "--logits"])
+    for size in ((97, 130), (33, 45)):
+        images = picture(*size, batch=2)
+        logits = torch.from_numpy(run_elsewhere(folder / "best.onnx", images, tmp_path))
+        expected = Predictor(folder, "cpu").logits(images)
+        assert (logits - expected).abs().max() <= 1e-5 * expected.abs().max()
 
 
 @pytest.mark.parametrize("logits", [False, True])

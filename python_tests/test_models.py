@@ -14,7 +14,7 @@ from harness.files import DDRNET_KEYS
 from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
-from bcmf_ext.models import NETWORKS, DDRNet, bcmfnet, ddrnet_s
+from bcmf_ext.models import NETWORKS, DDRNet, bcmfnet, ddrnet_s, scr_ddrnet_s, scr_resnet18
 
 MODELS = pytest.mark.parametrize("build", [ddrnet_s, bcmfnet])
 
@@ -40,6 +40,10 @@ def images(*size: int) -> Tensor:
         (ddrnet_s, True, 5_734_342),
         (bcmfnet, False, 5_612_787),
         (bcmfnet, True, 5_651_142),
+        (scr_ddrnet_s, False, 5_714_408),
+        (scr_ddrnet_s, True, 5_752_763),
+        (scr_resnet18, False, 11_970_206),
+        (scr_resnet18, True, 12_119_537),
     ],
 )
 def test_parameters(build: Any, aux_head: bool, parameters: int) -> None:
@@ -50,7 +54,9 @@ def test_parameters(build: Any, aux_head: bool, parameters: int) -> None:
     assert sum(p.numel() for p in model.parameters()) == parameters
 
 
-@pytest.mark.parametrize(("build", "gmacs"), [(ddrnet_s, 36.281), (bcmfnet, 36.239)])
+@pytest.mark.parametrize(
+    ("build", "gmacs"), [(ddrnet_s, 36.281), (bcmfnet, 36.239), (scr_ddrnet_s, 37.274), (scr_resnet18, 116.592)]
+)
 def test_gmacs(build: Any, gmacs: float) -> None:
     """The published cost at 1024×2048. Counted are the multiply-adds of the convolutions, as the literature does:
     flop_counter's figure halved; it leaves out batch norm, ReLU, pooling, resampling and additions."""
@@ -75,6 +81,42 @@ def test_bcmfnet_differs_from_ddrnet_in_the_context_module_alone() -> None:
     ]
     assert shapes[0] == shapes[1]
     assert not any(name.startswith("seghead_extra") for name in shapes[0])
+
+
+def test_names_of_torchvisions_resnet18() -> None:
+    """Protects the ImageNet weights, which load by name: the trunk has the 122 names of torchvision's ResNet-18 but for
+    the classifier's two."""
+    names = {"conv1.weight", *norm_names("bn1")}
+    for stage in (1, 2, 3, 4):
+        for block in (0, 1):
+            for i in (1, 2):
+                names |= {f"layer{stage}.{block}.conv{i}.weight", *norm_names(f"layer{stage}.{block}.bn{i}")}
+        if stage > 1:
+            names |= {f"layer{stage}.0.downsample.0.weight", *norm_names(f"layer{stage}.0.downsample.1")}
+    own = {name for name in scr_resnet18().state_dict() if name.startswith(("conv1", "bn1", "layer"))}
+    assert own == names
+    assert len(names) == 120
+
+
+def norm_names(name: str) -> set[str]:
+    return {f"{name}.{t}" for t in ("weight", "bias", "running_mean", "running_var", "num_batches_tracked")}
+
+
+def test_scr_ddrnet_begins_as_bcmfnet() -> None:
+    """Protects who refines a trained BCMFNet: all of its tensors fit by name, and the network then computes the same,
+    in training and in eval mode. CRM's gain gets a gradient at once, so that the CRM joins in at the second step."""
+    torch.manual_seed(0)
+    before, after = bcmfnet(5), scr_ddrnet_s(5)
+    new = after.load_state_dict(before.state_dict(), strict=False)
+    assert not new.unexpected_keys
+    assert {name.split(".")[0] for name in new.missing_keys} == {"srm", "crm", "crm_gain"}
+    x = images(2, 3, 97, 130)
+    torch.testing.assert_close(after.eval()(x), before.eval()(x), rtol=0, atol=1e-6)
+    torch.testing.assert_close(after.train()(x), before.train()(x), rtol=0, atol=1e-5)
+    main, aux = after(x)
+    (main.square().mean() + aux.square().mean()).backward()
+    assert after.crm_gain.grad is not None
+    assert after.crm_gain.grad.abs().min() > 0
 
 
 @pytest.mark.parametrize("name", NETWORKS)
@@ -194,9 +236,11 @@ def test_outputs_by_mode(net: DDRNet) -> None:
     assert isinstance(bcmfnet(6, aux_head=False).train()(x), Tensor)
 
 
-def test_every_parameter_gets_a_gradient(net: DDRNet) -> None:
+@pytest.mark.parametrize("name", NETWORKS)
+def test_every_parameter_gets_a_gradient(name: str) -> None:
     """No layer is left out of the graph (DDP would wait for it for ever), and all gradients are finite."""
-    model = copy.deepcopy(net).train()
+    torch.manual_seed(0)
+    model = NETWORKS[name](6).train()
     main, aux = model(images(2, 3, 64, 96))
     (main.square().mean() + aux.square().mean()).backward()
     for name, parameter in model.named_parameters():
@@ -207,12 +251,13 @@ def test_every_parameter_gets_a_gradient(net: DDRNet) -> None:
 # Any size (reference implementations floor H/8 where their convolutions ceil, and crash)
 
 
+@pytest.mark.parametrize("name", NETWORKS)
 @pytest.mark.parametrize("size", [(64, 64), (65, 97), (127, 191), (64, 333), (33, 7), (1, 1)])
-def test_any_input_size(net: DDRNet, size: tuple[int, int]) -> None:
-    """Any size works in both modes, odd ones and ones below one cell of the 1/64 map too; logits are at ceil(1/8)."""
-    x, expected = images(2, 3, *size), (2, 6, -(-size[0] // 8), -(-size[1] // 8))
-    for y in (*net.train()(x), net.eval()(x)):
-        assert y.shape == expected
+def test_any_input_size(name: str, size: tuple[int, int]) -> None:
+    """Any size works in both modes, odd ones and ones below one cell of the 1/64 map too; sizes are rounded up."""
+    model, x, (main, aux) = NETWORKS[name](6), images(2, 3, *size), (4, 16) if name == "scr_resnet18" else (8, 8)
+    for y, scale in zip((*model.train()(x), model.eval()(x)), (main, aux, main), strict=True):
+        assert y.shape == (2, 6, -(-size[0] // scale), -(-size[1] // scale))
         assert y.isfinite().all()
 
 
@@ -233,20 +278,23 @@ def test_plain_batch_norm(net: DDRNet) -> None:
     assert not any(isinstance(m, nn.SyncBatchNorm) for m in net.modules())
 
 
-def test_channels_last(net: DDRNet) -> None:
+@pytest.mark.parametrize("name", NETWORKS)
+def test_channels_last(name: str) -> None:
     """channels_last gives the same logits and keeps the layout to the end."""
-    x = images(2, 3, 128, 160)
-    model = copy.deepcopy(net).eval()
+    torch.manual_seed(0)
+    x, model = images(2, 3, 128, 160), NETWORKS[name](6).eval()
     expected = model(x)
     y = model.to(memory_format=torch.channels_last)(x.to(memory_format=torch.channels_last))
     assert y.is_contiguous(memory_format=torch.channels_last)
     torch.testing.assert_close(y, expected, rtol=1e-3, atol=1e-3 * expected.abs().max().item())
 
 
-def test_bf16_autocast(net: DDRNet) -> None:
+@pytest.mark.parametrize("name", NETWORKS)
+def test_bf16_autocast(name: str) -> None:
     """Autocast works, and its logits stay near the fp32 ones."""
-    x = images(2, 3, 128, 128)
-    expected = net.eval()(x)
+    torch.manual_seed(0)
+    x, net = images(2, 3, 128, 128), NETWORKS[name](6).eval()
+    expected = net(x)
     with torch.autocast("cpu", torch.bfloat16):
         y = net(x)
     assert y.dtype == torch.bfloat16

@@ -24,7 +24,7 @@ from harness.files import DDRNET_KEYS
 from torch import Tensor, nn
 
 from bcmf_ext.errors import UserError
-from bcmf_ext.models import DDRNet, bcmfnet, ddrnet_s, load_pretrained
+from bcmf_ext.models import DDRNet, bcmfnet, ddrnet_s, load_pretrained, scr_ddrnet_s, scr_resnet18
 
 State = dict[str, Tensor]
 
@@ -151,6 +151,38 @@ def test_ddrnet_into_bcmfnet(cityscapes: State, tmp_path: Path) -> None:
     assert report.other_shape["final_layer.conv2.weight"] == ((19, 64, 1, 1), (11, 64, 1, 1))
     assert {name.split(".")[0] for name in report.unexpected} == {"spp", "seghead_extra"}
     assert torch.equal(model.final_layer.conv2.weight, head)
+
+
+def test_bcmfnet_into_scr_ddrnet(tmp_path: Path) -> None:
+    """A trained BCMFNet fills scr_ddrnet_s but for what that adds: 26 tensors, and three batch norms' counters."""
+    state = drawn_like(bcmfnet(19))
+    torch.save(state, tmp_path / "b.pth")
+    model = scr_ddrnet_s()
+    report = load_pretrained(model, tmp_path / "b.pth")
+    assert report.matched == [name for name in model.state_dict() if name in state]
+    assert not report.other_shape
+    assert not report.unexpected
+    assert len([name for name in report.missing if not name.endswith("num_batches_tracked")]) == 26
+    assert {name.split(".")[0] for name in report.missing} == {"srm", "crm", "crm_gain"}
+    assert_loaded(model, state, report.matched)
+
+
+@pytest.mark.parametrize("counters", [True, False])
+def test_imagenet_resnet18(counters: bool, tmp_path: Path) -> None:
+    """torchvision's ResNet-18 fills the trunk of scr_resnet18: 120 tensors, 20 of them counters that its file of 2016
+    does not have; its classifier is left out."""
+    model = scr_resnet18()
+    trunk = {
+        name: tuple(t.shape) for name, t in model.state_dict().items() if name.startswith(("conv1", "bn1", "layer"))
+    }
+    state = drawn({**trunk, "fc.weight": (1000, 512), "fc.bias": (1000,)})
+    state = {name: t for name, t in state.items() if counters or not name.endswith("num_batches_tracked")}
+    torch.save(state, tmp_path / "resnet18.pth")
+    report = load_pretrained(model, tmp_path / "resnet18.pth")
+    assert len(report.matched) == (120 if counters else 100)
+    assert report.unexpected == ["fc.weight", "fc.bias"]
+    assert not trunk.keys() & report.missing
+    assert_loaded(model, state, report.matched)
 
 
 # Formats

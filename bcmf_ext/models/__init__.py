@@ -7,8 +7,15 @@ from .bcmfnet import bcmfnet
 from .ddrnet import DDRNet, ddrnet_s
 from .network import Network, NetworkFactory
 from .pretrained import LoadReport, load_pretrained
+from .scr_ddrnet_s import scr_ddrnet_s
+from .scr_resnet18 import scr_resnet18
 
-NETWORKS: dict[str, NetworkFactory] = {"bcmfnet": bcmfnet, "ddrnet_s": ddrnet_s}
+NETWORKS: dict[str, NetworkFactory] = {
+    "bcmfnet": bcmfnet,
+    "ddrnet_s": ddrnet_s,
+    "scr_ddrnet_s": scr_ddrnet_s,
+    "scr_resnet18": scr_resnet18,
+}
 """The networks that can be trained, by the names that checkpoints and the commands know them by."""
 
 __all__ = [
@@ -20,4 +27,6 @@ __all__ = [
     "bcmfnet",
     "ddrnet_s",
     "load_pretrained",
+    "scr_ddrnet_s",
+    "scr_resnet18",
 ]

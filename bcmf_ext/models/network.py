@@ -11,13 +11,15 @@ class Network(Protocol):
     """The part of a network, an `nn.Module`, that the trainer, checkpoints, the Predictor and exports rely on.
 
     It is made by ``NETWORKS[name](num_classes, aux_head=True, impl="auto")``. num_classes: C. aux_head: whether it has
-    an auxiliary head. impl: that of its context module, "torch" for
-    exports; ignored where there is none.
+    an auxiliary head. impl: that of its context module, "torch" for exports; ignored where there is none.
 
     ``network(images)`` takes normalised floating-point images (N, 3, H, W) of any size and gives logits (N, C, h, w) of
     a size of its own, which the criterion, the metrics and the Predictor resample to that of the labels. While it
     trains with an auxiliary head it gives (main, auxiliary) logits, and the trainer gives it batches of at least two
     images.
+
+    Where it is known what a training costs that begins with random weights, an attribute ``untrained`` says so in a
+    sentence, which the trainer prints.
 
     Its weights are known by their names in ``state_dict()``: checkpoints of a run hold all of them, also those of the
     auxiliary head, and `load_pretrained` takes from public checkpoints those whose names and shapes fit. So names are

@@ -1,6 +1,8 @@
-"""Context modules for the low-resolution map of a two-branch network."""
+"""Modules for the low-resolution maps of a network: context (DAPPM, LMFM, CRM), and upsampling that fits (SRM)."""
 
+from .crm import CRM
 from .dappm import DAPPM
 from .lmfm import LMFM
+from .srm import SRM
 
-__all__ = ["DAPPM", "LMFM"]
+__all__ = ["CRM", "DAPPM", "LMFM", "SRM"]

@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ._kernels import FusedNorms, choose_kernels
+from .upsample import upsample
 
 
 def norm_relu_conv(in_channels: int, out_channels: int, kernel_size: int) -> tuple[nn.Module, ...]:
@@ -19,11 +17,6 @@ def norm_relu_conv(in_channels: int, out_channels: int, kernel_size: int) -> tup
         nn.ReLU(inplace=True),
         nn.Conv2d(in_channels, out_channels, kernel_size, padding=kernel_size // 2, bias=False),
     )
-
-
-def upsample(x: Tensor, size: Sequence[int]) -> Tensor:
-    """Bilinear resampling of ``x (N, C, h, w)`` to ``size`` (H, W), align_corners=False."""
-    return F.interpolate(x, size=size, mode="bilinear", align_corners=False)
 
 
 class DAPPM(nn.Module):

@@ -7,7 +7,8 @@ import torch
 from torch import Tensor, nn
 
 from ._kernels import FusedNorms, choose_kernels
-from .dappm import norm_relu_conv, upsample
+from .dappm import norm_relu_conv
+from .upsample import upsample
 
 
 class LMFM(nn.Module):
