@@ -35,6 +35,7 @@ import cross_entropy
 import lmfm
 import protocol
 import segmentation_loss
+import table4
 from problem import OURS, Contender, Problem, make_labels, missing_impls
 
 from bcmf_ext.engine import choose_device
@@ -45,6 +46,7 @@ OPS = {
     "segmentation_loss": segmentation_loss.problems,
     "sizes": segmentation_loss.sizes,
     "blocks": segmentation_loss.blocks,
+    "table4": table4.problems,
     "lmfm": lmfm.problems,
 }
 COLUMNS = 6  # of the picture
