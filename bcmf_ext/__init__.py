@@ -15,7 +15,8 @@ from .losses.boundary_corrected_loss import BoundaryCorrectedLoss, boundary_corr
 from .losses.cpg_loss import CPGLoss, cpg_loss
 from .losses.criterion import SegmentationCriterion, segmentation_loss
 from .losses.cross_entropy import cross_entropy
-from .nn import DAPPM, LMFM
+from .losses.rmi_loss import RMILoss, rmi_loss
+from .nn import CRM, DAPPM, LMFM, SRM
 from .options import BCL, CPG, OHEM, SegmentationLoss
 
 if TYPE_CHECKING:  # Type checkers and editors see what __getattr__ imports.
@@ -29,11 +30,14 @@ except PackageNotFoundError:  # A source tree need not be installed.
 __all__ = [
     "BCL",
     "CPG",
+    "CRM",
     "DAPPM",
     "LMFM",
     "OHEM",
+    "SRM",
     "BoundaryCorrectedLoss",
     "CPGLoss",
+    "RMILoss",
     "SegmentationCriterion",
     "SegmentationLoss",
     "boundary_corrected_loss",
@@ -45,6 +49,7 @@ __all__ = [
     "models",
     "reference",
     "release_kept_memory",
+    "rmi_loss",
     "segmentation_loss",
 ]
 

@@ -21,10 +21,12 @@ from .data import DATASETS, SegmentationDataset
 from .dispatch import IMPLS
 from .errors import FileError, UserError, briefly
 from .losses.criterion import ExtraLoss, SegmentationCriterion
+from .losses.rmi_loss import RMILoss
 from .models import NETWORKS
-from .options import BCL, CPG, CPG_WEIGHTS, OHEM
+from .options import BCL, CPG, CPG_WEIGHTS, FIRST_TERMS, OHEM
 
 SMALLEST_CROP, LARGEST_CROP = 64, 1 << 15  # The deepest feature map of our networks is at 1/64.
+RMI_WEIGHT = 0.5  # That of the CPG paper, beside binary cross-entropies.
 MOST = 1000  # A weight, rate, factor or number of processes above this can only be a slip.
 
 
@@ -99,6 +101,7 @@ class Config:
         "processes that load data; by the number of cores when left out", type=int, resumable=True, aliases=("-j",)
     )
 
+    loss: str = knob("first term: ce over all classes, or bce of each class by itself", "ce", choices=FIRST_TERMS)
     ohem: float | None = knob(
         "average the cross-entropy over hard pixels only: those below probability THETA "
         f"({OHEM.threshold} when not given)",
@@ -116,13 +119,21 @@ class Config:
         metavar="LAMBDA",
     )
     cpg_kernel: int = knob("kernel size of the CPG loss", CPG.kernel_size, type=int, choices=tuple(CPG_WEIGHTS))
+    rmi: float = knob(
+        f"weight of the RMI loss, in plain PyTorch ({RMI_WEIGHT:g} when not given); 0: off",
+        0.0,
+        type=float,
+        nargs="?",
+        const=RMI_WEIGHT,
+        metavar="LAMBDA",
+    )
     extra_loss: tuple[str, ...] = knob(
         "losses of your own beside these: NAME in FILE.py, a function of logits and labels or a module, times WEIGHT",
         (),
         nargs="+",
         metavar="FILE.py:NAME=WEIGHT",
     )
-    aux_weight: float = knob("weight of the auxiliary head's cross-entropy", 0.4, type=float)
+    aux_weight: float = knob("weight of the auxiliary head's first term", 0.4, type=float)
     loss_warmup: int = knob(
         "iterations in which the weights of all losses but the first grow from 0, linearly",
         0,
@@ -190,6 +201,8 @@ class Config:
             ("ohem", self.ohem, self.ohem is None or 0 < self.ohem < 1, "a probability between 0 and 1"),
             ("bcl", self.bcl, 0 <= self.bcl <= MOST, f"at least 0, and at most {MOST}"),
             ("cpg", self.cpg, self.cpg is None or 0 <= self.cpg <= MOST, f"at least 0, and at most {MOST}"),
+            ("rmi", self.rmi, 0 <= self.rmi <= MOST, f"at least 0, and at most {MOST}"),
+            ("ohem", self.ohem, self.ohem is None or self.loss == "ce", "left out beside --loss bce"),
             ("aux-weight", self.aux_weight, 0 <= self.aux_weight <= MOST, f"at least 0, and at most {MOST}"),
             ("loss-warmup", self.loss_warmup, self.loss_warmup >= 0, "at least 0"),
             ("log-grad-share", self.log_grad_share, self.log_grad_share >= 0, "at least 0"),
@@ -391,10 +404,21 @@ def make_criterion(config: Config) -> SegmentationCriterion:
         ohem=ohem,
         bcl=BCL(config.bcl) if config.bcl > 0 else None,
         cpg=cpg,
-        extra=load_extra_losses(config.extra_loss),
+        first=config.loss,
+        extra=extra_losses(config),
         aux_weight=config.aux_weight,
         impl=config.impl,
     )
+
+
+def extra_losses(config: Config) -> dict[str, tuple[float, ExtraLoss]]:
+    """The RMI loss and those of `--extra-loss`. Raises `UserError` if one of the latter is not there, or is none."""
+    losses = load_extra_losses(config.extra_loss)
+    if config.rmi > 0:
+        if "rmi" in losses:
+            raise UserError("--extra-loss names a loss rmi, as --rmi does: give it another name.")
+        losses = {"rmi": (config.rmi, RMILoss()), **losses}
+    return losses
 
 
 def load_extra_losses(entries: Sequence[str]) -> dict[str, tuple[float, ExtraLoss]]:

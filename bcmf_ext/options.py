@@ -192,22 +192,55 @@ class CPG:
         return f"{self.weight:g} {self.label}{self.kernel_size}"
 
 
+MAX_EDGE = 16  # The matrices of RMI have 2 · radius² rows.
+
+
+@dataclass(frozen=True)
+class RMI:
+    """Region Mutual Information loss (docs/definitions.md, RMI loss).
+
+    radius: the edge of a region, in pixels of the averaged maps. pool: so many pixels along each axis are averaged
+    first, 1 for none. alpha: what is added to the covariances' diagonals, above 0. activation: how logits become
+    probabilities, "sigmoid" or "softmax".
+    """
+
+    radius: int = 3
+    pool: int = 2
+    alpha: float = 5e-4
+    activation: str = "sigmoid"
+
+    def __post_init__(self) -> None:
+        _set(self, radius=whole("RMI's radius", self.radius), pool=whole("RMI's pool", self.pool))
+        _set(self, alpha=real("RMI's alpha", self.alpha))
+        for name, value in (("radius", self.radius), ("pool", self.pool)):
+            if not 1 <= value <= MAX_EDGE:
+                raise ValueError(f"RMI's {name} is a number of pixels from 1 to {MAX_EDGE}, not {value}.")
+        if not 0 < self.alpha < math.inf:
+            raise ValueError(f"RMI's alpha is a number above 0, not {self.alpha}.")
+        if self.activation not in ("sigmoid", "softmax"):
+            raise ValueError(f'RMI\'s activation is "sigmoid" or "softmax", not {self.activation!r}.')
+
+
 class SegmentationLoss(NamedTuple):
     """total, differentiable, and its terms, detached and unweighted; a term that was not asked for is None."""
 
     total: Tensor
-    ce: Tensor
+    ce: Tensor | None
     bcl: Tensor | None
     cpg: Tensor | None
+    bce: Tensor | None = None
 
     @classmethod
     def of(cls, total: Tensor, found: Mapping[str, Tensor]) -> SegmentationLoss:
         """The result of a total and of the terms that were asked for, by name."""
-        return cls(total, *map(found.get, TERMS))  # type: ignore[arg-type]  # The first is always there.
+        return cls(total, *map(found.get, cls._fields[1:]))
 
 
-TERMS = SegmentationLoss._fields[1:]
-"""The terms of a total, in the order in which kernels return them."""
+FIRST_TERMS = ("ce", "bce")
+"""What can be the first term: cross-entropy (or OHEM), or binary cross-entropies."""
+
+TERMS = ("ce", "bcl", "cpg")
+"""The terms of the fused operator, in the order in which kernels return them."""
 
 WEIGHTED: dict[str, type[BCL] | type[CPG]] = {"bcl": BCL, "cpg": CPG}
 """Of these terms those that stand beside the first, each times a weight, and their options."""
@@ -285,25 +318,32 @@ def _option(value: Any, kind: Any, keyword: str, field: str) -> Any:
     return kind(**{field: number})
 
 
-def check_not_built(first: str, group: object) -> None:
+def check_not_built(group: object) -> None:
     """ValueError for what the losses' signatures have room for and nothing computes yet."""
-    if first != "ce":
-        raise ValueError(f'The first term is "ce", the cross-entropy (or OHEM), not {first!r}: no other is built yet.')
     if group is not None:
         raise ValueError("group is None: means over the pixels of several processes are not built yet.")
 
 
 def resolve_options(
-    ohem: OHEM | float | None = None, bcl: BCL | float | None = None, cpg: CPG | float | None = None
+    ohem: OHEM | float | None = None,
+    bcl: BCL | float | None = None,
+    cpg: CPG | float | None = None,
+    first: str = "ce",
 ) -> Terms:
-    """The terms of a total, numbers turned into options. Raises TypeError for what is neither, and ValueError for
-    options that cannot stand beside each other (see `check_flipped`)."""
+    """The terms of a total that the fused operator computes, numbers turned into options. Raises TypeError for what is
+    neither, and ValueError for a first term that is not there, and for options that cannot stand beside each other (see
+    `check_flipped`)."""
+    if first not in FIRST_TERMS:
+        raise ValueError(f'first is "ce", the cross-entropy (or OHEM), or "bce", binary ones, not {first!r}.')
+    if first == "bce" and ohem is not None:
+        raise ValueError('OHEM averages the cross-entropy over hard pixels: beside first="bce" leave ohem out.')
     terms = Terms(
+        ce=first == "ce",
         ohem=_option(ohem, OHEM, "ohem", "threshold"),
         bcl=_option(bcl, BCL, "bcl", "weight"),
         cpg=_option(cpg, CPG, "cpg", "weight"),
     )
-    if terms.bcl is not None and terms.bcl.supervise == "flipped":
+    if terms.ce and terms.bcl is not None and terms.bcl.supervise == "flipped":
         check_flipped(terms.bcl, terms.ohem)
     return terms
 

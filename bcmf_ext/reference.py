@@ -29,7 +29,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from .checks import check_inputs, check_labels, is_traced, without_autocast
-from .options import BCL, CPG, OHEM, SegmentationLoss, Terms, check_not_built, resolve_options, whole_label
+from .options import BCL, CPG, OHEM, RMI, SegmentationLoss, Terms, check_not_built, resolve_options, whole_label
 
 # --------------------------------------------------------------------------------------------------------------------
 # Conventions and resampling
@@ -153,6 +153,28 @@ def ohem_select(nll: Tensor, valid: Tensor, ohem: OHEM) -> Tensor:
     largest = losses.topk(min(max(ohem.min_kept, 1), len(losses))).values
     kth_largest = largest.gather(0, (kept - 1).clamp(min=0).view(1))
     return torch.where(enough, hard, valid & ~(nll < kth_largest))
+
+
+# --------------------------------------------------------------------------------------------------------------------
+# Binary cross-entropy
+
+
+def compute_bce(
+    logits: Tensor, target: Tensor, weight: Tensor | None, ignore_index: int, align_corners: bool
+) -> Tensor:
+    """(1/|V|) Σ_V Σ_c w_c · BCEWithLogits(Z_c, [Y = c]) of inputs as `check_inputs` gives them."""
+    valid = (target != whole_label(ignore_index)).sum().clamp(min=1)
+    return sum_bce(logits, target, weight, ignore_index, align_corners) / valid
+
+
+def sum_bce(logits: Tensor, target: Tensor, weight: Tensor | None, ignore_index: int, align_corners: bool) -> Tensor:
+    """The sum over pixels and classes."""
+    logits, labels, valid = _widen(logits, target, ignore_index, align_corners)
+    classes, valid = torch.arange(logits.shape[1], device=labels.device).view(-1, 1, 1), valid.unsqueeze(1)
+    one_hot = (labels.unsqueeze(1) == classes).to(logits.dtype)
+    weight = None if weight is None else weight.to(logits.dtype).view(-1, 1, 1)
+    losses = F.binary_cross_entropy_with_logits(torch.where(valid, logits, 0.0), one_hot, weight, reduction="none")
+    return torch.where(valid, losses, 0.0).sum()
 
 
 # --------------------------------------------------------------------------------------------------------------------
@@ -318,6 +340,55 @@ def _cpg_sparse(logits: Tensor, labels: Tensor, valid: Tensor, cpg: CPG) -> Tens
 
 
 # --------------------------------------------------------------------------------------------------------------------
+# RMI loss, the Region Mutual Information
+
+
+def rmi_loss(
+    logits: Tensor, target: Tensor, *, ignore_index: int = 255, align_corners: bool = False, **options: Any
+) -> Tensor:
+    """RMI: Σ_classes mean_images ½ log det(M + αI) / radius², M the labels' covariance that p does not explain.
+
+    p = activation(Z) · [Y valid] + 10⁻⁶ and y = onehot(Y), 0 at ignored pixels, are averaged over pool × pool pixels; Y
+    and P (radius² × m) are their regions, centred; M = YYᵀ − YPᵀ (PPᵀ + αI)⁻¹ PYᵀ. The determinant is taken in fp64,
+    and as det [[PPᵀ + αI, PYᵀ], [YPᵀ, YYᵀ + αI]] / det(PPᵀ + αI), which is the same and needs no inverse of a matrix
+    that is nearly singular. options: the fields of RMI.
+    """
+    target = check_inputs(logits, target)
+    return compute_rmi(logits, target, RMI(**options), ignore_index, align_corners)
+
+
+def compute_rmi(logits: Tensor, target: Tensor, rmi: RMI, ignore_index: int, align_corners: bool) -> Tensor:
+    """rmi_loss of inputs as `check_inputs` gives them."""
+    y, p = (_regions(map, rmi.radius) for map in rmi_maps(logits, target, rmi, ignore_index, align_corners))
+    joint, entries = torch.cat([p, y], dim=1), rmi.radius**2
+    gram = joint @ joint.mT + rmi.alpha * torch.eye(2 * entries, dtype=p.dtype, device=p.device)
+    information = (torch.logdet(gram) - torch.logdet(gram[:, :entries, :entries])) / 2
+    loss = information.sum() / (max(1, logits.shape[0]) * entries)
+    return loss.to(logits.dtype if logits.dtype == torch.float64 else torch.float32)
+
+
+def rmi_maps(logits: Tensor, target: Tensor, rmi: RMI, ignore_index: int, align_corners: bool) -> tuple[Tensor, Tensor]:
+    """y and p of RMI, (N, C, h, w) fp64, averaged."""
+    logits, labels, valid = _widen(logits, target, ignore_index, align_corners)
+    classes, valid = torch.arange(logits.shape[1], device=labels.device).view(-1, 1, 1), valid.unsqueeze(1)
+    y = ((labels.unsqueeze(1) == classes) & valid).to(logits.dtype)
+    logits = torch.where(valid, logits, 0.0)
+    p = (logits.sigmoid() if rmi.activation == "sigmoid" else logits.softmax(dim=1)) * valid + 1e-6
+    if rmi.pool > 1 and labels.numel() > 0:  # Zeros of the border are counted, as the authors' code does.
+        y, p = (F.avg_pool2d(map, rmi.pool, padding=rmi.pool // 2) for map in (y, p))
+    return y.double(), p.double()
+
+
+def _regions(map: Tensor, radius: int) -> Tensor:
+    """(N, C, h, w) → (N · C, radius², m): for each place in a region its values in all m regions, less their mean."""
+    map = map.flatten(0, 1).unsqueeze(1)
+    if min(map.shape) == 0 or min(map.shape[2:]) < radius:
+        return map.flatten(1)[:, None, :0].expand(-1, radius**2, -1)  # There is no region.
+    regions = F.unfold(map, radius)
+    return regions - regions.mean(2, keepdim=True)
+
+
+# --------------------------------------------------------------------------------------------------------------------
 # Totals
 
 
@@ -334,14 +405,21 @@ def segmentation_loss(
     align_corners: bool = False,
     group: Any = None,
 ) -> SegmentationLoss:
-    """total = CE (or OHEM) + λ_bcl · BCL + λ_cpg · CPG, and the terms.
+    """total = CE (or OHEM, or BCE) + λ_bcl · BCL + λ_cpg · CPG, and the terms.
 
     ohem, bcl, cpg: their options, or a float for OHEM's threshold, BCL's and CPG's weight; None leaves the term out.
+    first: "ce", or "bce" for binary cross-entropies.
     """
-    terms = resolve_options(ohem, bcl, cpg)
-    check_not_built(first, group)
+    terms = resolve_options(ohem, bcl, cpg, first)
+    check_not_built(group)
     target = check_inputs(logits, target, weight)
-    total, found = compute_loss(logits, target, terms, weight, ignore_index, align_corners)
+    if first == "ce":
+        return SegmentationLoss.of(*compute_loss(logits, target, terms, weight, ignore_index, align_corners))
+    total = bce = compute_bce(logits, target, weight, ignore_index, align_corners)
+    found = {"bce": bce.detach()}
+    if terms.names():
+        others, values = compute_loss(logits, target, terms, None, ignore_index, align_corners)
+        total, found = total + others, found | values
     return SegmentationLoss.of(total, found)
 
 

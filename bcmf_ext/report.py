@@ -21,7 +21,7 @@ from .errors import counted, warn
 from .files import short_name, write_file
 from .losses.criterion import SegmentationCriterion
 from .metrics import ConfusionMatrix, Counts
-from .options import WEIGHTED
+from .options import FIRST_TERMS, WEIGHTED
 
 IGNORED_COLOUR = (0, 0, 0)
 WRONG_COLOUR = (255, 255, 255)  # White is near no class of our palettes, as each red is, and stands out from the dark.
@@ -65,9 +65,9 @@ def network_words(network: Any) -> str:
 def loss_words(criterion: SegmentationCriterion, impl: str, warmup: int, iterations: int) -> str:
     """Such as "CE + 0.4 BCL + 1 CPG3, and 0.4 CE of the auxiliary head; impl cpu"; impl: as `choose_impl` says it.
 
-    warmup: in how many of the iterations the terms beside CE gain their weights; 0: they have them from the first on.
+    warmup: in how many of the iterations the terms beside the first gain their weights; 0: they have them all along.
     """
-    first = "CE" if criterion.ohem is None else criterion.ohem.words
+    first = criterion.first.upper() if criterion.ohem is None else criterion.ohem.words
     weighted = [option for name in WEIGHTED if (option := getattr(criterion, name)) is not None]
     terms = [first, *(option.words for option in weighted)]
     terms += [f"{weight:g} {name}" for name, (weight, _) in criterion.extra.items()]
@@ -125,7 +125,7 @@ def loss_line(record: Mapping[str, Any], epochs: int) -> str:
     if record.get("grad_share"):
         shares = ", ".join(f"{name} {share:.0%}" for name, share in record["grad_share"].items())
         terms += f", shares of the gradient: {shares}"
-    ramped = [WEIGHTED[name].label if name in WEIGHTED else name for name in loss if name not in ("ce", "aux")]
+    ramped = [WEIGHTED[name].label if name in WEIGHTED else name for name in loss if name not in (*FIRST_TERMS, "aux")]
     if record.get("loss_ramp", 1) < 1 and ramped:
         terms += f", {' and '.join(ramped)} at {record['loss_ramp']:.0%} of the weight"
     speed = f"{record['images_per_second']:.1f} images/s, {record['seconds']:.0f} s"

@@ -14,11 +14,17 @@ from ..options import flag, whole_label
 class LossModule(nn.Module):
     """Holds the keywords of a loss function and calls it with them.
 
-    term: the term's options, whose weight is left out: the module is the unweighted term.
+    term: the term's options, whose weight is left out: the module is the unweighted term. impl: None for a function
+    that has one implementation.
     """
 
     def __init__(
-        self, function: Callable[..., Tensor], term: Any, ignore_index: int, align_corners: bool, impl: str
+        self,
+        function: Callable[..., Tensor],
+        term: Any,
+        ignore_index: int,
+        align_corners: bool,
+        impl: str | None = None,
     ) -> None:
         super().__init__()
         self.function = function
@@ -26,8 +32,9 @@ class LossModule(nn.Module):
             **{name: value for name, value in vars(term).items() if name != "weight"},
             "ignore_index": whole_label(ignore_index),
             "align_corners": flag("align_corners", align_corners),
-            "impl": check_impl(impl),
         }
+        if impl is not None:
+            self.options["impl"] = check_impl(impl)
 
     def forward(self, logits: Tensor, target: Tensor) -> Tensor:
         """The loss of logits (N, C, h, w) and labels (N, H, W), a scalar."""

@@ -17,6 +17,7 @@ from ..ops import acc_dtype
 from ..options import (
     BCL,
     CPG,
+    FIRST_TERMS,
     OHEM,
     TERMS,
     WEIGHTED,
@@ -29,7 +30,7 @@ from ..options import (
     whole_label,
 )
 from ._compute import compute_loss
-from .cross_entropy import cross_entropy
+from .binary_cross_entropy import binary_cross_entropy
 
 
 def segmentation_loss(
@@ -46,30 +47,32 @@ def segmentation_loss(
     impl: str = "auto",
     group: Any = None,
 ) -> SegmentationLoss:
-    """total = CE (or OHEM) + λ_bcl · BCL + λ_cpg · CPG, and the terms for logging.
+    """total = CE (or OHEM, or BCE) + λ_bcl · BCL + λ_cpg · CPG, and the terms for logging.
 
     logits: (N, C, h, w), fp16, bf16, fp32 or fp64, any strides; resampled bilinearly to (H, W) if h, w differ.
     target: (N, H, W) or (N, 1, H, W), bool or of any integer dtype, 0..C-1 or ignore_index.
     weight: class weights (C,) of the first term. ohem, bcl, cpg: their options, or a float for OHEM's threshold and for
-    the weight λ of BCL or CPG; None leaves the term out. first: "ce", and group: None, are all there are so far.
-    Returns SegmentationLoss(total, ce, bcl, cpg): scalars, fp32 (fp64 for fp64 logits); the terms are detached and
+    the weight λ of BCL or CPG; None leaves the term out. first: "ce", or "bce": the mean over the valid pixels of the
+    sum over classes of w_c · BCEWithLogits(Z_c, [Y = c]), in plain PyTorch. group: None is all there is so far.
+    Returns SegmentationLoss(total, ce, bcl, cpg, bce): scalars, fp32 (fp64 for fp64 logits); the terms are detached and
     unweighted, None if not asked for. Register the named tuple for ``torch.export``.
 
     Raises as cross_entropy, boundary_corrected_loss and cpg_loss do, and ValueError for OHEM beside
-    BCL(supervise="flipped").
+    BCL(supervise="flipped") or first="bce".
     """
-    check_not_built(first, group)
-    total, terms = compute_loss(
-        "segmentation_loss",
-        logits,
-        target,
-        resolve_options(ohem, bcl, cpg),
-        weight=weight,
-        ignore_index=ignore_index,
-        align_corners=align_corners,
-        impl=impl,
-    )
-    return SegmentationLoss.of(total, terms)
+    check_not_built(group)
+    terms = resolve_options(ohem, bcl, cpg, first)
+    common: dict[str, Any] = {"ignore_index": ignore_index, "align_corners": align_corners}
+    if first == "ce":
+        return SegmentationLoss.of(
+            *compute_loss("segmentation_loss", logits, target, terms, weight=weight, impl=impl, **common)
+        )
+    total = bce = binary_cross_entropy(logits, target, weight=weight, **common)
+    found = {"bce": bce.detach()}
+    if terms.names():
+        others, values = compute_loss("segmentation_loss", logits, target, terms, impl=impl, **common)
+        total, found = total + others, found | values
+    return SegmentationLoss.of(total, found)
 
 
 ExtraLoss = Callable[[Tensor, Tensor], Tensor]
@@ -78,7 +81,7 @@ Outputs = Tensor | Sequence[Tensor] | Mapping[str, Any]
 
 class SegmentationCriterion(nn.Module):
     """The loss of a network's outputs, a scalar as PyTorch's losses are: segmentation_loss of the main logits, plus
-    aux_weight times the first term (CE or OHEM) of the auxiliary logits, plus the losses in ``extra``.
+    aux_weight times the first term (CE, OHEM or BCE) of the auxiliary logits, plus the losses in ``extra``.
 
     outputs: main logits (N, C, h, w); (main, auxiliary) logits; or a mapping with "out" or "logits", and "aux", as the
         networks of torchvision and Transformers return. The two heads may differ in size.
@@ -116,9 +119,9 @@ class SegmentationCriterion(nn.Module):
         super().__init__()
         if weight is not None and not isinstance(weight, Tensor):
             raise TypeError(f"class weights are a tensor, not a {type(weight).__name__}.")
-        _, self.ohem, self.bcl, self.cpg = resolve_options(ohem, bcl, cpg)
-        check_not_built(first, group)
-        if self.bcl is not None and self.bcl.supervise == "flipped" and weight is not None:
+        ce, self.ohem, self.bcl, self.cpg = resolve_options(ohem, bcl, cpg, first)
+        check_not_built(group)
+        if ce and self.bcl is not None and self.bcl.supervise == "flipped" and weight is not None:
             _check_flipped_against_weights(self.bcl, weight)
         self.register_buffer("weight", weight)
         if not isinstance(extra, (Mapping, type(None))):
@@ -138,14 +141,14 @@ class SegmentationCriterion(nn.Module):
 
     def terms(self, outputs: Outputs, target: Tensor, ramp: float = 1.0) -> dict[str, Tensor]:
         """The loss and what it is made of, scalars: "total", differentiable; and detached, without their weights, those
-        that are on: those of `TERMS`, "aux", and the names in ``extra``."""
+        that are on: "ce" or "bce", "bcl", "cpg", "aux", and the names in ``extra``."""
         main, auxiliary = main_and_auxiliary(outputs)
         weighted = {name: _ramped(getattr(self, name), ramp) for name in WEIGHTED}
         loss = segmentation_loss(main, target, **weighted, **self._first_term, **self._common)
         total = loss.total
-        terms = {name: term for name, term in loss._asdict().items() if term is not None}
+        terms = {name: term for name in ("total", self.first, *WEIGHTED) if (term := getattr(loss, name)) is not None}
         if auxiliary is not None:
-            aux = cross_entropy(auxiliary, target, **self._first_term, **self._common)
+            aux = segmentation_loss(auxiliary, target, **self._first_term, **self._common).total
             total, terms["aux"] = total + self.aux_weight * aux, aux.detach()
         for name, value in self._extra_terms(main, target).items():
             total, terms[name] = total + ramp * self.extra[name][0] * value, value.detach()
@@ -176,7 +179,7 @@ class SegmentationCriterion(nn.Module):
         network. The auxiliary head's loss has no part in it."""
         main, _ = main_and_auxiliary(outputs)
         main = main.detach().to(acc_dtype(main)).requires_grad_()  # Gradients of means are too small for fp16.
-        terms = {"ce": (1.0, cross_entropy(main, target, **self._first_term, **self._common))}
+        terms = {self.first: (1.0, segmentation_loss(main, target, **self._first_term, **self._common).total)}
         for name in WEIGHTED:
             if (option := getattr(self, name)) is not None:
                 alone: dict[str, Any] = {name: replace(option, weight=1.0)}
@@ -206,7 +209,7 @@ class SegmentationCriterion(nn.Module):
 
     @property
     def _first_term(self) -> dict[str, Any]:
-        return {"weight": self.weight, "ohem": self.ohem}
+        return {"first": self.first, "weight": self.weight, "ohem": self.ohem}
 
     @property
     def _common(self) -> dict[str, Any]:
@@ -237,7 +240,7 @@ def main_and_auxiliary(outputs: Outputs) -> tuple[Tensor, Tensor | None]:
 def _check_extra(name: str, entry: Any) -> tuple[float, ExtraLoss]:
     if not isinstance(name, str) or not name:
         raise TypeError(f"The name of an extra loss is a text, not {name!r}.")
-    if name in ("total", *TERMS, "bce", "aux"):
+    if name in ("total", *TERMS, *FIRST_TERMS, "aux"):
         raise ValueError(f"The extra loss {name!r} has the name of a term of ours: choose another.")
     if not isinstance(entry, (tuple, list)) or len(entry) != 2 or not callable(entry[1]):
         raise TypeError(f"The extra loss {name!r} is (weight, function), not {entry!r}.")

@@ -1,0 +1,114 @@
+"""RMI loss, the Region Mutual Information of labels and probabilities (docs/definitions.md, RMI loss)."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from .. import reference
+from ..checks import check_inputs, is_traced, without_autocast
+from ..ops import acc_dtype
+from ..options import RMI, flag, whole_label
+from ._chunks import CHUNK, sum_over_images
+from ._module import LossModule
+
+
+def rmi_loss(
+    logits: Tensor,
+    target: Tensor,
+    *,
+    radius: int = RMI.radius,
+    pool: int = RMI.pool,
+    alpha: float = RMI.alpha,
+    activation: str = RMI.activation,
+    ignore_index: int = 255,
+    align_corners: bool = False,
+) -> Tensor:
+    """A lower bound of what labels tell about probabilities, over the radius² pixels of each region: for each class the
+    log-determinant of the labels' covariance that the probabilities leave unexplained.
+
+    p = activation(Z) · [Y valid] + 10⁻⁶ and y = onehot(Y), 0 at ignored pixels, are averaged over pool × pool pixels; Y
+    and P (radius² × m) hold their regions, centred. M = YYᵀ − YPᵀ (PPᵀ + αI)⁻¹ PYᵀ, and the loss is
+    Σ_classes mean_images ½ log det(M + αI) / radius².
+
+    logits: (N, C, h, w), fp16, bf16, fp32 or fp64, any strides; resampled bilinearly to (H, W) if h, w differ.
+    target: (N, H, W) or (N, 1, H, W), bool or of any integer dtype, 0..C-1 or ignore_index.
+    radius: the edge of a region. pool: pixels along each axis that are averaged, 1 for none. alpha: α > 0. activation:
+    "sigmoid", as in the authors' code, or "softmax".
+    Returns a scalar, fp32 (fp64 for fp64 logits), which may be negative: a class that is absent, and an image smaller
+    than a region, add the constant ½ log α to it, with a zero gradient for the latter. It stands beside a main loss,
+    with a weight of 0.5. The gradient is computed along with the loss, so it cannot be differentiated once more.
+
+    Raises TypeError for a wrong dtype; ValueError for a wrong shape, device or option, and on the CPU for a label out
+    of range (on CUDA the loss becomes NaN).
+    Source: Zhao et al., arXiv 1910.12037; docs/definitions.md, RMI loss.
+    """
+    options = RMI(radius, pool, alpha, activation)
+    ignore_index, align_corners = whole_label(ignore_index), flag("align_corners", align_corners)
+    target = check_inputs(logits, target)
+    if torch.compiler.is_compiling() or is_traced(logits):
+        return reference.compute_rmi(logits, target, options, ignore_index, align_corners)
+    with without_autocast(logits):
+        total = sum_over_images(
+            lambda z, y: _Information.apply(*reference.rmi_maps(z, y, options, ignore_index, align_corners), options),
+            logits,
+            target,
+        )
+    return (total / (max(1, logits.shape[0]) * radius**2)).to(acc_dtype(logits))
+
+
+class _Information(torch.autograd.Function):
+    """Σ ½ log det(M + αI) over the maps y and p, (N, C, h, w) fp64.
+
+    det(M + αI) is that of [[PPᵀ + αI, PYᵀ], [YPᵀ, YYᵀ + αI]] over that of PPᵀ + αI. Both are Gram matrices of regions
+    Z, and ∂ log det(ZZᵀ + αI)/∂Z = 2 (ZZᵀ + αI)⁻¹ Z. The gradient is computed at once, while the regions are there.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, y: Tensor, p: Tensor, options: RMI) -> Tensor:
+        side, entries = p.shape[-2:], options.radius**2
+        if min(side) < options.radius:  # There is no region, and M is 0.
+            ctx.save_for_backward(torch.zeros_like(p))
+            return p.new_tensor(p.shape[0] * p.shape[1] * entries * math.log(options.alpha) / 2)
+        total, pulls = p.new_zeros(()), []
+        pairs = torch.stack([p.flatten(0, 1), y.flatten(0, 1)], dim=1)
+        for some in pairs.split(max(1, CHUNK // (2 * entries * side.numel()))):
+            regions = F.unfold(some, options.radius)  # (maps, 2 · radius², m), p's first
+            regions -= regions.mean(2, keepdim=True)
+            gram = regions @ regions.mT + options.alpha * torch.eye(2 * entries, dtype=p.dtype, device=p.device)
+            own = gram[:, :entries, :entries]
+            total += (torch.logdet(gram) - torch.logdet(own)).sum() / 2
+            if ctx.needs_input_grad[1]:
+                pull = torch.linalg.inv_ex(gram).inverse[:, :entries]
+                pull[:, :, :entries] -= torch.linalg.inv_ex(own).inverse
+                pulls.append(F.fold(pull @ regions, side, options.radius))
+        if pulls:
+            ctx.save_for_backward(torch.cat(pulls).view_as(p))
+        return total
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, upstream: Tensor) -> tuple[None, Tensor, None]:
+        (pull,) = ctx.saved_tensors
+        return None, upstream * pull, None
+
+
+class RMILoss(LossModule):
+    """rmi_loss as a module: the constructor takes its keywords, ``forward(logits, target)`` its tensors."""
+
+    def __init__(
+        self,
+        *,
+        radius: int = RMI.radius,
+        pool: int = RMI.pool,
+        alpha: float = RMI.alpha,
+        activation: str = RMI.activation,
+        ignore_index: int = 255,
+        align_corners: bool = False,
+    ) -> None:
+        super().__init__(rmi_loss, RMI(radius, pool, alpha, activation), ignore_index, align_corners)
