@@ -98,6 +98,12 @@ def _nll(log_p: Tensor, labels: Tensor) -> Tensor:
     return -log_p.gather(1, labels.unsqueeze(1)).squeeze(1)
 
 
+def _one_hot(logits: Tensor, labels: Tensor, valid: Tensor) -> Tensor:
+    """The one-hot map of the labels, shape and dtype of the logits, 0 at ignored pixels."""
+    classes = torch.arange(logits.shape[1], device=labels.device).view(-1, 1, 1)
+    return ((labels.unsqueeze(1) == classes) & valid.unsqueeze(1)).to(logits.dtype)
+
+
 def _mean(values: Tensor, selected: Tensor, denominator: Tensor | None = None) -> Tensor:
     """Σ values[selected] / denominator (default: the number selected); 0 where the denominator is 0."""
     total = torch.where(selected, values, 0.0).sum()
@@ -163,15 +169,18 @@ def compute_bce(
     logits: Tensor, target: Tensor, weight: Tensor | None, ignore_index: int, align_corners: bool
 ) -> Tensor:
     """(1/|V|) Σ_V Σ_c w_c · BCEWithLogits(Z_c, [Y = c]) of inputs as `check_inputs` gives them."""
-    valid = (target != whole_label(ignore_index)).sum().clamp(min=1)
-    return sum_bce(logits, target, weight, ignore_index, align_corners) / valid
+    return sum_bce(logits, target, weight, ignore_index, align_corners) / count_valid(target, ignore_index)
+
+
+def count_valid(target: Tensor, ignore_index: int) -> Tensor:
+    """|V|, but at least 1: how many labels are not ignored."""
+    return (target.long() != whole_label(ignore_index)).sum().clamp(min=1)
 
 
 def sum_bce(logits: Tensor, target: Tensor, weight: Tensor | None, ignore_index: int, align_corners: bool) -> Tensor:
     """The sum over pixels and classes."""
     logits, labels, valid = _widen(logits, target, ignore_index, align_corners)
-    classes, valid = torch.arange(logits.shape[1], device=labels.device).view(-1, 1, 1), valid.unsqueeze(1)
-    one_hot = (labels.unsqueeze(1) == classes).to(logits.dtype)
+    one_hot, valid = _one_hot(logits, labels, valid), valid.unsqueeze(1)
     weight = None if weight is None else weight.to(logits.dtype).view(-1, 1, 1)
     losses = F.binary_cross_entropy_with_logits(torch.where(valid, logits, 0.0), one_hot, weight, reduction="none")
     return torch.where(valid, losses, 0.0).sum()
@@ -277,10 +286,7 @@ def _cpg(logits: Tensor, labels: Tensor, valid: Tensor, cpg: CPG) -> Tensor:
         with without_autocast(maps):
             return F.conv2d(padded, taps.unsqueeze(1).to(maps)).view(n, c, 2, h, w)
 
-    one_hot = (torch.arange(logits.shape[1], device=labels.device).view(-1, 1, 1) == labels.unsqueeze(1)) & valid[
-        :, None
-    ]
-    truth = gradients(one_hot.to(logits.dtype))  # These are integers, and exact.
+    truth = gradients(_one_hot(logits, labels, valid))  # These are integers, and exact.
     usable = ~_dilate(~valid, radius) if cpg.ignore_mode == "window" else valid
     mask = (truth != 0) & usable[:, None, None]
 
@@ -370,8 +376,7 @@ def compute_rmi(logits: Tensor, target: Tensor, rmi: RMI, ignore_index: int, ali
 def rmi_maps(logits: Tensor, target: Tensor, rmi: RMI, ignore_index: int, align_corners: bool) -> tuple[Tensor, Tensor]:
     """y and p of RMI, (N, C, h, w) fp64, averaged."""
     logits, labels, valid = _widen(logits, target, ignore_index, align_corners)
-    classes, valid = torch.arange(logits.shape[1], device=labels.device).view(-1, 1, 1), valid.unsqueeze(1)
-    y = ((labels.unsqueeze(1) == classes) & valid).to(logits.dtype)
+    y, valid = _one_hot(logits, labels, valid), valid.unsqueeze(1)
     logits = torch.where(valid, logits, 0.0)
     p = (logits.sigmoid() if rmi.activation == "sigmoid" else logits.softmax(dim=1)) * valid + 1e-6
     if rmi.pool > 1 and labels.numel() > 0:  # Zeros of the border are counted, as the authors' code does.

@@ -75,6 +75,39 @@ def test_pilot_plans_and_compares(
 
 
 @needs_bench
+def test_refine_plans_and_compares(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Protects hours of training: every arm and seed is run once, from the starting point, and compared in pairs."""
+    monkeypatch.syspath_prepend(str(ROOT / "bench" / "experiments"))
+    refine = importlib.import_module("refine")
+    trained: list[Path] = []
+
+    def train(arm: Any, seed: int, root: Path, folder: Path, **flags: Any) -> None:
+        assert flags == ({"epochs": 20} if not trained else {"pretrained": str(trained[0] / "last.pt"), "lr": 0.0075})
+        folder.mkdir()
+        (folder / "last.pt").touch()
+        trained.append(folder)
+
+    def evaluate(checkpoint: Path, root: Path) -> dict[str, float]:
+        return dict.fromkeys(refine.SCORES, 0.4 + 0.02 * checkpoint.parent.name.startswith("SRM-seed"))
+
+    monkeypatch.setattr(refine, "train", train)
+    monkeypatch.setattr(refine, "evaluate", evaluate)
+    monkeypatch.setattr(refine, "halve", lambda source, target: source)
+    for minutes in ("0", "1", "1"):
+        flags = ["--data", "camvid", "--minutes", minutes, "--work", str(tmp_path), "--output", str(tmp_path)]
+        monkeypatch.setattr(sys, "argv", ["refine.py", *flags])
+        refine.main()
+    runs = json.loads((tmp_path / "refine.json").read_text())["runs"]
+    assert len(runs) == len({(run["arm"], run["seed"]) for run in runs}) == 6 * 5 + 2
+    assert len(set(trained)) == len(runs) + 1
+    printed = capsys.readouterr().out
+    assert re.search(r"\nminus BCMFNet\nSRM  +5 +\+2\.00 ± 0\.00", printed)
+    for arm in refine.ARMS:
+        assert arm.criterion().first in ("ce", "bce")
+
+
 @pytest.mark.thorough
 def test_gpu_script_as_far_as_it_goes_without_one(tmp_path: Path) -> None:
     """Protects bench/gpu.sh: its stages run, their logs and results are where it says, a failure is its exit status."""

@@ -119,6 +119,15 @@ def test_labels_out_of_range_and_values_that_are_not_finite() -> None:
         bcmf_ext.segmentation_loss(z, y, first="bce")
 
 
+def test_labels_are_widened_before_they_are_compared() -> None:
+    """Protects uint8 labels, in which −100 would be 156, from pixels that do not count in the mean."""
+    y = torch.tensor([[[156, 3]]], dtype=torch.uint8)
+    z = torch.randn(1, 200, 1, 2, dtype=torch.float64)
+    for loss in (bcmf_ext.segmentation_loss, reference.segmentation_loss):
+        narrow, wide = (loss(z, labels, first="bce", ignore_index=-100).total for labels in (y, y.long()))
+        assert torch.equal(narrow, wide)
+
+
 def test_in_chunks(monkeypatch: pytest.MonkeyPatch) -> None:
     """Protects memory: what is kept for the backward has the logits' size, and a chunk an image gives the same."""
     z, y, w = problem(3, 5)

@@ -12,12 +12,14 @@ from bcmf_ext.config import (
     Config,
     command_line,
     make_config,
+    make_criterion,
     parse_flags,
     read_saved_config,
     resumed_config,
 )
 from bcmf_ext.data import DATASETS, open_dataset
 from bcmf_ext.errors import UserError
+from bcmf_ext.losses.rmi_loss import RMILoss
 
 
 def configure(flags: str = "") -> Config:
@@ -148,6 +150,8 @@ def test_command_line_says_it_all(flags: str) -> None:
         ("--bcl -1", "--bcl"),
         ("--cpg -1", "--cpg"),
         ("--cpg inf", "--cpg"),
+        ("--rmi -1", "--rmi"),
+        ("--loss bce --ohem", "--ohem .* left out beside --loss bce"),
         ("--aux-weight -1", "--aux-weight"),
         ("--seed -1", "--seed"),
         ("--eval-interval 0", "--eval-interval"),
@@ -205,3 +209,20 @@ def test_resume_refuses_another_run(flags: str) -> None:
     flag, value = flags.split(maxsplit=1)
     with pytest.raises(UserError, match=f"{flag} .*, not {value}"):
         resumed_config(saved, parse_flags(["--resume", *flags.split()]), Path("runs/x"))
+
+
+# The loss that the flags ask for
+
+
+def test_losses_of_the_papers(tmp_path: Path) -> None:
+    """Protects `--loss` and `--rmi`, which has the CPG paper's weight when none is given; a loss of the user's own
+    cannot take its name."""
+    criterion = make_criterion(configure("--loss bce --rmi --cpg"))
+    assert criterion.first == "bce"
+    ((name, (weight, function)),) = criterion.extra.items()
+    assert (name, weight, type(function)) == ("rmi", 0.5, RMILoss)
+    assert not make_criterion(configure()).extra
+    file = tmp_path / "own.py"
+    file.write_text("def rmi(logits, labels): return logits.sum()")
+    with pytest.raises(UserError, match="names a loss rmi, as --rmi does"):
+        make_criterion(configure(f"--rmi 0.3 --extra-loss {file}:rmi=1"))

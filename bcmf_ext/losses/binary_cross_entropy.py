@@ -6,10 +6,10 @@ import torch
 from torch import Tensor
 
 from .. import reference
-from ..checks import check_inputs, is_traced, without_autocast
+from ..checks import is_traced, without_autocast
 from ..ops import acc_dtype
-from ..options import flag, whole_label
 from ._chunks import sum_over_images
+from ._compute import read_inputs
 
 
 def binary_cross_entropy(
@@ -20,12 +20,11 @@ def binary_cross_entropy(
     Arguments, result and errors are those of `cross_entropy`. The gradient is computed along with the loss, some images
     at a time, so that nothing of the labels' size is kept for the backward, and it cannot be differentiated once more.
     """
-    target = check_inputs(logits, target, weight)
-    ignore_index, align_corners = whole_label(ignore_index), flag("align_corners", align_corners)
+    target, ignore_index, align_corners = read_inputs(logits, target, weight, ignore_index, align_corners)
     if torch.compiler.is_compiling() or is_traced(logits):
         return reference.compute_bce(logits, target, weight, ignore_index, align_corners)
     with without_autocast(logits):
         total = sum_over_images(
             lambda z, y: reference.sum_bce(z, y, weight, ignore_index, align_corners), logits, target
         )
-    return (total / (target != ignore_index).sum().clamp(min=1)).to(acc_dtype(logits))
+    return (total / reference.count_valid(target, ignore_index)).to(acc_dtype(logits))

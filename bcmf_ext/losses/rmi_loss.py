@@ -11,10 +11,11 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from .. import reference
-from ..checks import check_inputs, is_traced, without_autocast
+from ..checks import is_traced, without_autocast
 from ..ops import acc_dtype
-from ..options import RMI, flag, whole_label
+from ..options import RMI
 from ._chunks import CHUNK, sum_over_images
+from ._compute import read_inputs
 from ._module import LossModule
 
 
@@ -49,8 +50,7 @@ def rmi_loss(
     Source: Zhao et al., arXiv 1910.12037; docs/definitions.md, RMI loss.
     """
     options = RMI(radius, pool, alpha, activation)
-    ignore_index, align_corners = whole_label(ignore_index), flag("align_corners", align_corners)
-    target = check_inputs(logits, target)
+    target, ignore_index, align_corners = read_inputs(logits, target, None, ignore_index, align_corners)
     if torch.compiler.is_compiling() or is_traced(logits):
         return reference.compute_rmi(logits, target, options, ignore_index, align_corners)
     with without_autocast(logits):
