@@ -1,4 +1,5 @@
-"""The losses of the CPG paper's Table 4: binary cross-entropy, with RMI, with CPG of each size, and with both.
+"""The losses of the CPG paper's Table 4: binary cross-entropy, with RMI, with CPG of each size, and with both; and RMI
+alone.
 
 The plain forms are what their papers' code computes, in plain PyTorch; CPG is there in its fastest eager form.
 """
@@ -31,12 +32,11 @@ class Row:
 
     def plain(self, z: Tensor, target: Tensor) -> Tensor:
         z = interpolate(z, target.shape[1:])
-        valid = target != 255
-        one_hot = F.one_hot(torch.where(valid, target, 0).long(), z.shape[1]).movedim(3, 1).to(z.dtype)
+        one_hot, valid = maps(z, target)
         losses = F.binary_cross_entropy_with_logits(z, one_hot, reduction="none").sum(1)
         total = (losses * valid).sum() / valid.sum()
         if self.rmi:
-            total = total + RMI_WEIGHT * official_rmi(z, one_hot, valid.unsqueeze(1))
+            total = total + RMI_WEIGHT * official_rmi(z, one_hot, valid)
         if self.cpg is not None:
             total = total + self.cpg.weight * reference.cpg_loss_sparse(z, target, kernel_size=self.cpg.kernel_size)
         return total
@@ -50,6 +50,18 @@ class Row:
         return total + RMI_WEIGHT * rmi_loss(z, target) if self.rmi else total
 
 
+def maps(z: Tensor, target: Tensor) -> tuple[Tensor, Tensor]:
+    """The labels as one-hot maps (N, C, H, W), any at ignored pixels, and which are valid (N, H, W)."""
+    valid = target != 255
+    one_hot = F.one_hot(torch.where(valid, target, 0).long(), z.shape[1]).movedim(3, 1)
+    return one_hot.to(z.dtype), valid
+
+
+def plain_rmi(z: Tensor, target: Tensor) -> Tensor:
+    z = interpolate(z, target.shape[1:])
+    return official_rmi(z, *maps(z, target))
+
+
 def official_rmi(z: Tensor, one_hot: Tensor, valid: Tensor, radius: int = 3, alpha: float = 5e-4) -> Tensor:
     """The formula of the RMI paper, with the inverse that it is written with: nine shifts of each map, stacked."""
 
@@ -60,6 +72,7 @@ def official_rmi(z: Tensor, one_hot: Tensor, valid: Tensor, radius: int = 3, alp
         stacked = torch.stack(shifts, dim=2).flatten(3).double()
         return stacked - stacked.mean(3, keepdim=True)
 
+    valid = valid.unsqueeze(1)
     y, p = regions(one_hot * valid), regions(z.sigmoid() * valid + 1e-6)
     eye = alpha * torch.eye(radius**2, dtype=torch.float64, device=z.device)
     y_p = y @ p.mT
@@ -69,7 +82,7 @@ def official_rmi(z: Tensor, one_hot: Tensor, valid: Tensor, radius: int = 3, alp
 
 
 def problems(labels: Tensor, classes: int) -> Iterator[Problem]:
-    """Each row at the labels' size and at an eighth, beside binary cross-entropy alone."""
+    """At the labels' size and at an eighth: each row beside binary cross-entropy alone, and RMI alone."""
     height, width = labels.shape[1:]
     cpgs = [CPG(kernel_size=size) for size in (3, 5, 7)]
     rows = (Row(), Row(rmi=True), *(Row(cpg=cpg) for cpg in cpgs), Row(rmi=True, cpg=cpgs[0]))
@@ -83,3 +96,10 @@ def problems(labels: Tensor, classes: int) -> Iterator[Problem]:
             title = f"{row}, {size_of(logits, labels)}, float32"
             definition = partial(row.defined, target=labels)
             yield Problem(title, logits, contenders, definition, work(logits, labels), alone)
+        yield Problem(
+            f"RMI, {size_of(logits, labels)}, float32",
+            logits,
+            {"plain": partial(plain_rmi, target=labels), "torch": partial(rmi_loss, target=labels)},
+            partial(reference.rmi_loss, target=labels),
+            work(logits, labels),
+        )

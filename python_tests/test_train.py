@@ -366,6 +366,19 @@ def test_pretrained(flags: list[str], tmp_path: Path, capsys: pytest.CaptureFixt
     torch.testing.assert_close(ours, theirs)
 
 
+def test_without_pretrained(flags: list[str], run: Path) -> None:
+    """A network that needs public weights says at the start what it costs to train without; with them it does not."""
+
+    def weights(*more: str) -> str:
+        config = train.make_config(parse_flags([*flags, "--model", "scr_resnet18", *more]))
+        return train.Trainer(
+            config, *(open_dataset("folder", config.data_root, split) for split in ("train", "val"))
+        ).weights
+
+    assert "mIoU of 73" in weights()
+    assert "mIoU" not in weights("--name", "y", "--pretrained", str(run / "last.pt"))
+
+
 @pytest.mark.usefixtures("tiny")
 def test_every_knob_reaches_its_place(flags: list[str]) -> None:
     """What is asked for is what is trained with: none of these has its default."""
