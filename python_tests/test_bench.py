@@ -122,8 +122,8 @@ def test_gpu_script_as_far_as_it_goes_without_one(tmp_path: Path) -> None:
     record = json.loads((out / "kernels-cpu.json").read_text())
     assert {"commit", "sources", "versions", "labels", "results"} <= record.keys()
     for result in record["results"]:
-        assert "cpu" in result["contenders"]
-        assert result["contenders"]["cpu"]["against"].keys() == result["contenders"].keys() - {"cpu"}
+        if not result["problem"].startswith("RMI,"):  # It has no kernels.
+            assert result["contenders"]["cpu"]["against"].keys() == result["contenders"].keys() - {"cpu"}
         for name, row in result["contenders"].items():
             # BCL selects by comparing neighbours, which resampling makes almost equal: in fp32 they may be others.
             unsure = {"BCL", "→"} <= set(result["problem"].replace(",", "").split())
