@@ -62,7 +62,8 @@ def test_every_command_twice(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) ->
     Path("more").mkdir()
     for photo in ("street.jpg", "more/lane.png"):
         Image.fromarray(np.zeros((64, 96, 3), np.uint8)).save(photo)
-    torch.save({"state_dict": TinyNet(19).state_dict()}, "DDRNet23s_imagenet.pth")
+    for weights in ("DDRNet23s_imagenet.pth", "resnet18-f37072fd.pth"):
+        torch.save({"state_dict": TinyNet(19).state_dict()}, weights)
     theirs = {path: path.read_bytes() for path in Path().rglob("*") if path.is_file()}
 
     commands = dict.fromkeys(command for document in DOCUMENTS for command in COMMAND.findall(document.read_text()))
