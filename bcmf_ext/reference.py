@@ -352,12 +352,13 @@ def _cpg_sparse(logits: Tensor, labels: Tensor, valid: Tensor, cpg: CPG) -> Tens
 def rmi_loss(
     logits: Tensor, target: Tensor, *, ignore_index: int = 255, align_corners: bool = False, **options: Any
 ) -> Tensor:
-    """RMI: Σ_classes mean_images ½ log det(M + αI) / radius², M the labels' covariance that p does not explain.
+    """RMI: mean_images Σ_classes ½ log det(M + αI) / radius², M the labels' covariance that p does not explain.
 
     p = activation(Z) · [Y valid] + 10⁻⁶ and y = onehot(Y), 0 at ignored pixels, are averaged over pool × pool pixels; Y
     and P (radius² × m) are their regions, centred; M = YYᵀ − YPᵀ (PPᵀ + αI)⁻¹ PYᵀ. The determinant is taken in fp64,
     and as det [[PPᵀ + αI, PYᵀ], [YPᵀ, YYᵀ + αI]] / det(PPᵀ + αI), which is the same and needs no inverse of a matrix
-    that is nearly singular. options: the fields of RMI.
+    that is nearly singular. Images without a valid pixel, or below radius × radius when pooled, leave the mean.
+    options: the fields of RMI.
     """
     target = check_inputs(logits, target)
     return compute_rmi(logits, target, RMI(**options), ignore_index, align_corners)
@@ -369,8 +370,14 @@ def compute_rmi(logits: Tensor, target: Tensor, rmi: RMI, ignore_index: int, ali
     joint, entries = torch.cat([p, y], dim=1), rmi.radius**2
     gram = joint @ joint.mT + rmi.alpha * torch.eye(2 * entries, dtype=p.dtype, device=p.device)
     information = (torch.logdet(gram) - torch.logdet(gram[:, :entries, :entries])) / 2
-    loss = information.sum() / (max(1, logits.shape[0]) * entries)
+    compared = any_valid(target, ignore_index) & (joint.shape[2] > 0)
+    loss = _mean(information.view(logits.shape[:2]).sum(1), compared) / entries
     return loss.to(logits.dtype if logits.dtype == torch.float64 else torch.float32)
+
+
+def any_valid(target: Tensor, ignore_index: int) -> Tensor:
+    """Which images have a label that is not ignored: bool (N,)."""
+    return (target.long() != whole_label(ignore_index)).flatten(1).any(1)
 
 
 def rmi_maps(logits: Tensor, target: Tensor, rmi: RMI, ignore_index: int, align_corners: bool) -> tuple[Tensor, Tensor]:

@@ -86,18 +86,35 @@ def test_gradcheck(loss: Any) -> None:
 @BOTH
 @pytest.mark.parametrize(("height", "width"), [(0, 0), (1, 1), (3, 3), (1, 20)])
 def test_nothing_to_compare(loss: Any, height: int, width: int) -> None:
-    """Protects from NaN: crops without a valid pixel, and images smaller than a region, are finite, and pull at
-    nothing; a class that is absent adds ½ log α."""
+    """Protects from NaN: with images below a region, without a valid pixel, or without any image, the loss is 0, and
+    pulls at nothing."""
     z, y = problem()
-    nothing = 3 * 0.5 * math.log(RMI.alpha)
-    value, grad = value_and_gradient(loss, z[:, :, :height, :width], y[:, 4 : 4 + height, :width])
-    assert value.item() == pytest.approx(nothing)
-    assert not grad.any()
-    value, grad = value_and_gradient(loss, z, torch.full_like(y, 255))
-    assert value.item() == pytest.approx(nothing)
-    assert not grad.any()
-    value, grad = value_and_gradient(loss, z[:0], y[:0])
-    assert value == 0
+    for logits, labels in (
+        (z[:, :, :height, :width], y[:, 4 : 4 + height, :width]),
+        (z, torch.full_like(y, 255)),
+        (z[:0], y[:0]),
+    ):
+        value, grad = value_and_gradient(loss, logits, labels)
+        assert value == 0
+        assert not grad.any()
+
+
+@BOTH
+def test_images_without_a_valid_pixel_leave_the_mean(loss: Any) -> None:
+    """Protects the mean: beside an empty crop an image has the loss and the gradient that it has alone."""
+    z, y = problem()
+    y[1] = 255
+    value, grad = value_and_gradient(loss, z, y)
+    alone, grad_alone = value_and_gradient(loss, z[:1], y[:1])
+    torch.testing.assert_close(value, alone)
+    torch.testing.assert_close(grad[:1], grad_alone)
+    assert not grad[1].any()
+
+
+@BOTH
+def test_absent_class(loss: Any) -> None:
+    """A class that is absent adds ½ log α, and its gradient is finite."""
+    z, y = problem()
     absent = torch.where(y == 2, 255, y)
     with_two = value_and_gradient(loss, z[:, :2], absent)
     with_three = value_and_gradient(loss, z, absent)

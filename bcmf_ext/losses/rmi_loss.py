@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from typing import Any
 
 import torch
@@ -35,14 +34,14 @@ def rmi_loss(
 
     p = activation(Z) · [Y valid] + 10⁻⁶ and y = onehot(Y), 0 at ignored pixels, are averaged over pool × pool pixels; Y
     and P (radius² × m) hold their regions, centred. M = YYᵀ − YPᵀ (PPᵀ + αI)⁻¹ PYᵀ, and the loss is
-    Σ_classes mean_images ½ log det(M + αI) / radius².
+    mean_images Σ_classes ½ log det(M + αI) / radius², where images without a valid pixel leave the mean.
 
     logits: (N, C, h, w), fp16, bf16, fp32 or fp64, any strides; resampled bilinearly to (H, W) if h, w differ.
     target: (N, H, W) or (N, 1, H, W), bool or of any integer dtype, 0..C-1 or ignore_index.
     radius: the edge of a region. pool: pixels along each axis that are averaged, 1 for none. alpha: α > 0. activation:
     "sigmoid", as in the authors' code, or "softmax".
-    Returns a scalar, fp32 (fp64 for fp64 logits), which may be negative: a class that is absent, and an image smaller
-    than a region, add the constant ½ log α to it, with a zero gradient for the latter. It stands beside a main loss,
+    Returns a scalar, fp32 (fp64 for fp64 logits), which may be negative: a class that an image has none of adds
+    ½ log α. It is 0 where no image is left, or all are below radius × radius when pooled. It stands beside a main loss,
     with a weight of 0.5. The gradient is computed along with the loss, so it cannot be differentiated once more.
 
     Raises TypeError for a wrong dtype; ValueError for a wrong shape, device or option, and on the CPU for a label out
@@ -53,36 +52,39 @@ def rmi_loss(
     target, ignore_index, align_corners = read_inputs(logits, target, None, ignore_index, align_corners)
     if torch.compiler.is_compiling() or is_traced(logits):
         return reference.compute_rmi(logits, target, options, ignore_index, align_corners)
+
+    def information(z: Tensor, y: Tensor) -> Tensor:
+        maps = reference.rmi_maps(z, y, options, ignore_index, align_corners)
+        return _Information.apply(*maps, reference.any_valid(y, ignore_index), options)
+
     with without_autocast(logits):
-        total = sum_over_images(
-            lambda z, y: _Information.apply(*reference.rmi_maps(z, y, options, ignore_index, align_corners), options),
-            logits,
-            target,
-        )
-    return (total / (max(1, logits.shape[0]) * radius**2)).to(acc_dtype(logits))
+        total = sum_over_images(information, logits, target)
+    images = reference.any_valid(target, ignore_index).sum().clamp(min=1)
+    return (total / (images * radius**2)).to(acc_dtype(logits))
 
 
 class _Information(torch.autograd.Function):
-    """Σ ½ log det(M + αI) over the maps y and p, (N, C, h, w) fp64.
+    """Σ ½ log det(M + αI) over the maps y and p, (N, C, h, w) fp64, of the images that are ``compared``, bool (N,).
 
     det(M + αI) is that of [[PPᵀ + αI, PYᵀ], [YPᵀ, YYᵀ + αI]] over that of PPᵀ + αI. Both are Gram matrices of regions
     Z, and ∂ log det(ZZᵀ + αI)/∂Z = 2 (ZZᵀ + αI)⁻¹ Z. The gradient is computed at once, while the regions are there.
     """
 
     @staticmethod
-    def forward(ctx: Any, y: Tensor, p: Tensor, options: RMI) -> Tensor:
+    def forward(ctx: Any, y: Tensor, p: Tensor, compared: Tensor, options: RMI) -> Tensor:
         side, entries = p.shape[-2:], options.radius**2
-        if min(side) < options.radius:  # There is no region, and M is 0.
+        if min(side) < options.radius:  # There is no region.
             ctx.save_for_backward(torch.zeros_like(p))
-            return p.new_tensor(p.shape[0] * p.shape[1] * entries * math.log(options.alpha) / 2)
+            return p.new_zeros(())
         total, pulls = p.new_zeros(()), []
         pairs = torch.stack([p.flatten(0, 1), y.flatten(0, 1)], dim=1)
-        for some in pairs.split(max(1, CHUNK // (2 * entries * side.numel()))):
+        chunk = max(1, CHUNK // (2 * entries * side.numel()))
+        for some, counted in zip(pairs.split(chunk), compared.repeat_interleave(p.shape[1]).split(chunk), strict=True):
             regions = F.unfold(some, options.radius)  # (maps, 2 · radius², m), p's first
             regions -= regions.mean(2, keepdim=True)
             gram = regions @ regions.mT + options.alpha * torch.eye(2 * entries, dtype=p.dtype, device=p.device)
             own = gram[:, :entries, :entries]
-            total += (torch.logdet(gram) - torch.logdet(own)).sum() / 2
+            total += torch.where(counted, torch.logdet(gram) - torch.logdet(own), 0.0).sum() / 2
             if ctx.needs_input_grad[1]:
                 pull = torch.linalg.inv_ex(gram).inverse[:, :entries]
                 pull[:, :, :entries] -= torch.linalg.inv_ex(own).inverse
@@ -93,9 +95,9 @@ class _Information(torch.autograd.Function):
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, upstream: Tensor) -> tuple[None, Tensor, None]:
-        (pull,) = ctx.saved_tensors
-        return None, upstream * pull, None
+    def backward(ctx: Any, upstream: Tensor) -> tuple[None, Tensor, None, None]:
+        (pull,) = ctx.saved_tensors  # An image that is not compared has only ignored pixels, which pass on none of it.
+        return None, upstream * pull, None, None
 
 
 class RMILoss(LossModule):
