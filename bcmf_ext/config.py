@@ -120,7 +120,7 @@ class Config:
     )
     cpg_kernel: int = knob("kernel size of the CPG loss", CPG.kernel_size, type=int, choices=tuple(CPG_WEIGHTS))
     rmi: float = knob(
-        f"weight of the RMI loss, in plain PyTorch ({RMI_WEIGHT:g} when not given); 0: off",
+        f"weight of the RMI loss, in plain PyTorch; without a number {RMI_WEIGHT:g}; 0: off",
         0.0,
         type=float,
         nargs="?",
@@ -169,7 +169,7 @@ class Config:
     def __post_init__(self) -> None:
         if self.batch_size == 1:
             raise UserError(
-                "--batch-size 1 cannot train: the network's global pool leaves batch norm a single value per channel; "
+                "--batch-size 1 cannot train: a network's global pool leaves batch norm a single value per channel; "
                 "use 2 or more."
             )
         low, high = self.scale_range

@@ -204,6 +204,8 @@ class RMI:
     probabilities, "sigmoid" or "softmax".
     """
 
+    label: ClassVar = "RMI"
+
     radius: int = 3
     pool: int = 2
     alpha: float = 5e-4
@@ -222,13 +224,13 @@ class RMI:
 
 
 class SegmentationLoss(NamedTuple):
-    """total, differentiable, and its terms, detached and unweighted; a term that was not asked for is None."""
+    """total, differentiable, and its terms, detached and unweighted; a term that was not asked for is None. ce is the
+    first term, whichever it is: CE, OHEM or BCE."""
 
     total: Tensor
     ce: Tensor | None
     bcl: Tensor | None
     cpg: Tensor | None
-    bce: Tensor | None = None
 
     @classmethod
     def of(cls, total: Tensor, found: Mapping[str, Tensor]) -> SegmentationLoss:

@@ -180,10 +180,12 @@ def count_valid(target: Tensor, ignore_index: int) -> Tensor:
 def sum_bce(logits: Tensor, target: Tensor, weight: Tensor | None, ignore_index: int, align_corners: bool) -> Tensor:
     """The sum over pixels and classes."""
     logits, labels, valid = _widen(logits, target, ignore_index, align_corners)
-    one_hot, valid = _one_hot(logits, labels, valid), valid.unsqueeze(1)
-    weight = None if weight is None else weight.to(logits.dtype).view(-1, 1, 1)
-    losses = F.binary_cross_entropy_with_logits(torch.where(valid, logits, 0.0), one_hot, weight, reduction="none")
-    return torch.where(valid, losses, 0.0).sum()
+    one_hot, valid = _one_hot(logits, labels, valid).bool(), valid.unsqueeze(1)
+    # log σ(−Z) = log(1 − σ(Z)). Not F.binary_cross_entropy_with_logits: it gives NaN for a class of −∞.
+    logits = torch.where(valid, logits, 0.0)
+    log_p = F.logsigmoid(torch.where(one_hot, logits, -logits))
+    log_p = log_p if weight is None else log_p * weight.to(logits.dtype).view(-1, 1, 1)
+    return -torch.where(valid, log_p, 0.0).sum()
 
 
 # --------------------------------------------------------------------------------------------------------------------
@@ -417,7 +419,7 @@ def segmentation_loss(
     align_corners: bool = False,
     group: Any = None,
 ) -> SegmentationLoss:
-    """total = CE (or OHEM, or BCE) + λ_bcl · BCL + λ_cpg · CPG, and the terms.
+    """total = CE (or OHEM, or BCE) + λ_bcl · BCL + λ_cpg · CPG, and the terms; ``ce`` is the first, whichever it is.
 
     ohem, bcl, cpg: their options, or a float for OHEM's threshold, BCL's and CPG's weight; None leaves the term out.
     first: "ce", or "bce" for binary cross-entropies.
@@ -427,8 +429,8 @@ def segmentation_loss(
     target = check_inputs(logits, target, weight)
     if first == "ce":
         return SegmentationLoss.of(*compute_loss(logits, target, terms, weight, ignore_index, align_corners))
-    total = bce = compute_bce(logits, target, weight, ignore_index, align_corners)
-    found = {"bce": bce.detach()}
+    total = compute_bce(logits, target, weight, ignore_index, align_corners)
+    found = {"ce": total.detach()}
     if terms.names():
         others, values = compute_loss(logits, target, terms, None, ignore_index, align_corners)
         total, found = total + others, found | values

@@ -70,9 +70,10 @@ def loss_words(criterion: SegmentationCriterion, impl: str, warmup: int, iterati
     first = criterion.first.upper() if criterion.ohem is None else criterion.ohem.words
     weighted = [option for name in WEIGHTED if (option := getattr(criterion, name)) is not None]
     terms = [first, *(option.words for option in weighted)]
-    terms += [f"{weight:g} {name}" for name, (weight, _) in criterion.extra.items()]
+    extra = {getattr(function, "label", name): weight for name, (weight, function) in criterion.extra.items()}
+    terms += [f"{weight:g} {label}" for label, weight in extra.items()]
     words = f"{' + '.join(terms)}, and {criterion.aux_weight:g} {first.split()[0]} of the auxiliary head; impl {impl}"
-    ramped = [*(option.label for option in weighted), *criterion.extra]
+    ramped = [*(option.label for option in weighted), *extra]
     if warmup and ramped:
         words += f"; {' and '.join(ramped)} gain weight in {counted(warmup, 'iteration')}"
         words += ", more than there are" if warmup >= iterations else ""

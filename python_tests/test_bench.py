@@ -84,7 +84,9 @@ def test_refine_plans_and_compares(
     trained: list[Path] = []
 
     def train(arm: Any, seed: int, root: Path, folder: Path, **flags: Any) -> None:
-        assert flags == ({"epochs": 20} if not trained else {"pretrained": str(trained[0] / "last.pt"), "lr": 0.0075})
+        assert flags == (
+            {"pretrained": str(tmp_path / "start" / "last.pt"), "lr": 0.0075} if trained else {"epochs": 20}
+        )
         folder.mkdir()
         (folder / "last.pt").touch()
         trained.append(folder)
@@ -100,6 +102,7 @@ def test_refine_plans_and_compares(
         monkeypatch.setattr(sys, "argv", ["refine.py", *flags])
         refine.main()
     runs = json.loads((tmp_path / "refine.json").read_text())["runs"]
+    assert {path.name for path in tmp_path.iterdir()} >= {"start"}
     assert len(runs) == len({(run["arm"], run["seed"]) for run in runs}) == 6 * 5 + 2
     assert len(set(trained)) == len(runs) + 1
     printed = capsys.readouterr().out

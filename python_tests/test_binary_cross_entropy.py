@@ -30,23 +30,29 @@ def value_and_gradient(loss: Any, z: Tensor, *arguments: Any, **options: Any) ->
     return value.detach(), torch.autograd.grad(value, leaf)[0]
 
 
+READINGS = ({}, {"align_corners": True}, {"ignore_index": 2})
+
+
 @pytest.mark.parametrize("size", [(12, 20), (3, 5), (5, 7)], ids=str)
 @pytest.mark.parametrize("weighted", [True, False])
-def test_as_defined(size: tuple[int, int], weighted: bool) -> None:
+@pytest.mark.parametrize("reading", READINGS, ids=str)
+def test_as_defined(size: tuple[int, int], weighted: bool, reading: dict[str, Any]) -> None:
     """Protects the scale: summed over classes, averaged over valid pixels, also with class weights, as the public code
     of the RMI loss has it; gradients reach low-resolution logits."""
     z, y, w = problem(*size)
+    ignored, corners = reading.get("ignore_index", 255), reading.get("align_corners", False)
+    y = torch.where(y == 255, ignored, y)
 
     def by_hand(z: Tensor, y: Tensor) -> Any:
-        full, total, valid = F.interpolate(z, y.shape[1:], mode="bilinear"), 0.0, 0
-        for n, i, j in (y != 255).nonzero().tolist():
+        full, total, valid = F.interpolate(z, y.shape[1:], mode="bilinear", align_corners=corners), 0.0, 0
+        for n, i, j in (y != ignored).nonzero().tolist():
             valid += 1
             for c in range(4):
                 loss = F.softplus(-full[n, c, i, j] if y[n, i, j] == c else full[n, c, i, j])
                 total = total + loss * (w[c] if weighted else 1.0)
         return bcmf_ext.SegmentationLoss(total / valid, None, None, None)
 
-    options = {"weight": w if weighted else None, "first": "bce"}
+    options = {"weight": w if weighted else None, "first": "bce", **reading}
     expected = value_and_gradient(by_hand, z, y)
     for loss in (bcmf_ext.segmentation_loss, reference.segmentation_loss):
         torch.testing.assert_close(value_and_gradient(loss, z, y, **options), expected, rtol=1e-10, atol=1e-12)
@@ -64,23 +70,32 @@ def test_precision(dtype: torch.dtype) -> None:
     torch.testing.assert_close(grad.double(), expected[1], rtol=torch.finfo(dtype).eps, atol=1e-6)
 
 
-def test_terms_beside_it() -> None:
+@pytest.mark.parametrize("reading", READINGS, ids=str)
+def test_terms_beside_it(reading: dict[str, Any]) -> None:
     """Protects BCL and CPG beside it, which stay those of the softmax; the auxiliary head gets the same first term, and
     the logged terms say which it was."""
     z, y, _ = problem(3, 5)
-    criterion = SegmentationCriterion(bcl=BCL(0.3), cpg=CPG(0.7), first="bce", aux_weight=0.2)
+    criterion = SegmentationCriterion(bcl=BCL(0.3), cpg=CPG(0.7), first="bce", aux_weight=0.2, **reading)
+    y = torch.where(y == 255, reading.get("ignore_index", 255), y)
     terms = criterion.terms((z, 0.5 * z), y)
     assert list(terms) == ["total", "bce", "bcl", "cpg", "aux"]
-    bce, aux = (bcmf_ext.segmentation_loss(x, y, first="bce") for x in (z, 0.5 * z))
-    assert bce.ce is None
-    assert torch.equal(bce.bce, bce.total)
-    bcl, cpg = bcmf_ext.boundary_corrected_loss(z, y), bcmf_ext.cpg_loss(z, y)
+    bce, aux = (bcmf_ext.segmentation_loss(x, y, first="bce", **reading) for x in (z, 0.5 * z))
+    assert torch.equal(bce.ce, bce.total)
+    bcl, cpg = bcmf_ext.boundary_corrected_loss(z, y, **reading), bcmf_ext.cpg_loss(z, y, **reading)
     torch.testing.assert_close(terms["total"], bce.total + 0.3 * bcl + 0.7 * cpg + 0.2 * aux.total)
     for name, value in (("bce", bce.total), ("bcl", bcl), ("cpg", cpg), ("aux", aux.total)):
         torch.testing.assert_close(terms[name], value)
     shares = criterion.gradient_shares((z, z), y)
     assert list(shares) == ["bce", "bcl", "cpg"]
-    assert sum(shares.values()).item() == pytest.approx(1)
+    pulls = []
+    for loss, weight in (
+        (lambda z: bcmf_ext.segmentation_loss(z, y, first="bce", **reading).total, 1.0),
+        (lambda z: bcmf_ext.boundary_corrected_loss(z, y, **reading), 0.3),
+        (lambda z: bcmf_ext.cpg_loss(z, y, **reading), 0.7),
+    ):
+        leaf = z.detach().requires_grad_()
+        pulls.append(weight * torch.autograd.grad(loss(leaf), leaf)[0].norm())
+    torch.testing.assert_close(torch.stack([*shares.values()]), torch.stack(pulls) / sum(pulls))
 
 
 def test_what_cannot_stand_beside_it() -> None:
@@ -95,6 +110,10 @@ def test_what_cannot_stand_beside_it() -> None:
         with pytest.raises(ValueError, match="more than"):
             call(bcl=flipped)
         call(first="bce", bcl=flipped, weight=w)
+        with pytest.raises(ValueError, match="impl"):
+            call(first="bce", impl="none")
+    with pytest.raises(ValueError, match="impl='cuda' cannot run segmentation_loss: it does not run on cpu"):
+        bcmf_ext.segmentation_loss(z, y, first="bce", impl="cuda")
 
 
 @pytest.mark.parametrize("size", [(2, 4, 0, 0), (0, 4, 3, 5), (2, 4, 12, 20)], ids=str)
@@ -114,6 +133,10 @@ def test_labels_out_of_range_and_values_that_are_not_finite() -> None:
     value, grad = value_and_gradient(bcmf_ext.segmentation_loss, z, y, first="bce")
     assert value.isfinite()
     assert not grad[0, :, :3].any()
+    z[1, 0] = torch.where(y[1] == 0, z[1, 0], -torch.inf)  # as who rules classes out does
+    value, grad = value_and_gradient(bcmf_ext.segmentation_loss, z, y, first="bce")
+    assert value.isfinite()
+    assert grad.isfinite().all()
     y[1, 0, 0] = 9
     with pytest.raises(ValueError, match="target holds 9"):
         bcmf_ext.segmentation_loss(z, y, first="bce")
@@ -137,8 +160,20 @@ def test_in_chunks(monkeypatch: pytest.MonkeyPatch) -> None:
     with torch.autograd.graph.saved_tensors_hooks(lambda t: (kept.append(weakref.ref(t)), t)[1], lambda t: t):
         loss = bcmf_ext.segmentation_loss(z.requires_grad_(), y, **options)
     assert max(t.numel() for ref in kept if (t := ref()) is not None) == z.numel(), loss
-    monkeypatch.setattr(_chunks, "CHUNK", 1)
+    monkeypatch.setattr(_chunks, "CHUNK_ON_CPU", 1)
     torch.testing.assert_close(value_and_gradient(bcmf_ext.segmentation_loss, z, y, **options), whole)
+
+
+def test_second_derivatives() -> None:
+    """Protects from a gradient of a gradient that is silently wrong: the loss says that it has none, also with the
+    impl "torch", and the reference has it."""
+    z, y, _ = problem(3, 5)
+    z.requires_grad_()
+    loss = bcmf_ext.segmentation_loss(z, y, cpg=CPG(), first="bce", impl="torch").total
+    (grad,) = torch.autograd.grad(loss, z, create_graph=True)
+    with pytest.raises(RuntimeError, match=r"no second derivative: use that of bcmf_ext\.reference"):
+        grad.square().sum().backward()
+    assert torch.autograd.gradgradcheck(lambda z: reference.segmentation_loss(z, y, first="bce").total, (z,))
 
 
 def test_compile_and_transforms() -> None:

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
 from bcmf_ext.models import NETWORKS, DDRNet, bcmfnet, ddrnet_s, scr_ddrnet_s, scr_resnet18
+from bcmf_ext.nn import SRM
 
 MODELS = pytest.mark.parametrize("build", [ddrnet_s, bcmfnet])
 
@@ -148,68 +149,107 @@ def test_every_network_keeps_the_protocol(name: str) -> None:
 # Wiring
 
 
-def by_definition(state: dict[str, Tensor], context: nn.Module, images: Tensor) -> tuple[Tensor, Tensor]:
-    """(main, aux) logits in eval mode, straight from the tensors of a state dict and the public layer table."""
+class Layers:
+    """Layers in eval mode, straight from the tensors of a state dict."""
 
-    def conv(x: Tensor, name: str, stride: int = 1) -> Tensor:
-        weight = state[f"{name}.weight"]
-        return F.conv2d(x, weight, state.get(f"{name}.bias"), stride, padding=weight.shape[-1] // 2)
+    def __init__(self, state: dict[str, Tensor]) -> None:
+        self.state = state
 
-    def bn(x: Tensor, name: str) -> Tensor:
-        weight, bias, mean, var = (state[f"{name}.{t}"] for t in ("weight", "bias", "running_mean", "running_var"))
+    def conv(self, x: Tensor, name: str, stride: int = 1) -> Tensor:
+        weight = self.state[f"{name}.weight"]
+        return F.conv2d(x, weight, self.state.get(f"{name}.bias"), stride, padding=weight.shape[-1] // 2)
+
+    def bn(self, x: Tensor, name: str) -> Tensor:
+        weight, bias, mean, var = (self.state[f"{name}.{t}"] for t in ("weight", "bias", "running_mean", "running_var"))
         return F.batch_norm(x, mean, var, weight, bias)
 
-    def block(x: Tensor, name: str, stride: int = 1) -> Tensor:
-        """A residual block of two or three convolutions; the last but one strides."""
-        y, depth = x, 3 if f"{name}.conv3.weight" in state else 2
+    def conv_bn(self, x: Tensor, name: str, at: int = 0, stride: int = 1) -> Tensor:
+        """Entries ``at`` and ``at + 1`` of a sequence."""
+        return self.bn(self.conv(x, f"{name}.{at}", stride), f"{name}.{at + 1}")
+
+    def block(self, x: Tensor, name: str, stride: int = 1, strided: int = 1) -> Tensor:
+        """A residual block of two or three convolutions, of which the one called ``strided`` strides."""
+        y, depth = x, 3 if f"{name}.conv3.weight" in self.state else 2
         for i in range(1, depth + 1):
-            y = bn(conv(y, f"{name}.conv{i}", stride if i == depth - 1 else 1), f"{name}.bn{i}")
+            y = self.bn(self.conv(y, f"{name}.conv{i}", stride if i == strided else 1), f"{name}.bn{i}")
             y = y.relu() if i < depth else y
-        if f"{name}.downsample.0.weight" in state:
-            x = bn(conv(x, f"{name}.downsample.0", stride), f"{name}.downsample.1")
+        if f"{name}.downsample.0.weight" in self.state:
+            x = self.conv_bn(x, f"{name}.downsample", stride=stride)
         return y + x
 
-    def stage(x: Tensor, name: str, stride: int = 1) -> Tensor:
-        return block(block(x, f"{name}.0", stride).relu(), f"{name}.1")
+    def stage(self, x: Tensor, name: str, stride: int = 1) -> Tensor:
+        return self.block(self.block(x, f"{name}.0", stride).relu(), f"{name}.1")
 
-    def head(x: Tensor, name: str) -> Tensor:
-        return conv(bn(conv(bn(x, f"{name}.bn1").relu(), f"{name}.conv1"), f"{name}.bn2").relu(), f"{name}.conv2")
+    def head(self, x: Tensor, name: str) -> Tensor:
+        x = self.conv(self.bn(x, f"{name}.bn1").relu(), f"{name}.conv1")
+        return self.conv(self.bn(x, f"{name}.bn2").relu(), f"{name}.conv2")
+
+
+def ddrnet_by_definition(model: nn.Module, images: Tensor) -> tuple[Tensor, Tensor]:
+    """(main, aux) logits in eval mode, from the public layer table; the context module, SRM and CRM, which have tests
+    of their own, are the model's."""
+    net = Layers(model.state_dict())
+    conv_bn, stage, block = net.conv_bn, net.stage, net.block
 
     def up(x: Tensor) -> Tensor:
         return F.interpolate(x, l2.shape[2:], mode="bilinear", align_corners=False)
 
-    x = bn(conv(images, "conv1.0", 2), "conv1.1").relu()
-    x = bn(conv(x, "conv1.3", 2), "conv1.4").relu()
+    x = conv_bn(images, "conv1", stride=2).relu()
+    x = conv_bn(x, "conv1", 3, stride=2).relu()
     l2 = stage(stage(x, "layer1").relu(), "layer2", 2).relu()
     l3, h3 = stage(l2, "layer3", 2), stage(l2, "layer3_")
-    low = l3 + bn(conv(h3.relu(), "down3.0", 2), "down3.1")
-    high = h3 + up(bn(conv(l3.relu(), "compression3.0"), "compression3.1"))
-    aux = head(high, "seghead_extra")
-    l4, h4 = stage(low.relu(), "layer4", 2), stage(high.relu(), "layer4_")
-    down = bn(conv(bn(conv(h4.relu(), "down4.0", 2), "down4.1").relu(), "down4.3", 2), "down4.4")
-    high = h4 + up(bn(conv(l4.relu(), "compression4.0"), "compression4.1"))
-    l5 = block((l4 + down).relu(), "layer5.0", 2)
-    return head(up(context(l5)) + block(high.relu(), "layer5_.0"), "final_layer"), aux
+    low3 = (l3 + conv_bn(h3.relu(), "down3", stride=2)).relu()
+    high = h3 + up(conv_bn(l3.relu(), "compression3"))
+    aux = net.head(high, "seghead_extra")
+    l4, h4 = stage(low3, "layer4", 2), stage(high.relu(), "layer4_")
+    low4 = (l4 + conv_bn(conv_bn(h4.relu(), "down4", stride=2).relu(), "down4", 3, stride=2)).relu()
+    high = (h4 + up(conv_bn(l4.relu(), "compression4"))).relu()
+    context = model.spp(block(low4, "layer5.0", 2, strided=2))
+    details = block(high, "layer5_.0")
+    if not hasattr(model, "srm"):
+        return net.head(up(context) + details, "final_layer"), aux
+    fused = model.srm(high, context, details) + model.crm_gain * model.crm(high, low3, low4, context)
+    return net.head(fused, "final_layer"), aux
 
 
-@MODELS
+def resnet_by_definition(model: nn.Module, images: Tensor) -> tuple[Tensor, Tensor]:
+    """The same of scr_resnet18."""
+    net = Layers(model.state_dict())
+    x = F.max_pool2d(net.bn(net.conv(images, "conv1", 2), "bn1").relu(), 3, 2, 1)
+    stages = []
+    for i in range(1, 5):
+        x = net.stage(x, f"layer{i}", 1 if i == 1 else 2).relu()
+        stages.append(x)
+    refined = model.crm(*stages)
+    for i in (3, 2, 1):
+        refined = net.conv_bn(model.get_submodule(f"srm{i}")(stages[i - 1], refined), f"smooth{i}").relu()
+    return net.head(refined, "final_layer"), net.head(stages[2], "seghead_extra")
+
+
+@pytest.mark.parametrize("build", NETWORKS.values(), ids=NETWORKS)
 def test_wiring(build: Any) -> None:
     """Both logits equal a second writing of the layer table: strides, which maps are fused before which ReLU, and from
-    where the auxiliary head reads. Statistics and affine parameters are random: no two layers can be swapped."""
+    where the auxiliary head reads. Statistics and affine parameters are random, offsets and gains are not 0: no two
+    layers can be swapped."""
     torch.manual_seed(0)
     model = build(5).double()
-    for norm in model.modules():
-        if isinstance(norm, nn.BatchNorm2d):
-            nn.init.normal_(norm.running_mean, 0, 0.3)
-            nn.init.uniform_(norm.running_var, 0.5, 2)
-            nn.init.normal_(norm.weight, 1, 0.3)
-            nn.init.normal_(norm.bias, 0, 0.3)
+    for module in model.modules():
+        if isinstance(module, nn.BatchNorm2d):
+            nn.init.normal_(module.running_mean, 0, 0.3)
+            nn.init.uniform_(module.running_var, 0.5, 2)
+            nn.init.normal_(module.weight, 1, 0.3)
+            nn.init.normal_(module.bias, 0, 0.3)
+        if isinstance(module, SRM):
+            nn.init.normal_(module.offset.weight, 0, 0.1)
+    if hasattr(model, "crm_gain"):
+        nn.init.normal_(model.crm_gain)
     x = images(2, 3, 65, 97).double()
-    expected = by_definition(model.state_dict(), model.spp.eval(), x)
+    by_definition = resnet_by_definition if build is scr_resnet18 else ddrnet_by_definition
+    expected = by_definition(model.eval(), x)
     frozen = model.train()
-    for norm in frozen.modules():
-        if isinstance(norm, nn.BatchNorm2d):
-            norm.eval()
+    for module in frozen.modules():
+        if isinstance(module, nn.BatchNorm2d):
+            module.eval()
     torch.testing.assert_close(frozen(x), expected)
     torch.testing.assert_close(model.eval()(x), expected[0])
 

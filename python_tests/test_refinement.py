@@ -3,6 +3,8 @@ layouts, compilers and exporters must not break."""
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -135,6 +137,30 @@ def test_gradcheck(training: bool) -> None:
         assert torch.autograd.gradcheck(run, leaves, eps=1e-7, atol=1e-5, fast_mode=True)
 
 
+@pytest.mark.parametrize("size", [((1, 1), (1, 1)), ((1, 3), (1, 5)), ((2, 1), (5, 1))], ids=str)
+def test_gradcheck_of_one_pixel(size: tuple[tuple[int, int], tuple[int, int]]) -> None:
+    """Protects axes of one pixel from a division by zero, which values, clamped to the border, would hide."""
+    srm = randomised(SRM(3, 4)).eval()
+    leaves = [t.requires_grad_() for t in maps((2, 3, *size[1]), (2, 4, *size[0]))]
+    assert torch.autograd.gradcheck(srm, leaves, eps=1e-7, atol=1e-5)
+
+
+@pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last], ids=str)
+def test_offsets_that_are_not_numbers(layout: torch.memory_format) -> None:
+    """Protects a training that diverges: its image becomes NaN, which the trainer tells. grid_sample hides it, and then
+    its backward on a CPU ends the process."""
+    srm = SRM(8, 8).to(memory_format=layout)
+    nn.init.normal_(srm.offset.weight, 0, 0.1)
+    high, low = (m.to(memory_format=layout) for m in maps((2, 8, 16, 16), (2, 8, 8, 8), dtype=torch.float32))
+    bias = torch.zeros(2, 11, 16, 16)
+    bias[1, 0, 5, 5] = torch.nan
+    srm.offset.register_forward_hook(lambda _, __, raw: raw + bias)
+    out = srm.eval()(high, low)
+    assert out[0].isfinite().all()
+    assert out[1].isnan().all()
+    out.sum().backward()
+
+
 @pytest.mark.parametrize("module", [SRM(5, 6), SRM(5, 6, project=False), CRM((3, 4, 5, 6), 6), CRM((3, 4), 6, at=0)])
 def test_sentences(module: nn.Module) -> None:
     """Maps that do not fit are refused by name; a residual can be given, and has to be without a projection."""
@@ -154,6 +180,23 @@ def test_sentences(module: nn.Module) -> None:
         ValueError, match=r"SRM upsamples: its second map, \(1, 6, 7, 4\), may not be larger than its f"
     ):
         module(high, torch.randn(1, 6, 7, 4), residual)
+    with pytest.raises(ValueError, match=r"residual of an SRM has the shape .*\(1, 6, 6, 8\), not \(1, 6, 6, 1\)"):
+        module(high, low, residual[..., :1])
+
+
+@pytest.mark.parametrize(
+    ("build", "says"),
+    [
+        (lambda: SRM(4, 7), "low_channels are even, and at least 2, not 7"),
+        (lambda: SRM(4, 0), "low_channels are even, and at least 2, not 0"),
+        (lambda: CRM((4, 4), 8), "A CRM of 2 maps .*: at is not 3"),
+        (lambda: CRM((4, 4), 8, at=-1), "at is not -1"),
+    ],
+)
+def test_what_cannot_be_built(build: Callable[[], nn.Module], says: str) -> None:
+    """A sentence when the module is made, not a traceback when it runs."""
+    with pytest.raises(ValueError, match=says):
+        build()
 
 
 @pytest.mark.parametrize("how", ["autocast", "bf16"])

@@ -29,11 +29,14 @@ def problem(*size: int, dtype: torch.dtype = torch.float64) -> tuple[Tensor, Ten
     return torch.randn(2, 3, *(size or (16, 20)), generator=generator, dtype=dtype), y
 
 
-def official(z: Tensor, y: Tensor, radius: int = 3, pool: int = 2, alpha: float = 5e-4) -> Tensor:
+def official(
+    z: Tensor, y: Tensor, radius: int = 3, pool: int = 2, alpha: float = 5e-4, activation: str = "sigmoid"
+) -> Tensor:
     """The paper's formula, with the inverse that it is written with; the authors' code has the same."""
     valid = y != 255
     one_hot = F.one_hot(torch.where(valid, y, 0), z.shape[1]).movedim(3, 1) * valid[:, None]
-    maps = one_hot.double(), z.sigmoid() * valid[:, None] + 1e-6
+    p = z.sigmoid() if activation == "sigmoid" else z.exp() / z.exp().sum(1, keepdim=True)
+    maps = one_hot.double(), p * valid[:, None] + 1e-6
     total = 0.0
     for n in range(z.shape[0]):
         for c in range(z.shape[1]):
@@ -57,7 +60,7 @@ def value_and_gradient(loss: Any, z: Tensor, *arguments: Any, **options: Any) ->
 
 
 @BOTH
-@pytest.mark.parametrize("options", [{}, {"radius": 2, "pool": 1}, {"alpha": 0.1}], ids=str)
+@pytest.mark.parametrize("options", [*OPTIONS[:3], {"alpha": 0.1}], ids=str)
 def test_official_formula(loss: Any, options: dict[str, Any]) -> None:
     """Protects the definition: on inputs where the inverse is harmless, value and gradient are the official ones."""
     z, y = problem()
@@ -188,22 +191,40 @@ def test_module() -> None:
     labels = torch.where(y == 255, 2, y)
     assert torch.equal(bcmf_ext.RMILoss(**options)(z, labels), bcmf_ext.rmi_loss(z, labels, **options))
     criterion = SegmentationCriterion(first="bce", extra={"rmi": (0.5, bcmf_ext.RMILoss())})
-    terms = criterion.terms(z, y)
-    torch.testing.assert_close(terms["rmi"], bcmf_ext.rmi_loss(z, y), rtol=1e-10, atol=0)
+    assert torch.equal(criterion.terms(z, y)["rmi"], bcmf_ext.rmi_loss(z, y))
+    for reading in ({"ignore_index": 2}, {"align_corners": True}):
+        with pytest.raises(ValueError, match=r"'rmi' has .*: give both the same"):
+            SegmentationCriterion(extra={"rmi": (0.5, bcmf_ext.RMILoss())}, **reading)
+        SegmentationCriterion(extra={"rmi": (0.5, bcmf_ext.RMILoss(**reading))}, **reading)
 
 
 def test_in_chunks(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Protects memory: what is kept for the backward has the logits' size, and chunks of one image and of one class
-    give the same."""
+    """Protects memory: what is kept for the backward has the logits' size, in the criterion too, and chunks of one
+    image and of one class give the same."""
     z, y = problem(4, 5)
     whole = value_and_gradient(bcmf_ext.rmi_loss, z, y)
-    kept: list[weakref.ref[Tensor]] = []
-    with torch.autograd.graph.saved_tensors_hooks(lambda t: (kept.append(weakref.ref(t)), t)[1], lambda t: t):
-        loss = bcmf_ext.rmi_loss(z.requires_grad_(), y)
-    assert max(t.numel() for ref in kept if (t := ref()) is not None) == z.numel(), loss
-    monkeypatch.setattr(_chunks, "CHUNK", 1)
-    monkeypatch.setattr("bcmf_ext.losses.rmi_loss.CHUNK", 1)
+    criterion = SegmentationCriterion(bcl=None, cpg=None, first="bce", extra={"rmi": (0.5, bcmf_ext.RMILoss())})
+    for function in (bcmf_ext.rmi_loss, criterion):
+        kept: list[weakref.ref[Tensor]] = []
+        with torch.autograd.graph.saved_tensors_hooks(lambda t: (kept.append(weakref.ref(t)), t)[1], lambda t: t):  # noqa: B023
+            loss = function(z.requires_grad_(), y)
+        assert max(t.numel() for ref in kept if (t := ref()) is not None) == z.numel(), loss
+    monkeypatch.setattr(_chunks, "CHUNK_ON_CPU", 1)
     torch.testing.assert_close(value_and_gradient(bcmf_ext.rmi_loss, z, y), whole)
+
+
+def test_second_derivatives() -> None:
+    """Protects from a gradient of a gradient that is silently wrong: the loss says that it has none, with or without
+    others beside it, and the reference has it."""
+    z, y = problem(4, 5)
+    z.requires_grad_()
+    for loss in (bcmf_ext.rmi_loss(z, y), bcmf_ext.rmi_loss(z, y) + z.square().sum()):
+        (grad,) = torch.autograd.grad(loss, z, create_graph=True)
+        with pytest.raises(RuntimeError, match=r"no second derivative: use that of bcmf_ext\.reference"):
+            grad.square().sum().backward()
+    assert torch.autograd.gradgradcheck(lambda z: reference.rmi_loss(z, y), (z,), fast_mode=True)
+    with torch.no_grad():
+        assert not bcmf_ext.rmi_loss(z, y).requires_grad
 
 
 def test_compile_and_transforms() -> None:

@@ -3,17 +3,24 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NoReturn
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from ..ops import acc_dtype
 
-CHUNK = 1 << 21
+CHUNK_ON_CPU = 1 << 21
 """How many numbers are worked on at once: 16 MB of doubles, which a cache holds, and which glibc keeps when they are
 freed."""
+
+CHUNK_ON_GPU = 1 << 25
+"""The same: 256 MB of doubles, in which each kernel has enough to do."""
+
+
+def chunk_length(numbers: int, device: torch.device) -> int:
+    """How many pieces of so many numbers each make a chunk; at least one."""
+    return max(1, (CHUNK_ON_CPU if device.type == "cpu" else CHUNK_ON_GPU) // max(1, numbers))
 
 
 def sum_over_images(function: Callable[[Tensor, Tensor], Tensor], logits: Tensor, target: Tensor) -> Tensor:
@@ -21,18 +28,19 @@ def sum_over_images(function: Callable[[Tensor, Tensor], Tensor], logits: Tensor
 
     function: a sum over images, of logits (n, C, h, w) in fp32 (fp64) and labels (n, H, W). The gradient is computed
     along with the sum and kept until the backward: it has the size of the logits, and what it is computed from that of
-    the labels. So it cannot be differentiated once more.
+    the labels. So it cannot be differentiated once more; who tries is told.
     """
-    return _SumOverImages.apply(function, logits, target)
+    return _SumOverImages.apply(function, logits, target, torch.is_grad_enabled() and logits.requires_grad)
 
 
 class _SumOverImages(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, function: Callable[[Tensor, Tensor], Tensor], logits: Tensor, target: Tensor) -> Tensor:
-        differentiate = ctx.needs_input_grad[1]
+    def forward(
+        ctx: Any, function: Callable[[Tensor, Tensor], Tensor], logits: Tensor, target: Tensor, differentiate: bool
+    ) -> Tensor:
         grad = torch.zeros_like(logits, dtype=acc_dtype(logits)) if differentiate else None
         total = torch.zeros((), dtype=torch.float64, device=logits.device)
-        images = max(1, CHUNK // max(1, logits.shape[1] * target[:1].numel()))
+        images = chunk_length(logits.shape[1] * target[:1].numel(), logits.device)
         for first in range(0, logits.shape[0], images):
             chunk = slice(first, first + images)
             with torch.set_grad_enabled(differentiate):
@@ -42,11 +50,24 @@ class _SumOverImages(torch.autograd.Function):
             if grad is not None:
                 (grad[chunk],) = torch.autograd.grad(part, own)
         if grad is not None:
-            ctx.save_for_backward(grad)
+            ctx.save_for_backward(logits, grad)
         return total
 
     @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, upstream: Tensor) -> tuple[None, Tensor, None]:
-        (grad,) = ctx.saved_tensors
-        return None, grad * upstream.to(grad.dtype), None
+    def backward(ctx: Any, upstream: Tensor) -> tuple[None, Tensor, None, None]:
+        return None, _Gradient.apply(*ctx.saved_tensors, upstream), None, None
+
+
+class _Gradient(torch.autograd.Function):
+    """The gradient, times what comes in. It depends on the logits, so that a second derivative ends here."""
+
+    @staticmethod
+    def forward(ctx: Any, logits: Tensor, grad: Tensor, upstream: Tensor) -> Tensor:
+        return grad * upstream.to(grad.dtype)
+
+    @staticmethod
+    def backward(ctx: Any, *_: Tensor) -> NoReturn:
+        raise RuntimeError(
+            "This loss computes its gradient along with its value, and has no second derivative: use that of "
+            "bcmf_ext.reference where you need a gradient of a gradient."
+        )

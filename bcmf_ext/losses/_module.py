@@ -15,7 +15,7 @@ class LossModule(nn.Module):
     """Holds the keywords of a loss function and calls it with them.
 
     term: the term's options, whose weight is left out: the module is the unweighted term. impl: None for a function
-    that has one implementation.
+    that has one implementation. Its ``label`` is what a report calls it.
     """
 
     def __init__(
@@ -28,6 +28,7 @@ class LossModule(nn.Module):
     ) -> None:
         super().__init__()
         self.function = function
+        self.label: str = term.label
         self.options: dict[str, Any] = {
             **{name: value for name, value in vars(term).items() if name != "weight"},
             "ignore_index": whole_label(ignore_index),

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from .. import reference
+from .. import dispatch, reference
 from ..checks import is_traced, without_autocast
 from ..ops import acc_dtype
 from ._chunks import sum_over_images
@@ -13,14 +13,16 @@ from ._compute import read_inputs
 
 
 def binary_cross_entropy(
-    logits: Tensor, target: Tensor, *, weight: Tensor | None, ignore_index: int, align_corners: bool
+    logits: Tensor, target: Tensor, *, weight: Tensor | None, ignore_index: int, align_corners: bool, impl: str
 ) -> Tensor:
     """Each class against the others: (1/|V|) Σ_V Σ_c w_c · BCEWithLogits(Z_c, [Y = c]), in plain PyTorch.
 
-    Arguments, result and errors are those of `cross_entropy`. The gradient is computed along with the loss, some images
-    at a time, so that nothing of the labels' size is kept for the backward, and it cannot be differentiated once more.
+    Arguments, result and errors are those of `cross_entropy`; every impl computes the same. The gradient is computed
+    along with the loss, some images at a time, so that nothing of the labels' size is kept for the backward; a second
+    derivative is only the reference's.
     """
     target, ignore_index, align_corners = read_inputs(logits, target, weight, ignore_index, align_corners)
+    dispatch.choose("segmentation_loss", impl, logits.device)
     if torch.compiler.is_compiling() or is_traced(logits):
         return reference.compute_bce(logits, target, weight, ignore_index, align_corners)
     with without_autocast(logits):

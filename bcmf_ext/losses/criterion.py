@@ -30,6 +30,7 @@ from ..options import (
     whole_label,
 )
 from ._compute import compute_loss
+from ._module import LossModule
 from .binary_cross_entropy import binary_cross_entropy
 
 
@@ -54,8 +55,9 @@ def segmentation_loss(
     weight: class weights (C,) of the first term. ohem, bcl, cpg: their options, or a float for OHEM's threshold and for
     the weight λ of BCL or CPG; None leaves the term out. first: "ce", or "bce": the mean over the valid pixels of the
     sum over classes of w_c · BCEWithLogits(Z_c, [Y = c]), in plain PyTorch. group: None is all there is so far.
-    Returns SegmentationLoss(total, ce, bcl, cpg, bce): scalars, fp32 (fp64 for fp64 logits); the terms are detached and
-    unweighted, None if not asked for. Register the named tuple for ``torch.export``.
+    Returns SegmentationLoss(total, ce, bcl, cpg): scalars, fp32 (fp64 for fp64 logits); the terms are detached and
+    unweighted, None if not asked for; ``ce`` is the first term, whichever it is. Register the named tuple for
+    ``torch.export``.
 
     Raises as cross_entropy, boundary_corrected_loss and cpg_loss do, and ValueError for OHEM beside
     BCL(supervise="flipped") or first="bce".
@@ -67,8 +69,8 @@ def segmentation_loss(
         return SegmentationLoss.of(
             *compute_loss("segmentation_loss", logits, target, terms, weight=weight, impl=impl, **common)
         )
-    total = bce = binary_cross_entropy(logits, target, weight=weight, **common)
-    found = {"bce": bce.detach()}
+    total = binary_cross_entropy(logits, target, weight=weight, impl=impl, **common)
+    found = {"ce": total.detach()}
     if terms.names():
         others, values = compute_loss("segmentation_loss", logits, target, terms, impl=impl, **common)
         total, found = total + others, found | values
@@ -94,10 +96,11 @@ class SegmentationCriterion(nn.Module):
         by default.
     extra: {name: (weight, function)}, any ``function(logits, target) -> scalar`` in plain PyTorch. It gets the main
         logits resampled to the labels' size, fp32 (fp64), and int64 labels (N, H, W) of its own with ignore_index in
-        them.
+        them. The loss modules of this package resample for themselves and get both as they are.
 
     Raises TypeError and ValueError as segmentation_loss does; ValueError where BCL(supervise="flipped") would outweigh
-    the class weights, λ (α + β) · max w / min{w > 0} ≥ 1, and for extra losses under names of our own terms.
+    the class weights, λ (α + β) · max w / min{w > 0} ≥ 1, for extra losses under names of our own terms, and for loss
+    modules among them with another ignore_index or align_corners.
     """
 
     weight: Tensor | None
@@ -134,6 +137,9 @@ class SegmentationCriterion(nn.Module):
         self.ignore_index = whole_label(ignore_index)
         self.align_corners, self.impl = flag("align_corners", align_corners), check_impl(impl)
         self.first, self.group = first, group
+        for name, (_, function) in self.extra.items():
+            if isinstance(function, LossModule):
+                _check_same_reading(name, function, self._reading)
 
     def forward(self, outputs: Outputs, target: Tensor, ramp: float = 1.0) -> Tensor:
         """The loss, a scalar: `terms` without its parts."""
@@ -145,8 +151,8 @@ class SegmentationCriterion(nn.Module):
         main, auxiliary = main_and_auxiliary(outputs)
         weighted = {name: _ramped(getattr(self, name), ramp) for name in WEIGHTED}
         loss = segmentation_loss(main, target, **weighted, **self._first_term, **self._common)
-        total = loss.total
-        terms = {name: term for name in ("total", self.first, *WEIGHTED) if (term := getattr(loss, name)) is not None}
+        named = {"total": loss.total, self.first: loss.ce, **{name: getattr(loss, name) for name in WEIGHTED}}
+        total, terms = loss.total, {name: term for name, term in named.items() if term is not None}
         if auxiliary is not None:
             aux = segmentation_loss(auxiliary, target, **self._first_term, **self._common).total
             total, terms["aux"] = total + self.aux_weight * aux, aux.detach()
@@ -158,10 +164,16 @@ class SegmentationCriterion(nn.Module):
         if not self.extra:
             return {}
         labels = read_labels(target).long()
+        functions = {name: function for name, (_, function) in self.extra.items()}
         with without_autocast(main):
-            logits = reference.resample(main, labels.shape[1:], self.align_corners)  # once for all of them
-            logits = logits.clone() if logits is main else logits  # What they do in place must not reach main.
-            found = {name: function(logits, labels.clone()) for name, (_, function) in self.extra.items()}
+            logits = main
+            if not all(isinstance(function, LossModule) for function in functions.values()):
+                logits = reference.resample(main, labels.shape[1:], self.align_corners)  # once for all of them
+                logits = logits.clone() if logits is main else logits  # What they do in place must not reach main.
+            found = {
+                name: function(main, target) if isinstance(function, LossModule) else function(logits, labels.clone())
+                for name, function in functions.items()
+            }
         for name, value in found.items():
             if isinstance(value, Tensor) and value.numel() == 0:  # Some Lovász losses do so where all is ignored.
                 found[name] = value = value.sum()
@@ -212,8 +224,12 @@ class SegmentationCriterion(nn.Module):
         return {"first": self.first, "weight": self.weight, "ohem": self.ohem}
 
     @property
+    def _reading(self) -> dict[str, Any]:
+        return {"ignore_index": self.ignore_index, "align_corners": self.align_corners}
+
+    @property
     def _common(self) -> dict[str, Any]:
-        return {"ignore_index": self.ignore_index, "align_corners": self.align_corners, "impl": self.impl}
+        return {**self._reading, "impl": self.impl}
 
 
 def _ramped(option: Any, ramp: float) -> Any:
@@ -248,6 +264,15 @@ def _check_extra(name: str, entry: Any) -> tuple[float, ExtraLoss]:
     if not 0 <= weight < math.inf:
         raise ValueError(f"The weight of the extra loss {name!r} is a number of at least 0, not {weight}.")
     return weight, entry[1]
+
+
+def _check_same_reading(name: str, function: LossModule, reading: Mapping[str, Any]) -> None:
+    for keyword, value in reading.items():
+        if function.options[keyword] != value:
+            raise ValueError(
+                f"The extra loss {name!r} has {keyword}={function.options[keyword]}, and the criterion {value}: give "
+                "both the same."
+            )
 
 
 def _check_flipped_against_weights(bcl: BCL, weight: Tensor) -> None:

@@ -13,7 +13,7 @@ from .. import reference
 from ..checks import is_traced, without_autocast
 from ..ops import acc_dtype
 from ..options import RMI
-from ._chunks import CHUNK, sum_over_images
+from ._chunks import chunk_length, sum_over_images
 from ._compute import read_inputs
 from ._module import LossModule
 
@@ -42,7 +42,8 @@ def rmi_loss(
     "sigmoid", as in the authors' code, or "softmax".
     Returns a scalar, fp32 (fp64 for fp64 logits), which may be negative: a class that an image has none of adds
     ½ log α. It is 0 where no image is left, or all are below radius × radius when pooled. It stands beside a main loss,
-    with a weight of 0.5. The gradient is computed along with the loss, so it cannot be differentiated once more.
+    with a weight of 0.5. The gradient is computed along with the loss, so a second derivative is
+    only `reference.rmi_loss`'s.
 
     Raises TypeError for a wrong dtype; ValueError for a wrong shape, device or option, and on the CPU for a label out
     of range (on CUDA the loss becomes NaN).
@@ -78,7 +79,7 @@ class _Information(torch.autograd.Function):
             return p.new_zeros(())
         total, pulls = p.new_zeros(()), []
         pairs = torch.stack([p.flatten(0, 1), y.flatten(0, 1)], dim=1)
-        chunk = max(1, CHUNK // (2 * entries * side.numel()))
+        chunk = chunk_length(2 * entries * side.numel(), p.device)
         for some, counted in zip(pairs.split(chunk), compared.repeat_interleave(p.shape[1]).split(chunk), strict=True):
             regions = F.unfold(some, options.radius)  # (maps, 2 · radius², m), p's first
             regions -= regions.mean(2, keepdim=True)

@@ -27,8 +27,8 @@ class SCRResNet18(nn.Module):
 
     norm_after = {"conv1": "bn1"}  # noqa: RUF012 - see `Network`
     untrained = (
-        "others report a mIoU of 73 on Cityscapes for such a network, and of 79 from ImageNet weights,\n"
-        "torchvision's resnet18-f37072fd.pth"
+        "others report a mIoU of 73 on Cityscapes for a ResNet-18 so (SFNet), and of 79 from ImageNet weights,\n"
+        "as torchvision's resnet18-f37072fd.pth"
     )
 
     def __init__(self, num_classes: int = 19, *, aux_head: bool = True) -> None:

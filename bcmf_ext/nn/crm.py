@@ -35,6 +35,8 @@ class CRM(nn.Module):
 
     def __init__(self, in_channels: Sequence[int], out_channels: int, *, at: int = 3) -> None:
         super().__init__()
+        if not 0 <= at < len(in_channels):
+            raise ValueError(f"A CRM of {len(in_channels)} maps has the size of one of them: at is not {at}.")
         self.at = at
         self.project = nn.ModuleList(nn.Conv2d(channels, out_channels, 1, bias=False) for channels in in_channels)
         self.norm = nn.BatchNorm2d(out_channels)

@@ -36,6 +36,8 @@ class SRM(nn.Module):
 
     def __init__(self, high_channels: int, low_channels: int, *, project: bool = True) -> None:
         super().__init__()
+        if low_channels < 2 or low_channels % 2:
+            raise ValueError(f"An SRM's low_channels are even, and at least 2, not {low_channels}.")
         width = low_channels // 2
         self.high = conv_norm_relu(high_channels, width)
         self.low = conv_norm_relu(low_channels, width)
@@ -47,7 +49,8 @@ class SRM(nn.Module):
 
     def forward(self, high: Tensor, low: Tensor, residual: Tensor | None = None) -> Tensor:
         """(N, C_h, H, W), (N, C_l, h, w) → (N, C_l, H, W). residual: in the place of the projection of ``high``, (N,
-        C_l, H, W). Raises ValueError if ``high`` is smaller than ``low``, or if there is no residual."""
+        C_l, H, W). Raises ValueError if ``high`` is smaller than ``low``, if there is no residual, or one of another
+        shape."""
         size = high.shape[-2:]
         if size[0] < low.shape[-2] or size[1] < low.shape[-1]:
             raise ValueError(
@@ -58,9 +61,16 @@ class SRM(nn.Module):
             if self.lateral is None:
                 raise ValueError("An SRM with project=False needs a residual at each call.")
             residual = self.lateral(high)
+        elif residual.shape != (expected := (*low.shape[:2], *size)):
+            raise ValueError(
+                f"The residual of an SRM has the shape of its result, {expected}, not {tuple(residual.shape)}."
+            )
         raw = self.offset(torch.cat([self.high(high), upsample(self.low(low), size)], dim=1))
+        offsets = mix_offsets(raw)
+        if torch.is_grad_enabled():
+            low, offsets = show_nan(low, offsets)
         # In this order: the sum has the layout of its first operand, and on a CPU grid_sample loses channels_last.
-        return residual + sample(upsample(low, size), mix_offsets(raw))
+        return residual + sample(upsample(low, size), offsets)
 
 
 def conv_norm_relu(in_channels: int, out_channels: int) -> nn.Sequential:
@@ -83,6 +93,14 @@ def mix_offsets(raw: Tensor) -> Tensor:
     for weight, neighbour in zip(weights.split(1, dim=1), neighbours, strict=True):
         mixed = mixed + weight * neighbour
     return mixed
+
+
+def show_nan(low: Tensor, offsets: Tensor) -> tuple[Tensor, Tensor]:
+    """The map and the offsets, but with NaN in the whole map of an image that has such an offset, and 0 in its place.
+
+    grid_sample hides a NaN in the forward, and in its backward on a CPU, torch 2.13 reads outside of the map."""
+    lost = offsets.isnan().flatten(1).any(1).view(-1, 1, 1, 1)
+    return low + torch.where(lost, torch.nan, 0.0).to(low.dtype), offsets.nan_to_num(0.0)
 
 
 def sample(map: Tensor, offsets: Tensor) -> Tensor:

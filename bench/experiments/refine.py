@@ -85,7 +85,9 @@ def main() -> None:
     start = arguments.work / "start" / "last.pt"
     if not start.is_file():
         print(f"--- {START}", flush=True)
-        train(ARMS[0], 0, root, start.parent, epochs=20)
+        unfinished = arguments.work / "start-unfinished"
+        train(ARMS[0], 0, root, unfinished, epochs=20)
+        unfinished.rename(start.parent)
     record = json.loads(path.read_text()) if path.is_file() else {"start": evaluate(start, root), "runs": []}
     for arm, seed in plan(record["runs"]):
         if time.monotonic() - began > 60 * arguments.minutes:
