@@ -19,6 +19,7 @@ from .data import IGNORE_INDEX, SegmentationDataset
 from .engine import Compute, NonFiniteLoss
 from .errors import counted, warn
 from .files import short_name, write_file
+from .losses._module import LossModule
 from .losses.criterion import SegmentationCriterion
 from .metrics import ConfusionMatrix, Counts
 from .options import FIRST_TERMS, WEIGHTED
@@ -70,10 +71,10 @@ def loss_words(criterion: SegmentationCriterion, impl: str, warmup: int, iterati
     first = criterion.first.upper() if criterion.ohem is None else criterion.ohem.words
     weighted = [option for name in WEIGHTED if (option := getattr(criterion, name)) is not None]
     terms = [first, *(option.words for option in weighted)]
-    extra = {getattr(function, "label", name): weight for name, (weight, function) in criterion.extra.items()}
-    terms += [f"{weight:g} {label}" for label, weight in extra.items()]
+    extra = {name: loss.label if isinstance(loss, LossModule) else name for name, (_, loss) in criterion.extra.items()}
+    terms += [f"{criterion.extra[name][0]:g} {label}" for name, label in extra.items()]
     words = f"{' + '.join(terms)}, and {criterion.aux_weight:g} {first.split()[0]} of the auxiliary head; impl {impl}"
-    ramped = [*(option.label for option in weighted), *extra]
+    ramped = [*(option.label for option in weighted), *extra.values()]
     if warmup and ramped:
         words += f"; {' and '.join(ramped)} gain weight in {counted(warmup, 'iteration')}"
         words += ", more than there are" if warmup >= iterations else ""

@@ -20,6 +20,7 @@ from bcmf_ext.config import (
 from bcmf_ext.data import DATASETS, open_dataset
 from bcmf_ext.errors import UserError
 from bcmf_ext.losses.rmi_loss import RMILoss
+from bcmf_ext.report import loss_words
 
 
 def configure(flags: str = "") -> Config:
@@ -221,6 +222,7 @@ def test_losses_of_the_papers(tmp_path: Path) -> None:
     assert criterion.first == "bce"
     ((name, (weight, function)),) = criterion.extra.items()
     assert (name, weight, type(function)) == ("rmi", 0.5, RMILoss)
+    assert loss_words(criterion, "cpu", 0, 10).startswith("BCE + 0.1 BCL + 1 CPG3 + 0.5 RMI, and 0.4 BCE of the auxili")
     assert not make_criterion(configure()).extra
     file = tmp_path / "own.py"
     file.write_text("def rmi(logits, labels): return logits.sum()")
