@@ -47,6 +47,7 @@ OPS = {
     "sizes": segmentation_loss.sizes,
     "blocks": segmentation_loss.blocks,
     "table4": table4.problems,
+    "rmi": table4.rmi,
     "lmfm": lmfm.problems,
 }
 COLUMNS = 6  # of the picture

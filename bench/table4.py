@@ -81,13 +81,18 @@ def official_rmi(z: Tensor, one_hot: Tensor, valid: Tensor, radius: int = 3, alp
     return half.mean(0).sum().to(z.dtype) / radius**2
 
 
-def problems(labels: Tensor, classes: int) -> Iterator[Problem]:
-    """At the labels' size and at an eighth: each row beside binary cross-entropy alone, and RMI alone."""
+def logits_of_sizes(labels: Tensor, classes: int) -> Iterator[Tensor]:
+    """At the labels' size and at an eighth."""
     height, width = labels.shape[1:]
+    for size in ((height, width), (height // 8, width // 8)):
+        yield make_logits(labels, classes, torch.float32, size)
+
+
+def problems(labels: Tensor, classes: int) -> Iterator[Problem]:
+    """Each row beside binary cross-entropy alone."""
     cpgs = [CPG(kernel_size=size) for size in (3, 5, 7)]
     rows = (Row(), Row(rmi=True), *(Row(cpg=cpg) for cpg in cpgs), Row(rmi=True, cpg=cpgs[0]))
-    for size in ((height, width), (height // 8, width // 8)):
-        logits = make_logits(labels, classes, torch.float32, size)
+    for logits in logits_of_sizes(labels, classes):
         for row in rows:
             contenders: dict[str, Callable[[Tensor], Tensor]] = {"plain": partial(row.plain, target=labels)}
             for impl in our_impls(labels.device):
@@ -96,6 +101,11 @@ def problems(labels: Tensor, classes: int) -> Iterator[Problem]:
             title = f"{row}, {size_of(logits, labels)}, float32"
             definition = partial(row.defined, target=labels)
             yield Problem(title, logits, contenders, definition, work(logits, labels), alone)
+
+
+def rmi(labels: Tensor, classes: int) -> Iterator[Problem]:
+    """RMI alone."""
+    for logits in logits_of_sizes(labels, classes):
         yield Problem(
             f"RMI, {size_of(logits, labels)}, float32",
             logits,
