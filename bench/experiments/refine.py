@@ -67,7 +67,7 @@ ARMS = (
         seeds=1,
     ),
 )
-BASELINES = {"BCMFNet": ARMS[1:3] + ARMS[6:], "BCMFNet, CE": ARMS[4:6]}
+BASELINES = {"BCMFNet": ARMS[1:3] + ARMS[5:], "BCMFNet, CE": ARMS[:1] + ARMS[4:6]}
 """What is compared with what."""
 
 
