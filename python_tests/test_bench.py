@@ -15,6 +15,8 @@ import pytest
 import torch
 from PIL import Image
 
+from bcmf_ext.errors import UserError
+
 ROOT = Path(__file__).resolve().parents[1]
 
 
@@ -109,6 +111,12 @@ def test_refine_plans_and_compares(
     assert re.search(r"\nminus BCMFNet\nSRM  +5 +\+2\.00 ± 0\.00", printed)
     for arm in refine.ARMS:
         assert arm.criterion().first in ("ce", "bce")
+    with pytest.raises(UserError, match=r"another starting point, of mIoU 0\.4: move it away"):
+        refine.read_record(tmp_path / "refine.json", dict.fromkeys(refine.SCORES, 0.5))
+    for damaged in ('{"start": {}, "runs": [7]}', "{}", "[]", "{ no JSON"):
+        (tmp_path / "damaged.json").write_text(damaged)
+        with pytest.raises(UserError, match="is not what was written there"):
+            refine.read_record(tmp_path / "damaged.json", {})
 
 
 @pytest.mark.thorough

@@ -67,7 +67,7 @@ class _Gradient(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, *_: Tensor) -> NoReturn:
-        raise RuntimeError(
+        raise NotImplementedError(
             "This loss computes its gradient along with its value, and has no second derivative: use that of "
             "bcmf_ext.reference where you need a gradient of a gradient."
         )

@@ -42,11 +42,11 @@ def rmi_loss(
     "sigmoid", as in the authors' code, or "softmax".
     Returns a scalar, fp32 (fp64 for fp64 logits), which may be negative: a class that an image has none of adds
     ½ log α. It is 0 where no image is left, or all are below radius × radius when pooled. It stands beside a main loss,
-    with a weight of 0.5. The gradient is computed along with the loss, so a second derivative is
-    only `reference.rmi_loss`'s.
+    with a weight of 0.5. The gradient is computed along with the loss, so that only `reference.rmi_loss` has a second
+    derivative.
 
     Raises TypeError for a wrong dtype; ValueError for a wrong shape, device or option, and on the CPU for a label out
-    of range (on CUDA the loss becomes NaN).
+    of range (on CUDA the loss becomes NaN); NotImplementedError for a second derivative.
     Source: Zhao et al., arXiv 1910.12037; docs/definitions.md, RMI loss.
     """
     options = RMI(radius, pool, alpha, activation)

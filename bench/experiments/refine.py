@@ -29,7 +29,7 @@ from protocol import ROOT, about
 from bcmf_ext import BCL, CPG, RMILoss, SegmentationCriterion
 from bcmf_ext.config import make_config
 from bcmf_ext.data import DATASETS, open_dataset
-from bcmf_ext.errors import run_command
+from bcmf_ext.errors import UserError, run_command
 from bcmf_ext.files import write_file
 from bcmf_ext.train import Trainer
 
@@ -88,7 +88,7 @@ def main() -> None:
         unfinished = arguments.work / "start-unfinished"
         train(ARMS[0], 0, root, unfinished, epochs=20)
         unfinished.rename(start.parent)
-    record = json.loads(path.read_text()) if path.is_file() else {"start": evaluate(start, root), "runs": []}
+    record = read_record(path, evaluate(start, root))
     for arm, seed in plan(record["runs"]):
         if time.monotonic() - began > 60 * arguments.minutes:
             break
@@ -99,6 +99,18 @@ def main() -> None:
         write_file(path, json.dumps(record, indent=1).encode() + b"\n")
     print(table(record))
     print(path)
+
+
+def read_record(path: Path, start: dict[str, float]) -> dict[str, Any]:
+    """What is done, which has to be from this starting point; UserError if it is not, or if the file is no record."""
+    try:
+        record = json.loads(path.read_text()) if path.is_file() else {"start": start, "runs": []}
+        found, _ = record["start"], [(run["arm"], run["seed"]) for run in record["runs"]]
+    except (ValueError, LookupError, TypeError) as error:
+        raise UserError(f"{path} is not what was written there ({error}): move it away, or mend it.") from error
+    if found != start:
+        raise UserError(f"{path} holds runs from another starting point, of mIoU {found['miou']}: move it away.")
+    return record
 
 
 def plan(runs: list[dict[str, Any]]) -> Iterator[tuple[Arm, int]]:
