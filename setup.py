@@ -1,4 +1,7 @@
-"""Builds bcmf_ext._C with torch's extension builder, or leaves it out and says why.
+"""Builds the extension with torch's extension builder, or leaves it out and says why.
+
+The extension is two files: ``_kernels.so``, which runs with every torch from OLDEST_TORCH on and with every Python, and
+``_C``, a module for this Python, which tells what was built.
 
 Environment: BCMF_CUDA=0/1 (leave CUDA out / fail if it cannot be built), TORCH_CUDA_ARCH_LIST, MAX_JOBS, CXX,
 CUDA_HOME.
@@ -18,14 +21,16 @@ import sysconfig
 from pathlib import Path
 from typing import Any
 
-from setuptools import setup
+from setuptools import Extension, setup
 from setuptools.command.build_py import build_py
 
 sys.path.insert(0, str(Path(__file__).parent))
 from build_backend import OLDEST_TORCH, find_compiler, find_torch, is_too_old
 
-SOURCES = sorted(str(path) for folder in ("csrc", "csrc/cpu") for path in Path(folder).glob("*.cpp"))
-CUDA_SOURCES = sorted(map(str, Path("csrc/cuda").glob("*.cu")))
+MODULE = "csrc/module.cpp"
+SOURCES = sorted({*map(str, Path("csrc").glob("*.cpp")), *map(str, Path("csrc/cpu").rglob("*.cpp"))} - {MODULE})
+CUDA_SOURCES = sorted(str(path) for path in Path("csrc/cuda").rglob("*.c*") if path.suffix in (".cpp", ".cu"))
+KERNELS = "bcmf_ext._kernels"
 DEFAULT_ARCHS = ("7.5", "8.0", "9.0", "10.0", "12.0")  # code for 8.0 runs on 8.x; PTX of the last one serves newer GPUs
 
 
@@ -130,30 +135,57 @@ class Plan:
 
     def write(self, folder: Path) -> None:
         """Writes _build.json, by which bcmf_ext.dispatch knows of the build without loading the extension."""
-        torch = None if self.no_extension else self.torch.__version__
         files = sorted(path for path in Path("csrc").rglob("*") if path.is_file())
         sources = hashlib.sha256(b"".join(path.read_bytes() for path in files)).hexdigest()
-        facts = {"torch": torch, "no_extension": self.no_extension, "no_cuda": self.no_cuda, "sources": sources}
+        facts = {
+            "oldest_torch": OLDEST_TORCH,
+            "no_extension": self.no_extension,
+            "no_cuda": self.no_cuda,
+            "sources": sources,
+        }
         (folder / "_build.json").write_text(json.dumps(facts, indent=2) + "\n")
 
 
-def extension(plan: Plan) -> Any:
-    from torch.utils.cpp_extension import CppExtension, CUDAExtension
+def target_version() -> str:
+    """OLDEST_TORCH as torch's headers want it: they then declare what that release has, and no more."""
+    major, minor = map(int, OLDEST_TORCH.split("."))
+    return f"-DTORCH_TARGET_VERSION=0x{major:02x}{minor:02x}000000000000"
 
-    # The code uses OpenMP, but no OpenMP library is linked: at::parallel_for then finds the one inside torch, so that
-    # there is only one pool of threads.
-    openmp = ["-fopenmp"] if sys.platform == "linux" else []
-    common = ["-O3", "-std=c++20", f'-DBCMF_CUDA_ARCHS="{plan.archs}"']
-    cxx = [*common, *openmp, "-fvisibility=hidden", "-Wno-unknown-pragmas", "-g0"]
-    if plan.no_cuda:
-        return CppExtension("bcmf_ext._C", SOURCES, extra_compile_args=cxx)
-    return CUDAExtension(
-        "bcmf_ext._C",
-        SOURCES + CUDA_SOURCES,
+
+def kernels(plan: Plan) -> Any:
+    from torch.utils.cpp_extension import CppExtension
+
+    common = ["-O3", f'-DBCMF_CUDA_ARCHS="{plan.archs}"', target_version()]
+    options: dict[str, Any] = {}
+    if not plan.no_cuda:
+        # CUDA's run time is linked statically, so that the library loads beside a torch of another CUDA, or of none.
+        options = {
+            "library_dirs": [str(Path(os.environ["CUDA_HOME"], "lib64"))],
+            "libraries": ["cudart_static", "dl", "rt", "pthread"],
+        }
+    return CppExtension(
+        KERNELS,
+        SOURCES if plan.no_cuda else SOURCES + CUDA_SOURCES,
+        include_dirs=[str(Path("csrc").resolve())],
+        py_limited_api=True,  # no library of Python's is linked
         extra_compile_args={
-            "cxx": [*cxx, "-DBCMF_WITH_CUDA"],
-            "nvcc": ["-O3", "-std=c++17", "--threads=0"],  # the GPU generations side by side
+            "cxx": [*common, "-std=c++20", "-fvisibility=hidden", "-Wno-unknown-pragmas", "-g0"],
+            "nvcc": [*common, "-std=c++17", "--threads=0"],  # the GPU generations side by side
         },
+        extra_link_args=["-Wl,-soname,_kernels.so", "-Wl,--exclude-libs,ALL"],
+        **options,
+    )
+
+
+def module() -> Any:
+    import pybind11
+
+    return Extension(
+        "bcmf_ext._C",
+        [MODULE],
+        include_dirs=[str(Path("csrc").resolve()), pybind11.get_include()],
+        extra_compile_args={"cxx": ["-O2", "-std=c++20", "-fvisibility=hidden", "-g0"]},
+        extra_link_args=["-Wl,-rpath,$ORIGIN", "-Wl,--allow-shlib-undefined"],
     )
 
 
@@ -189,7 +221,19 @@ def main() -> None:
             if self.inplace:
                 plan.write(Path("bcmf_ext"))
 
-    setup(cmdclass={"build_py": BuildPy, "build_ext": BuildExt}, ext_modules=[extension(plan)])
+        def get_ext_filename(self, fullname: str) -> str:
+            parts = fullname.split(".")  # it comes with the package's name, and without
+            if parts[-1] == KERNELS.split(".")[-1]:
+                return os.path.join(*parts) + ".so"
+            return super().get_ext_filename(fullname)
+
+        def build_extension(self, ext: Any) -> None:
+            if ext.name != KERNELS:  # the module calls functions of the library, which lies beside it
+                ext.extra_objects = [self.get_ext_fullpath(KERNELS)]
+            super().build_extension(ext)
+
+    extensions = [kernels(plan), module()]
+    setup(cmdclass={"build_py": BuildPy, "build_ext": BuildExt}, ext_modules=extensions)
 
 
 main()

@@ -6,6 +6,7 @@ step.
 
 from __future__ import annotations
 
+import ctypes
 import functools
 import hashlib
 import importlib.util
@@ -18,6 +19,7 @@ import warnings
 from importlib.machinery import PathFinder
 from pathlib import Path
 from types import ModuleType
+from typing import Any
 
 import torch
 
@@ -41,13 +43,56 @@ def _find_build() -> Path | None:
 def _source_digest() -> str | None:
     """The digest of csrc beside the package, as setup.py computes it; None where there is no source tree."""
     csrc = Path(__file__).parents[1] / "csrc"
-    if not (csrc / "ops.cpp").is_file():  # The package is installed; a csrc beside it would be another package's.
+    if not (csrc / "kernels.cpp").is_file():  # The package is installed; a csrc beside it would be another package's.
         return None
     files = sorted(path for path in csrc.rglob("*") if path.is_file())
     return hashlib.sha256(b"".join(path.read_bytes() for path in files)).hexdigest() if files else None
 
 
-def _load_extension() -> tuple[ModuleType | None, str | None, str | None]:
+class Extension:
+    """The compiled kernels, which loading their library registers with torch.ops.bcmf.
+
+    Raises:
+        OSError: if the library does not load, for instance because torch lacks one of its functions.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        self.file = str(folder / "_kernels.so")
+        torch.ops.load_library(self.file)
+        self._functions = _import_module(folder) or _c_functions(self.file)
+
+    def build_info(self) -> dict[str, str]:
+        """What was compiled (csrc/kernels.h): compiler, cuda_archs; and cpu_capability, in use here."""
+        return json.loads(self._functions.bcmf_build_info())
+
+    def contract(self) -> dict[str, Any]:
+        """What ops.py and the kernels have to agree on (csrc/kernels.h)."""
+        return json.loads(self._functions.bcmf_contract())
+
+    def release_kept_memory(self) -> None:
+        """Gives the system the memory that the CPU's kernels keep from step to step."""
+        self._functions.bcmf_release_kept_memory()
+
+
+def _import_module(folder: Path) -> ModuleType | None:
+    """The module _C that was built beside the library for one Python; None for another Python."""
+    spec = PathFinder.find_spec("bcmf_ext._C", [str(folder)])
+    if spec is None or spec.loader is None:
+        return None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def _c_functions(library: str) -> ctypes.CDLL:
+    """The library's own functions, which _C would call."""
+    functions = ctypes.CDLL(library)
+    functions.bcmf_build_info.restype = functions.bcmf_contract.restype = ctypes.c_char_p
+    functions.bcmf_release_kept_memory.restype = None
+    return functions
+
+
+def _load_extension() -> tuple[Extension | None, str | None, str | None]:
     """The extension; why there is none; why it has no CUDA. Never raises: PyTorch serves where it is missing."""
     folder = _find_build()
     if folder is None:
@@ -55,25 +100,23 @@ def _load_extension() -> tuple[ModuleType | None, str | None, str | None]:
         return None, reason, reason
     try:
         build = json.loads((folder / "_build.json").read_text())
-        built_for, no_extension, no_cuda = build["torch"], build["no_extension"], build["no_cuda"]
-    except (OSError, ValueError, KeyError, TypeError):
-        built_for, no_extension, no_cuda = "an unknown version (_build.json is damaged)", None, None
-        build = {}
-    if no_extension is not None:
-        reason = f"the extension was not built: {no_extension}"
-        return None, reason, reason
-    if built_for != torch.__version__:
-        reason = (
-            f"bcmf_ext was built for torch {built_for}, but this is torch {torch.__version__}: "
-            f"reinstall it ({_REINSTALL})"
-        )
-    elif _source_digest() not in (None, build.get("sources")):
-        reason = f"csrc has changed since the extension was built: reinstall it ({_REINSTALL})"
+        oldest, no_extension, no_cuda = build["oldest_torch"], build["no_extension"], build["no_cuda"]
+        too_old = _release(torch.__version__) < _release(oldest)
+    except (OSError, ValueError, KeyError, TypeError, AttributeError):
+        reason = f"_build.json, which says what was built, is damaged: reinstall bcmf_ext ({_REINSTALL})"
     else:
-        try:
-            return _import_from(folder), None, no_cuda
-        except ImportError as error:
-            reason = f"the extension does not load ({error}): reinstall it ({_REINSTALL})"
+        if no_extension is not None:
+            reason = f"the extension was not built: {no_extension}"
+            return None, reason, reason
+        if too_old:
+            reason = f"bcmf_ext's kernels need torch {oldest} or later, but this is torch {torch.__version__}"
+        elif _source_digest() not in (None, build.get("sources")):
+            reason = f"csrc has changed since the extension was built: reinstall it ({_REINSTALL})"
+        else:
+            try:
+                return Extension(folder), None, no_cuda
+            except (OSError, ImportError) as error:
+                reason = f"the extension does not load ({error}): reinstall it ({_REINSTALL})"
     # warnings.warn would add a line that quotes this one.
     warnings.warn_explicit(
         f"{reason}. Until then its ops run in PyTorch, on GPUs in Triton.", RuntimeWarning, "bcmf_ext", 1
@@ -81,13 +124,10 @@ def _load_extension() -> tuple[ModuleType | None, str | None, str | None]:
     return None, reason, reason
 
 
-def _import_from(folder: Path) -> ModuleType:
-    spec = PathFinder.find_spec("bcmf_ext._C", [str(folder)])
-    if spec is None or spec.loader is None:
-        raise ImportError(f"there is no _C in {folder}")
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
+def _release(version: str) -> tuple[int, int]:
+    """(2, 11) of "2.11.0+cu130"."""
+    major, minor = version.split(".")[:2]
+    return int(major), int(minor)
 
 
 EXTENSION, _NO_EXTENSION, _NO_CUDA = _load_extension()

@@ -62,7 +62,7 @@ def build() -> str:
     no_cuda = dispatch.why_not("cuda", "cuda")
     return "\n".join(
         [
-            f"extension  for torch {facts['torch']}, compiled by C++ compiler {facts['compiler']}",
+            f"extension  compiled by C++ compiler {facts['compiler']}",
             f"CUDA       {'left out: ' + no_cuda if no_cuda else 'built for ' + facts['cuda_archs']}",
         ]
     )

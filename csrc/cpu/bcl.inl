@@ -55,12 +55,6 @@ static void score_tile(const LossArgs& args, const LossWork<Acc>& work, int inde
   }
 }
 
-// Returns the larger of two scores; NaN is larger than all.
-template <typename Acc>
-BCMF_INLINE Acc larger(Acc a, Acc b) {
-  return b > a || b != b ? b : a;
-}
-
 // Finds the largest score of the neighbourhood of each pixel in the columns xa..xb of a row. Neighbourhoods are clipped
 // at the border. The largest score of each column is found first, then that of neighbouring columns, so that the cost
 // grows with the radius and not with its square.
@@ -137,13 +131,6 @@ static void bcl_select(const LossArgs& args, const LossWork<Acc>& work, int inde
                        TermPartial* partials) {
   if (args.resampled()) return bcl_select_from<Acc, Resampled<Acc>>(args, work, index, begin, end, partials);
   bcl_select_from<Acc, Direct<Acc>>(args, work, index, begin, end, partials);
-}
-
-// Returns the derivative of the total by the loss of a selected pixel, whose step takes the mean over `count` pixels.
-template <typename Acc>
-static Acc bcl_scale(const LossArgs& args, Acc count) {
-  const Acc upstream = *static_cast<const Acc*>(args.grad_total);
-  return count != 0 ? upstream * static_cast<Acc>(args.bcl_weight / args.bcl_steps) / count : 0;
 }
 
 // Adds the pulls towards the flipped labels to the factor of each selected pixel.

@@ -7,7 +7,6 @@
 // are multiplied by sobel_denominator, so that G is an integer and exact.
 
 constexpr int64_t kRunPixels = 16;  // the most that a run has
-constexpr int64_t kMaxRadius = 3;
 constexpr int64_t kRunWindow = kRunPixels + 16;  // the columns of its windows, rounded up to whole vectors
 
 // The integer taps of G_x and of G_y, by row and column offset.
@@ -22,8 +21,6 @@ struct SobelTaps {
       }
   }
 };
-
-BCMF_INLINE int64_t clamp(int64_t i, int64_t length) { return i < 0 ? 0 : i < length ? i : length - 1; }
 
 // Calls f(radius) with the radius as a type, so that loops over its taps have a known length.
 template <int Radius>

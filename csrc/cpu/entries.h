@@ -2,8 +2,8 @@
 // for each instruction set.
 #pragma once
 
-#include "../device/common.cuh"
-#include "math.h"
+#include "common/args.h"
+#include "cpu/math.h"
 
 namespace bcmf::cpu {
 

@@ -1,18 +1,34 @@
-#include "isa.h"
+#include "cpu/isa.h"
 
-#include <ATen/Version.h>
-
+#include <cstdlib>
 #include <string>
 
 namespace bcmf::cpu {
 
+#if defined(__x86_64__)
+namespace {
+
+// torch tells its choice to Python and to ATen alone, so that this is its rule once more; a test compares both.
+std::string capability() {
+  const char* asked = std::getenv("ATEN_CPU_CAPABILITY");
+  const std::string name = asked ? asked : "";
+  const bool fma = __builtin_cpu_supports("fma");
+  const bool avx512 = fma && __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512bw") &&
+                      __builtin_cpu_supports("avx512dq");
+  if (name == "avx512" || name == "avx2" || name == "default") return name;
+  return avx512 ? "avx512" : fma && __builtin_cpu_supports("avx2") ? "avx2" : "default";
+}
+
+}  // namespace
+#endif
+
 const Isa& isa() {
 #if defined(__x86_64__)
-  static const std::string capability = at::get_cpu_capability();
+  static const std::string chosen = capability();
   static const Isa avx512 = {"AVX512", loss_kernels_avx512, lmfm_kernels_avx512, match_kernels_avx512};
   static const Isa avx2 = {"AVX2", loss_kernels_avx2, lmfm_kernels_avx2, match_kernels_avx2};
-  if (capability == "AVX512") return avx512;
-  if (capability == "AVX2") return avx2;
+  if (chosen == "avx512") return avx512;
+  if (chosen == "avx2") return avx2;
 #endif
   static const Isa baseline = {"baseline", loss_kernels_baseline, lmfm_kernels_baseline, match_kernels_baseline};
   return baseline;

@@ -1,9 +1,9 @@
 // The kernels are compiled for several instruction sets (isa_*.cpp); isa() chooses those that run on this CPU.
 #pragma once
 
-#include "lmfm_kernel.h"
-#include "loss_kernel.h"
-#include "match_kernel.h"
+#include "cpu/lmfm/lmfm_kernel.h"
+#include "cpu/loss_kernel.h"
+#include "cpu/match_kernel.h"
 
 namespace bcmf::cpu {
 

@@ -7,9 +7,9 @@
 
 #define BCMF_ISA avx2
 #define BCMF_VECTOR_BYTES 32
-#include "lmfm_kernel.inl"
-#include "loss_kernel.inl"
-#include "match_kernel.inl"
+#include "cpu/lmfm/lmfm_kernel.inl"
+#include "cpu/loss_kernel.inl"
+#include "cpu/match_kernel.inl"
 
 const bcmf::cpu::LossIsaKernels bcmf::cpu::loss_kernels_avx2 = {avx2::kernels<float>, avx2::kernels<double>};
 const bcmf::cpu::LmfmIsaKernels bcmf::cpu::lmfm_kernels_avx2 = {avx2::lmfm::kernels<float>,

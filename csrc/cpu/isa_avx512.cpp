@@ -7,9 +7,9 @@
 
 #define BCMF_ISA avx512
 #define BCMF_VECTOR_BYTES 64
-#include "lmfm_kernel.inl"
-#include "loss_kernel.inl"
-#include "match_kernel.inl"
+#include "cpu/lmfm/lmfm_kernel.inl"
+#include "cpu/loss_kernel.inl"
+#include "cpu/match_kernel.inl"
 
 const bcmf::cpu::LossIsaKernels bcmf::cpu::loss_kernels_avx512 = {avx512::kernels<float>, avx512::kernels<double>};
 const bcmf::cpu::LmfmIsaKernels bcmf::cpu::lmfm_kernels_avx512 = {avx512::lmfm::kernels<float>,

@@ -1,13 +1,12 @@
-#include "labels.h"
-
-#include <ATen/Parallel.h>
+#include "cpu/labels.h"
 
 #include <algorithm>
 #include <atomic>
 #include <limits>
 #include <vector>
 
-#include "read_once.h"
+#include "cpu/parallel.h"
+#include "cpu/read_once.h"
 
 namespace bcmf::cpu {
 namespace {
@@ -102,7 +101,7 @@ int64_t read_all(const ReadLabelsArgs& args) {
   const Ids<Guess> guesses(args.classes, args.ignore_index);
   const Ids<Truth> truths(args.classes, args.ignore_index);
   std::atomic<int64_t> outside = 0;
-  at::parallel_for(0, args.count, kGrain, [&](int64_t begin, int64_t end) {
+  parallel_for(0, args.count, kGrain, [&](int64_t begin, int64_t end) {
     outside +=
         read_range(prediction + begin, target + begin, end - begin, guesses, truths, static_cast<Out>(args.classes),
                    static_cast<Out*>(args.guess) + begin, static_cast<Out*>(args.truth) + begin);

@@ -2,7 +2,7 @@
 
 #include <cstdint>
 
-#include "../device/common.cuh"
+#include "common/args.h"
 
 namespace bcmf::cpu {
 

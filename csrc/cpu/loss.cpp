@@ -1,16 +1,16 @@
-#include "loss.h"
-
-#include <ATen/Parallel.h>
+#include "cpu/loss.h"
 
 #include <algorithm>
 #include <memory>
 #include <mutex>
 #include <vector>
 
-#include "../device/geometry.cuh"
-#include "../device/select.cuh"
-#include "isa.h"
-#include "memory.h"
+#include "common/geometry.h"
+#include "common/select.h"
+#include "common/terms.h"
+#include "cpu/isa.h"
+#include "cpu/memory.h"
+#include "cpu/parallel.h"
 
 namespace bcmf::cpu {
 namespace {
@@ -127,7 +127,7 @@ class Work {
   // Calls f(begin, end, scratch) for the blocks of images n..to of the batch.
   template <typename F>
   void for_blocks(int64_t n, int64_t to, F f) const {
-    at::parallel_for(n * view.blocks, to * view.blocks, 1, [&](int64_t begin, int64_t end) {
+    parallel_for(n * view.blocks, to * view.blocks, 1, [&](int64_t begin, int64_t end) {
       std::unique_ptr<char[]> scratch(new char[scratch_size(args_, view) * sizeof(Acc) + 63]);
       const auto aligned = (reinterpret_cast<uintptr_t>(scratch.get()) + 63) / 64 * 64;
       f(begin, end, reinterpret_cast<Acc*>(aligned));
@@ -137,7 +137,7 @@ class Work {
   // Calls f(begin, end) for the label rows of the batch.
   template <typename F>
   void for_rows(F f) const {
-    at::parallel_for(0, rows(), 4, f);
+    parallel_for(0, rows(), 4, f);
   }
 
   int64_t rows() const { return args_.N * args_.H; }
@@ -186,7 +186,7 @@ Acc ohem_find_cutoff(const Acc* losses, int64_t count, int64_t rank) {
   for (int level = 0; level < kLevels<Acc>; ++level) {
     std::vector<int64_t> histogram(kDigits);
     std::mutex merging;  // integers are merged, for which the order does not matter
-    at::parallel_for(0, count, 1 << 16, [&](int64_t begin, int64_t end) {
+    parallel_for(0, count, 1 << 16, [&](int64_t begin, int64_t end) {
       std::vector<int64_t> counts(kDigits);
       for (int64_t i = begin; i < end; ++i) {
         const int digit = losses[i] == -1 ? -1 : digit_of<Acc>(key_of(losses[i]), selection.prefix, level);
@@ -202,21 +202,22 @@ Acc ohem_find_cutoff(const Acc* losses, int64_t count, int64_t rank) {
   return loss_of<Acc>(selection.prefix);
 }
 
-TermPartial add_up(const std::vector<TermPartial>& partials) {
-  TermPartial sum = {};
-  for (const TermPartial& partial : partials) {
-    sum.sum += partial.sum;
-    sum.count += partial.count;
-  }
+template <typename Partial>
+Partial add_up(const std::vector<Partial>& partials) {
+  Partial sum = {};
+  for (const Partial& partial : partials) sum += partial;
   return sum;
 }
 
-double ratio(double sum, double count) { return count != 0 ? sum / count : 0; }
+void set_sums(const TermPartial& partial, double* sums) {
+  sums[0] = partial.sum;
+  sums[1] = static_cast<double>(partial.count);
+}
 
 // OHEM keeps the losses above the threshold, or the min_kept largest ones if those are too few.
 template <typename Acc>
 TermPartial ohem_select(const LossArgs& args, const Work<Acc>& work, const LossPartial& sum) {
-  Acc& cutoff = static_cast<Acc*>(args.summary)[kCutoff];
+  Acc& cutoff = *static_cast<Acc*>(args.cutoff);
   const int64_t least = std::min(args.ohem_min_kept, sum.valid);
   if (sum.hard >= least) {
     cutoff = static_cast<Acc>(args.ohem_cutoff);
@@ -230,45 +231,36 @@ TermPartial ohem_select(const LossArgs& args, const Work<Acc>& work, const LossP
   return add_up(partials);
 }
 
-// Returns the mean of the cross-entropy, or that of the pixels that OHEM keeps.
 template <typename Acc>
-double finish_ce(const LossArgs& args, const Work<Acc>& work, const LossPartial& sum) {
-  double numerator = sum.weighted_nll, denominator = sum.weight;
-  if (args.ohem) {
-    const TermPartial kept = ohem_select(args, work, sum);
-    numerator = kept.sum, denominator = static_cast<double>(kept.count);
-  }
-  static_cast<Acc*>(args.summary)[kDenominator] = static_cast<Acc>(denominator);
-  return ratio(numerator, denominator);
+void sum_ce(const LossArgs& args, const Work<Acc>& work, const LossPartial& sum) {
+  if (args.ohem) return set_sums(ohem_select(args, work, sum), args.sums + kCeSum);
+  args.sums[kCeSum] = sum.weighted_nll;
+  args.sums[kCeCount] = sum.weight;
 }
 
 template <typename Acc>
-double finish_bcl(const LossArgs& args, const Work<Acc>& work, int64_t valid) {
-  double mean = 0;
+void sum_bcl(const LossArgs& args, const Work<Acc>& work) {
   std::vector<TermPartial> partials(work.rows());
   for (int s = 0; s < args.bcl_steps; ++s) {
     work.for_rows([&](int64_t begin, int64_t end) {
       kernels<Acc>().bcl_select(args, work.view, s, begin, end, partials.data());
     });
-    const TermPartial sum = add_up(partials);
-    static_cast<Acc*>(args.summary)[kSelected + s] = static_cast<Acc>(sum.count);
-    mean += ratio(sum.sum, static_cast<double>(args.bcl_flipped ? valid : sum.count)) / args.bcl_steps;
+    set_sums(add_up(partials), args.sums + kBclSums + 2 * s);
   }
-  return mean;
 }
 
 template <typename Acc>
-double finish_cpg(const LossArgs& args, const Work<Acc>& work) {
+void sum_cpg(const LossArgs& args, const Work<Acc>& work) {
   std::vector<TermPartial> partials(work.rows());
   work.for_rows(
       [&](int64_t begin, int64_t end) { kernels<Acc>().cpg_compare(args, work.view, begin, end, partials.data()); });
-  const TermPartial sum = add_up(partials);
-  static_cast<Acc*>(args.summary)[kEdges] = static_cast<Acc>(sum.count);
-  return ratio(sum.sum, static_cast<double>(sum.count));
+  set_sums(add_up(partials), args.sums + kCpgSum);
 }
 
 template <typename Acc>
-int64_t forward(const LossArgs& args) {
+void sum_up(const LossArgs& args) {
+  std::fill(args.sums, args.sums + kSums, 0);
+  *static_cast<Acc*>(args.cutoff) = 0;
   Work<Acc> work(args);
   if (args.bcl_steps > 0 || args.cpg_radius > 0) work.read_ids();
   if (args.bcl_steps > 0) work.allocate_scores();
@@ -276,34 +268,17 @@ int64_t forward(const LossArgs& args) {
   work.for_blocks(0, args.N, [&](int64_t begin, int64_t end, Acc* scratch) {
     kernels<Acc>().dense_forward(args, work.view, begin, end, scratch, partials.data());
   });
-  LossPartial sum = {};
-  for (const LossPartial& partial : partials) {
-    sum.weighted_nll += partial.weighted_nll;
-    sum.weight += partial.weight;
-    sum.hard_nll += partial.hard_nll;
-    sum.hard += partial.hard;
-    sum.valid += partial.valid;
-    sum.bad_labels += partial.bad_labels;
-  }
-  if (sum.bad_labels > 0) return sum.bad_labels;
-
-  Acc* summary = static_cast<Acc*>(args.summary);
-  std::fill(summary, summary + kSummarySize, Acc(0));
-  summary[kValid] = static_cast<Acc>(sum.valid);
-  double terms[kTerms] = {};
-  if (args.ce) terms[kCe] = finish_ce(args, work, sum);
-  if (args.bcl_steps > 0) terms[kBcl] = finish_bcl(args, work, sum.valid);
+  const LossPartial sum = add_up(partials);
+  args.sums[kValidPixels] = static_cast<double>(sum.valid);
+  args.sums[kBadLabels] = static_cast<double>(sum.bad_labels);
+  if (sum.bad_labels > 0) return;
+  if (args.ce) sum_ce(args, work, sum);
+  if (args.bcl_steps > 0) sum_bcl(args, work);
   work.free_scores();
   if (args.cpg_radius > 0) {
     work.cpg_edges();
-    terms[kCpg] = finish_cpg(args, work);
+    sum_cpg(args, work);
   }
-  for (int term = 0; term < kTerms; ++term) static_cast<Acc*>(args.terms)[term] = static_cast<Acc>(terms[term]);
-  double total = terms[kCe];
-  if (args.bcl_steps > 0) total += args.bcl_weight * terms[kBcl];
-  if (args.cpg_radius > 0) total += args.cpg_weight * terms[kCpg];
-  *static_cast<Acc*>(args.total) = static_cast<Acc>(total);
-  return 0;
 }
 
 template <typename Acc>
@@ -322,7 +297,7 @@ void backward(const LossArgs& args) {
   if (!args.resampled()) return add_dense(0, args.N);
   work.for_images_with_halves([&](int64_t n, int64_t to) {
     add_dense(n, to);
-    at::parallel_for(n * args.h, to * args.h, 1,
+    parallel_for(n * args.h, to * args.h, 1,
                      [&](int64_t begin, int64_t end) { kernels<Acc>().low_gather(args, work.view, begin, end); });
   });
 }
@@ -354,8 +329,12 @@ Acc* add_edge_run(RowEdgeRuns<Acc>& row, int64_t x0, int64_t x1, int64_t c) {
 template float* add_edge_run(RowEdgeRuns<float>& row, int64_t x0, int64_t x1, int64_t c);
 template double* add_edge_run(RowEdgeRuns<double>& row, int64_t x0, int64_t x1, int64_t c);
 
-int64_t loss_forward(const LossArgs& args) {
-  return args.logits.type == FloatType::f64 ? forward<double>(args) : forward<float>(args);
+void loss_sums(const LossArgs& args) {
+  args.logits.type == FloatType::f64 ? sum_up<double>(args) : sum_up<float>(args);
+}
+
+void loss_finish(const LossArgs& args, FloatType acc) {
+  acc == FloatType::f64 ? finish_loss<double>(args) : finish_loss<float>(args);
 }
 
 void loss_backward(const LossArgs& args) {

@@ -1,13 +1,16 @@
 #pragma once
 
-#include "../device/common.cuh"
+#include "common/args.h"
 
 namespace bcmf::cpu {
 
-// Both run on torch's threads and take at least one label pixel. The forward fills stats, total, summary (and nll) and
-// returns the number of bad labels.
-int64_t loss_forward(const LossArgs& args);
+// These run on torch's threads and take at least one label pixel. loss_sums fills sums, cutoff, stats and selected (and
+// nll). If there are bad labels, it counts them and nothing else.
+void loss_sums(const LossArgs& args);
 void loss_backward(const LossArgs& args);
+
+// Fills total, terms and summary. acc: their dtype, and that of cutoff.
+void loss_finish(const LossArgs& args, FloatType acc);
 
 // Reads the sizes and the logits of `args`, and with bins the labels; there is at least one label pixel. classes:
 // (N, H, W) uint8, or int32 if there are more than 256. bins: null, or zeros, to which it adds the counts of

@@ -2,7 +2,7 @@
 // steps in docs/definitions.md.
 #pragma once
 
-#include "../device/common.cuh"
+#include "common/args.h"
 
 namespace bcmf::cpu {
 
@@ -13,11 +13,25 @@ struct LossPartial {
   double hard_nll;              // weighted, over those above OHEM's threshold
   int64_t hard, valid;          // numbers of pixels above OHEM's threshold, and of valid ones
   int64_t bad_labels;
+
+  BCMF_HOST_DEVICE void operator+=(const LossPartial& other) {
+    weighted_nll += other.weighted_nll;
+    weight += other.weight;
+    hard_nll += other.hard_nll;
+    hard += other.hard;
+    valid += other.valid;
+    bad_labels += other.bad_labels;
+  }
 };
 
 struct TermPartial {  // of a label row, for OHEM, BCL or CPG
   double sum;
   int64_t count;
+
+  BCMF_HOST_DEVICE void operator+=(const TermPartial& other) {
+    sum += other.sum;
+    count += other.count;
+  }
 };
 
 // The pixels x0..x1 of a label row, at which CPG compares the gradients of class c. The residuals of the run are

@@ -3,12 +3,13 @@
 // in registers from class to class. Nothing here comes from torch, or from those parts of the standard library that the
 // linker could merge across instruction sets.
 
-#include "../device/geometry.cuh"
-#include "../device/select.cuh"
-#include "entries.h"
-#include "loss_kernel.h"
-#include "math.h"
-#include "read_once.h"
+#include "common/geometry.h"
+#include "common/select.h"
+#include "common/terms.h"
+#include "cpu/entries.h"
+#include "cpu/loss_kernel.h"
+#include "cpu/math.h"
+#include "cpu/read_once.h"
 
 namespace bcmf::cpu {
 namespace BCMF_ISA {
@@ -20,10 +21,10 @@ struct Tile {
   int64_t count() const { return rows * (xb - xa); }
 };
 
-#include "logits.inl"
+#include "cpu/logits.inl"
 // The following files use logits.inl.
-#include "bcl.inl"
-#include "cpg.inl"
+#include "cpu/bcl.inl"
+#include "cpu/cpg.inl"
 
 // Calls f(n, block, tile, first, last) for the tiles of the blocks begin..end of the batch. first and last tell whether
 // the tile is the first or the last one in its strip of columns.
@@ -146,14 +147,9 @@ static void dense_forward_from(const LossArgs& args, const LossWork<Acc>& work, 
     for (int s = 0; s < args.bcl_steps; ++s) score_tile(args, work, s, n, t, z, nll, m, log_sum);
 
     find_weights(args, labels, count, weights);
-    const LossPartial sum = sum_losses(count, hard, nll, weights);
-    LossPartial& partial = partials[block];
-    partial.weighted_nll += sum.weighted_nll;
-    partial.weight += sum.weight;
-    partial.hard_nll += sum.hard_nll;
-    partial.hard += sum.hard;
-    partial.valid += sum.valid;
-    for (int64_t i = 0; i < count; ++i) partial.bad_labels += labels[i] == kBad;
+    LossPartial sum = sum_losses(count, hard, nll, weights);
+    for (int64_t i = 0; i < count; ++i) sum.bad_labels += labels[i] == kBad;
+    partials[block] += sum;
   });
 }
 

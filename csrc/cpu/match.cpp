@@ -1,6 +1,4 @@
-#include "match.h"
-
-#include <ATen/Parallel.h>
+#include "cpu/match.h"
 
 #include <algorithm>
 #include <cstdlib>
@@ -8,8 +6,9 @@
 #include <new>
 #include <vector>
 
-#include "isa.h"
-#include "match_kernel.h"
+#include "cpu/isa.h"
+#include "cpu/match_kernel.h"
+#include "cpu/parallel.h"
 
 namespace bcmf::cpu {
 namespace {
@@ -34,7 +33,7 @@ void match_within(const MatchArgs& args) {
   const int64_t blocks = (args.H + kRows - 1) / kRows;
   const int64_t stride = (args.W + 2 * most + 2 * kMatchLanes - 1) / kMatchLanes * kMatchLanes;
   const bool one = args.classes == 1;
-  at::parallel_for(0, args.N * blocks, 1, [&](int64_t begin, int64_t end) {
+  parallel_for(0, args.N * blocks, 1, [&](int64_t begin, int64_t end) {
     const auto rows = allocate_zeros((one ? kRows + 1 : args.classes) * stride);
     const int64_t asked = one ? 0 : kRows, around = one ? 0 : kRows + 2 * most;
     const auto sites = std::make_unique_for_overwrite<MatchPixel[]>(around * args.W + 1);

@@ -1,7 +1,7 @@
 // The CPU kernels of bcmf::match_within, compiled once per instruction set and chosen at run time.
 #pragma once
 
-#include "match.h"
+#include "cpu/match.h"
 
 namespace bcmf::cpu {
 

@@ -2,9 +2,9 @@
 // The nearest site is found column by column. A pass goes down the rows, and knows for each column how many rows ago it
 // saw a site; of the columns around a pixel, the smallest dx² + dy² counts. A second pass goes up.
 
-#include "match_kernel.h"
-#include "math.h"
-#include "read_once.h"
+#include "cpu/match_kernel.h"
+#include "cpu/math.h"
+#include "cpu/read_once.h"
 
 namespace bcmf::cpu {
 namespace BCMF_ISA {

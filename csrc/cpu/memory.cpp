@@ -1,4 +1,4 @@
-#include "memory.h"
+#include "cpu/memory.h"
 
 #if defined(__linux__)
 #include <sys/mman.h>

@@ -1,10 +1,13 @@
-#include "loss.h"
+#include "cuda/loss.h"
 
 #include <type_traits>
 
-#include "../device/argmax.cuh"
-#include "../device/loss.cuh"
-#include "launcher.cuh"
+#include "cuda/kernels/argmax.cuh"
+#include "cuda/kernels/dense.cuh"
+#include "cuda/kernels/ohem.cuh"
+#include "cuda/kernels/sparse.cuh"
+#include "cuda/limits.h"
+#include "cuda/with_scalar.cuh"
 
 namespace bcmf::cuda {
 namespace {
@@ -29,18 +32,15 @@ class Cutter {
 
 template <typename Acc>
 struct ForwardScratch {
-  int sums;
-  double *partials, *totals;  // (sums, tiles), (sums,)
-  Count* histogram;           // (kDigits,), with OHEM
+  double* partials;  // (rows_of(args), tiles)
+  Count* histogram;  // (kDigits,), with OHEM
   Selection<Acc>* selection;
   Acc* scores;  // (steps, N, H, W), with BCL
   int64_t bytes;
 
   ForwardScratch(const LossArgs& args, void* memory) {
     Cutter cutter(memory);
-    sums = kForwardSums + 2 * args.bcl_steps + (args.cpg_radius > 0 ? 2 : 0);
-    partials = cutter.take<double>(sums * tiles_of(args));
-    totals = cutter.take<double>(sums);
+    partials = cutter.take<double>(rows_of(args) * tiles_of(args));
     histogram = cutter.take<Count>(args.ohem ? kDigits : 0);
     selection = cutter.take<Selection<Acc>>(args.ohem ? 1 : 0);
     scores = cutter.take<Acc>(args.bcl_steps * args.N * args.H * args.W);
@@ -108,26 +108,25 @@ int64_t staged_bytes(const LossArgs& args) {
 }
 
 template <typename Source>
-void launch_forward(const LossArgs& args, void* memory, Stream stream) {
+void launch_sums(const LossArgs& args, void* memory, Stream stream) {
   using Acc = typename Source::Acc;
   using Entries = typename Source::Entries;
   const ForwardScratch<Acc> scratch(args, memory);
   const unsigned tiles = static_cast<unsigned>(tiles_of(args));
   if (tiles > 0) {
-    double* partials = scratch.partials + static_cast<int64_t>(kForwardSums) * tiles;
+    const auto partials_of = [&](Sum entry) { return scratch.partials + int64_t{kSumRows + entry} * tiles; };
     launch(dense_forward<Source>, tiles, kThreads, staged_bytes<Source>(args), stream, args, scratch.scores,
            scratch.partials);
     if (args.ohem) ohem_select<Acc>(args, scratch, tiles, stream);
-    if (args.bcl_steps > 0) launch(bcl_select<Entries>, tiles, kThreads, 0, stream, args, scratch.scores, partials);
-    partials += static_cast<int64_t>(2 * args.bcl_steps) * tiles;
+    if (args.bcl_steps > 0)
+      launch(bcl_select<Entries>, tiles, kThreads, 0, stream, args, scratch.scores, partials_of(kBclSums));
     if (args.cpg_radius > 0) {
       SharedCutter shared;
       Window<Acc>(args, 0, shared);
-      launch(cpg_compare<Entries>, tiles, kThreads, shared.bytes(), stream, args, partials);
+      launch(cpg_compare<Entries>, tiles, kThreads, shared.bytes(), stream, args, partials_of(kCpgSum));
     }
   }
-  launch(add_tiles, static_cast<unsigned>(scratch.sums), kThreads, 0, stream, scratch.partials, tiles, scratch.totals);
-  launch(loss_finish<Acc>, 1, 1, 0, stream, args, scratch.totals);
+  launch(add_tiles<Acc>, kSums, kThreads, 0, stream, args, scratch.partials, tiles);
 }
 
 // Writes the dense part of the gradient to `sink`, then the sparse part of a few pixels, one by one, to `sparse_sink`.
@@ -198,7 +197,7 @@ void with_layout(const LossArgs& args, const MapView& grad, F f) {
 
 }  // namespace
 
-int64_t loss_forward_scratch(const LossArgs& args) {
+int64_t loss_sums_scratch(const LossArgs& args) {
   const bool wide = args.logits.type == FloatType::f64;
   return wide ? ForwardScratch<double>(args, nullptr).bytes : ForwardScratch<float>(args, nullptr).bytes;
 }
@@ -208,14 +207,22 @@ int64_t loss_backward_scratch(const LossArgs& args) {
   return wide ? BackwardScratch<double>(args, nullptr).bytes : BackwardScratch<float>(args, nullptr).bytes;
 }
 
-int loss_forward(const LossArgs& args, void* scratch, Stream stream) {
+int loss_sums(const LossArgs& args, void* scratch, Stream stream) {
   with_scalar(args.logits.type, [&](auto scalar) {
     using Scalar = decltype(scalar);
-    if (args.resampled()) return launch_forward<Resampled<Scalar>>(args, scratch, stream);
+    if (args.resampled()) return launch_sums<Resampled<Scalar>>(args, scratch, stream);
     with_layout<Scalar>(args, args.logits, [&](auto source, auto /*sink*/) {
-      launch_forward<typename decltype(source)::type>(args, scratch, stream);
+      launch_sums<typename decltype(source)::type>(args, scratch, stream);
     });
   });
+  return cudaGetLastError();
+}
+
+int loss_finish(const LossArgs& args, FloatType acc, Stream stream) {
+  if (acc == FloatType::f64)
+    launch(device::loss_finish<double>, 1, 1, 0, stream, args);
+  else
+    launch(device::loss_finish<float>, 1, 1, 0, stream, args);
   return cudaGetLastError();
 }
 

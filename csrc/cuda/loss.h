@@ -1,16 +1,18 @@
 #pragma once
 
-#include "../device/common.cuh"
-#include "stream.h"
+#include "common/args.h"
+#include "cuda/stream.h"
 
 namespace bcmf::cuda {
 
 // The bytes of scratch memory that each needs on the device, aligned to 16.
-int64_t loss_forward_scratch(const LossArgs& args);
+int64_t loss_sums_scratch(const LossArgs& args);
 int64_t loss_backward_scratch(const LossArgs& args);
 
-// All kernels are launched on `stream`, and nothing synchronises. Both return cudaGetLastError().
-int loss_forward(const LossArgs& args, void* scratch, Stream stream);
+// All kernels are launched on `stream`, and nothing synchronises. These functions return cudaGetLastError(). acc: the
+// dtype of cutoff, total, terms and summary.
+int loss_sums(const LossArgs& args, void* scratch, Stream stream);
+int loss_finish(const LossArgs& args, FloatType acc, Stream stream);
 int loss_backward(const LossArgs& args, void* scratch, Stream stream);
 
 // bcmf::upsample_argmax, which reads the sizes and the logits of `args` and nothing else. classes: (N, H, W) uint8, or

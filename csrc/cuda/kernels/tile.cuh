@@ -1,0 +1,225 @@
+// How the kernels of bcmf::loss divide the label pixels. A block has a tile of 64 x 16 of them, a thread a stack of 4
+// pixels of the tile. These lie below each other, so that a warp reads 32 neighbours of a row, or beside each other, so
+// that a thread reads them at once. The threads of a block add up their numbers in a fixed order, and a later block
+// adds up those of the tiles: sums have the same bits every time.
+#pragma once
+
+#include <cmath>
+#include <cstring>
+
+#include "common/terms.h"
+#include "cuda/kernels/scalars.cuh"
+
+namespace bcmf::device {
+
+constexpr int kColumns = 64;
+constexpr int kRows = 16;
+constexpr int kStack = 4;
+constexpr int kThreads = kColumns * kRows / kStack;
+
+// exp(x) for x <= 0 by the GPU's own power of two, which takes two instructions instead of eight. x is rounded when it
+// is scaled, which adds an error of |x| exp(x) 2^-24 <= 2^-25, where the largest class has exp(x) = 1, to the
+// instruction's own of 2^-22 of the result. Results below 2^-126 become 0.
+__device__ __forceinline__ float exp_of(float x) {
+#if defined(__CUDA_ARCH__)
+  float result;
+  asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(result) : "f"(x * 1.4426950408889634f));
+  return result;
+#else
+  return exp(x);
+#endif
+}
+__device__ __forceinline__ double exp_of(double x) { return exp(x); }
+
+BCMF_HOST_DEVICE unsigned tiles_down(const LossArgs& args) {
+  return static_cast<unsigned>((args.H + kRows - 1) / kRows);
+}
+BCMF_HOST_DEVICE unsigned tiles_across(const LossArgs& args) {
+  return static_cast<unsigned>((args.W + kColumns - 1) / kColumns);
+}
+BCMF_HOST_DEVICE int64_t tiles_of(const LossArgs& args) { return args.N * tiles_down(args) * tiles_across(args); }
+
+// Packs of kCount entries are read and written at once, at addresses that are multiples of their size. They are copied
+// as words, because the compiler would access 16-bit entries one by one.
+template <typename T, int kCount>
+struct alignas(kCount * sizeof(T)) Words {
+  static_assert(kCount * sizeof(T) % 4 == 0);
+  unsigned words[kCount * sizeof(T) / 4];
+};
+template <typename T, int kCount>
+__device__ __forceinline__ void load_pack(const T* from, T (&to)[kCount]) {
+  const Words<T, kCount> words = *reinterpret_cast<const Words<T, kCount>*>(from);
+  memcpy(&to, &words, sizeof(words));
+}
+template <typename T, int kCount>
+__device__ __forceinline__ void store_pack(const T (&from)[kCount], T* to) {
+  Words<T, kCount> words;
+  memcpy(&words, &from, sizeof(words));
+  *reinterpret_cast<Words<T, kCount>*>(to) = words;
+}
+
+// Tells whether all rows of the images, and of the classes that are stride_c apart (0: of one class), begin at
+// addresses that are multiples of `entries` entries.
+template <typename Scalar>
+bool begins_at(const MapView& view, const LossArgs& args, int64_t stride_c, int entries) {
+  const auto divides = [=](int64_t size, int64_t stride) { return size <= 1 || stride % entries == 0; };
+  return reinterpret_cast<uintptr_t>(view.data) % (entries * sizeof(Scalar)) == 0 && divides(args.N, view.stride_n) &&
+         divides(args.C, stride_c) && divides(args.H, view.stride_h);
+}
+
+// The tile of this block. loss_tensors.cpp checks that sides are below 2^30.
+struct Tile {
+  int64_t n;
+  int H, W, top, left;
+  int rows, columns;  // within the image
+
+  __device__ __forceinline__ explicit Tile(const LossArgs& args)
+      : H(static_cast<int>(args.H)), W(static_cast<int>(args.W)) {
+    const unsigned across = tiles_across(args), down = tiles_down(args);
+    n = blockIdx.x / across / down;
+    top = static_cast<int>(blockIdx.x / across % down) * kRows;
+    left = static_cast<int>(blockIdx.x % across) * kColumns;
+    rows = H - top < kRows ? H - top : kRows;
+    columns = W - left < kColumns ? W - left : kColumns;
+  }
+};
+
+// The tile, with the stack of this thread. kAcross: the stack's pixels lie beside each other, and either all or none of
+// them lie within the image; otherwise they lie below each other.
+template <bool kAcross_>
+struct Stacks : Tile {
+  static constexpr bool kAcross = kAcross_;
+  static constexpr int kPerRow = kAcross ? kColumns / kStack : kColumns;
+  int first_row, first_column;  // of the thread's stack, in the tile
+
+  __device__ __forceinline__ explicit Stacks(const LossArgs& args) : Tile(args) {
+    const int thread = static_cast<int>(threadIdx.x);
+    first_row = thread / kPerRow * (kAcross ? 1 : kStack);
+    first_column = thread % kPerRow * (kAcross ? kStack : 1);
+  }
+  __device__ __forceinline__ int row(int k) const { return kAcross ? first_row : first_row + k; }
+  __device__ __forceinline__ int column(int k) const { return kAcross ? first_column + k : first_column; }
+  __device__ __forceinline__ int y(int k) const { return top + row(k); }
+  __device__ __forceinline__ int x(int k) const { return left + column(k); }
+  __device__ __forceinline__ bool has(int k) const {
+    return kAcross ? first_column < columns && first_row < rows : first_column < columns && row(k) < rows;
+  }
+  __device__ __forceinline__ int64_t pixel(int k) const { return (n * H + y(k)) * W + x(k); }
+
+  // Read and write the stack's entries of a map (N, H, W).
+  template <typename T>
+  __device__ __forceinline__ void load(const T* map, T (&values)[kStack]) const {
+    if constexpr (kAcross) {
+      if (!has(0)) return;
+      load_pack(map + pixel(0), values);
+    } else {
+      for_each([&](int k) { values[k] = map[pixel(k)]; });
+    }
+  }
+  template <typename T>
+  __device__ __forceinline__ void store(const T (&values)[kStack], T* map) const {
+    if constexpr (kAcross) {
+      if (!has(0)) return;
+      store_pack(values, map + pixel(0));
+    } else {
+      for_each([&](int k) { map[pixel(k)] = values[k]; });
+    }
+  }
+  // Calls f(k) for the pixels of the stack that lie in the image.
+  template <typename F>
+  __device__ __forceinline__ void for_each(F f) const {
+#pragma unroll
+    for (int k = 0; k < kStack; ++k)
+      if (has(k)) f(k);
+  }
+};
+
+// Gives every thread the sum over the block, added up in a fixed order. `shared` holds kThreads entries.
+template <typename T>
+__device__ __forceinline__ T block_sum(T value, T* shared) {
+  shared[threadIdx.x] = value;
+  __syncthreads();
+  for (unsigned half = kThreads / 2; half > 0; half /= 2) {
+    if (threadIdx.x < half) shared[threadIdx.x] += shared[threadIdx.x + half];
+    __syncthreads();
+  }
+  const T sum = shared[0];
+  __syncthreads();  // `shared` may be written again
+  return sum;
+}
+
+constexpr int kWarp = 32, kWarps = kThreads / kWarp;
+
+// Tells every thread of the block whether any of them has a true value.
+__device__ __forceinline__ bool any_of_block(bool value) {
+  BCMF_SHARED(unsigned, any, 1);
+  if (threadIdx.x == 0) any[0] = 0;
+  __syncthreads();
+  if (value) atomicOr(any, 1u);
+  __syncthreads();
+  const bool found = any[0] != 0;
+  __syncthreads();  // `any` may be written again
+  return found;
+}
+
+// Returns the sum of `value` over the threads before this one, and in `total` the sum over all of the block.
+__device__ __forceinline__ int scan_block(int value, int* total) {
+  BCMF_SHARED(int, shared, kWarps);
+  const int lane = static_cast<int>(threadIdx.x) % kWarp, warp = static_cast<int>(threadIdx.x) / kWarp;
+  int sum = value;
+  for (int lanes = 1; lanes < kWarp; lanes *= 2) {
+    const int other = __shfl_up_sync(0xffffffffu, sum, lanes);
+    sum += lane >= lanes ? other : 0;
+  }
+  if (lane == kWarp - 1) shared[warp] = sum;
+  __syncthreads();
+  int before = sum - value;
+  *total = 0;
+  for (int i = 0; i < kWarps; ++i) {
+    before += i < warp ? shared[i] : 0;
+    *total += shared[i];
+  }
+  __syncthreads();  // `shared` may be written again
+  return before;
+}
+
+// Adds up K values of all threads of the block, and stores the sums as the tile's column of partials (K, tiles).
+template <int K>
+__device__ __forceinline__ void store_partials(const double (&values)[K], double* partials) {
+  BCMF_SHARED(double, shared, K* kWarps);
+#pragma unroll
+  for (int entry = 0; entry < K; ++entry) {
+    double sum = values[entry];
+    for (int lanes = kWarp / 2; lanes > 0; lanes /= 2) sum += __shfl_xor_sync(0xffffffffu, sum, lanes);
+    if (threadIdx.x % kWarp == 0) shared[entry * kWarps + threadIdx.x / kWarp] = sum;
+  }
+  __syncthreads();
+  if (threadIdx.x < K) {
+    double sum = 0;
+    for (int warp = 0; warp < kWarps; ++warp) sum += shared[threadIdx.x * kWarps + warp];
+    partials[threadIdx.x * static_cast<int64_t>(gridDim.x) + blockIdx.x] = sum;
+  }
+  __syncthreads();  // `shared` may be written again
+}
+
+// Returns the sum of the partial sums of all tiles. Each thread adds up a fixed subset of them in the order of tiles.
+__device__ __forceinline__ double load_partials(const double* partials, int64_t tiles) {
+  BCMF_SHARED(double, shared, kThreads);
+  double sum = 0;
+#pragma unroll 8
+  for (int64_t tile = threadIdx.x; tile < tiles; tile += kThreads) sum += partials[tile];
+  return block_sum(sum, shared);
+}
+
+template <typename Acc>
+__device__ __forceinline__ Acc weight_of(const LossArgs& args, int label) {
+  return args.weight ? static_cast<const Acc*>(args.weight)[label] : Acc(1);
+}
+
+// The label as BCL and CPG see it: a class, or kIgnored, also for a bad label.
+__device__ __forceinline__ int class_at(const LossArgs& args, int64_t n, int y, int x) {
+  const int label = read_label(args, n, y, x);
+  return label < 0 ? kIgnored : label;
+}
+
+}  // namespace bcmf::device
