@@ -1,4 +1,4 @@
-"""torch.ops.bcmf: schemas, fake kernels and autograd. C++ adds the kernels (csrc/ops.cpp).
+"""torch.ops.bcmf: schemas, fake kernels and autograd. C++ adds the kernels (csrc/*/*_op.cpp).
 
 They are defined in Python so that they exist, and can be traced, without a compiler. An op's kernel for the Autograd
 key is a ``torch.autograd.Function`` (not a Function around the op: that would lose the gradient in exported modules).
@@ -66,12 +66,36 @@ def _define(lib: Library, name: str, schema: str, fake: Any, backward_schema: st
 #   * selected (N, H, W) uint8, (0, H, W) without BCL: bit s says whether BCL's step s selected the pixel;
 #   * summary (SUMMARY,), see Summary.
 # The backward takes the last three, and the upstream gradient of total.
+# It is bcmf::loss_finish of bcmf::loss_sums, between which sums may be added up over several processes:
+#   * loss_sums takes the same, and returns sums (SUMS,) in fp64, see Sum; cutoff (), the smallest loss that OHEM keeps
+#     in this process, 0 without OHEM; stats; selected. Where bcmf::loss refuses bad labels, it only counts them.
+#   * loss_finish takes sums, cutoff and LossOptions, and returns total, terms and summary. A bad label makes them NaN.
+
+
+class Sum(IntEnum):
+    """The entries of bcmf::loss_sums's sums: numerator and denominator of every mean, 0 for a term that was not asked
+    for.
+
+    C++ has the same numbers (csrc/common/args.h); a test holds the two together.
+    """
+
+    CE_SUM = 0  # over the valid pixels, or those that OHEM keeps: weight times loss
+    CE_COUNT = 1  # the valid pixels' weights, or with OHEM the number of kept pixels
+    VALID = 2  # |V|
+    BAD_LABELS = 3  # how many labels are neither a class nor ignore_index
+    CPG_SUM = 4
+    CPG_COUNT = 5  # |M|
+    BCL = 6  # of BCL's first step: of the losses that are supervised, and |S|; the other steps' follow
+
+
+SUMS = Sum.BCL + 2 * MAX_STEPS
+"""How many entries sums have."""
 
 
 class Summary(IntEnum):
     """The entries of bcmf::loss's summary: what the backward needs to know of the whole batch, and reads on the device.
 
-    C++ has the same numbers (csrc/device/common.cuh); a test holds the two together.
+    C++ has the same numbers (csrc/common/args.h); a test holds the two together.
     """
 
     DENOMINATOR = 0  # what the cross-entropy is divided by: the valid pixels' weights, or with OHEM the kept pixels
@@ -101,18 +125,32 @@ _LOSS_BACKWARD = (
     "(Tensor grad_total, Tensor logits, Tensor target, Tensor? weight, Tensor stats, Tensor selected, Tensor summary,"
     f" {_LOSS_OPTIONS}) -> Tensor"
 )
+_LOSS_SUMS = (
+    f"(Tensor logits, Tensor target, Tensor? weight, {_LOSS_OPTIONS})"
+    " -> (Tensor sums, Tensor cutoff, Tensor stats, Tensor selected)"
+)
+_LOSS_FINISH = f"(Tensor sums, Tensor cutoff, {_LOSS_OPTIONS}) -> (Tensor total, Tensor terms, Tensor summary)"
 
 
-def _loss_fake(logits: Tensor, target: Tensor, weight: Tensor | None, *options: Any) -> tuple[Tensor, ...]:
+def _loss_sums_fake(logits: Tensor, target: Tensor, weight: Tensor | None, *options: Any) -> tuple[Tensor, ...]:
     acc = acc_dtype(logits)
     images = target.shape[0] if LossOptions(*options).bcl_steps else 0
     return (
+        logits.new_empty((SUMS,), dtype=torch.float64),
         logits.new_empty((), dtype=acc),
-        logits.new_empty((len(TERMS),), dtype=acc),
         logits.new_empty((2, *target.shape), dtype=acc),
         logits.new_empty((images, *target.shape[1:]), dtype=torch.uint8),
-        logits.new_empty((SUMMARY,), dtype=acc),
     )
+
+
+def _loss_finish_fake(sums: Tensor, cutoff: Tensor, *_: Any) -> tuple[Tensor, ...]:
+    return cutoff.new_empty(()), cutoff.new_empty((len(TERMS),)), cutoff.new_empty((SUMMARY,))
+
+
+def _loss_fake(logits: Tensor, target: Tensor, weight: Tensor | None, *options: Any) -> tuple[Tensor, ...]:
+    sums, cutoff, stats, selected = _loss_sums_fake(logits, target, weight, *options)
+    total, terms, summary = _loss_finish_fake(sums, cutoff)
+    return total, terms, stats, selected, summary
 
 
 def _loss_backward_fake(grad_total: Tensor, logits: Tensor, *_: Any) -> Tensor:
@@ -146,9 +184,30 @@ def define_loss(lib: Library, name: str) -> Any:
     return loss
 
 
+def _raise_on_backward(ctx: Any, *_: Any) -> None:
+    raise NotImplementedError(
+        "bcmf::loss_sums and bcmf::loss_finish have no derivative: bcmf::loss_backward finds that of both together."
+    )
+
+
+def define_loss_halves(lib: Library, suffix: str = "") -> tuple[Any, Any]:
+    """Adds bcmf::loss_sums and bcmf::loss_finish to a library, their names followed by suffix, and returns both."""
+    for op, schema, fake in (("sums", _LOSS_SUMS, _loss_sums_fake), ("finish", _LOSS_FINISH, _loss_finish_fake)):
+        name = f"loss_{op}{suffix}"
+        lib.define(name + schema)
+        torch.library.register_fake(f"{lib.ns}::{name}", fake, lib=lib)
+        torch.library.register_autograd(
+            f"{lib.ns}::{name}", _raise_on_backward, setup_context=lambda ctx, inputs, output: None, lib=lib
+        )
+    namespace = getattr(torch.ops, lib.ns)
+    return getattr(namespace, f"loss_sums{suffix}"), getattr(namespace, f"loss_finish{suffix}")
+
+
 LOSS = {"cpu": define_loss(LIB, "loss"), "triton": define_loss(LIB, "loss_triton")}
 """The op that each impl calls."""
-LOSS["cuda"] = LOSS["cpu"]  # One op has both kernels; the tensors' device chooses.
+LOSS_HALVES = {"cpu": define_loss_halves(LIB), "triton": define_loss_halves(LIB, "_triton")}
+"""loss_sums and loss_finish of each impl."""
+LOSS["cuda"], LOSS_HALVES["cuda"] = LOSS["cpu"], LOSS_HALVES["cpu"]  # One op has both kernels; the device chooses.
 
 
 # --------------------------------------------------------------------------------------------------------------------
@@ -452,6 +511,8 @@ def _triton_kernel(module: str, name: str) -> Any:
 for _device in ("CUDA", "CPU"):  # On the CPU they are interpreted, for tests.
     LIB.impl("loss_triton", _triton_kernel("loss", "loss"), _device)
     LIB.impl("loss_triton_backward", _triton_kernel("loss", "loss_backward"), _device)
+    LIB.impl("loss_sums_triton", _triton_kernel("loss", "loss_sums"), _device)
+    LIB.impl("loss_finish_triton", _triton_kernel("loss", "loss_finish"), _device)
     LIB.impl("upsample_argmax_triton", _triton_kernel("argmax", "upsample_argmax"), _device)
     for _op in ("pool_norm_relu", "add_norm_relu"):
         LIB.impl(f"{_op}_triton", _triton_kernel("lmfm", _op), _device)

@@ -103,24 +103,25 @@ def package_with(tmp_path: Path, build: dict) -> dict[str, str]:
     """The environment in which ``import bcmf_ext`` finds a copy of the package with this _build.json."""
     copy = tmp_path / "bcmf_ext"
     shutil.copytree(Path(bcmf_ext.__file__).parent, copy, ignore=shutil.ignore_patterns("__pycache__", "_build.json"))
-    facts = {"torch": torch.__version__, "no_extension": None, "no_cuda": None, "sources": None}
+    facts = {"oldest_torch": "2.11", "no_extension": None, "no_cuda": None, "sources": None}
     (copy / "_build.json").write_text(json.dumps(facts | build) if build is not None else "{ damaged")
     (tmp_path / "csrc").mkdir()
-    (tmp_path / "csrc" / "ops.cpp").touch()
+    (tmp_path / "csrc" / "kernels.cpp").touch()
     return {**os.environ, "PYTHONPATH": str(tmp_path)}
 
 
 @pytest.mark.parametrize(
     ("build", "says", "warns"),
     [
-        ({"torch": "1.2.3", "no_extension": None}, "built for torch 1.2.3", True),
-        ({"torch": None, "no_extension": "no C++ compiler was found"}, "no C++ compiler", False),
+        ({"oldest_torch": "9.8"}, "kernels need torch 9.8 or later, but this is torch", True),
+        ({"oldest_torch": "new"}, "_build.json, which says what was built, is damaged", True),
+        ({"no_extension": "no C++ compiler was found"}, "no C++ compiler", False),
         ({"no_extension": None, "sources": "other"}, "csrc has changed", True),
-        (None, "_build.json is damaged", True),
+        (None, "_build.json, which says what was built, is damaged", True),
     ],
 )
 def test_import_survives_any_build(tmp_path: Path, build: dict | None, says: str, warns: bool) -> None:
-    """Protects import: another torch, no compiler or other sources leave the extension out with a sentence, never an
+    """Protects import: an older torch, no compiler or other sources leave the extension out with a sentence, never an
     ImportError, and the losses run in PyTorch."""
     code = (
         "import torch, bcmf_ext\n"
@@ -141,13 +142,32 @@ def test_a_library_that_does_not_load_is_left_out(tmp_path: Path) -> None:
     """Protects import from a broken shared library: one sentence, not a traceback."""
     env = package_with(tmp_path, {})
     shutil.rmtree(tmp_path / "csrc")
-    for library in (tmp_path / "bcmf_ext").glob("_C*.so"):
-        library.unlink()
+    (tmp_path / "bcmf_ext" / "_kernels.so").unlink()
     done = subprocess.run(
         [sys.executable, "-c", "import bcmf_ext"], env=env, cwd=tmp_path, capture_output=True, text=True
     )
     assert done.returncode == 0, done.stderr
     assert "does not load" in done.stderr
+
+
+@pytest.mark.skipif(dispatch.EXTENSION is None, reason="no extension")
+def test_a_python_without_its_module_gets_the_kernels(tmp_path: Path) -> None:
+    """Protects one binary for every Python: where ``_C`` was built for another one, or not at all, the kernels run, and
+    what they tell of themselves is the same."""
+    copy = tmp_path / "bcmf_ext"
+    shutil.copytree(Path(bcmf_ext.__file__).parent, copy, ignore=shutil.ignore_patterns("__pycache__", "_C*"))
+    shutil.copy(Path(dispatch.EXTENSION.file), copy)
+    shutil.copy(Path(dispatch.EXTENSION.file).with_name("_build.json"), copy)
+    code = (
+        "from bcmf_ext import dispatch, release_kept_memory\n"
+        "release_kept_memory()\n"
+        "print(dispatch.why_not('cpu', 'cpu'), dispatch.EXTENSION.build_info(), dispatch.EXTENSION.contract())\n"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", code], env={**os.environ, "PYTHONPATH": str(tmp_path)}, capture_output=True, text=True
+    )
+    told = dispatch.EXTENSION.build_info(), dispatch.EXTENSION.contract()
+    assert (done.stdout.strip(), done.stderr) == (f"None {told[0]} {told[1]}", "")
 
 
 @pytest.mark.skipif(dispatch.EXTENSION is None, reason="no extension")
@@ -157,16 +177,16 @@ def test_a_source_tree_finds_the_installed_extension(tmp_path: Path) -> None:
     shutil.copytree(
         Path(bcmf_ext.__file__).parent,
         tmp_path / "bcmf_ext",
-        ignore=shutil.ignore_patterns("__pycache__", "_build.json", "_C*"),
+        ignore=shutil.ignore_patterns("__pycache__", "_build.json", "_C*", "_kernels*"),
     )
-    installed = Path(dispatch.EXTENSION.__file__).parents[1]
+    installed = Path(dispatch.EXTENSION.file).parents[1]
     code = (
         f"import sys; sys.path.append({str(installed)!r})\n"
-        "from bcmf_ext import dispatch; print(dispatch.__file__, dispatch.EXTENSION.__file__)"
+        "from bcmf_ext import dispatch; print(dispatch.__file__, dispatch.EXTENSION.file)"
     )
     done = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
-    assert done.stdout.split() == [str(tmp_path / "bcmf_ext" / "dispatch.py"), dispatch.EXTENSION.__file__]
+    assert done.stdout.split() == [str(tmp_path / "bcmf_ext" / "dispatch.py"), dispatch.EXTENSION.file]
 
 
 def test_debug_checks_labels_where_nobody_else_looks() -> None:

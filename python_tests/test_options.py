@@ -9,9 +9,8 @@ import numpy as np
 import pytest
 import torch
 
-from bcmf_ext import dispatch, reference
-from bcmf_ext.ops import Summary
-from bcmf_ext.options import BCL, CPG, MAX_STEPS, OHEM, TERMS, LossOptions, resolve_options
+from bcmf_ext import dispatch, ops, reference
+from bcmf_ext.options import BCL, CPG, MAX_STEPS, OHEM, TERMS, resolve_options
 
 
 def test_default_weights_and_floats() -> None:
@@ -86,10 +85,12 @@ def test_wrong_options_are_value_errors(wrong) -> None:
 
 @pytest.mark.skipif(dispatch.EXTENSION is None, reason="the extension was not built")
 def test_cpp_has_the_same_options_and_numbers() -> None:
-    """Protects the hand-over to C++: options, terms and the entries of the summary have one order on both sides."""
+    """Protects the hand-over to C++: options and their types, terms, and the entries of sums and summary have one order
+    on both sides."""
     assert dispatch.EXTENSION.contract() == {
-        "LOSS_OPTIONS": LossOptions._fields,
-        "TERMS": TERMS,
-        "SUMMARY": tuple(entry.name.lower() for entry in Summary),
+        "LOSS_OPTIONS": ops._LOSS_OPTIONS.split(", "),
+        "TERMS": list(TERMS),
+        "SUMS": [entry.name.lower() for entry in ops.Sum],
+        "SUMMARY": [entry.name.lower() for entry in ops.Summary],
         "MAX_STEPS": MAX_STEPS,
     }

@@ -1,5 +1,5 @@
 """bcmf::upsample_argmax in Triton: the class of each label pixel, the lowest of those with the largest logit; NaN is
-larger than all, as in torch.argmax (csrc/device/argmax.cuh)."""
+larger than all, as in torch.argmax (csrc/cuda/kernels/argmax.cuh)."""
 
 from __future__ import annotations
 

@@ -1,5 +1,5 @@
 """BCL: the score of a pixel, which scores are maxima, and the scale of the selected pixels' gradients
-(csrc/device/bcl.cuh)."""
+(csrc/cuda/kernels/bcl.cuh)."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ import triton
 import triton.language as tl
 
 from .common import (
-    BCL_ROWS,
+    BCL_SUMS,
     DIRECT,
     IGNORED,
     Partials,
@@ -94,8 +94,8 @@ def bcl_select(
                 label = class_at(labels, Pixels(pixels.n, y, x, found), size.classes)
                 sums = loss_of(logits, pixels, own, label, found, READ)
         bits |= found.to(tl.int32) << i
-        store_partial(partials, BCL_ROWS + 2 * i, tile, sums)
-        store_partial(partials, BCL_ROWS + 2 * i + 1, tile, found.to(READ.ACC))
+        store_partial(partials, BCL_SUMS + 2 * i, tile, sums)
+        store_partial(partials, BCL_SUMS + 2 * i + 1, tile, found.to(READ.ACC))
     tl.store(selected + place, bits.to(tl.uint8), mask=inside)
 
 

@@ -1,4 +1,4 @@
-"""What the kernels' arguments mean, and how a label is read (csrc/device/common.cuh).
+"""What the kernels' arguments mean, and how a label is read (csrc/common/args.h).
 
 What belongs together travels in a named tuple. Its integers are packed where a kernel is launched and unpacked where it
 begins (see integers.py). Offsets have 64 bits wherever a tensor may have more than 2³¹ entries.
@@ -14,7 +14,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ..ops import Summary
+from ..ops import Sum, Summary
 from ..options import TERMS as TERM_NAMES
 from .integers import multiple_of, pack, pack_known_one, unpack, unpack_side
 
@@ -33,13 +33,11 @@ def numbered(entries: Iterable[object]) -> tuple[tl.constexpr, ...]:
     return tuple(tl.constexpr(number) for number, _ in enumerate(entries))
 
 
-# These are the entries of `summary`, which the backward reads on the device; those of `terms`; and the rows of the
-# table of partial sums, to which BCL adds two rows for each of its steps, and CPG two.
+# These are the entries of `sums`, each with a row of its own in the table of partial sums, in which how many losses are
+# above OHEM's threshold has the last row; those of `summary`, which the backward reads on the device; and of `terms`.
+CE_SUM, CE_COUNT, VALID_PIXELS, BAD_LABELS, CPG_SUM, CPG_COUNT, BCL_SUMS = numbered(Sum)
 DENOMINATOR, CUTOFF, VALID, EDGES, SELECTED = numbered(Summary)
 CE, BCL, CPG = numbered(TERM_NAMES)
-DENSE_ROWS = ("numerator", "count", "hard", "valid pixels", "bad labels")
-NUMERATOR, COUNT, HARD, VALID_PIXELS, BAD_LABELS = numbered(DENSE_ROWS)
-BCL_ROWS = tl.constexpr(len(DENSE_ROWS))
 
 
 # --------------------------------------------------------------------------------------------------------------------
@@ -62,6 +60,11 @@ class TermFlags(NamedTuple):
     STEPS: tuple[int, ...]
     FLIPPED: bool
     CPG: bool
+
+
+def sum_rows(terms: TermFlags) -> int:
+    """How many entries of `sums` are asked for; the row of the number of hard losses comes after theirs."""
+    return BCL_SUMS.value + 2 * len(terms.STEPS)
 
 
 class TileShape(NamedTuple):

@@ -1,5 +1,5 @@
-"""CPG, where labels differ (csrc/device/cpg.cuh): in a tile with an edge, the pixels compared (the edges) and those
-near one are listed, and worked on class by class; all other tiles are done after a look at their labels.
+"""CPG, where labels differ (csrc/cuda/kernels/cpg.cuh): in a tile with an edge, the pixels compared (the edges) and
+those near one are listed, and worked on class by class; all other tiles are done after a look at their labels.
 
 A program works on one tile after another. It looks at neighbours in scratch memory of its own, which stays in the
 caches: the entries of the tile and MARGIN pixels around it, row by row. Beyond the image they are copies of its border,
@@ -17,7 +17,8 @@ import triton
 import triton.language as tl
 
 from .common import (
-    BCL_ROWS,
+    CPG_COUNT,
+    CPG_SUM,
     QUADS,
     Partials,
     Pixels,
@@ -403,7 +404,6 @@ def cpg_compare(
     """Partial sums of (G − its estimate)² and of |M|."""
     logits, labels, scratch = unpack_logits(logits), unpack_labels(labels), own_scratch(scratch, W)
     partials = Partials(partials.data, unpack(partials.length))
-    row = BCL_ROWS + 2 * len(TERMS.STEPS)
     for tile in range(tl.program_id(0), unpack(tiles), tl.num_programs(0)):
         rectangle = rectangle_of(tile, logits, READ.MODE, TILE)
         ids = ids_of(labels, logits.size, rectangle, W)
@@ -415,8 +415,8 @@ def cpg_compare(
             find_probabilities(scratch, lists.near, c, logits, stats, rectangle, READ, W)
             error, compared = add_errors(error, compared, scratch, lists.edges, c, READ.ACC, W)
             c = next_class(ids, c, W)
-        store_partial(partials, row, tile, error)
-        store_partial(partials, row + 1, tile, compared)
+        store_partial(partials, CPG_SUM, tile, error)
+        store_partial(partials, CPG_COUNT, tile, compared)
 
 
 @triton.jit

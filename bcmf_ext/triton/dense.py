@@ -1,4 +1,4 @@
-"""The steps that read all logits: `dense_forward` and `dense_backward` (csrc/device/loss.cuh)."""
+"""The steps that read all logits: `dense_forward` and `dense_backward` (csrc/cuda/kernels/dense.cuh)."""
 
 from __future__ import annotations
 
@@ -9,10 +9,10 @@ from .bcl import loss_of, score_of
 from .common import (
     BAD,
     BAD_LABELS,
-    COUNT,
-    HARD,
+    BCL_SUMS,
+    CE_COUNT,
+    CE_SUM,
     IGNORED,
-    NUMERATOR,
     QUADS,
     VALID_PIXELS,
     Partials,
@@ -65,14 +65,15 @@ def dense_forward(
     loss = tl.where(label == BAD, float("nan"), loss)
     valid = label != IGNORED
     w = weight_of(weight, label, READ.ACC, TERMS)
-    store_partial(partials, NUMERATOR, tile, tl.where(valid, w * loss, 0.0))
-    store_partial(partials, COUNT, tile, tl.where(valid, w, 0.0))
+    if TERMS.CE:
+        store_partial(partials, CE_SUM, tile, tl.where(valid, w * loss, 0.0))
+        store_partial(partials, CE_COUNT, tile, tl.where(valid, w, 0.0))
     store_partial(partials, VALID_PIXELS, tile, valid.to(READ.ACC))
     store_partial(partials, BAD_LABELS, tile, (label == BAD).to(READ.ACC))
     if TERMS.OHEM:
         tl.store(nll + place, tl.where(valid, loss, -1.0), mask=pixels.inside)
         hard = valid & (key_of(loss) >= key_of(tl.full((), exceeds, READ.ACC)))
-        store_partial(partials, HARD, tile, hard.to(READ.ACC))
+        store_partial(partials, BCL_SUMS + 2 * len(TERMS.STEPS), tile, hard.to(READ.ACC))
     for i in tl.static_range(len(TERMS.STEPS)):
         q = score_of(logits, labels, pixels, own, label, loss, TERMS.STEPS[i], READ)
         tl.store(scores + i * tl.cast(size.pixels, tl.int64) + place, q, mask=pixels.inside)

@@ -1,5 +1,5 @@
 """Which label pixels a program works on, between which logits they lie, which label a flip brings
-(csrc/device/geometry.cuh)."""
+(csrc/common/geometry.h)."""
 
 from __future__ import annotations
 

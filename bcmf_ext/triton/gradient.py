@@ -1,5 +1,5 @@
 """The pulls and factors of pixels, and a logit's gradient (docs/definitions.md, Gradients): `dense_backward` and
-`sparse_backward` share them (csrc/device/loss.cuh)."""
+`sparse_backward` share them (csrc/cuda/kernels/dense.cuh)."""
 
 from __future__ import annotations
 

@@ -1,5 +1,5 @@
 """How logits are read: one by one, or for a tile and some classes at once; directly, or resampled bilinearly
-(csrc/device/logits.cuh)."""
+(csrc/cuda/kernels/logits.cuh)."""
 
 from __future__ import annotations
 

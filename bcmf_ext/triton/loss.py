@@ -16,13 +16,11 @@ import triton
 from torch import Tensor
 
 from ..checks import check_inputs
-from ..ops import SUMMARY
+from ..ops import SUMMARY, SUMS
 from ..options import BCL, CPG, OHEM, LossOptions
 from .bcl import bcl_select
 from .common import (
     ANY,
-    BCL_ROWS,
-    DENSE_ROWS,
     DIRECT,
     QUADS,
     TERM_NAMES,
@@ -32,10 +30,12 @@ from .common import (
     pack_labels,
     pack_map,
     pack_size,
+    sum_rows,
 )
 from .cpg import ARRAYS, Scratch, cpg_compare, cpg_shares, sparse_backward, window_for
 from .dense import dense_backward, dense_forward
-from .finish import add_tiles, loss_finish
+from .finish import add_tiles
+from .finish import loss_finish as finish
 from .gradient import Upstream
 from .integers import pack
 from .launch import (
@@ -56,10 +56,14 @@ from .ohem import DIGIT_BITS, digits, ohem_begin, ohem_choose, ohem_count, ohem_
 GATHER_BLOCK = 256  # logits
 
 
-def check(logits: Tensor, target: Tensor, weight: Tensor | None, options: LossOptions) -> None:
+def check(logits: Tensor, target: Tensor, weight: Tensor | None) -> None:
     """The public functions have checked all this; it keeps a direct call of the op memory-safe."""
     check_inputs(logits, target, weight)
     check_sides(*logits.shape[1:], *target.shape[1:])
+
+
+def check_options(options: LossOptions) -> None:
+    """As `check`."""
     if options.ohem_threshold is not None:
         OHEM(options.ohem_threshold)
     if options.bcl_steps:
@@ -70,23 +74,29 @@ def check(logits: Tensor, target: Tensor, weight: Tensor | None, options: LossOp
         CPG(kernel_size=options.cpg_kernel_size)
 
 
+def term_flags(options: LossOptions, weighted: bool = False) -> TermFlags:
+    """The terms that are asked for."""
+    return TermFlags(
+        CE=options.ce,
+        WEIGHTED=weighted,
+        OHEM=options.ohem_threshold is not None,
+        STEPS=tuple(min(step, 2**30) for step in options.bcl_steps),  # no image is as large
+        FLIPPED=len(options.bcl_flipped) > 0,
+        CPG=options.cpg_kernel_size > 0,
+    )
+
+
 class Call:
     """A call of the op, checked: its geometry, and what its kernels share."""
 
     def __init__(self, logits: Tensor, target: Tensor, weight: Tensor | None, options: LossOptions) -> None:
-        check(logits, target, weight, options)
+        check(logits, target, weight)
+        check_options(options)
         self.options, self.target = options, target
         self.geometry = Geometry(logits, target.shape[1], target.shape[2], options.align_corners)
         self.new, self.acc = logits.new_empty, self.geometry.acc
         self.weight = logits if weight is None else weight.to(self.acc).contiguous()  # not read without weights
-        self.terms = TermFlags(
-            CE=options.ce,
-            WEIGHTED=weight is not None,
-            OHEM=options.ohem_threshold is not None,
-            STEPS=tuple(min(step, 2**30) for step in options.bcl_steps),  # no image is as large
-            FLIPPED=len(options.bcl_flipped) > 0,
-            CPG=options.cpg_kernel_size > 0,
-        )
+        self.terms = term_flags(options, weight is not None)
         self.alpha, self.beta = options.bcl_flipped or (0.0, 0.0)
 
     def inputs(self, by_rows: bool) -> dict[str, Any]:
@@ -143,45 +153,76 @@ def loss(
     Raises:
         ValueError, TypeError: for inputs or options that the op does not take.
     """
+    sums, cutoff, stats, selected = loss_sums(logits, target, weight, *arguments)
+    total, terms, summary = loss_finish(sums, cutoff, *arguments)
+    return total, terms, stats, selected, summary
+
+
+def loss_sums(
+    logits: Tensor, target: Tensor, weight: Tensor | None, *arguments: Any
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """The kernel of bcmf::loss_sums_triton; see ops.py for shapes and dtypes. arguments: LossOptions.
+
+    Raises:
+        ValueError, TypeError: for inputs or options that the op does not take.
+    """
     options = LossOptions(*arguments)
     with on_device(logits):
         call = Call(logits, target, weight, options)
         shape, terms, new, acc = target.shape, call.terms, call.new, call.acc
         steps = len(terms.STEPS)
-        total, parts, summary = new((), dtype=acc), new(len(TERM_NAMES), dtype=acc), new(SUMMARY, dtype=acc).zero_()
+        sums, cutoff = new(SUMS, dtype=torch.float64), new((), dtype=acc)
         stats = new((2, *shape), dtype=acc)
         selected = new((shape[0] if steps else 0, *shape[1:]), dtype=torch.uint8)
         nll = new(shape, dtype=acc) if terms.OHEM else stats
         scores = new((steps, *shape), dtype=acc)
+        if call.geometry.pixels == 0:
+            return sums.zero_(), cutoff.zero_(), stats, selected
 
         flat_tiles = call.geometry.tiles(FLAT, DIRECT.value)
         cpg_tiles = call.geometry.tiles(SPARSE.tile, call.rectangles)
-        rows = BCL_ROWS.value + 2 * steps + 2 * terms.CPG
-        table = new((rows, max(1, call.geometry.dense_tiles, flat_tiles, cpg_tiles)), dtype=torch.float64).zero_()
-        partials, totals = Partials(table, pack(table.shape[1])), new(rows, dtype=torch.float64)
-        if call.geometry.pixels > 0:
-            exceeds = least_hard_loss(options, acc)
-            call.run_dense(
-                dense_forward, weight=call.weight, stats=stats, nll=nll, scores=scores, partials=partials,
-                exceeds=exceeds,
-            )  # fmt: skip
-            if terms.OHEM:
-                run_ohem(call, nll, summary, partials, totals, exceeds)
-            if steps:
-                run(
-                    bcl_select, flat_tiles, **call.inputs(True), stats=stats, scores=scores, selected=selected,
-                    partials=partials, nms_radius=pack(min(options.bcl_nms_size // 2, 2**30)),
-                    least_score=-math.log(options.bcl_threshold), alpha=call.alpha, beta=call.beta,
-                    READ=call.geometry.read, TERMS=terms, TILE=FLAT,
-                )  # fmt: skip
-            if terms.CPG:
-                call.run_cpg(cpg_compare, call.rectangles, SPARSE.tile, 1, stats=stats, partials=partials, TERMS=terms)
-        run(add_tiles, rows, partials=partials, totals=totals, BLOCK=FLAT_BLOCK)
-        run(
-            loss_finish, 1, totals=totals, total=total, terms=parts, summary=summary,
-            bcl_weight=options.bcl_weight, cpg_weight=options.cpg_weight, TERMS=terms,
+        tiles = max(1, call.geometry.dense_tiles, flat_tiles, cpg_tiles)
+        table = new((sum_rows(terms) + 1, tiles), dtype=torch.float64).zero_()
+        partials, exceeds = Partials(table, pack(tiles)), least_hard_loss(options, acc)
+        call.run_dense(
+            dense_forward, weight=call.weight, stats=stats, nll=nll, scores=scores, partials=partials,
+            exceeds=exceeds,
         )  # fmt: skip
-        return total, parts, stats, selected, summary
+        if terms.OHEM:
+            run_ohem(call, nll, cutoff, partials, exceeds)
+        if steps:
+            run(
+                bcl_select, flat_tiles, **call.inputs(True), stats=stats, scores=scores, selected=selected,
+                partials=partials, nms_radius=pack(min(options.bcl_nms_size // 2, 2**30)),
+                least_score=-math.log(options.bcl_threshold), alpha=call.alpha, beta=call.beta,
+                READ=call.geometry.read, TERMS=terms, TILE=FLAT,
+            )  # fmt: skip
+        if terms.CPG:
+            call.run_cpg(cpg_compare, call.rectangles, SPARSE.tile, 1, stats=stats, partials=partials, TERMS=terms)
+        run(add_tiles, SUMS, partials=partials, sums=sums, ROWS=sum_rows(terms), BLOCK=FLAT_BLOCK)
+        return sums, cutoff if terms.OHEM else cutoff.zero_(), stats, selected
+
+
+def loss_finish(sums: Tensor, cutoff: Tensor, *arguments: Any) -> tuple[Tensor, Tensor, Tensor]:
+    """The kernel of bcmf::loss_finish_triton; see ops.py for shapes and dtypes. arguments: LossOptions.
+
+    Raises:
+        ValueError, TypeError: for options that the op does not take, or for other tensors than those of loss_sums.
+    """
+    options, acc = LossOptions(*arguments), cutoff.dtype
+    check_options(options)
+    if (sums.shape, sums.dtype) != ((SUMS,), torch.float64) or acc not in (torch.float32, torch.float64):
+        raise ValueError("bcmf::loss_finish_triton takes sums and cutoff as bcmf::loss_sums_triton returned them.")
+    if cutoff.numel() != 1 or cutoff.device != sums.device:
+        raise ValueError("bcmf::loss_finish_triton takes one cutoff, and all tensors on one device.")
+    with on_device(sums):
+        new = cutoff.new_empty
+        total, terms, summary = new(()), new(len(TERM_NAMES)), new(SUMMARY)
+        run(
+            finish, 1, sums=sums.contiguous(), cutoff=cutoff.contiguous(), total=total, terms=terms, summary=summary,
+            bcl_weight=options.bcl_weight, cpg_weight=options.cpg_weight, TERMS=term_flags(options),
+        )  # fmt: skip
+        return total, terms, summary
 
 
 def least_hard_loss(options: LossOptions, acc: torch.dtype) -> float:
@@ -193,15 +234,17 @@ def least_hard_loss(options: LossOptions, acc: torch.dtype) -> float:
     )
 
 
-def run_ohem(call: Call, nll: Tensor, summary: Tensor, partials: Partials, totals: Tensor, exceeds: float) -> None:
+def run_ohem(call: Call, nll: Tensor, cutoff: Tensor, partials: Partials, exceeds: float) -> None:
     """Finds the smallest loss that is kept, and sums up the kept ones. Every level is always launched: whether it is
     needed only the device knows."""
     geometry, selection = call.geometry, nll.new_empty(2, dtype=torch.int64)
     levels = list(digits(8 * nll.element_size()))
     histograms = nll.new_zeros((len(levels), 1 << DIGIT_BITS), dtype=torch.int64)
-    run(add_tiles, len(DENSE_ROWS), partials=partials, totals=totals, BLOCK=FLAT_BLOCK)
+    rows = sum_rows(call.terms) + 1
+    totals = nll.new_empty(rows, dtype=torch.float64)
+    run(add_tiles, rows, partials=partials, sums=totals, ROWS=rows, BLOCK=FLAT_BLOCK)
     min_kept = pack(min(call.options.ohem_min_kept, geometry.pixels))
-    run(ohem_begin, 1, totals=totals, min_kept=min_kept, selection=selection)
+    run(ohem_begin, 1, totals=totals, min_kept=min_kept, selection=selection, HARD_ROW=rows - 1)
     programs = min(256, triton.cdiv(geometry.pixels, FLAT_BLOCK))
     for digit, histogram in zip(levels, histograms, strict=True):
         run(
@@ -211,7 +254,7 @@ def run_ohem(call: Call, nll: Tensor, summary: Tensor, partials: Partials, total
         run(ohem_choose, 1, selection=selection, histogram=histogram, DIGIT=digit)
     run(
         ohem_sum, geometry.dense_tiles, **call.inputs(geometry.by_rows), weight=call.weight, nll=nll,
-        selection=selection, summary=summary, partials=partials, exceeds=exceeds,
+        selection=selection, cutoff=cutoff, partials=partials, exceeds=exceeds,
         READ=geometry.read, TERMS=call.terms, TILE=geometry.tile,
     )  # fmt: skip
 

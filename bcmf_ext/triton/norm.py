@@ -1,4 +1,5 @@
-"""Batch norm and ReLU of values in a program's scratch memory, which the kernels of LMFM share (csrc/device/lmfm.cuh).
+"""Batch norm and ReLU of values in a program's scratch memory, which the kernels of LMFM share
+(csrc/cuda/lmfm/kernels.cuh).
 
 A program has a few channels of a branch and all their pixels, so that it finds the statistics of a batch norm by
 itself; in eval mode, where there are none to find, the pixels of one image. What is normalised, and later its gradient,

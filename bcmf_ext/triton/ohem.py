@@ -1,5 +1,5 @@
 """OHEM: the k-th largest of many losses without a sort and without a look from the host, by radix select on their bits
-(csrc/device/select.cuh); then the sums over the kept ones."""
+(csrc/cuda/kernels/ohem.cuh); then the sums over the kept ones."""
 
 from __future__ import annotations
 
@@ -10,10 +10,8 @@ import triton
 import triton.language as tl
 
 from .common import (
-    COUNT,
-    CUTOFF,
-    HARD,
-    NUMERATOR,
+    CE_COUNT,
+    CE_SUM,
     VALID_PIXELS,
     Partials,
     Pixels,
@@ -63,11 +61,11 @@ def weight_of(weight, label, ACC: tl.constexpr, TERMS: tl.constexpr):
 
 
 @triton.jit
-def ohem_begin(totals, min_kept, selection):
+def ohem_begin(totals, min_kept, selection, HARD_ROW: tl.constexpr):
     """How many of the largest losses to look for (selection: prefix, rank): none if enough are above the threshold."""
     kept = tl.minimum(tl.cast(unpack(min_kept), tl.float64), tl.load(totals + VALID_PIXELS))
     tl.store(selection, 0)
-    tl.store(selection + 1, tl.where(tl.load(totals + HARD) >= kept, 0, kept.to(tl.int64)))
+    tl.store(selection + 1, tl.where(tl.load(totals + HARD_ROW) >= kept, 0, kept.to(tl.int64)))
 
 
 @triton.jit
@@ -112,7 +110,7 @@ def ohem_choose(selection, histogram, DIGIT: tl.constexpr):
 
 @triton.jit
 def ohem_sum(
-    logits, labels, weight, nll, selection, summary, partials, exceeds: tl.float64,
+    logits, labels, weight, nll, selection, cutoff, partials, exceeds: tl.float64,
     READ: tl.constexpr, TERMS: tl.constexpr, TILE: tl.constexpr,
 ):  # fmt: skip
     """With the cutoff known: partial sums of w · ℓ over the kept pixels, and their number, in place of those over
@@ -127,10 +125,10 @@ def ohem_sum(
     loss = tl.load(nll + place_of(logits.size, pixels), mask=pixels.inside, other=-1)
     kept = (loss != -1) & (key_of(loss) >= key)
     label = class_at(labels, Pixels(pixels.n, pixels.y, pixels.x, kept), logits.size.classes)
-    store_partial(partials, NUMERATOR, tile, tl.where(kept, weight_of(weight, label, READ.ACC, TERMS) * loss, 0.0))
-    store_partial(partials, COUNT, tile, kept.to(READ.ACC))
+    store_partial(partials, CE_SUM, tile, tl.where(kept, weight_of(weight, label, READ.ACC, TERMS) * loss, 0.0))
+    store_partial(partials, CE_COUNT, tile, kept.to(READ.ACC))
     if tile == 0:
         if tl.float64 == READ.ACC:
-            tl.store(summary + CUTOFF, key.to(tl.float64, bitcast=True))
+            tl.store(cutoff, key.to(tl.float64, bitcast=True))
         else:
-            tl.store(summary + CUTOFF, key.to(tl.int32).to(tl.float32, bitcast=True))
+            tl.store(cutoff, key.to(tl.int32).to(tl.float32, bitcast=True))

@@ -1,4 +1,5 @@
-"""The kernels of bcmf::pool_norm_relu: average pools along y, then along x, and their norms (csrc/device/lmfm.cuh)."""
+"""The kernels of bcmf::pool_norm_relu: average pools along y, then along x, and their norms
+(csrc/cuda/lmfm/kernels.cuh)."""
 
 from __future__ import annotations
 

@@ -1,5 +1,5 @@
 """The kernels of bcmf::add_norm_relu: the sum of a resampled map and another one, and its norm
-(csrc/device/lmfm.cuh)."""
+(csrc/cuda/lmfm/kernels.cuh)."""
 
 from __future__ import annotations
 

@@ -43,7 +43,7 @@ class Backend:
         """Makes the public functions find it, until the test ends."""
         if self.name == "emulated":
             emulator.load()
-            for name in ("LOSS", "UPSAMPLE_ARGMAX", "POOL_NORM_RELU", "ADD_NORM_RELU"):
+            for name in ("LOSS", "LOSS_HALVES", "UPSAMPLE_ARGMAX", "POOL_NORM_RELU", "ADD_NORM_RELU"):
                 monkeypatch.setitem(getattr(ops, name), "cuda", getattr(emulator, name))
             monkeypatch.setitem(dispatch.ORDER, "cpu", ("cuda", "torch"))
             monkeypatch.setattr(dispatch, "_NO_CUDA", None)

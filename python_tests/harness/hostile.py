@@ -45,8 +45,7 @@ LIBRARY = "BCMF_HOSTILE_LIBRARY"  # in the environment of the process that fuzze
 # that became an index would be one of the faults looked for.
 SANITIZE = "-fsanitize=address,undefined,float-cast-overflow -fno-sanitize=vptr -fno-sanitize-recover=all"
 COMPILE = (
-    "-std=c++20 -O1 -g1 -fno-omit-frame-pointer -fPIC -fopenmp -Wno-unknown-pragmas -Wno-psabi"
-    ' -DTORCH_EXTENSION_NAME=_C -DBCMF_CUDA_ARCHS=\\"\\"'
+    "-std=c++20 -O1 -g1 -fno-omit-frame-pointer -fPIC -fvisibility=hidden -Wno-unknown-pragmas -Wno-psabi"
 )
 
 # Beside the ops: the choice of the one instruction set that is compiled (it stands in for csrc/cpu/isa.cpp), faults to
@@ -172,8 +171,8 @@ def _sources(folder: Path) -> list[Path]:
     if not support.exists() or support.read_text() != text:
         support.write_text(text)
     csrc = ROOT / "csrc"
-    others = [path for path in sorted(csrc.glob("cpu/*.cpp")) if not path.name.startswith("isa")]
-    return [csrc / "ops.cpp", csrc / f"cpu/isa_{isa}.cpp", *sorted(csrc.glob("*_ops.cpp")), support, *others]
+    others = [path for path in sorted(csrc.glob("cpu/**/*.cpp")) if not path.name.startswith("isa")]
+    return [csrc / "loss_tensors.cpp", csrc / f"cpu/isa_{isa}.cpp", support, *others]
 
 
 def _ninja_file(folder: Path) -> str:
@@ -214,7 +213,7 @@ def build() -> Path:
 # ---------------------------------------------------------------------------------------------------------------------
 # What calls are made of
 
-SUMMARY = 12  # entries
+SUMMARY, SUMS = 12, 22  # entries
 PACKAGE = "bcmf_schemas"  # the name under which `load` has what of bcmf_ext the schemas need
 FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 LABELS = (torch.uint8, torch.int16, torch.int32, torch.int64)
@@ -462,6 +461,17 @@ def large_loss(draw: Draw) -> list[Any]:
     return [logits, labels, None, *options_type()(255)]
 
 
+def loss_sums(draw: Draw) -> Call:
+    return Call("loss_sums", loss_inputs(draw))
+
+
+def loss_finish(draw: Draw) -> Call:
+    """Of any sums."""
+    acc = draw.pick(torch.float32, torch.float64)
+    tensors = [draw.float_tensor((SUMS,), torch.float64), draw.float_tensor((), acc)]
+    return Call("loss_finish", [*tensors, *loss_inputs(draw)[3:]])
+
+
 def loss_backward(draw: Draw) -> Call:
     """Of a forward's own results; then everything that is data holds something else, or some of it."""
     inputs = large_loss(draw) if draw.chance(0.01) else loss_inputs(draw, kind="usual")
@@ -616,7 +626,8 @@ def add_norm_relu_backward(draw: Draw) -> Call:
 
 
 CALLS = (
-    *(loss, loss, loss, loss_backward, loss_backward, loss_backward, upsample_argmax, upsample_confusion),
+    *(loss, loss, loss, loss_sums, loss_finish, loss_backward, loss_backward, loss_backward),
+    *(upsample_argmax, upsample_confusion),
     *(read_labels, count_pairs, match_within, match_within),
     *(pool_norm_relu, pool_norm_relu_backward, add_norm_relu, add_norm_relu_backward),
 )

@@ -1,4 +1,4 @@
-"""The CUDA kernels without a GPU: csrc/device, compiled by g++ over include/emulator.h, as torch ops on CPU tensors.
+"""The CUDA kernels without a GPU: csrc/cuda, compiled by g++ over include/emulator.h, as torch ops on CPU tensors.
 
 ``load()`` defines ``torch.ops.bcmf_emulated``; ``set_order`` runs blocks and threads in another order.
 """
@@ -21,6 +21,8 @@ HERE = Path(__file__).parent
 SOURCES = HERE.parents[2] / "csrc"
 ORDERS = ("forward", "reversed", "shuffled")
 LAUNCHERS = ("loss", "lmfm")  # of csrc/cuda; each has a file here
+OWN = ("order", "device", *LAUNCHERS)
+OPS = ("cuda/loss_op.cpp", "cuda/lmfm/lmfm_op.cpp", "loss_tensors.cpp", "cpu/memory.cpp")  # of csrc
 LIB = Library("bcmf_emulated", "DEF")
 
 
@@ -35,7 +37,7 @@ def why_not() -> str | None:
 def compile_sanitized(source: str, executable: Path, include: str = "include") -> None:
     """Compiles a program of this folder with AddressSanitizer and UndefinedBehaviorSanitizer; include: its folder."""
     flags = ["-std=c++20", "-O1", "-g", "-Wno-unknown-pragmas", "-Wno-psabi", "-fsanitize=address,undefined"]
-    includes = ["-I", str(HERE / include), *(f"-isystem{folder}" for folder in cpp_extension.include_paths())]
+    includes = [f"-I{HERE / include}", f"-I{SOURCES}"]
     command = ["g++", *flags, "-fno-sanitize-recover=all", *includes, str(HERE / source), "-o", str(executable)]
     subprocess.run(command, check=True)
 
@@ -48,9 +50,9 @@ def load() -> CDLL:
     """
     library = cpp_extension.load(
         f"bcmf_emulated_{zlib.crc32(bytes(SOURCES)):08x}",  # each source tree has a folder of its own
-        [*(str(HERE / f"{name}.cpp") for name in ("order", *LAUNCHERS)), *map(str, sorted(SOURCES.glob("*.cpp")))],
-        extra_include_paths=[str(HERE / "include")],
-        extra_cflags=["-std=c++20", "-O2", "-DBCMF_EMULATED", "-DBCMF_WITH_CUDA", "-Wno-unknown-pragmas"],
+        [*(str(HERE / f"{name}.cpp") for name in OWN), *(str(SOURCES / name) for name in OPS)],
+        extra_include_paths=[str(HERE / "include"), str(SOURCES)],  # the files here come before those of csrc
+        extra_cflags=["-std=c++20", "-O2", "-fvisibility=hidden", "-Wno-unknown-pragmas"],
         is_python_module=False,
     )
     return CDLL(str(library))
@@ -62,6 +64,7 @@ def set_order(order: str) -> None:
 
 
 LOSS = ops.define_loss(LIB, "loss")
+LOSS_HALVES = ops.define_loss_halves(LIB)
 UPSAMPLE_ARGMAX = ops.define_upsample_argmax(LIB, "upsample_argmax")
 POOL_NORM_RELU = ops.define_pool_norm_relu(LIB, "pool_norm_relu")
 ADD_NORM_RELU = ops.define_add_norm_relu(LIB, "add_norm_relu")

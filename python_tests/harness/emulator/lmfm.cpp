@@ -1,2 +1,2 @@
-// csrc/cuda/lmfm.cu, as g++ sees it.
-#include "../../../csrc/cuda/lmfm.cu"
+// csrc/cuda/lmfm/lmfm.cu, as g++ sees it.
+#include "cuda/lmfm/lmfm.cu"

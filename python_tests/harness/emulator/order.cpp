@@ -1,3 +1,5 @@
 #include "emulator.h"
 
-extern "C" void bcmf_emulated_set_order(int order) { emulator::order = static_cast<emulator::Order>(order); }
+extern "C" __attribute__((visibility("default"))) void bcmf_emulated_set_order(int order) {
+  emulator::order = static_cast<emulator::Order>(order);
+}

@@ -5,7 +5,7 @@
 #include <string>
 #include <vector>
 
-#include "emulator_launch.h"
+#include "cuda/start.cuh"
 
 namespace {
 

@@ -87,7 +87,7 @@ template <typename Scalar>
 struct Loss {
   using Acc = typename bcmf::device::AccOf<Scalar>::type;
   int64_t pixels;
-  Memory logits, weight, labels, stats, nll, total, grad, summary, terms, grad_total, selected;
+  Memory logits, weight, labels, stats, nll, sums, cutoff, total, grad, summary, terms, grad_total, selected;
   bcmf::LossArgs args;
 
   Loss(bcmf::FloatType type, Size size, Options options)
@@ -97,6 +97,8 @@ struct Loss {
         labels(random_labels(pixels, size.c, options.bad_labels)),
         stats(2 * pixels * sizeof(Acc)),
         nll(pixels * sizeof(Acc)),
+        sums(bcmf::kSums * sizeof(double)),
+        cutoff(sizeof(Acc)),
         total(sizeof(Acc)),
         grad(logits.size),
         summary(bcmf::kSummarySize * sizeof(Acc)),
@@ -110,6 +112,8 @@ struct Loss {
     args.nll = args.ohem ? nll.data() : nullptr;
     args.stats = stats.data();
     args.selected = selected.data();
+    args.sums = static_cast<double*>(sums.data());
+    args.cutoff = cutoff.data();
     args.total = total.data();
     args.terms = terms.data();
     args.summary = summary.data();
@@ -117,8 +121,9 @@ struct Loss {
   }
 
   void run() {
-    Memory forward_scratch(bcmf::cuda::loss_forward_scratch(args));
-    bcmf::cuda::loss_forward(args, forward_scratch.data(), nullptr);
+    Memory forward_scratch(bcmf::cuda::loss_sums_scratch(args));
+    bcmf::cuda::loss_sums(args, forward_scratch.data(), nullptr);
+    bcmf::cuda::loss_finish(args, sizeof(Acc) == 8 ? bcmf::FloatType::f64 : bcmf::FloatType::f32, nullptr);
     Memory backward_scratch(bcmf::cuda::loss_backward_scratch(args));
     bcmf::cuda::loss_backward(args, backward_scratch.data(), nullptr);
   }
@@ -137,7 +142,7 @@ void check_loss(bcmf::FloatType type, Size size, Options options) {
     const auto cutoff = static_cast<typename Loss<Scalar>::Acc*>(loss.summary.data())[bcmf::kCutoff];
     require(options.threshold != 20 || loss.pixels <= 1 || cutoff < options.threshold, "OHEM's selection did not run");
     std::vector<Memory> found;
-    for (Memory* result : {&loss.total, &loss.terms, &loss.summary, &loss.stats, &loss.selected, &loss.grad})
+    for (Memory* result : {&loss.sums, &loss.total, &loss.terms, &loss.summary, &loss.stats, &loss.selected, &loss.grad})
       found.push_back(std::move(*result));
     if (expected.empty())
       expected = std::move(found);

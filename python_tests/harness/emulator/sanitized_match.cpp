@@ -9,8 +9,8 @@
 
 #define BCMF_ISA sanitized
 #define BCMF_VECTOR_BYTES 64
-#include "../../../csrc/cpu/match.cpp"
-#include "../../../csrc/cpu/match_kernel.inl"
+#include "cpu/match.cpp"
+#include "cpu/match_kernel.inl"
 
 const bcmf::cpu::Isa& bcmf::cpu::isa() {
   static const LossIsaKernels no_loss = {};

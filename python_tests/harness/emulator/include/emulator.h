@@ -1,4 +1,4 @@
-// Runs the kernels of csrc/device on the CPU, compiled by g++ instead of nvcc. A CUDA thread is a fiber; blocks run one
+// Runs the kernels of csrc/cuda on the CPU, compiled by g++ instead of nvcc. A CUDA thread is a fiber; blocks run one
 // after the other, and a block's threads in turn, each up to its next barrier.
 //
 // It finds: a missing barrier (results change with the order of threads), memory that is read before it is written

@@ -1,6 +1,8 @@
-// What csrc/device/launch.cuh defines for nvcc, over the emulator.
+// In the place of csrc/cuda/start.cuh: how a kernel starts, and how a block gets its shared memory, over the emulator.
 #pragma once
 
+#include "common/args.h"
+#include "cuda/limits.h"
 #include "emulator.h"
 
 namespace bcmf {

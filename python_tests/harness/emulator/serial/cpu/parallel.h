@@ -1,13 +1,13 @@
-// In place of PyTorch's, for kernels that are compiled without it: one thread.
+// In the place of csrc/cpu/parallel.h, for kernels that are compiled without torch: one thread.
 #pragma once
 
 #include <cstdint>
 
-namespace at {
+namespace bcmf::cpu {
 
 template <typename F>
 void parallel_for(int64_t begin, int64_t end, int64_t, const F& f) {
   f(begin, end);
 }
 
-}  // namespace at
+}  // namespace bcmf::cpu
