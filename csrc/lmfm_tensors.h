@@ -48,7 +48,7 @@ class Operands {
     }
     for (const int64_t pixels : {in[0] * in[1], in[0] * out[1], out[0] * out[1]})  // the kernels count in 32 bits
       BCMF_CHECK(pixels < (int64_t{1} << 31) / std::max<int64_t>(args.N, 1),
-                        "maps of a batch have less than 2^31 pixels.");
+                 "maps of a batch have less than 2^31 pixels.");
     Branch& branch = args.branch[args.branches++];
     branch.C = C;
     branch.h = in[0], branch.w = in[1], branch.H = out[0], branch.W = out[1];
@@ -58,8 +58,10 @@ class Operands {
   }
 
   MapView view(const Tensor& map, int64_t C, int64_t H, int64_t W) {
-    BCMF_CHECK(map.sizes() == IntList({args.N, C, H, W}), "maps of one branch go together, but one is ", words(map.sizes()), " instead of ", words({args.N, C, H, W}), ".");
-    BCMF_CHECK(map.scalar_type() == like_.scalar_type(), "maps are of one dtype, not of ", words(map.scalar_type()), " and ", words(like_.scalar_type()), ".");
+    BCMF_CHECK(map.sizes() == IntList({args.N, C, H, W}), "maps of one branch go together, but one is ",
+               words(map.sizes()), " instead of ", words({args.N, C, H, W}), ".");
+    BCMF_CHECK(map.scalar_type() == like_.scalar_type(), "maps are of one dtype, not of ", words(map.scalar_type()),
+               " and ", words(like_.scalar_type()), ".");
     check_same_device(like_, map, "maps", "another one");
     return view_of(map);
   }
@@ -82,7 +84,7 @@ class Operands {
   }
   void take_stats(const Tensor& given) {
     BCMF_CHECK(given.sizes() == IntList({2, args.channels}) && given.scalar_type() == acc_type(like_),
-                      "the backward takes stats as the forward returned them.");
+               "the backward takes stats as the forward returned them.");
     check_same_device(like_, given, "maps", "stats");
     stats = stable::contiguous(given);
     args.stats = stats.data_ptr();
@@ -97,7 +99,7 @@ class Operands {
     int b = 0;
     for (const Tensor& parameter : parameters) {
       BCMF_CHECK(parameter.dim() == 1 && parameter.scalar_type() == acc_type(like_), name, " are (C,) ",
-                        words(acc_type(like_)), ", not ", words(parameter.sizes()), " ", words(parameter.scalar_type()), ".");
+                 words(acc_type(like_)), ", not ", words(parameter.sizes()), " ", words(parameter.scalar_type()), ".");
       check_same_device(like_, parameter, "maps", name);
       BCMF_CHECK(parameter.is_contiguous(), name, " are contiguous.");
       int64_t from = 0;
@@ -177,8 +179,8 @@ inline Tensor first_map(const OptionalTensorList& resampled, const OptionalTenso
   return *found;
 }
 
-inline Operands add_operands(const Tensor& like, const OptionalTensorList& resampled, const OptionalTensorList& added, int64_t height, int64_t width,
-                      bool joined, bool training) {
+inline Operands add_operands(const Tensor& like, const OptionalTensorList& resampled, const OptionalTensorList& added,
+                             int64_t height, int64_t width, bool joined, bool training) {
   BCMF_CHECK(resampled.size() == added.size(), "each branch has a resampled and an added map, or none.");
   BCMF_CHECK(joined || resampled.size() <= 2, "more than two maps come joined.");
   Operands operands(like, training);
@@ -194,10 +196,11 @@ inline Operands add_operands(const Tensor& like, const OptionalTensorList& resam
 }
 
 template <Kernel kernel>
-std::tuple<Tensor, Tensor, Tensor> add_norm_relu(const OptionalTensorList& resampled, const OptionalTensorList& added, TensorList weights,
-                                                 TensorList biases, TensorList means, TensorList variances,
-                                                 int64_t height, int64_t width, bool channels_last, bool joined,
-                                                 bool training, double momentum, double eps) {
+std::tuple<Tensor, Tensor, Tensor> add_norm_relu(const OptionalTensorList& resampled, const OptionalTensorList& added,
+                                                 TensorList weights, TensorList biases, TensorList means,
+                                                 TensorList variances, int64_t height, int64_t width,
+                                                 bool channels_last, bool joined, bool training, double momentum,
+                                                 double eps) {
   const Tensor like = first_map(resampled, added);
   Operands operands = add_operands(like, resampled, added, height, width, joined, training);
   operands.set_norms(weights, biases);
@@ -219,9 +222,10 @@ std::tuple<Tensor, Tensor, Tensor> add_norm_relu(const OptionalTensorList& resam
 
 template <Kernel kernel>
 std::tuple<std::vector<Tensor>, Tensor> add_norm_relu_backward(TensorList grads, const OptionalTensorList& resampled,
-                                                               const OptionalTensorList& added, TensorList weights, TensorList biases,
-                                                               const Tensor& stats, int64_t height, int64_t width,
-                                                               bool /*channels_last*/, bool joined, bool training) {
+                                                               const OptionalTensorList& added, TensorList weights,
+                                                               TensorList biases, const Tensor& stats, int64_t height,
+                                                               int64_t width, bool /*channels_last*/, bool joined,
+                                                               bool training) {
   const Tensor like = first_map(resampled, added);
   Operands operands = add_operands(like, resampled, added, height, width, joined, training);
   operands.set_norms(weights, biases);

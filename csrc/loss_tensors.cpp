@@ -53,8 +53,7 @@ void set_bcl(const LossOptions& options, LossArgs& args) {
   if (steps.empty()) return;
   BCMF_CHECK(steps.size() <= kMaxSteps && *std::min_element(steps.begin(), steps.end()) >= 1,
              "BCL takes 1 to 8 steps of at least one pixel, not ", words(steps), ".");
-  BCMF_CHECK(options.bcl_flipped.empty() || options.bcl_flipped.size() == 2,
-             "BCL's flipped labels have two weights.");
+  BCMF_CHECK(options.bcl_flipped.empty() || options.bcl_flipped.size() == 2, "BCL's flipped labels have two weights.");
   BCMF_CHECK(options.bcl_nms_size >= 1 && options.bcl_nms_size % 2 == 1,
              "BCL's nms_size is an odd number of pixels, not ", options.bcl_nms_size, ".");
   args.bcl_steps = static_cast<int>(steps.size());
@@ -101,7 +100,8 @@ Tensor make_large(IntList sizes, IntList strides, const Kind& kind) {
 }
 
 Tensor make_maps(int64_t maps, const LossArgs& args, const Kind& kind) {  // (maps, N, H, W)
-  const int64_t map = args.H * args.W, sizes[] = {maps, args.N, args.H, args.W}, strides[] = {args.N * map, map, args.W, 1};
+  const int64_t map = args.H * args.W, sizes[] = {maps, args.N, args.H, args.W},
+                strides[] = {args.N * map, map, args.W, 1};
   return is_large(maps * args.N * map, kind) ? make_large(sizes, strides, kind) : empty(sizes, kind);
 }
 

@@ -177,7 +177,7 @@ def test_a_source_tree_finds_the_installed_extension(tmp_path: Path) -> None:
     shutil.copytree(
         Path(bcmf_ext.__file__).parent,
         tmp_path / "bcmf_ext",
-        ignore=shutil.ignore_patterns("__pycache__", "_build.json", "_C*", "_kernels*"),
+        ignore=shutil.ignore_patterns("__pycache__", "_build.json", "_C*", "_kernels.so"),
     )
     installed = Path(dispatch.EXTENSION.file).parents[1]
     code = (

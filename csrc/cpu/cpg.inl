@@ -6,7 +6,7 @@
 // many the run has: a known number of iterations takes one or two vectors and has no remainder. G and its estimate Ĝ
 // are multiplied by sobel_denominator, so that G is an integer and exact.
 
-constexpr int64_t kRunPixels = 16;  // the most that a run has
+constexpr int64_t kRunPixels = 16;               // the most that a run has
 constexpr int64_t kRunWindow = kRunPixels + 16;  // the columns of its windows, rounded up to whole vectors
 
 // The integer taps of G_x and of G_y, by row and column offset.

@@ -298,7 +298,7 @@ void backward(const LossArgs& args) {
   work.for_images_with_halves([&](int64_t n, int64_t to) {
     add_dense(n, to);
     parallel_for(n * args.h, to * args.h, 1,
-                     [&](int64_t begin, int64_t end) { kernels<Acc>().low_gather(args, work.view, begin, end); });
+                 [&](int64_t begin, int64_t end) { kernels<Acc>().low_gather(args, work.view, begin, end); });
   });
 }
 

@@ -17,17 +17,18 @@ void check_classes(int64_t classes) {
 
 void check_labels(const Tensor& labels, const char* name) {
   BCMF_CHECK(labels.scalar_type() == ScalarType::Byte || labels.scalar_type() == ScalarType::Int, name,
-                   " are uint8 or int32, not ", words(labels.scalar_type()), ".");
+             " are uint8 or int32, not ", words(labels.scalar_type()), ".");
 }
 
 bool is_wide(const Tensor& labels) { return labels.scalar_type() == ScalarType::Int; }
 
 void check_same_shape(const Tensor& first, const Tensor& other, const char* names) {
-  BCMF_CHECK(first.sizes() == other.sizes(), names, " have the same shape, not ", words(first.sizes()), " and ", words(other.sizes()), ".");
+  BCMF_CHECK(first.sizes() == other.sizes(), names, " have the same shape, not ", words(first.sizes()), " and ",
+             words(other.sizes()), ".");
 }
 
 std::tuple<Tensor, Tensor, Tensor> read_labels(const Tensor& prediction, const Tensor& target, int64_t num_classes,
-                                                   int64_t ignore_index) {
+                                               int64_t ignore_index) {
   check_same_shape(prediction, target, "prediction and target");
   check_same_device(prediction, target, "prediction", "target");
   check_classes(num_classes);
@@ -64,8 +65,8 @@ Tensor match_within(const Tensor& queries, const Tensor& sites, int64_t num_clas
   BCMF_CHECK(queries.scalar_type() == sites.scalar_type(), "queries and sites have the same dtype.");
   check_same_device(queries, sites, "queries", "sites");
   BCMF_CHECK(!radii.empty() && radii.size() < 256 && radii[0] >= 0 && radii.back() <= cpu::kMatchMost &&
-                        std::is_sorted(radii.begin(), radii.end()),
-                    "radii ascend from at least 0 to at most ", cpu::kMatchMost, " pixels, not ", words(radii), ".");
+                 std::is_sorted(radii.begin(), radii.end()),
+             "radii ascend from at least 0 to at most ", cpu::kMatchMost, " pixels, not ", words(radii), ".");
   check_classes(num_classes);
   const Tensor from = stable::contiguous(queries), to = stable::contiguous(sites);
   const Tensor found = empty(queries.sizes(), kind_of(queries).with(ScalarType::Byte));

@@ -25,8 +25,6 @@ Stream current_stream(const Tensor& t);
 // Raises RuntimeError if a launcher returned an error.
 void check_launch(int error);
 
-inline Tensor make_scratch(const Tensor& t, int64_t bytes) {
-  return empty({bytes}, kind_of(t).with(ScalarType::Byte));
-}
+inline Tensor make_scratch(const Tensor& t, int64_t bytes) { return empty({bytes}, kind_of(t).with(ScalarType::Byte)); }
 
 }  // namespace bcmf::cuda

@@ -61,7 +61,8 @@ Tensor upsample_argmax(const Tensor& logits, int64_t height, int64_t width, bool
   const cuda::Guard guard(logits);
   const LossArgs args = upsample_args(logits, height, width, align_corners);
   const Tensor classes = empty_classes(logits, args);
-  if (classes.numel() > 0) cuda::check_launch(cuda::upsample_argmax(args, classes.data_ptr(), cuda::current_stream(logits)));
+  if (classes.numel() > 0)
+    cuda::check_launch(cuda::upsample_argmax(args, classes.data_ptr(), cuda::current_stream(logits)));
   return classes;
 }
 
