@@ -135,7 +135,7 @@ class Plan:
 
     def write(self, folder: Path) -> None:
         """Writes _build.json, by which bcmf_ext.dispatch knows of the build without loading the extension."""
-        files = sorted(path for path in Path("csrc").rglob("*") if path.is_file())
+        files = sorted(path for path in Path("csrc").rglob("*") if path.is_file() and path.suffix != ".md")
         sources = hashlib.sha256(b"".join(path.read_bytes() for path in files)).hexdigest()
         facts = {
             "oldest_torch": OLDEST_TORCH,

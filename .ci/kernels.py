@@ -1,4 +1,4 @@
-"""Compiles csrc/cuda/*.cu for four GPU generations and holds each kernel to its budget: ``kernels.py [--update]``.
+"""Compiles the launchers of csrc/cuda for four GPU generations and holds each kernel to its budget: ``kernels.py [--update]``.
 
 budget.json has, per kernel, the most registers and bytes of shared memory over all archs; a change that needs more has
 to say so by updating it. A kernel of fp32, bf16 or fp16 that spills registers, or keeps an array on a stack in local
@@ -31,7 +31,7 @@ REPORT = re.compile(
 def compile_for(source: Path, arch: int) -> dict[str, dict[str, int]]:
     """What ptxas says of each kernel: registers, bytes of shared memory, bytes spilled or put on a stack."""
     with tempfile.TemporaryDirectory() as folder:
-        command = ["nvcc", "-O3", "-std=c++17", "-Xptxas", "-v", "-c", str(source), "-o", f"{folder}/kernel.o"]
+        command = ["nvcc", "-O3", "-std=c++17", f"-I{ROOT / 'csrc'}", "-Xptxas", "-v", "-c", str(source), "-o", f"{folder}/kernel.o"]
         command += ["-gencode", f"arch=compute_{arch},code=sm_{arch}"]
         done = subprocess.run(command, capture_output=True, text=True)
     if done.returncode != 0:
@@ -50,7 +50,7 @@ def compile_for(source: Path, arch: int) -> dict[str, dict[str, int]]:
 def main() -> None:
     most: dict[str, dict[str, int]] = {}
     complaints = []
-    jobs = list(itertools.product(sorted((ROOT / "csrc" / "cuda").glob("*.cu")), ARCHS))
+    jobs = list(itertools.product(sorted((ROOT / "csrc" / "cuda").rglob("*.cu")), ARCHS))
     with ThreadPoolExecutor(os.cpu_count()) as threads:  # nvcc runs in processes of its own
         reports = list(threads.map(lambda job: compile_for(*job), jobs))
     for (_, arch), report in zip(jobs, reports, strict=True):

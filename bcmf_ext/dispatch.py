@@ -45,7 +45,7 @@ def _source_digest() -> str | None:
     csrc = Path(__file__).parents[1] / "csrc"
     if not (csrc / "kernels.cpp").is_file():  # The package is installed; a csrc beside it would be another package's.
         return None
-    files = sorted(path for path in csrc.rglob("*") if path.is_file())
+    files = sorted(path for path in csrc.rglob("*") if path.is_file() and path.suffix != ".md")
     return hashlib.sha256(b"".join(path.read_bytes() for path in files)).hexdigest() if files else None
 
 

@@ -17,14 +17,18 @@ using Kernel = void (*)(const NormReluArgs& args, const Tensor& like);
 
 inline MapView view_of(const Tensor& map) { return map_view(map, "maps"); }
 
-// Makes a map of the sizes (N, C, H, W), in channels_last or in NCHW.
-inline Tensor empty_map(const Tensor& like, bool channels_last, IntList sizes) {
-  return empty(sizes, kind_of(like), channels_last ? MemoryFormat::ChannelsLast : MemoryFormat::Contiguous);
+// Makes a map (N, C, H, W), in channels_last or in NCHW.
+inline Tensor empty_map(const Tensor& like, bool channels_last, int64_t N, int64_t C, int64_t H, int64_t W) {
+  const Kind kind = kind_of(like);
+  return channels_last ? empty_strided({N, C, H, W}, {H * W * C, 1, W * C, C}, kind) : empty({N, C, H, W}, kind);
 }
 
-// Returns a view of the channels of one branch in a map of all of them.
-inline Tensor channels_of(Tensor joined, const Branch& branch) {
-  return stable::narrow(joined, 1, branch.first, branch.C);
+// The view of a branch's channels in a map of the channels of all branches.
+inline MapView channels_of(const Tensor& joined, const Branch& branch) {
+  MapView view = view_of(joined);
+  const size_t offset = branch.first * view.stride_c * joined.element_size();
+  view.data = static_cast<char*>(view.data) + offset;
+  return view;
 }
 
 // The arguments of one op, and the tensors that they point to.
@@ -86,7 +90,7 @@ class Operands {
     BCMF_CHECK(given.sizes() == IntList({2, args.channels}) && given.scalar_type() == acc_type(like_),
                "the backward takes stats as the forward returned them.");
     check_same_device(like_, given, "maps", "stats");
-    stats = stable::contiguous(given);
+    stats = as_contiguous(given);
     args.stats = stats.data_ptr();
     grad_norms = empty({2, args.channels}, kind_of(stats));
     if (args.N == 0) stable::zero_(grad_norms);
@@ -139,7 +143,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> pool_norm_relu(const Tensor& 
   std::vector<Tensor> outputs;
   for (int p = 0; p < kPools; ++p) {
     Branch& branch = operands.args.branch[p];
-    outputs.push_back(empty_map(x, x.stride(1) == 1, {operands.args.N, branch.C, branch.H, branch.W}));
+    outputs.push_back(empty_map(x, x.stride(1) == 1, operands.args.N, branch.C, branch.H, branch.W));
     branch.out = view_of(outputs.back());
   }
   kernel(operands.args, x);
@@ -157,7 +161,7 @@ std::tuple<std::vector<Tensor>, Tensor> pool_norm_relu_backward(TensorList grads
     Branch& branch = operands.args.branch[p];
     branch.out = operands.view(grads[p], branch.C, branch.H, branch.W);
   }
-  const Tensor grad = stable::empty_like(x);
+  const Tensor grad = new_like(x);
   operands.args.branch[0].grad_resampled = view_of(grad);
   kernel(operands.args, x);
   return {std::vector<Tensor>{grad}, operands.grad_norms};
@@ -207,14 +211,14 @@ std::tuple<Tensor, Tensor, Tensor> add_norm_relu(const OptionalTensorList& resam
   operands.set_running(means, variances, momentum, eps);
   operands.make_stats();
   const auto make_output = [&](int64_t channels) {
-    return empty_map(like, channels_last, {operands.args.N, channels, height, width});
+    return empty_map(like, channels_last, operands.args.N, channels, height, width);
   };
   Tensor outputs[] = {make_output(joined ? operands.args.channels : operands.args.branch[0].C),
                       empty({0}, kind_of(like))};
   if (!joined && operands.args.branches == 2) outputs[1] = make_output(operands.args.branch[1].C);
   for (int b = 0; b < operands.args.branches; ++b) {
     Branch& branch = operands.args.branch[b];
-    branch.out = view_of(joined ? channels_of(outputs[0], branch) : outputs[b]);
+    branch.out = joined ? channels_of(outputs[0], branch) : view_of(outputs[b]);
   }
   kernel(operands.args, like);
   return {outputs[0], outputs[1], operands.stats};
@@ -234,14 +238,14 @@ std::tuple<std::vector<Tensor>, Tensor> add_norm_relu_backward(TensorList grads,
   if (joined) operands.view(grads[0], operands.args.channels, height, width);
   for (int b = 0; b < operands.args.branches; ++b) {
     Branch& branch = operands.args.branch[b];
-    branch.out = operands.view(joined ? channels_of(grads[0], branch) : grads[b], branch.C, height, width);
+    branch.out = joined ? channels_of(grads[0], branch) : operands.view(grads[b], branch.C, height, width);
   }
   std::vector<Tensor> grad_maps;  // first of resampled maps, then of added ones
   const auto make_like = [&](const OptionalTensorList& maps, MapView Branch::* view) {
     for (int b = 0; b < operands.args.branches; ++b) {
       const std::optional<Tensor> map = maps[b];
       if (!map.has_value()) continue;
-      grad_maps.push_back(stable::empty_like(*map));
+      grad_maps.push_back(new_like(*map));
       operands.args.branch[b].*view = view_of(grad_maps.back());
     }
   };

@@ -85,29 +85,21 @@ void set_options(const LossOptions& options, bool wide, LossArgs& args) {
   set_cpg(options, args);
 }
 
-// Makes a tensor that every training step makes anew. On the CPU, a large one lies in memory that is kept from step to
-// step (cpu/memory.h).
-bool is_large(int64_t entries, const Kind& kind) {
-  const size_t bytes = entries * aoti_torch_dtype_element_size(number_of(kind.type));
-  return kind.device.type() == DeviceType::CPU && bytes >= cpu::kLarge;
-}
-Tensor make_large(IntList sizes, IntList strides, const Kind& kind) {
-  size_t bytes = aoti_torch_dtype_element_size(number_of(kind.type));
-  size_t last = 0;  // the offset of the last entry
-  for (size_t i = 0; i < sizes.size(); ++i) last += strides[i] * (sizes[i] - 1);
-  bytes *= last + 1;
+// Makes a dense tensor that every training step makes anew. On the CPU, a large one lies in memory that is kept from
+// step to step (cpu/memory.h).
+Tensor make_dense(IntList sizes, IntList strides, int64_t entries, const Kind& kind) {
+  const size_t bytes = entries * size_of(kind.type);
+  if (kind.device.type() != DeviceType::CPU || bytes < cpu::kLarge) return empty_strided(sizes, strides, kind);
   return stable::from_blob(cpu::allocate_large(bytes), sizes, strides, kind.device, kind.type, cpu::free_large);
 }
 
 Tensor make_maps(int64_t maps, const LossArgs& args, const Kind& kind) {  // (maps, N, H, W)
-  const int64_t map = args.H * args.W, sizes[] = {maps, args.N, args.H, args.W},
-                strides[] = {args.N * map, map, args.W, 1};
-  return is_large(maps * args.N * map, kind) ? make_large(sizes, strides, kind) : empty(sizes, kind);
+  const int64_t map = args.H * args.W;
+  return make_dense({maps, args.N, args.H, args.W}, {args.N * map, map, args.W, 1}, maps * args.N * map, kind);
 }
 
-Tensor make_like(const Tensor& t) {  // with the strides that empty_like would choose
-  if (!is_large(t.numel(), kind_of(t))) return stable::empty_like(t);
-  return make_large(t.sizes(), empty_like_on_meta(t).strides(), kind_of(t));
+Tensor make_gradient(const Tensor& t) {
+  return is_dense(t) ? make_dense(t.sizes(), t.strides(), t.numel(), kind_of(t)) : stable::empty_like(t);
 }
 
 }  // namespace
@@ -122,7 +114,7 @@ LossInputs::LossInputs(const LossOptions& options, const Tensor& logits, const T
     BCMF_CHECK(weight->dim() == 1 && weight->size(0) == logits.size(1), "class weights have one entry for each of the ",
                logits.size(1), " classes, not ", words(weight->sizes()), ".");
     check_same_device(logits, *weight, "logits", "class weights");
-    this->weight = stable::contiguous(stable::to(*weight, acc_type(logits)));
+    this->weight = as_contiguous(*weight, acc_type(logits));
     args.weight = this->weight->data_ptr();
   }
   set_options(options, args.logits.type == FloatType::f64, args);
@@ -167,8 +159,8 @@ LossFinish::LossFinish(const LossOptions& options, const Tensor& sums_, const Te
                  (acc == ScalarType::Float || acc == ScalarType::Double),
              "bcmf::loss_finish takes sums and cutoff as bcmf::loss_sums returned them.");
   check_same_device(sums_, cutoff_, "sums", "cutoff");
-  sums = stable::contiguous(sums_);
-  cutoff = stable::contiguous(cutoff_);
+  sums = as_contiguous(sums_);
+  cutoff = as_contiguous(cutoff_);
   set_options(options, acc == ScalarType::Double, args);
 }
 
@@ -185,13 +177,13 @@ LossGradient::LossGradient(const Tensor& grad_total_, const Tensor& logits, cons
   check_same_device(logits, stats_, "logits", "stats");
   check_same_device(logits, selected_, "logits", "selected");
   check_same_device(logits, summary_, "logits", "summary");
-  grad_total = stable::contiguous(stable::to(grad_total_, acc));
-  stats = stable::contiguous(stats_);
+  grad_total = as_contiguous(grad_total_, acc);
+  stats = as_contiguous(stats_);
   // The kernels read 16 bytes of stats at once.
   if (reinterpret_cast<uintptr_t>(stats.const_data_ptr()) % 16 != 0) stats = stable::clone(stats);
-  selected = stable::contiguous(selected_);
-  summary = stable::contiguous(summary_);
-  grad = make_like(logits);
+  selected = as_contiguous(selected_);
+  summary = as_contiguous(summary_);
+  grad = make_gradient(logits);
   args.grad_total = grad_total.data_ptr();
   args.stats = stats.data_ptr();
   args.selected = selected.data_ptr();

@@ -11,12 +11,14 @@
 #include <torch/headeronly/core/ScalarType.h>
 #include <torch/headeronly/util/Exception.h>
 
+#include <algorithm>
 #include <cstdint>
 #include <optional>
 #include <ostream>
 #include <sstream>
 #include <stdexcept>
 #include <string>
+#include <utility>
 #include <vector>
 
 namespace bcmf {
@@ -78,18 +80,13 @@ struct Kind {
 };
 inline Kind kind_of(const Tensor& t) { return {t.scalar_type(), t.device()}; }
 
-inline Tensor empty(IntList sizes, const Kind& kind, MemoryFormat format = MemoryFormat::Contiguous) {
-  return stable::empty(sizes, kind.type, std::nullopt, kind.device, std::nullopt, format);
-}
-inline Tensor zeros(IntList sizes, const Kind& kind) {
-  Tensor made = empty(sizes, kind);
-  return stable::zero_(made);
-}
-
 // torch's C interface has numbers of its own for dtypes and devices.
 inline int32_t number_of(ScalarType type) { return stable::detail::to<int32_t>(stable::detail::from(type)); }
 inline int32_t number_of(DeviceType type) { return stable::detail::to<int32_t>(stable::detail::from(type)); }
 
+inline size_t size_of(ScalarType type) { return aoti_torch_dtype_element_size(number_of(type)); }
+
+// stable::empty would look its op up by name, which takes a microsecond.
 inline Tensor empty_strided(IntList sizes, IntList strides, const Kind& kind) {
   AtenTensorHandle made;
   TORCH_ERROR_CODE_CHECK(aoti_torch_empty_strided(static_cast<int64_t>(sizes.size()), sizes.data(), strides.data(),
@@ -97,20 +94,39 @@ inline Tensor empty_strided(IntList sizes, IntList strides, const Kind& kind) {
                                                   kind.device.index(), &made));
   return Tensor(made);
 }
+inline Tensor empty(IntList sizes, const Kind& kind) {
+  std::vector<int64_t> strides(sizes.size());
+  int64_t stride = 1;
+  for (size_t i = sizes.size(); i-- > 0; stride *= std::max<int64_t>(sizes[i], 1)) strides[i] = stride;
+  return empty_strided(sizes, strides, kind);
+}
+inline Tensor zeros(IntList sizes, const Kind& kind) {
+  Tensor made = empty(sizes, kind);
+  return stable::zero_(made);
+}
 
-// Returns a tensor without memory that has the strides of empty_like.
-inline Tensor empty_like_on_meta(const Tensor& t) {
-  using stable::detail::from;
-  StableIValue stack[] = {
-      from(t),
-      from(std::optional<ScalarType>()),
-      from(std::optional<torch::headeronly::Layout>()),
-      from(std::optional<Device>(Device(DeviceType::Meta))),
-      from(std::optional<bool>()),
-      from(std::optional<MemoryFormat>(MemoryFormat::Preserve)),
-  };
-  TORCH_ERROR_CODE_CHECK(torch_call_dispatcher("aten::empty_like", "", stack, TORCH_ABI_VERSION));
-  return stable::detail::to<Tensor>(stack[0]);
+// Whether the entries of a tensor fill a piece of memory without gaps, each entry once.
+inline bool is_dense(const Tensor& t) {
+  std::vector<std::pair<int64_t, int64_t>> axes;  // strides and sizes
+  for (int64_t i = 0; i < t.dim(); ++i)
+    if (t.size(i) != 1) axes.emplace_back(t.stride(i), t.size(i));
+  std::sort(axes.begin(), axes.end());
+  int64_t expected = 1;
+  for (const auto& [stride, size] : axes) {
+    if (stride != expected) return false;
+    expected *= size;
+  }
+  return true;
+}
+// empty_like keeps the strides of a dense tensor.
+inline Tensor new_like(const Tensor& t) {
+  return is_dense(t) ? empty_strided(t.sizes(), t.strides(), kind_of(t)) : stable::empty_like(t);
+}
+
+// These return the tensor itself where it is as it should be.
+inline Tensor as_contiguous(const Tensor& t) { return t.is_contiguous() ? t : stable::contiguous(t); }
+inline Tensor as_contiguous(const Tensor& t, ScalarType type) {
+  return as_contiguous(t.scalar_type() == type ? t : stable::to(t, type));
 }
 
 }  // namespace bcmf

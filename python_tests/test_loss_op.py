@@ -25,6 +25,7 @@ from torch import Tensor
 
 import bcmf_ext
 from bcmf_ext import BCL, CPG, OHEM, ops
+from bcmf_ext.ops import Sum, Summary
 from bcmf_ext.options import LossOptions
 
 GPU = tuple(backend for backend in KERNELS if backend.device == "cuda")
@@ -350,6 +351,78 @@ def test_the_backward_believes_nothing(backend: Backend, case: LossCase, dtype: 
                 total, z, labels, weight, stats.fill_(odd), selected, summary.fill_(odd), *options
             )
             assert (grad.shape, grad.dtype) == (z.shape, z.dtype)
+
+
+# --------------------------------------------------------------------------------------------------------------------
+# The halves of the op, between which sums can be added up over processes
+
+# OHEM that looks for the k-th largest loss does so in each part by itself.
+OF_PARTS = tuple(case for case in LOSSES if case.options.get("ohem", OHEM(1.0)).threshold > 1e-3)
+
+
+@runs(LOSSES, KERNELS)
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16], ids=str)
+def test_the_loss_is_both_halves(backend: Backend, case: LossCase, dtype: torch.dtype) -> None:
+    """Protects what many processes compute: bcmf::loss is loss_finish of loss_sums, to the last bit."""
+    recorder = record(case, backend, *problem((2, 5, 18, 24), dtype, backend.device, logits=case.logits))
+    total, terms, stats, selected, summary = recorder.results
+    sum_up, finish = ops.LOSS_HALVES[backend.impl]
+    inputs, options = recorder.arguments[:3], recorder.arguments[3:]
+    sums, cutoff, *kept = sum_up(*inputs, *options)
+    for ours, expected in zip(
+        (*finish(sums, cutoff, *options), *kept), (total, terms, summary, stats, selected), strict=True
+    ):
+        assert torch.equal(ours, expected)
+    assert (sums.dtype, cutoff) == (torch.float64, summary[Summary.CUTOFF])
+
+
+@runs(OF_PARTS, KERNELS)
+def test_sums_of_parts_are_those_of_the_batch(backend: Backend, case: LossCase) -> None:
+    """Protects the sums' being numerators and denominators of the means: those of two images, added up, give the loss
+    over both; nothing is rounded to fp32 on the way, and an image without valid pixels adds nothing."""
+    z, y, w = problem((3, 5, 18, 24), torch.float64, backend.device, logits=case.logits)
+    y[2] = 255
+    recorder = record(case, backend, z, y, w)
+    sum_up, finish = ops.LOSS_HALVES[backend.impl]
+    logits, target, weight, *options = recorder.arguments
+    parts = [sum_up(logits[i : i + 1], target[i : i + 1], weight, *options) for i in range(3)]
+    total, terms, summary = finish(sum(part[0] for part in parts), parts[0][1], *options)
+    for ours, expected in zip((total, terms), recorder.results[:2], strict=True):
+        torch.testing.assert_close(ours, expected, rtol=1e-12, atol=1e-14)
+    assert torch.equal(summary[Summary.VALID :], recorder.results[4][Summary.VALID :])
+
+
+@every_kernel
+def test_sums_count_bad_labels(backend: Backend) -> None:
+    """Protects the other processes from waiting for one that raises: its sums tell how many labels are bad, and with
+    them every mean is NaN. Terms that are not asked for have sums of 0."""
+    z, y, w = problem((2, 5, 6, 7), torch.float32, backend.device)
+    y[0, 0, :3] = 99
+    sum_up, finish = ops.LOSS_HALVES[backend.impl]
+    for options in (LossOptions(255), LossOptions(255, ce=False, bcl_steps=[1]), LossOptions(255, cpg_kernel_size=3)):
+        sums, cutoff, *_ = sum_up(z, y, w, *options)
+        assert sums[Sum.BAD_LABELS] == 3
+        total, *_ = finish(sums, cutoff, *options)
+        assert total.isnan()
+        asked = {Sum.CE_SUM: options.ce, Sum.CPG_SUM: options.cpg_kernel_size, Sum.BCL: options.bcl_steps}
+        assert all(sums[entry] == 0 for entry, terms in asked.items() if not terms)
+        assert not sums[Sum.BCL + 2 * len(options.bcl_steps) :].any()
+
+
+@every_kernel
+def test_the_halves_refuse_what_is_not_theirs(backend: Backend) -> None:
+    """Protects direct calls from reading out of bounds, and users from a loss without a gradient."""
+    z, y, w = problem((2, 5, 6, 7), torch.float32, backend.device)
+    sum_up, finish = ops.LOSS_HALVES[backend.impl]
+    options = LossOptions(255, bcl_steps=[1])
+    sums, cutoff, *_ = sum_up(z, y, w, *options)
+    for wrong in ((sums[:5], cutoff), (sums.float(), cutoff), (sums, sums), (sums, cutoff.half())):
+        with pytest.raises(ValueError, match=r"sums and cutoff as bcmf::loss_sums|one cutoff"):
+            finish(*wrong, *options)
+    with pytest.raises(ValueError, match=r"1 to 8 steps|BCL's step is"):
+        finish(sums, cutoff, *options._replace(bcl_steps=[1] * 9))
+    with pytest.raises(NotImplementedError, match="loss_backward finds that of both together"):
+        sum_up(z.requires_grad_(), y, w, *options)[2].sum().backward()
 
 
 # --------------------------------------------------------------------------------------------------------------------

@@ -13,7 +13,7 @@ namespace {
 
 // This is the sentence of Python's describe_bad_labels, so that all backends refuse labels in the same words.
 std::string describe_bad_labels(const Tensor& target, int64_t num_classes, int64_t ignore_index) {
-  const Tensor labels = stable::contiguous(stable::to(target, ScalarType::Long));
+  const Tensor labels = as_contiguous(target, ScalarType::Long);
   std::set<int64_t> bad;
   for (int64_t i = 0; i < labels.numel(); ++i) {
     const int64_t label = labels.const_data_ptr<int64_t>()[i];

@@ -34,7 +34,7 @@ std::tuple<Tensor, Tensor, Tensor> read_labels(const Tensor& prediction, const T
   check_classes(num_classes);
   const Kind kind = kind_of(target).with(num_classes <= 255 ? ScalarType::Byte : ScalarType::Int);
   const Tensor guess = empty(target.sizes(), kind), truth = empty(target.sizes(), kind);
-  const Tensor from = stable::contiguous(prediction), labels = stable::contiguous(target);
+  const Tensor from = as_contiguous(prediction), labels = as_contiguous(target);
   const Tensor outside = empty({}, kind.with(ScalarType::Long));
   *outside.mutable_data_ptr<int64_t>() =
       cpu::read_labels({labels.numel(), num_classes, ignore_index, from.const_data_ptr(), labels.const_data_ptr(),
@@ -52,7 +52,7 @@ Tensor count_pairs(const Tensor& a, const Tensor& b, int64_t rows, int64_t colum
   check_classes(columns);
   BCMF_CHECK((rows + 1) * (columns + 1) < int64_t{1} << 31, rows, " × ", columns, " counts are too many.");
   const Tensor pairs = zeros({rows, columns}, kind_of(a).with(ScalarType::Long));
-  const Tensor first = stable::contiguous(a), second = stable::contiguous(b);
+  const Tensor first = as_contiguous(a), second = as_contiguous(b);
   cpu::count_pairs({first.numel(), rows, columns, first.const_data_ptr(), second.const_data_ptr(), is_wide(first),
                     is_wide(second), pairs.mutable_data_ptr<int64_t>()});
   return pairs;
@@ -68,7 +68,7 @@ Tensor match_within(const Tensor& queries, const Tensor& sites, int64_t num_clas
                  std::is_sorted(radii.begin(), radii.end()),
              "radii ascend from at least 0 to at most ", cpu::kMatchMost, " pixels, not ", words(radii), ".");
   check_classes(num_classes);
-  const Tensor from = stable::contiguous(queries), to = stable::contiguous(sites);
+  const Tensor from = as_contiguous(queries), to = as_contiguous(sites);
   const Tensor found = empty(queries.sizes(), kind_of(queries).with(ScalarType::Byte));
   if (found.numel() > 0)
     cpu::match_within({from.size(0), from.size(1), from.size(2), num_classes, from.data_ptr(), to.data_ptr(),

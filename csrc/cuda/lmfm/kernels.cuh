@@ -64,8 +64,8 @@ struct Plane {
   __device__ __forceinline__ void store(Acc value, int64_t n, int y, int x) const { narrow(value, at(n, y, x)); }
 };
 
-// The place of pixel i, counted row by row from the image first_image on. (lmfm_ops.cpp checks that all images together
-// have less than 2^31 pixels.)
+// The place of pixel i, counted row by row from the image first_image on. (lmfm_tensors.h checks that all images
+// together have less than 2^31 pixels.)
 struct Pixel {
   int64_t n;
   int y, x;
