@@ -31,7 +31,18 @@ REPORT = re.compile(
 def compile_for(source: Path, arch: int) -> dict[str, dict[str, int]]:
     """What ptxas says of each kernel: registers, bytes of shared memory, bytes spilled or put on a stack."""
     with tempfile.TemporaryDirectory() as folder:
-        command = ["nvcc", "-O3", "-std=c++17", f"-I{ROOT / 'csrc'}", "-Xptxas", "-v", "-c", str(source), "-o", f"{folder}/kernel.o"]
+        command = [
+            "nvcc",
+            "-O3",
+            "-std=c++17",
+            f"-I{ROOT / 'csrc'}",
+            "-Xptxas",
+            "-v",
+            "-c",
+            str(source),
+            "-o",
+            f"{folder}/kernel.o",
+        ]
         command += ["-gencode", f"arch=compute_{arch},code=sm_{arch}"]
         done = subprocess.run(command, capture_output=True, text=True)
     if done.returncode != 0:

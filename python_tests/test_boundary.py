@@ -188,7 +188,7 @@ def test_direct_calls_are_memory_safe() -> None:
     for op, options in calls:
         with pytest.raises(ValueError, match="have the same shape"):
             op(a, b[:1], *options)
-        with pytest.raises((TypeError, RuntimeError)):
+        with pytest.raises(ValueError, match=r"are uint8 or int32|holds class ids"):
             op(a.float(), b.float(), *options)
     match, read, count = (op for op, _ in calls)
     for op, wrong in (
@@ -204,7 +204,7 @@ def test_direct_calls_are_memory_safe() -> None:
         (count, (a, b, 3, 70_000)),
         (count, (a, b, 60_000, 60_000)),
     ):
-        with pytest.raises((ValueError, TypeError)):
+        with pytest.raises(ValueError):
             op(*wrong)
 
 

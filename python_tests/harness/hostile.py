@@ -44,7 +44,7 @@ LIBRARY = "BCMF_HOSTILE_LIBRARY"  # in the environment of the process that fuzze
 # of torch's classes, which torch does not export. float-cast-overflow, which is no part of `undefined`, is in: a float
 # that became an index would be one of the faults looked for.
 SANITIZE = "-fsanitize=address,undefined,float-cast-overflow -fno-sanitize=vptr -fno-sanitize-recover=all"
-COMPILE = "-std=c++20 -O1 -g1 -fno-omit-frame-pointer -fPIC -fvisibility=hidden -Wno-unknown-pragmas -Wno-psabi"
+COMPILE = "-std=c++20 -O1 -g1 -fno-omit-frame-pointer -fPIC -Wno-unknown-pragmas -Wno-psabi -Wno-attributes"
 
 # Beside the ops: the choice of the one instruction set that is compiled (it stands in for csrc/cpu/isa.cpp), faults to
 # be found, and the thread that refills memory. It is a thread of C++, so that it runs whoever holds Python's lock.

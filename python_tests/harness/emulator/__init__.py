@@ -37,7 +37,8 @@ def why_not() -> str | None:
 def compile_sanitized(source: str, executable: Path, include: str = "include") -> None:
     """Compiles a program of this folder with AddressSanitizer and UndefinedBehaviorSanitizer; include: its folder."""
     flags = ["-std=c++20", "-O1", "-g", "-Wno-unknown-pragmas", "-Wno-psabi", "-fsanitize=address,undefined"]
-    includes = [f"-I{HERE / include}", f"-I{SOURCES}"]
+    headers = [f"-isystem{folder}" for folder in cpp_extension.include_paths()]  # for the half types
+    includes = [f"-I{HERE / include}", f"-I{SOURCES}", *headers]
     command = ["g++", *flags, "-fno-sanitize-recover=all", *includes, str(HERE / source), "-o", str(executable)]
     subprocess.run(command, check=True)
 
