@@ -1,4 +1,4 @@
-"""Compiles the launchers of csrc/cuda for four GPU generations and holds each kernel to its budget: ``kernels.py [--update]``.
+"""Compiles csrc/cuda for four GPU generations and holds each kernel to its budget: ``kernels.py [--update]``.
 
 budget.json has, per kernel, the most registers and bytes of shared memory over all archs; a change that needs more has
 to say so by updating it. A kernel of fp32, bf16 or fp16 that spills registers, or keeps an array on a stack in local
