@@ -114,6 +114,8 @@ def _load_extension() -> tuple[Extension | None, str | None, str | None]:
             reason = f"csrc has changed since the extension was built: reinstall it ({_REINSTALL})"
         else:
             try:
+                if no_cuda is None and torch.version.cuda is None:  # also a torch for AMD's GPUs, which it calls "cuda"
+                    no_cuda = f"torch {torch.__version__} has no CUDA"
                 return Extension(folder), None, no_cuda
             except (OSError, ImportError) as error:
                 reason = f"the extension does not load ({error}): reinstall it ({_REINSTALL})"

@@ -151,6 +151,20 @@ def test_a_library_that_does_not_load_is_left_out(tmp_path: Path) -> None:
 
 
 @pytest.mark.skipif(dispatch.EXTENSION is None, reason="no extension")
+def test_cuda_kernels_are_left_alone_by_a_torch_without_cuda(tmp_path: Path) -> None:
+    """Protects one binary for every torch: one that was built with CUDA says so where torch has none, and so does a
+    torch for AMD, whose tensors are on "cuda", too."""
+    env = package_with(tmp_path, {"no_cuda": None})
+    shutil.rmtree(tmp_path / "csrc")
+    code = (
+        "import torch; torch.version.cuda = None\n"
+        "from bcmf_ext import dispatch; print(dispatch.why_not('cuda', 'cuda'))"
+    )
+    done = subprocess.run([sys.executable, "-c", code], env=env, cwd=tmp_path, capture_output=True, text=True)
+    assert (done.stdout, done.stderr) == (f"torch {torch.__version__} has no CUDA\n", "")
+
+
+@pytest.mark.skipif(dispatch.EXTENSION is None, reason="no extension")
 def test_a_python_without_its_module_gets_the_kernels(tmp_path: Path) -> None:
     """Protects one binary for every Python: where ``_C`` was built for another one, or not at all, the kernels run, and
     what they tell of themselves is the same."""
