@@ -166,3 +166,36 @@ def test_cuda_is_left_out_or_refused_with_a_reason() -> None:
         assert refused.returncode != 0
         assert refused.stderr.strip().endswith("has no CUDA")
         assert "Traceback" not in refused.stderr
+
+
+@pytest.mark.parametrize(
+    ("nm", "readelf", "complaint"),
+    [
+        ("U aoti_torch_empty_strided", "[libtorch_cpu.so]", None),
+        ("U exp@GLIBC_2.2.5", "[libstdc++.so.6]", None),
+        ("w __gmon_start__", "[libc.so.6]", None),
+        ("0000000000157a20 W _ZNSt19bad_optional_accessD1Ev", "[libm.so.6]", None),
+        (
+            "U _ZN3c106detail14torchCheckFailEPKcS2_jS2_",
+            "",
+            "_ZN3c106detail14torchCheckFailEPKcS2_jS2_ is C++ of torch",
+        ),
+        ("00000000000157a2 W _ZNK2at6Tensor4sizeEl", "", "_ZNK2at6Tensor4sizeEl is C++ of torch"),
+        ("U _ZN5torch7LibraryD1Ev", "", "_ZN5torch7LibraryD1Ev is C++ of torch"),
+        ("U PyErr_SetString", "", "PyErr_SetString is Python's"),
+        ("w _Py_NoneStruct", "", "_Py_NoneStruct is Python's"),
+        ("U torch_of_tomorrow", "", "torch_of_tomorrow is not in torch 2.11"),
+        ("U GOMP_parallel@GOMP_4.0", "[libgomp.so.1]", "libgomp.so.1 is needed"),
+        ("U _ZSt28__throw_bad_array_new_lengthv", "", "_ZSt28__throw_bad_array_new_lengthv has no version"),
+        ("", "[libc10.so]", "libc10.so is needed"),
+    ],
+)
+def test_what_the_library_of_a_wheel_needs(nm: str, readelf: str, complaint: str | None) -> None:
+    """Protects the wheel from needing more than every torch, Python and glibc has that its name promises."""
+    spec = importlib.util.spec_from_file_location("symbols", ROOT / ".ci" / "symbols.py")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    functions = set(module.LIST.read_text().split())
+    needed = [f" 0x0000000000000001 (NEEDED)             Shared library: {readelf}"] if readelf else []
+    said = list(module.complaints([f"                 {nm}"] if nm else [], needed, functions))
+    assert [sentence.startswith(complaint or "no") for sentence in said] == ([True] if complaint else [])
