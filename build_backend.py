@@ -1,9 +1,9 @@
-"""PEP 517 backend: setuptools, and one question before it builds a wheel: which torch is the extension for?
+"""PEP 517 backend: setuptools, and one question before it builds a wheel: is there a torch to build with?
 
-The extension only works with the torch it was built against. Under pip's build isolation torch is not importable, and
-asking for "torch" would build against the newest release, not against the one installed. So we look into the
-environment that pip installs into: if torch is there, it is put on the path (setup.py) and nothing is asked for;
-otherwise torch is asked for, the same release that pip then installs as our dependency.
+The extension runs with every torch, but it is compiled with the headers of one, and with CUDA if that one has it. Under
+pip's build isolation torch is not importable, and asking for "torch" would fetch a second one, of 5 GB, for those who
+have one. So we look into the environment that pip installs into: if torch is there, it is put on the path (setup.py)
+and nothing is asked for; otherwise torch is asked for.
 """
 
 from __future__ import annotations

@@ -156,14 +156,7 @@ def kernels(plan: Plan) -> Any:
     from torch.utils.cpp_extension import CppExtension
 
     common = ["-O3", f'-DBCMF_CUDA_ARCHS="{plan.archs}"', target_version()]
-    options: dict[str, Any] = {}
-    if not plan.no_cuda:
-        # CUDA's run time is linked statically, so that the library loads beside a torch of another CUDA, or of none.
-        options = {
-            "library_dirs": [str(Path(os.environ["CUDA_HOME"], "lib64"))],
-            "libraries": ["cudart_static", "dl", "rt", "pthread"],
-        }
-    return CppExtension(
+    extension = CppExtension(
         KERNELS,
         SOURCES if plan.no_cuda else SOURCES + CUDA_SOURCES,
         include_dirs=[str(Path("csrc").resolve())],
@@ -173,8 +166,14 @@ def kernels(plan: Plan) -> Any:
             "nvcc": [*common, "-std=c++17", "--threads=0"],  # the GPU generations side by side
         },
         extra_link_args=["-Wl,-soname,_kernels.so", "-Wl,--exclude-libs,ALL"],
-        **options,
     )
+    # Of torch only what has the stable ABI is linked, and after the C++ library, of which torch exports parts, too.
+    extension.libraries = ["stdc++", "torch_cpu"]
+    if not plan.no_cuda:
+        # CUDA's run time is linked statically, so that the library loads beside a torch of another CUDA, or of none.
+        extension.libraries += ["cudart_static", "dl", "rt", "pthread"]
+        extension.library_dirs.append(str(Path(os.environ["CUDA_HOME"], "lib64")))
+    return extension
 
 
 def module() -> Any:
