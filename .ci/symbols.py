@@ -21,7 +21,10 @@ from pathlib import Path
 OLDEST = "2.11"
 LIST = Path(__file__).with_name(f"torch-{OLDEST}-symbols.txt")
 LIBRARY = "bcmf_ext/_kernels.so"
-NEEDED = ("libtorch_cpu.so", "libstdc++.so.6", "libm.so.6", "libgcc_s.so.1", "libc.so.6", "libpthread.so.0")
+NEEDED = (
+    *("libtorch_cpu.so", "libstdc++.so.6", "libgcc_s.so.1"),
+    *("libc.so.6", "libm.so.6", "libpthread.so.0", "libdl.so.2", "librt.so.1", "ld-linux-x86-64.so.2"),  # glibc's
+)
 HOOKS = ("__cxa_finalize", "__gmon_start__", "_ITM_registerTMCloneTable", "_ITM_deregisterTMCloneTable")  # of gcc
 OF_TORCH = re.compile(r"(?<!\d)(3c10|2at|5torch)\d")  # a namespace, and the length of the name that follows
 
