@@ -142,7 +142,7 @@ def test_a_library_that_does_not_load_is_left_out(tmp_path: Path) -> None:
     """Protects import from a broken shared library: one sentence, not a traceback."""
     env = package_with(tmp_path, {})
     shutil.rmtree(tmp_path / "csrc")
-    (tmp_path / "bcmf_ext" / "_kernels.so").unlink()
+    (tmp_path / "bcmf_ext" / "_kernels.so").unlink(missing_ok=True)
     done = subprocess.run(
         [sys.executable, "-c", "import bcmf_ext"], env=env, cwd=tmp_path, capture_output=True, text=True
     )
@@ -155,6 +155,7 @@ def test_cuda_kernels_are_left_alone_by_a_torch_without_cuda(tmp_path: Path) -> 
     """Protects one binary for every torch: one that was built with CUDA says so where torch has none, and so does a
     torch for AMD, whose tensors are on "cuda", too."""
     env = package_with(tmp_path, {"no_cuda": None})
+    shutil.copy(dispatch.EXTENSION.file, tmp_path / "bcmf_ext")
     shutil.rmtree(tmp_path / "csrc")
     code = (
         "import torch; torch.version.cuda = None\n"
@@ -169,7 +170,7 @@ def test_a_python_without_its_module_gets_the_kernels(tmp_path: Path) -> None:
     """Protects one binary for every Python: where ``_C`` was built for another one, or not at all, the kernels run, and
     what they tell of themselves is the same."""
     copy = tmp_path / "bcmf_ext"
-    shutil.copytree(Path(bcmf_ext.__file__).parent, copy, ignore=shutil.ignore_patterns("__pycache__", "_C*"))
+    shutil.copytree(Path(bcmf_ext.__file__).parent, copy, ignore=shutil.ignore_patterns("__pycache__", "_C*.so"))
     shutil.copy(Path(dispatch.EXTENSION.file), copy)
     shutil.copy(Path(dispatch.EXTENSION.file).with_name("_build.json"), copy)
     code = (
