@@ -114,11 +114,14 @@ def _load_extension() -> tuple[Extension | None, str | None, str | None]:
             reason = f"csrc has changed since the extension was built: reinstall it ({_REINSTALL})"
         else:
             try:
-                if no_cuda is None and torch.version.cuda is None:  # also a torch for AMD's GPUs, which it calls "cuda"
+                if no_cuda is None and torch.version.cuda is None:  # One for AMD's GPUs calls them "cuda", too.
                     no_cuda = f"torch {torch.__version__} has no CUDA"
                 return Extension(folder), None, no_cuda
             except (OSError, ImportError) as error:
-                reason = f"the extension does not load ({error}): reinstall it ({_REINSTALL})"
+                reason = (
+                    f"the extension does not load with torch {torch.__version__} ({error.__cause__ or error}): "
+                    f"install a newer bcmf_ext, or this one again ({_REINSTALL})"
+                )
     # warnings.warn would add a line that quotes this one.
     warnings.warn_explicit(
         f"{reason}. Until then its ops run in PyTorch, on GPUs in Triton.", RuntimeWarning, "bcmf_ext", 1

@@ -150,6 +150,27 @@ def test_a_library_that_does_not_load_is_left_out(tmp_path: Path) -> None:
     assert "does not load" in done.stderr
 
 
+@pytest.mark.skipif(shutil.which("c++") is None, reason="no C++ compiler")
+def test_a_torch_that_lacks_a_function_is_named(tmp_path: Path) -> None:
+    """Protects from a torch that has dropped what the kernels call: a sentence names it, and PyTorch serves."""
+    env = package_with(tmp_path, {})
+    shutil.rmtree(tmp_path / "csrc")
+    library = tmp_path / "bcmf_ext" / "_kernels.so"
+    code = "void aoti_torch_of_yesterday(); __attribute__((constructor)) void call() { aoti_torch_of_yesterday(); }"
+    subprocess.run(["c++", "-shared", "-fPIC", "-xc++", "-o", str(library), "-"], input=code, text=True, check=True)
+    done = subprocess.run(
+        [sys.executable, "-c", "from bcmf_ext import dispatch; print(dispatch.why_not('cpu', 'cpu') is None)"],
+        env=env,
+        cwd=tmp_path,
+        capture_output=True,
+        text=True,
+    )
+    assert done.stdout == "False\n", done.stderr
+    assert f"does not load with torch {torch.__version__} (" in done.stderr
+    assert "aoti_torch_of_yesterday" in done.stderr
+    assert done.stderr.count("\n") == 1
+
+
 @pytest.mark.skipif(dispatch.EXTENSION is None, reason="no extension")
 def test_cuda_kernels_are_left_alone_by_a_torch_without_cuda(tmp_path: Path) -> None:
     """Protects one binary for every torch: one that was built with CUDA says so where torch has none, and so does a
