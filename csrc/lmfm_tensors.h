@@ -62,8 +62,8 @@ class Operands {
   }
 
   MapView view(const Tensor& map, int64_t C, int64_t H, int64_t W) {
-    BCMF_CHECK(map.sizes() == IntList({args.N, C, H, W}), "maps of one branch go together, but one is ",
-               words(map.sizes()), " instead of ", words({args.N, C, H, W}), ".");
+    BCMF_CHECK(has_sizes(map, {args.N, C, H, W}), "maps of one branch go together, but one is ", words(map.sizes()),
+               " instead of ", words({args.N, C, H, W}), ".");
     BCMF_CHECK(map.scalar_type() == like_.scalar_type(), "maps are of one dtype, not of ", words(map.scalar_type()),
                " and ", words(like_.scalar_type()), ".");
     check_same_device(like_, map, "maps", "another one");
@@ -87,7 +87,7 @@ class Operands {
     args.stats = stats.data_ptr();
   }
   void take_stats(const Tensor& given) {
-    BCMF_CHECK(given.sizes() == IntList({2, args.channels}) && given.scalar_type() == acc_type(like_),
+    BCMF_CHECK(has_sizes(given, {2, args.channels}) && given.scalar_type() == acc_type(like_),
                "the backward takes stats as the forward returned them.");
     check_same_device(like_, given, "maps", "stats");
     stats = as_contiguous(given);

@@ -155,7 +155,7 @@ LossTotal::LossTotal(const Tensor& sums, const Tensor& cutoff, LossArgs& args) {
 
 LossFinish::LossFinish(const LossOptions& options, const Tensor& sums_, const Tensor& cutoff_) : args() {
   const ScalarType acc = cutoff_.scalar_type();
-  BCMF_CHECK(sums_.sizes() == IntList({kSums}) && sums_.scalar_type() == ScalarType::Double && cutoff_.numel() == 1 &&
+  BCMF_CHECK(has_sizes(sums_, {kSums}) && sums_.scalar_type() == ScalarType::Double && cutoff_.numel() == 1 &&
                  (acc == ScalarType::Float || acc == ScalarType::Double),
              "bcmf::loss_finish takes sums and cutoff as bcmf::loss_sums returned them.");
   check_same_device(sums_, cutoff_, "sums", "cutoff");
@@ -168,10 +168,10 @@ LossGradient::LossGradient(const Tensor& grad_total_, const Tensor& logits, cons
                            const Tensor& selected_, const Tensor& summary_, LossArgs& args) {
   const ScalarType acc = acc_type(logits);
   const int64_t images = args.bcl_steps > 0 ? args.N : 0;
-  BCMF_CHECK(grad_total_.numel() == 1 && summary_.sizes() == IntList({kSummarySize}) &&
-                 stats_.sizes() == IntList({2, args.N, args.H, args.W}) &&
-                 selected_.sizes() == IntList({images, args.H, args.W}) && stats_.scalar_type() == acc &&
-                 summary_.scalar_type() == acc && selected_.scalar_type() == ScalarType::Byte,
+  BCMF_CHECK(grad_total_.numel() == 1 && has_sizes(summary_, {kSummarySize}) &&
+                 has_sizes(stats_, {2, args.N, args.H, args.W}) && has_sizes(selected_, {images, args.H, args.W}) &&
+                 stats_.scalar_type() == acc && summary_.scalar_type() == acc &&
+                 selected_.scalar_type() == ScalarType::Byte,
              "bcmf::loss_backward takes stats, selected and summary as bcmf::loss returned them.");
   check_same_device(logits, grad_total_, "logits", "grad_total");
   check_same_device(logits, stats_, "logits", "stats");

@@ -48,6 +48,8 @@ inline ScalarType acc_type(const Tensor& t) {
   return t.scalar_type() == ScalarType::Double ? ScalarType::Double : ScalarType::Float;
 }
 
+inline bool has_sizes(const Tensor& t, IntList sizes) { return t.sizes().equals(sizes); }
+
 // The Python functions have checked all this with kinder words; these checks keep a direct call of torch.ops.bcmf
 // memory-safe.
 inline void check_same_device(const Tensor& first, const Tensor& other, const char* first_name, const char* name) {

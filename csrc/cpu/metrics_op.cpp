@@ -23,7 +23,7 @@ void check_labels(const Tensor& labels, const char* name) {
 bool is_wide(const Tensor& labels) { return labels.scalar_type() == ScalarType::Int; }
 
 void check_same_shape(const Tensor& first, const Tensor& other, const char* names) {
-  BCMF_CHECK(first.sizes() == other.sizes(), names, " have the same shape, not ", words(first.sizes()), " and ",
+  BCMF_CHECK(has_sizes(other, first.sizes()), names, " have the same shape, not ", words(first.sizes()), " and ",
              words(other.sizes()), ".");
 }
 
