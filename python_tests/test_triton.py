@@ -177,7 +177,7 @@ def test_more_than_two_billion_pixels() -> None:
     to = torch.empty(1, dtype=torch.int64)
     look_for_overflow(True)
     try:
-        place[(1,)](Size(2, 2**15, 2**15, 2**15, 2**15, 6 * 2**30), Pixels(5, 7, 3, True), to)
+        place[(1,)](Size(2, 2**15, 2**15, 2**15, 2**15, 6 * 2**30), Pixels(5, 7, 3, 1), to)
     finally:
         look_for_overflow(False)
     assert to.item() == 5 * 2**30 + 7 * 2**15 + 3
