@@ -9,6 +9,7 @@ and nothing is asked for; otherwise torch is asked for.
 from __future__ import annotations
 
 import os
+import re
 import shlex
 import shutil
 import site
@@ -72,7 +73,7 @@ def sees_user_site() -> bool:
 
 def is_too_old(version: str) -> bool:
     """Whether a torch of this version is older than what the package depends on."""
-    return [int(part) for part in version.split(".")[:2]] < [int(part) for part in OLDEST_TORCH.split(".")]
+    return [int(number) for number in re.findall(r"\d+", version)[:2]] < [int(part) for part in OLDEST_TORCH.split(".")]
 
 
 def _will_be_replaced(folder: Path) -> bool:

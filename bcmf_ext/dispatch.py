@@ -12,6 +12,7 @@ import hashlib
 import importlib.util
 import json
 import os
+import re
 import shutil
 import sys
 import sysconfig
@@ -24,6 +25,7 @@ from typing import Any
 import torch
 
 from .checks import in_torch_func
+from .ops import CONTRACT
 
 DEBUG = os.environ.get("BCMF_DEBUG") == "1"  # Labels are looked at on GPUs, too: an error for a wait.
 IMPLS = ("cuda", "triton", "cpu", "torch")
@@ -43,7 +45,7 @@ def _find_build() -> Path | None:
 def _source_digest() -> str | None:
     """The digest of csrc beside the package, as setup.py computes it; None where there is no source tree."""
     csrc = Path(__file__).parents[1] / "csrc"
-    if not (csrc / "kernels.cpp").is_file():  # The package is installed; a csrc beside it would be another package's.
+    if not (csrc / "about.cpp").is_file():  # The package is installed; a csrc beside it would be another package's.
         return None
     files = sorted(path for path in csrc.rglob("*") if path.is_file() and path.suffix != ".md")
     return hashlib.sha256(b"".join(path.read_bytes() for path in files)).hexdigest() if files else None
@@ -62,11 +64,11 @@ class Extension:
         self._functions = _import_module(folder) or _c_functions(self.file)
 
     def build_info(self) -> dict[str, str]:
-        """What was compiled (csrc/kernels.h): compiler, cuda_archs; and cpu_capability, in use here."""
+        """What was compiled (csrc/about.h): compiler, cuda_archs; and cpu_capability, in use here."""
         return json.loads(self._functions.bcmf_build_info())
 
     def contract(self) -> dict[str, Any]:
-        """What ops.py and the kernels have to agree on (csrc/kernels.h)."""
+        """What ops.py and the kernels have to agree on (csrc/about.h)."""
         return json.loads(self._functions.bcmf_contract())
 
     def release_kept_memory(self) -> None:
@@ -75,12 +77,16 @@ class Extension:
 
 
 def _import_module(folder: Path) -> ModuleType | None:
-    """The module _C that was built beside the library for one Python; None for another Python."""
+    """The module _C that was built beside the library for one Python; None for another Python, or where it does not
+    load."""
     spec = PathFinder.find_spec("bcmf_ext._C", [str(folder)])
     if spec is None or spec.loader is None:
         return None
     module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
+    try:
+        spec.loader.exec_module(module)
+    except ImportError:  # It is only a way to the library, which has loaded.
+        return None
     return module
 
 
@@ -116,8 +122,11 @@ def _load_extension() -> tuple[Extension | None, str | None, str | None]:
             try:
                 if no_cuda is None and torch.version.cuda is None:  # One for AMD's GPUs calls them "cuda", too.
                     no_cuda = f"torch {torch.__version__} has no CUDA"
-                return Extension(folder), None, no_cuda
-            except (OSError, ImportError) as error:
+                extension = Extension(folder)
+                if extension.contract() == CONTRACT:
+                    return extension, None, no_cuda
+                reason = f"the extension is of another bcmf_ext than ops.py: reinstall it ({_REINSTALL})"
+            except OSError as error:
                 reason = (
                     f"the extension does not load with torch {torch.__version__} ({error.__cause__ or error}): "
                     f"install a newer bcmf_ext, or this one again ({_REINSTALL})"
@@ -129,10 +138,9 @@ def _load_extension() -> tuple[Extension | None, str | None, str | None]:
     return None, reason, reason
 
 
-def _release(version: str) -> tuple[int, int]:
-    """(2, 11) of "2.11.0+cu130"."""
-    major, minor = version.split(".")[:2]
-    return int(major), int(minor)
+def _release(version: str) -> list[int]:
+    """[2, 11] of "2.11.0+cu130" and "2.11rc1"."""
+    return [int(number) for number in re.findall(r"\d+", version)[:2]]
 
 
 EXTENSION, _NO_EXTENSION, _NO_CUDA = _load_extension()

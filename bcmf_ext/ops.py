@@ -74,7 +74,7 @@ def _define(lib: Library, name: str, schema: str, fake: Any, backward_schema: st
 
 class Sum(IntEnum):
     """The entries of bcmf::loss_sums's sums: numerator and denominator of every mean, 0 for a term that was not asked
-    for.
+    for. Where there are bad labels, all others may be anything.
 
     C++ has the same numbers (csrc/common/args.h); a test holds the two together.
     """
@@ -116,7 +116,18 @@ _SCHEMA_TYPES = {
     Sequence[int]: "int[]",
     Sequence[float]: "float[]",
 }
-_LOSS_OPTIONS = ", ".join(f"{_SCHEMA_TYPES[kind]} {name}" for name, kind in get_type_hints(LossOptions).items())
+_OPTIONS = [f"{_SCHEMA_TYPES[kind]} {name}" for name, kind in get_type_hints(LossOptions).items()]
+_LOSS_OPTIONS = ", ".join(_OPTIONS)
+
+CONTRACT = {
+    "SUMS": [entry.name.lower() for entry in Sum],
+    "SUMMARY": [entry.name.lower() for entry in Summary],
+    "TERMS": list(TERMS),
+    "MAX_STEPS": MAX_STEPS,
+    "LOSS_OPTIONS": _OPTIONS,
+}
+"""What the compiled kernels have to agree with: torch itself only counts an op's arguments."""
+
 _LOSS = (
     f"(Tensor logits, Tensor target, Tensor? weight, {_LOSS_OPTIONS})"
     " -> (Tensor total, Tensor terms, Tensor stats, Tensor selected, Tensor summary)"

@@ -108,7 +108,7 @@ def nonfinite_words(stop: NonFiniteLoss, batch: Path | None, last: Path) -> str:
 
 def failure_words(error: RuntimeError, batch_size: int, crop_size: tuple[int, int]) -> str | None:
     """The sentence for an error of PyTorch that users can do something about; None for all others."""
-    if isinstance(error, torch.OutOfMemoryError):
+    if isinstance(error, torch.OutOfMemoryError) or "CUDA out of memory" in str(error):  # PyTorch's error, and ours
         height, width = crop_size
         return (
             f"The GPU has too little memory for {counted(batch_size, 'crop')} of {height}×{width} pixels: lower "

@@ -40,7 +40,7 @@ double nll_of(double probability, const char* name) {
 }
 
 void set_ohem(const LossOptions& options, bool wide, LossArgs& args) {
-  if (!options.ohem_threshold.has_value()) return;
+  if (!options.ce || !options.ohem_threshold.has_value()) return;
   const double nll = nll_of(*options.ohem_threshold, "OHEM"), infinity = std::numeric_limits<double>::infinity();
   args.ohem = true;
   args.ohem_cutoff =
@@ -50,10 +50,10 @@ void set_ohem(const LossOptions& options, bool wide, LossArgs& args) {
 
 void set_bcl(const LossOptions& options, LossArgs& args) {
   const IntList steps = options.bcl_steps;
+  BCMF_CHECK(options.bcl_flipped.empty() || options.bcl_flipped.size() == 2, "BCL's flipped labels have two weights.");
   if (steps.empty()) return;
   BCMF_CHECK(steps.size() <= kMaxSteps && *std::min_element(steps.begin(), steps.end()) >= 1,
              "BCL takes 1 to 8 steps of at least one pixel, not ", words(steps), ".");
-  BCMF_CHECK(options.bcl_flipped.empty() || options.bcl_flipped.size() == 2, "BCL's flipped labels have two weights.");
   BCMF_CHECK(options.bcl_nms_size >= 1 && options.bcl_nms_size % 2 == 1,
              "BCL's nms_size is an odd number of pixels, not ", options.bcl_nms_size, ".");
   args.bcl_steps = static_cast<int>(steps.size());
@@ -87,19 +87,21 @@ void set_options(const LossOptions& options, bool wide, LossArgs& args) {
 
 // Makes a dense tensor that every training step makes anew. On the CPU, a large one lies in memory that is kept from
 // step to step (cpu/memory.h).
-Tensor make_dense(IntList sizes, IntList strides, int64_t entries, const Kind& kind) {
-  const size_t bytes = entries * size_of(kind.type);
-  if (kind.device.type() != DeviceType::CPU || bytes < cpu::kLarge) return empty_strided(sizes, strides, kind);
+Tensor make_dense(IntList sizes, IntList strides, const Kind& kind) {
+  const uint64_t bytes = bytes_of(sizes, kind.type);
+  // Of more than a pointer can reach, torch makes an error.
+  const bool large = bytes >= cpu::kLarge && bytes <= INT64_MAX / 2;
+  if (kind.device.type() != DeviceType::CPU || !large) return empty_strided(sizes, strides, kind);
   return stable::from_blob(cpu::allocate_large(bytes), sizes, strides, kind.device, kind.type, cpu::free_large);
 }
 
 Tensor make_maps(int64_t maps, const LossArgs& args, const Kind& kind) {  // (maps, N, H, W)
   const int64_t map = args.H * args.W;
-  return make_dense({maps, args.N, args.H, args.W}, {args.N * map, map, args.W, 1}, maps * args.N * map, kind);
+  return make_dense({maps, args.N, args.H, args.W}, {args.N * map, map, args.W, 1}, kind);
 }
 
 Tensor make_gradient(const Tensor& t) {
-  return is_dense(t) ? make_dense(t.sizes(), t.strides(), t.numel(), kind_of(t)) : stable::empty_like(t);
+  return is_dense(t) ? make_dense(t.sizes(), t.strides(), kind_of(t)) : stable::empty_like(t);
 }
 
 }  // namespace
@@ -141,13 +143,11 @@ LossSums::LossSums(const Tensor& logits, LossArgs& args) {
   stable::zero_(cutoff);
 }
 
-LossTotal::LossTotal(const Tensor& sums, const Tensor& cutoff, LossArgs& args) {
+LossTotal::LossTotal(const Tensor& cutoff, LossArgs& args) {
   const Kind kind = kind_of(cutoff);
   total = empty({}, kind);
   terms = empty({kTerms}, kind);
   summary = empty({kSummarySize}, kind);
-  args.sums = static_cast<double*>(sums.data_ptr());
-  args.cutoff = cutoff.data_ptr();
   args.total = total.data_ptr();
   args.terms = terms.data_ptr();
   args.summary = summary.data_ptr();
@@ -161,6 +161,8 @@ LossFinish::LossFinish(const LossOptions& options, const Tensor& sums_, const Te
   check_same_device(sums_, cutoff_, "sums", "cutoff");
   sums = as_contiguous(sums_);
   cutoff = as_contiguous(cutoff_);
+  args.sums = static_cast<double*>(sums.data_ptr());
+  args.cutoff = cutoff.data_ptr();
   set_options(options, acc == ScalarType::Double, args);
 }
 

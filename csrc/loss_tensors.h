@@ -76,11 +76,11 @@ struct LossSums {
   std::tuple<Tensor, Tensor, Tensor, Tensor> as_tuple() const { return {sums, cutoff, stats, selected}; }
 };
 
-// The sums of a call, and what bcmf::loss_finish returns.
+// What bcmf::loss_finish returns.
 struct LossTotal {
   Tensor total, terms, summary;
 
-  LossTotal(const Tensor& sums, const Tensor& cutoff, LossArgs& args);
+  LossTotal(const Tensor& cutoff, LossArgs& args);
   std::tuple<Tensor, Tensor, Tensor> as_tuple() const { return {total, terms, summary}; }
 };
 

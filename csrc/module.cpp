@@ -2,7 +2,7 @@
 
 #include <pybind11/pybind11.h>
 
-#include "kernels.h"
+#include "about.h"
 
 PYBIND11_MODULE(_C, m, pybind11::mod_gil_not_used()) {
   m.doc() = "What the compiled kernels of bcmf_ext tell of themselves; torch loads them from the library beside this.";

@@ -56,8 +56,8 @@ inline std::string words(const Device& device) {
   return device.index() < 0 ? name : name + ":" + std::to_string(device.index());
 }
 
-// torch's own classes of errors are no part of the stable ABI, and so there is no TypeError. But those of the standard
-// library are translated: this one becomes a ValueError.
+// torch's own classes of errors are no part of the stable ABI, and so there is no TypeError and no OutOfMemoryError.
+// But those of the standard library are translated: this one becomes a ValueError.
 template <typename... Parts>
 [[noreturn]] void raise_value_error(const Parts&... parts) {
   std::ostringstream text;
@@ -86,12 +86,30 @@ inline int32_t number_of(DeviceType type) { return stable::detail::to<int32_t>(s
 
 inline size_t size_of(ScalarType type) { return aoti_torch_dtype_element_size(number_of(type)); }
 
+// Returns the bytes of so many entries; of more than there can be, the largest number.
+inline uint64_t bytes_of(IntList sizes, ScalarType type) {
+  uint64_t bytes = size_of(type);
+  for (const int64_t size : sizes)
+    if (__builtin_mul_overflow(bytes, static_cast<uint64_t>(size), &bytes)) return UINT64_MAX;
+  return bytes;
+}
+
+// torch keeps the words of its error to itself. Trainers look for "CUDA out of memory", to take smaller batches.
+[[noreturn]] inline void raise_no_memory(IntList sizes, const Kind& kind) {
+  std::ostringstream text;
+  text << (kind.device.type() == DeviceType::CUDA ? "CUDA out of memory. " : "Out of memory: ")
+       << "bcmf_ext found no room for a tensor of the size " << words(sizes) << " ("
+       << (bytes_of(sizes, kind.type) >> 20) << " MiB) on " << words(kind.device) << ".";
+  throw std::runtime_error(text.str());
+}
+
 // stable::empty would look its op up by name, which takes a microsecond.
 inline Tensor empty_strided(IntList sizes, IntList strides, const Kind& kind) {
   AtenTensorHandle made;
-  TORCH_ERROR_CODE_CHECK(aoti_torch_empty_strided(static_cast<int64_t>(sizes.size()), sizes.data(), strides.data(),
-                                                  number_of(kind.type), number_of(kind.device.type()),
-                                                  kind.device.index(), &made));
+  const AOTITorchError error =
+      aoti_torch_empty_strided(static_cast<int64_t>(sizes.size()), sizes.data(), strides.data(), number_of(kind.type),
+                               number_of(kind.device.type()), kind.device.index(), &made);
+  if (error != AOTI_TORCH_SUCCESS) raise_no_memory(sizes, kind);
   return Tensor(made);
 }
 inline Tensor empty(IntList sizes, const Kind& kind) {

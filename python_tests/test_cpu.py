@@ -162,3 +162,32 @@ def test_memory_that_is_not_there() -> None:
     y = torch.zeros(1, 1, 1, dtype=torch.uint8).expand(1, 2**23, 2**23)
     with pytest.raises(RuntimeError, match=r"no 536870912 MiB of memory for this loss: take fewer or smaller images"):
         bcmf_ext.cross_entropy(z, y, impl="cpu")
+
+
+def test_too_little_memory_is_said_in_words() -> None:
+    """Protects the sentences of commands, and of trainers that take smaller batches: they look for these words."""
+    code = (
+        "import resource, torch, bcmf_ext\n"
+        "n, options = (1 << 61) + (1 << 22), bcmf_ext.options.LossOptions(255)\n"
+        "z, y = torch.zeros(1, 2, 4, 4, requires_grad=True), torch.zeros(1, 1, 1).byte()\n"
+        "bcmf_ext.cross_entropy(z, torch.zeros(1, 4, 4).long(), impl='cpu').backward()\n"
+        "used = int(open('/proc/self/statm').read().split()[0]) * resource.getpagesize()\n"
+        "resource.setrlimit(resource.RLIMIT_AS, (used + (64 << 20), -1))\n"
+        "for call in (\n"
+        "    lambda: bcmf_ext.metrics.upsample_argmax(z.detach(), (1 << 14, 1 << 14)),\n"
+        "    lambda: bcmf_ext.cross_entropy(z, y.expand(1, 1 << 14, 1 << 14), impl='cpu'),\n"
+        "    lambda: torch.ops.bcmf.loss_sums(z[:, :, :1, :1].expand(n, 2, 1, 1), y.expand(n, 1, 1), None, *options),\n"
+        "):\n"
+        "    try:\n"
+        "        call()\n"
+        "    except RuntimeError as error:\n"
+        "        print(type(error).__name__, error)\n"
+    )
+    if not Path("/proc/self/statm").exists():
+        pytest.skip("no /proc/self/statm to look at")
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    argmax, loss, endless = done.stdout.splitlines()
+    size = "[1, 16384, 16384] (256 MiB) on cpu"
+    assert argmax == f"RuntimeError Out of memory: bcmf_ext found no room for a tensor of the size {size}."
+    assert loss.startswith("RuntimeError bcmf_ext: the system has no 2048 MiB of memory for this loss")
+    assert endless.startswith("RuntimeError Out of memory: ")

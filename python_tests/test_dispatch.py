@@ -7,6 +7,7 @@ import os
 import shutil
 import subprocess
 import sys
+import sysconfig
 import warnings
 from pathlib import Path
 
@@ -106,7 +107,7 @@ def package_with(tmp_path: Path, build: dict) -> dict[str, str]:
     facts = {"oldest_torch": "2.11", "no_extension": None, "no_cuda": None, "sources": None}
     (copy / "_build.json").write_text(json.dumps(facts | build) if build is not None else "{ damaged")
     (tmp_path / "csrc").mkdir()
-    (tmp_path / "csrc" / "kernels.cpp").touch()
+    (tmp_path / "csrc" / "about.cpp").touch()
     return {**os.environ, "PYTHONPATH": str(tmp_path)}
 
 
@@ -114,7 +115,7 @@ def package_with(tmp_path: Path, build: dict) -> dict[str, str]:
     ("build", "says", "warns"),
     [
         ({"oldest_torch": "9.8"}, "kernels need torch 9.8 or later, but this is torch", True),
-        ({"oldest_torch": "new"}, "_build.json, which says what was built, is damaged", True),
+        ({"oldest_torch": 9}, "_build.json, which says what was built, is damaged", True),
         ({"no_extension": "no C++ compiler was found"}, "no C++ compiler", False),
         ({"no_extension": None, "sources": "other"}, "csrc has changed", True),
         (None, "_build.json, which says what was built, is damaged", True),
@@ -187,13 +188,16 @@ def test_cuda_kernels_are_left_alone_by_a_torch_without_cuda(tmp_path: Path) -> 
 
 
 @pytest.mark.skipif(dispatch.EXTENSION is None, reason="no extension")
-def test_a_python_without_its_module_gets_the_kernels(tmp_path: Path) -> None:
-    """Protects one binary for every Python: where ``_C`` was built for another one, or not at all, the kernels run, and
-    what they tell of themselves is the same."""
+@pytest.mark.parametrize("module", [None, "no library"])
+def test_a_python_without_its_module_gets_the_kernels(tmp_path: Path, module: str | None) -> None:
+    """Protects one binary for every Python: where ``_C`` was built for another one, or does not load, the kernels run,
+    and what they tell of themselves is the same."""
     copy = tmp_path / "bcmf_ext"
     shutil.copytree(Path(bcmf_ext.__file__).parent, copy, ignore=shutil.ignore_patterns("__pycache__", "_C*.so"))
-    shutil.copy(Path(dispatch.EXTENSION.file), copy)
-    shutil.copy(Path(dispatch.EXTENSION.file).with_name("_build.json"), copy)
+    for name in ("_kernels.so", "_build.json"):
+        shutil.copy(Path(dispatch.EXTENSION.file).with_name(name), copy)
+    if module is not None:
+        (copy / f"_C{sysconfig.get_config_var('EXT_SUFFIX')}").write_text(module)
     code = (
         "from bcmf_ext import dispatch, release_kept_memory\n"
         "release_kept_memory()\n"
@@ -204,6 +208,31 @@ def test_a_python_without_its_module_gets_the_kernels(tmp_path: Path) -> None:
     )
     told = dispatch.EXTENSION.build_info(), dispatch.EXTENSION.contract()
     assert (done.stdout.strip(), done.stderr) == (f"None {told[0]} {told[1]}", "")
+
+
+@pytest.mark.skipif(dispatch.EXTENSION is None, reason="no extension")
+def test_an_extension_of_other_options_is_left_out(tmp_path: Path) -> None:
+    """Protects from options that are taken for others: torch hands them over by their order and only counts them."""
+    env = package_with(tmp_path, {})
+    shutil.copy(dispatch.EXTENSION.file, tmp_path / "bcmf_ext")
+    shutil.rmtree(tmp_path / "csrc")
+    options = tmp_path / "bcmf_ext" / "options.py"
+    text = options.read_text()
+    assert text.count("    bcl_weight: float = 0.0\n") == text.count("    cpg_weight: float = 0.0\n") == 1
+    swapped = text.replace("    bcl_weight: float", "    …").replace("    cpg_weight: float", "    bcl_weight: float")
+    options.write_text(swapped.replace("    …", "    cpg_weight: float"))
+    code = "import bcmf_ext; print(bcmf_ext.dispatch.why_not('cpu', 'cpu') is None)"
+    done = subprocess.run([sys.executable, "-c", code], env=env, cwd=tmp_path, capture_output=True, text=True)
+    assert done.stdout == "False\n", done.stderr
+    assert "the extension is of another bcmf_ext than ops.py" in done.stderr
+
+
+def test_releases_of_torch_are_numbers() -> None:
+    """Protects the floor from comparing texts, and from versions of builds of torch's own."""
+    versions = ("2.9", "2.10.1", "2.11rc1", "2.13.0.dev20260101", "2.14.1+cu130", "3.0")
+    releases = [dispatch._release(version) for version in versions]
+    assert releases == sorted(releases)
+    assert dispatch._release("2.11.0a0+git123") == dispatch._release("2.11")
 
 
 @pytest.mark.skipif(dispatch.EXTENSION is None, reason="no extension")

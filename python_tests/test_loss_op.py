@@ -399,7 +399,12 @@ def test_sums_count_bad_labels(backend: Backend) -> None:
     z, y, w = problem((2, 5, 6, 7), torch.float32, backend.device)
     y[0, 0, :3] = 99
     sum_up, finish = ops.LOSS_HALVES[backend.impl]
-    for options in (LossOptions(255), LossOptions(255, ce=False, bcl_steps=[1]), LossOptions(255, cpg_kernel_size=3)):
+    for options in (
+        LossOptions(255),
+        LossOptions(255, ce=False, bcl_steps=[1]),
+        LossOptions(255, cpg_kernel_size=3),
+        LossOptions(255, ohem_threshold=0.9, ohem_min_kept=5, bcl_steps=[1, 2]),
+    ):
         sums, cutoff, *_ = sum_up(z, y, w, *options)
         assert sums[Sum.BAD_LABELS] == 3
         total, *_ = finish(sums, cutoff, *options)
@@ -407,6 +412,37 @@ def test_sums_count_bad_labels(backend: Backend) -> None:
         asked = {Sum.CE_SUM: options.ce, Sum.CPG_SUM: options.cpg_kernel_size, Sum.BCL: options.bcl_steps}
         assert all(sums[entry] == 0 for entry, terms in asked.items() if not terms)
         assert not sums[Sum.BCL + 2 * len(options.bcl_steps) :].any()
+
+
+@every_kernel
+def test_the_halves_of_nothing(backend: Backend) -> None:
+    """Protects a process without a pixel: its sums are 0, whatever lay in memory before, and so is the loss."""
+    sum_up, finish = ops.LOSS_HALVES[backend.impl]
+    options = LossOptions(255, bcl_steps=[1], cpg_kernel_size=3)
+    for shape in ((0, 5, 4, 4), (2, 5, 0, 4)):
+        z, y, w = problem(shape, torch.float32, backend.device)
+        garbage = [torch.full((size,), math.nan, device=backend.device) for size in (1, 44, 1, 44)]
+        del garbage
+        sums, cutoff, *_ = sum_up(z, y, w, *options)
+        assert not sums.any()
+        assert cutoff == 0
+        assert finish(sums, cutoff, *options)[0] == 0
+
+
+@every_kernel
+def test_the_halves_keep_torchs_rules(backend: Backend) -> None:
+    """Protects compiling and exporting what many processes compute (opcheck), and sums that are a view of a larger
+    tensor: those of both heads travel in one."""
+    z, y, w = problem((2, 5, 6, 7), torch.float64, backend.device)
+    sum_up, finish = ops.LOSS_HALVES[backend.impl]
+    options = LossOptions(255, bcl_steps=[1], cpg_kernel_size=3)
+    sums, cutoff, *_ = sum_up(z, y, w, *options)
+    heads = torch.stack([sums, torch.full_like(sums, math.nan)], 1)
+    for ours, expected in zip(finish(heads[:, 0], cutoff, *options), finish(sums, cutoff, *options), strict=True):
+        assert torch.equal(ours, expected)
+    for dtype in (torch.float64, torch.bfloat16):
+        torch.library.opcheck(sum_up, (z.to(dtype), y, w, *options))
+    torch.library.opcheck(finish, (sums, cutoff, *options))
 
 
 @every_kernel

@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from bcmf_ext import dispatch, ops, reference
-from bcmf_ext.options import BCL, CPG, MAX_STEPS, OHEM, TERMS, resolve_options
+from bcmf_ext.options import BCL, CPG, OHEM, resolve_options
 
 
 def test_default_weights_and_floats() -> None:
@@ -87,10 +87,4 @@ def test_wrong_options_are_value_errors(wrong) -> None:
 def test_cpp_has_the_same_options_and_numbers() -> None:
     """Protects the hand-over to C++: options and their types, terms, and the entries of sums and summary have one order
     on both sides."""
-    assert dispatch.EXTENSION.contract() == {
-        "LOSS_OPTIONS": ops._LOSS_OPTIONS.split(", "),
-        "TERMS": list(TERMS),
-        "SUMS": [entry.name.lower() for entry in ops.Sum],
-        "SUMMARY": [entry.name.lower() for entry in ops.Summary],
-        "MAX_STEPS": MAX_STEPS,
-    }
+    assert dispatch.EXTENSION.contract() == ops.CONTRACT

@@ -35,7 +35,7 @@ from .common import (
 from .cpg import ARRAYS, Scratch, cpg_compare, cpg_shares, sparse_backward, window_for
 from .dense import dense_backward, dense_forward
 from .finish import add_tiles
-from .finish import loss_finish as finish
+from .finish import loss_finish as loss_finish_kernel
 from .gradient import Upstream
 from .integers import pack
 from .launch import (
@@ -79,7 +79,7 @@ def term_flags(options: LossOptions, weighted: bool = False) -> TermFlags:
     return TermFlags(
         CE=options.ce,
         WEIGHTED=weighted,
-        OHEM=options.ohem_threshold is not None,
+        OHEM=options.ce and options.ohem_threshold is not None,
         STEPS=tuple(min(step, 2**30) for step in options.bcl_steps),  # no image is as large
         FLIPPED=len(options.bcl_flipped) > 0,
         CPG=options.cpg_kernel_size > 0,
@@ -219,7 +219,8 @@ def loss_finish(sums: Tensor, cutoff: Tensor, *arguments: Any) -> tuple[Tensor, 
         new = cutoff.new_empty
         total, terms, summary = new(()), new(len(TERM_NAMES)), new(SUMMARY)
         run(
-            finish, 1, sums=sums.contiguous(), cutoff=cutoff.contiguous(), total=total, terms=terms, summary=summary,
+            loss_finish_kernel, 1, sums=sums.contiguous(), cutoff=cutoff.contiguous(),
+            total=total, terms=terms, summary=summary,
             bcl_weight=options.bcl_weight, cpg_weight=options.cpg_weight, TERMS=term_flags(options),
         )  # fmt: skip
         return total, terms, summary

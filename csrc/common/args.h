@@ -35,7 +35,7 @@ struct LabelView {  // (N, H, W), any strides
 constexpr int kMaxSteps = 8;  // of BCL
 
 // The entries of LossArgs::sums, of LossArgs::summary, the numbers of the whole batch that the backward needs, and of
-// LossArgs::terms. bcmf_ext/ops.py has the same ones; the names beside them go to Python (kernels.cpp), so that a test
+// LossArgs::terms. bcmf_ext/ops.py has the same ones; the names beside them go to Python (about.cpp), so that a test
 // can compare both sides.
 enum Sum : int {
   kCeSum,        // over the valid pixels, or those that OHEM keeps: weight times loss

@@ -13,7 +13,7 @@ namespace {
 
 constexpr int64_t kGrain = 1 << 15;  // pixels
 
-// Tells which labels are classes, and which are ignored. It decides as classify_label (common.cuh) does, but in the
+// Tells which labels are classes, and which are ignored. It decides as classify_label (common/args.h) does, but in the
 // labels' own type, so that eight times as many uint8 are compared at once.
 template <typename Id>
 struct Ids {

@@ -51,7 +51,7 @@ LossResults loss(const LossOptions& options, const Tensor& logits, const Tensor&
   const LossSums sums = sum_up(logits, in);
   if (in.args.sums[kBadLabels] > 0)
     raise_value_error(describe_bad_labels(target, logits.size(1), options.ignore_index));
-  const LossTotal out(sums.sums, sums.cutoff, in.args);
+  const LossTotal out(sums.cutoff, in.args);
   cpu::loss_finish(in.args, float_type(acc_type(logits), "logits"));
   return as_results(sums, out);
 }
@@ -64,7 +64,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> loss_sums(const LossOptions& options,
 
 std::tuple<Tensor, Tensor, Tensor> loss_finish(const LossOptions& options, const Tensor& sums, const Tensor& cutoff) {
   LossFinish in(options, sums, cutoff);
-  const LossTotal out(in.sums, in.cutoff, in.args);
+  const LossTotal out(in.cutoff, in.args);
   cpu::loss_finish(in.args, float_type(cutoff.scalar_type(), "cutoff"));
   return out.as_tuple();
 }

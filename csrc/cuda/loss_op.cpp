@@ -18,8 +18,8 @@ LossSums sum_up(const Tensor& logits, LossInputs& in) {
   return out;
 }
 
-LossTotal finish(const Tensor& sums, const Tensor& cutoff, LossArgs& args) {
-  const LossTotal out(sums, cutoff, args);
+LossTotal finish(const Tensor& cutoff, LossArgs& args) {
+  const LossTotal out(cutoff, args);
   cuda::check_launch(cuda::loss_finish(args, float_type(cutoff.scalar_type(), "cutoff"), cuda::current_stream(cutoff)));
   return out;
 }
@@ -29,7 +29,7 @@ LossResults loss(const LossOptions& options, const Tensor& logits, const Tensor&
   const cuda::Guard guard(logits);
   LossInputs in(options, logits, target, weight);
   const LossSums sums = sum_up(logits, in);
-  return as_results(sums, finish(sums.sums, sums.cutoff, in.args));
+  return as_results(sums, finish(sums.cutoff, in.args));
 }
 
 std::tuple<Tensor, Tensor, Tensor, Tensor> loss_sums(const LossOptions& options, const Tensor& logits,
@@ -42,7 +42,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> loss_sums(const LossOptions& options,
 std::tuple<Tensor, Tensor, Tensor> loss_finish(const LossOptions& options, const Tensor& sums, const Tensor& cutoff) {
   const cuda::Guard guard(sums);
   LossFinish in(options, sums, cutoff);
-  return finish(in.sums, in.cutoff, in.args).as_tuple();
+  return finish(in.cutoff, in.args).as_tuple();
 }
 
 Tensor loss_backward(const LossOptions& options, const Tensor& grad_total, const Tensor& logits, const Tensor& target,

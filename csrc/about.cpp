@@ -1,4 +1,4 @@
-#include "kernels.h"
+#include "about.h"
 
 #include <sstream>
 #include <string>
