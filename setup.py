@@ -156,13 +156,15 @@ def kernels(plan: Plan) -> Any:
     from torch.utils.cpp_extension import CppExtension
 
     common = ["-O3", f'-DBCMF_CUDA_ARCHS="{plan.archs}"', target_version()]
+    # Where loops begin in a line of the cache changes with any line of code, and the gradient's time with it by 3 %.
+    cxx = [*common, "-std=c++20", "-falign-loops=64", "-fvisibility=hidden", "-Wno-unknown-pragmas", "-g0"]
     extension = CppExtension(
         KERNELS,
         SOURCES if plan.no_cuda else SOURCES + CUDA_SOURCES,
         include_dirs=[str(Path("csrc").resolve())],
         py_limited_api=True,  # no library of Python's is linked
         extra_compile_args={
-            "cxx": [*common, "-std=c++20", "-fvisibility=hidden", "-Wno-unknown-pragmas", "-g0"],
+            "cxx": cxx,
             "nvcc": [*common, "-std=c++17", "--threads=0"],  # the GPU generations side by side
         },
         extra_link_args=["-Wl,-soname,_kernels.so", "-Wl,--exclude-libs,ALL"],
