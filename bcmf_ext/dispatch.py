@@ -82,8 +82,8 @@ def _import_module(folder: Path) -> ModuleType | None:
     spec = PathFinder.find_spec("bcmf_ext._C", [str(folder)])
     if spec is None or spec.loader is None:
         return None
-    module = importlib.util.module_from_spec(spec)
     try:
+        module = importlib.util.module_from_spec(spec)
         spec.loader.exec_module(module)
     except ImportError:  # It is only a way to the library, which has loaded.
         return None

@@ -203,9 +203,8 @@ def test_a_python_without_its_module_gets_the_kernels(tmp_path: Path, module: st
         "release_kept_memory()\n"
         "print(dispatch.why_not('cpu', 'cpu'), dispatch.EXTENSION.build_info(), dispatch.EXTENSION.contract())\n"
     )
-    done = subprocess.run(
-        [sys.executable, "-c", code], env={**os.environ, "PYTHONPATH": str(tmp_path)}, capture_output=True, text=True
-    )
+    env = {**os.environ, "PYTHONPATH": str(tmp_path)}
+    done = subprocess.run([sys.executable, "-c", code], env=env, cwd=tmp_path, capture_output=True, text=True)
     told = dispatch.EXTENSION.build_info(), dispatch.EXTENSION.contract()
     assert (done.stdout.strip(), done.stderr) == (f"None {told[0]} {told[1]}", "")
 
