@@ -41,20 +41,22 @@ class _Function(torch.autograd.Function):
         )
 
 
+def _define_one(lib: Library, name: str, schema: str, fake: Any, derivative: Any = None) -> Any:
+    """Adds an op to a library: its schema, its fake kernel and, where it has none, a derivative that raises."""
+    lib.define(name + schema)
+    qualified = f"{lib.ns}::{name}"
+    torch.library.register_fake(qualified, fake, lib=lib)
+    if derivative is not None:
+        nothing = lambda ctx, inputs, output: None  # noqa: E731
+        torch.library.register_autograd(qualified, derivative, setup_context=nothing, lib=lib)
+    return getattr(getattr(torch.ops, lib.ns), name)
+
+
 def _define(lib: Library, name: str, schema: str, fake: Any, backward_schema: str, backward_fake: Any) -> Any:
     """Adds an op and its backward, ``{name}_backward``, to a library: schemas, fake kernels, and no second derivative.
     Returns both; the autograd of the first is the caller's."""
-    for op, op_schema, op_fake in ((name, schema, fake), (f"{name}_backward", backward_schema, backward_fake)):
-        lib.define(op + op_schema)
-        torch.library.register_fake(f"{lib.ns}::{op}", op_fake, lib=lib)
-    torch.library.register_autograd(
-        f"{lib.ns}::{name}_backward",
-        _raise_on_double_backward,
-        setup_context=lambda ctx, inputs, output: None,
-        lib=lib,
-    )
-    namespace = getattr(torch.ops, lib.ns)
-    return getattr(namespace, name), getattr(namespace, f"{name}_backward")
+    op = _define_one(lib, name, schema, fake)
+    return op, _define_one(lib, f"{name}_backward", backward_schema, backward_fake, _raise_on_double_backward)
 
 
 # --------------------------------------------------------------------------------------------------------------------
@@ -203,15 +205,8 @@ def _raise_on_backward(ctx: Any, *_: Any) -> None:
 
 def define_loss_halves(lib: Library, suffix: str = "") -> tuple[Any, Any]:
     """Adds bcmf::loss_sums and bcmf::loss_finish to a library, their names followed by suffix, and returns both."""
-    for op, schema, fake in (("sums", _LOSS_SUMS, _loss_sums_fake), ("finish", _LOSS_FINISH, _loss_finish_fake)):
-        name = f"loss_{op}{suffix}"
-        lib.define(name + schema)
-        torch.library.register_fake(f"{lib.ns}::{name}", fake, lib=lib)
-        torch.library.register_autograd(
-            f"{lib.ns}::{name}", _raise_on_backward, setup_context=lambda ctx, inputs, output: None, lib=lib
-        )
-    namespace = getattr(torch.ops, lib.ns)
-    return getattr(namespace, f"loss_sums{suffix}"), getattr(namespace, f"loss_finish{suffix}")
+    sums = _define_one(lib, f"loss_sums{suffix}", _LOSS_SUMS, _loss_sums_fake, _raise_on_backward)
+    return sums, _define_one(lib, f"loss_finish{suffix}", _LOSS_FINISH, _loss_finish_fake, _raise_on_backward)
 
 
 LOSS = {"cpu": define_loss(LIB, "loss"), "triton": define_loss(LIB, "loss_triton")}
@@ -247,9 +242,8 @@ def _upsample_confusion_fake(
 
 def define_upsample_argmax(lib: Library, name: str) -> Any:
     """Adds bcmf::upsample_argmax to a library under this name, and returns it."""
-    lib.define(f"{name}(Tensor logits, SymInt height, SymInt width, bool align_corners) -> Tensor")
-    torch.library.register_fake(f"{lib.ns}::{name}", _upsample_argmax_fake, lib=lib)
-    return getattr(getattr(torch.ops, lib.ns), name)
+    schema = "(Tensor logits, SymInt height, SymInt width, bool align_corners) -> Tensor"
+    return _define_one(lib, name, schema, _upsample_argmax_fake)
 
 
 UPSAMPLE_ARGMAX = {

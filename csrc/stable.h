@@ -94,12 +94,14 @@ inline uint64_t bytes_of(IntList sizes, ScalarType type) {
   return bytes;
 }
 
-// torch keeps the words of its error to itself. Trainers look for "CUDA out of memory", to take smaller batches.
+// torch keeps the words of its error to itself. Trainers look for "CUDA out of memory", to take smaller batches; but a
+// kernel that failed earlier may show here, too.
 [[noreturn]] inline void raise_no_memory(IntList sizes, const Kind& kind) {
   std::ostringstream text;
   text << (kind.device.type() == DeviceType::CUDA ? "CUDA out of memory. " : "Out of memory: ")
        << "bcmf_ext found no room for a tensor of the size " << words(sizes) << " ("
-       << (bytes_of(sizes, kind.type) >> 20) << " MiB) on " << words(kind.device) << ".";
+       << (bytes_of(sizes, kind.type) >> 20) << " MiB) on " << words(kind.device)
+       << (kind.device.type() == DeviceType::CUDA ? ", unless a kernel has failed before." : ".");
   throw std::runtime_error(text.str());
 }
 
