@@ -9,8 +9,11 @@ from typing import Any
 import pytest
 import torch
 
-from bcmf_ext import dispatch, ops
-from harness import emulator
+from bcmf_ext import dispatch
+from harness import cuda_ops, emulator, ptx
+
+WITHOUT_GPU: dict[str, Any] = {"emulated": emulator, "ptx": ptx}
+"""Modules that run the CUDA kernels on the CPU."""
 
 
 @dataclass(frozen=True)
@@ -35,23 +38,21 @@ class Backend:
         """Why it cannot run here; None if it can."""
         if self.device == "cuda" and not torch.cuda.is_available():
             return "no CUDA device"
-        if self.name == "emulated":
-            return emulator.why_not()
+        if self.name in WITHOUT_GPU:
+            return WITHOUT_GPU[self.name].why_not()
         return dispatch.why_not(self.impl, self.device)
 
     def load(self, monkeypatch: pytest.MonkeyPatch) -> None:
         """Makes the public functions find it, until the test ends."""
-        if self.name == "emulated":
-            emulator.load()
-            for name in ("LOSS", "LOSS_HALVES", "UPSAMPLE_ARGMAX", "POOL_NORM_RELU", "ADD_NORM_RELU"):
-                monkeypatch.setitem(getattr(ops, name), "cuda", getattr(emulator, name))
-            monkeypatch.setitem(dispatch.ORDER, "cpu", ("cuda", "torch"))
-            monkeypatch.setattr(dispatch, "_NO_CUDA", None)
+        if self.name in WITHOUT_GPU:
+            WITHOUT_GPU[self.name].load()
+            cuda_ops.use(WITHOUT_GPU[self.name].OPS, monkeypatch)
 
 
 KERNELS = (
     Backend("cpu", "cpu", "cpu", raises=True),
-    Backend("emulated", "cuda", "cpu"),  # the CUDA kernels, on the CPU
+    Backend("emulated", "cuda", "cpu"),  # the CUDA kernels, compiled by g++
+    Backend("ptx", "cuda", "cpu"),  # the CUDA kernels, compiled by nvcc
     Backend("triton", "triton", "cpu" if dispatch.INTERPRETED else "cuda"),
     Backend("cuda", "cuda", "cuda"),
 )

@@ -15,15 +15,15 @@ from pathlib import Path
 from torch.library import Library
 from torch.utils import cpp_extension
 
-from bcmf_ext import ops
+from harness import cuda_ops
 
 HERE = Path(__file__).parent
 SOURCES = HERE.parents[2] / "csrc"
 ORDERS = ("forward", "reversed", "shuffled")
 LAUNCHERS = ("loss", "lmfm")  # of csrc/cuda; each has a file here
 OWN = ("order", "device", *LAUNCHERS)
-OPS = ("cuda/loss_op.cpp", "cuda/lmfm/lmfm_op.cpp", "loss_tensors.cpp", "cpu/memory.cpp")  # of csrc
 LIB = Library("bcmf_emulated", "DEF")
+OPS = cuda_ops.define(LIB)
 
 
 def why_not() -> str | None:
@@ -45,13 +45,13 @@ def compile_sanitized(source: str, executable: Path, include: str = "include") -
 
 @functools.cache
 def load() -> CDLL:
-    """Compiles the kernels (half a minute; the result is kept in torch's folder of extensions) and defines their ops.
-
-    ``LOSS`` takes them in: ``ops.LOSS["cpu"] = emulator.LOSS`` runs every caller of bcmf::loss on them.
-    """
+    """Compiles the kernels (half a minute; the result is kept in torch's folder of extensions)."""
     library = cpp_extension.load(
         f"bcmf_emulated_{zlib.crc32(bytes(SOURCES)):08x}",  # each source tree has a folder of its own
-        [*(str(HERE / f"{name}.cpp") for name in OWN), *(str(SOURCES / name) for name in OPS)],
+        [
+            *(str(HERE / f"{name}.cpp") for name in OWN),
+            *(str(SOURCES / name) for name in (*cuda_ops.SOURCES, "cpu/memory.cpp")),
+        ],
         extra_include_paths=[str(HERE / "include"), str(SOURCES)],  # the files here come before those of csrc
         extra_cflags=["-std=c++20", "-O2", "-fvisibility=hidden", "-Wno-unknown-pragmas"],
         is_python_module=False,
@@ -62,10 +62,3 @@ def load() -> CDLL:
 def set_order(order: str) -> None:
     """Of blocks, and of the threads between two barriers."""
     load().bcmf_emulated_set_order(ORDERS.index(order))
-
-
-LOSS = ops.define_loss(LIB, "loss")
-LOSS_HALVES = ops.define_loss_halves(LIB)
-UPSAMPLE_ARGMAX = ops.define_upsample_argmax(LIB, "upsample_argmax")
-POOL_NORM_RELU = ops.define_pool_norm_relu(LIB, "pool_norm_relu")
-ADD_NORM_RELU = ops.define_add_norm_relu(LIB, "add_norm_relu")

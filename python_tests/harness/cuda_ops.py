@@ -1,0 +1,32 @@
+"""The ops that csrc/cuda registers, for a library that runs its kernels without a GPU."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+from torch.library import Library
+
+from bcmf_ext import dispatch, ops
+
+SOURCES = ("cuda/loss_op.cpp", "cuda/lmfm/lmfm_op.cpp", "loss_tensors.cpp")
+"""In csrc: what such a library is compiled from, beside kernels and launchers."""
+
+
+def define(lib: Library) -> dict[str, Any]:
+    """Defines the ops in a library; by the name of their table in ``bcmf_ext.ops``."""
+    return {
+        "LOSS": ops.define_loss(lib, "loss"),
+        "LOSS_HALVES": ops.define_loss_halves(lib),
+        "UPSAMPLE_ARGMAX": ops.define_upsample_argmax(lib, "upsample_argmax"),
+        "POOL_NORM_RELU": ops.define_pool_norm_relu(lib, "pool_norm_relu"),
+        "ADD_NORM_RELU": ops.define_add_norm_relu(lib, "add_norm_relu"),
+    }
+
+
+def use(defined: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:
+    """Makes the public functions find them as impl "cuda", on the CPU."""
+    for table, op in defined.items():
+        monkeypatch.setitem(getattr(ops, table), "cuda", op)
+    monkeypatch.setitem(dispatch.ORDER, "cpu", ("cuda", "torch"))
+    monkeypatch.setattr(dispatch, "_NO_CUDA", None)

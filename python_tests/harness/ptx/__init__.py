@@ -1,0 +1,149 @@
+"""nvcc's own output without a GPU: the PTX of csrc/cuda, run on the CPU as torch ops on CPU tensors.
+
+``load()`` compiles it with nvcc's host code, so that launches are what they are on a GPU, and defines
+``torch.ops.bcmf_ptx``. What runs is checked: bounds, alignment and initialisation of global and shared memory, races,
+barriers, shuffles, launches. What runs is counted: ``counts()``.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import functools
+import hashlib
+import os
+import re
+import shutil
+import struct
+import subprocess
+import zlib
+from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from ctypes import CDLL, c_char_p, c_int64, c_uint, c_uint64, c_void_p
+from pathlib import Path
+from typing import Any
+
+from torch.library import Library
+from torch.utils import cpp_extension
+
+from harness import cuda_ops
+
+HERE = Path(__file__).parent
+SOURCES = HERE.parents[2] / "csrc"
+LAUNCHERS = ("loss.cu", "lmfm/lmfm.cu")  # of csrc/cuda
+EXECUTOR = ("program", "arithmetic", "memory", "decode", "execute", "allocations", "kernels", "python")
+FLAGS = ("-std=c++20", "-O3", "-march=native", "-ffp-contract=off", "-fno-strict-aliasing", "-fvisibility=hidden")
+GENERATION = 80
+"""Of the PTX that is compiled in."""
+ORDERS = ("forward", "reversed", "shuffled")
+LIB = Library("bcmf_ptx", "DEF")
+OPS = cuda_ops.define(LIB)
+
+
+def why_not() -> str | None:
+    """Why the PTX cannot be made or run here; None if it can."""
+    if not SOURCES.is_dir():
+        return "csrc is not there"
+    missing = [tool for tool in ("nvcc", "g++", "ninja") if shutil.which(tool) is None]
+    return f"{' and '.join(missing)} not found" if missing else None
+
+
+def build_folder() -> Path:
+    """Where what is compiled is kept: in torch's folder of extensions, one for each source tree."""
+    root = os.environ.get("TORCH_EXTENSIONS_DIR") or cpp_extension.get_default_build_root()
+    folder = Path(root) / f"bcmf_ptx_{zlib.crc32(bytes(SOURCES)):08x}"
+    folder.mkdir(parents=True, exist_ok=True)
+    return folder
+
+
+def compile_by_nvcc(source: Path, suffix: str, *flags: str) -> Path:
+    """What nvcc makes of a source. It is kept under a name that tells the contents of what it may include."""
+    files = {source, *HERE.glob("*.h"), *(path for path in SOURCES.rglob("*") if path.suffix in (".cuh", ".h"))}
+    contents = b"".join(path.read_bytes() for path in sorted(files)) + " ".join(flags).encode()
+    target = build_folder() / f"{source.stem}-{hashlib.sha256(contents).hexdigest()[:16]}{suffix}"
+    with (build_folder() / f"{source.stem}.lock").open("w") as lock:  # of several processes one makes it
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        if not target.exists():
+            unfinished = target.with_name(f"unfinished-{target.name}")
+            command = ["nvcc", "-std=c++17", "-O3", f"-I{SOURCES}", *flags, str(source)]
+            subprocess.run([*command, "-o", str(unfinished)], check=True)
+            unfinished.replace(target)
+    return target
+
+
+@functools.cache
+def load() -> CDLL:
+    """Compiles the kernels to PTX (a minute; the result is kept), and what runs it, and defines the ops."""
+    arch = f"arch=compute_{GENERATION},code=compute_{GENERATION}"  # PTX without machine code, as text
+    flags = ("-c", "-gencode", arch, "-lineinfo", "--no-compress", "-Xcompiler", "-fPIC,-fvisibility=hidden")
+    sources = (*(SOURCES / "cuda" / name for name in LAUNCHERS), HERE / "runtime.cpp")
+    with ThreadPoolExecutor() as threads:
+        objects = list(threads.map(lambda source: compile_by_nvcc(source, ".o", *flags), sources))
+    own = [str(HERE / f"{name}.cpp") for name in (*EXECUTOR, "torch")]
+    library = cpp_extension.load(
+        build_folder().name,
+        [*own, *(str(SOURCES / name) for name in cuda_ops.SOURCES)],
+        extra_include_paths=[str(HERE / "include"), str(HERE), str(SOURCES)],
+        extra_cflags=list(FLAGS),
+        extra_ldflags=list(map(str, objects)),
+        build_directory=str(build_folder()),
+        is_python_module=False,
+    )
+    return with_types(CDLL(str(library)))
+
+
+def with_types(library: CDLL) -> CDLL:
+    """Tells ctypes what the functions of python.cpp take and return."""
+    for name in ("load", "decode_all", "run", "counts", "opcodes"):
+        getattr(library, f"ptx_{name}").restype = c_char_p
+    library.ptx_launches.restype = c_uint64
+    library.ptx_run.argtypes = (c_char_p, c_uint, c_uint, c_int64, c_char_p)
+    for name, types in {"note_fresh": (c_void_p, c_int64), "note_input": (c_void_p, c_int64)}.items():
+        getattr(library, f"ptx_{name}").argtypes = types
+    library.ptx_note_release.argtypes = (c_void_p,)
+    return library
+
+
+def check(error: bytes | None) -> None:
+    """RuntimeError for what a function of python.cpp returns, if it is an error."""
+    if error is not None:
+        raise RuntimeError(error.decode())
+
+
+@contextmanager
+def options(order: str = "forward", races: bool = True, traffic: bool = False, ulps: int = 0) -> Iterator[None]:
+    """Runs what is within in another way.
+
+    order: of blocks and warps. races: accesses that nothing orders are looked for. traffic: sectors and banks are
+    counted. ulps: what ex2.approx and rcp.approx are off by at most, in units of the last place.
+    """
+    load().ptx_set(ORDERS.index(order), races, traffic, ulps)
+    try:
+        yield
+    finally:
+        load().ptx_set(0, True, False, 0)
+
+
+def launches() -> int:
+    """How many kernels have been launched in this process."""
+    return int(load().ptx_launches())
+
+
+def run(
+    text: str, inputs: Sequence[Any], outputs: Sequence[Any] = (), blocks: int = 1, threads: int = 32, shared: int = 0
+) -> None:
+    """Runs the one kernel of a module, whose parameters are pointers to these NumPy arrays."""
+    library = load()
+    check(library.ptx_load(text.encode()))
+    for array in inputs:
+        library.ptx_note_input(array.ctypes.data, array.nbytes)
+    for array in outputs:
+        library.ptx_note_fresh(array.ctypes.data, array.nbytes)
+    name = re.search(r"\.entry\s+(\w+)", text)
+    assert name is not None
+    pointers = struct.pack(f"{len(inputs) + len(outputs)}Q", *(array.ctypes.data for array in (*inputs, *outputs)))
+    try:
+        check(library.ptx_run(name[1].encode(), blocks, threads, shared, pointers))
+    finally:
+        for array in (*inputs, *outputs):
+            library.ptx_note_release(array.ctypes.data)
