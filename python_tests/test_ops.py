@@ -10,15 +10,14 @@ from typing import Any
 
 import pytest
 import torch
-from harness import emulator
-from harness.backends import KERNELS, Backend
+from harness.backends import KERNELS, WITHOUT_GPU, Backend
 from harness.cases import CASES, Case, layouts, runs
 from harness.cases.counts import ArgmaxCase
 from harness.cases.pattern import fresh, in_layout, results, results_of
 from torch import Tensor
 
 DIFFERENTIABLE = tuple(case for case in CASES if case.differentiable(case.inputs((1, 2, 3, 4))))
-EMULATED = tuple(backend for backend in KERNELS if backend.name == "emulated")
+CUDA_WITHOUT_GPU = tuple(backend for backend in KERNELS if backend.name in WITHOUT_GPU)
 GPU = tuple(backend for backend in KERNELS if backend.device == "cuda")
 
 
@@ -30,7 +29,8 @@ GPU = tuple(backend for backend in KERNELS if backend.device == "cuda")
 def test_as_defined(backend: Backend, case: Case, dtype: torch.dtype, shape: tuple[int, ...]) -> None:
     """Protects values and gradients in every dtype, with an upstream gradient other than 1, from one pixel to 171
     classes and to maps that no block of threads covers: never less exact than eager PyTorch, integers exactly."""
-    case.assert_as_defined(backend, case.inputs(shape, dtype, backend.device))
+    with backend.launching():
+        case.assert_as_defined(backend, case.inputs(shape, dtype, backend.device))
 
 
 @runs(CASES, KERNELS, dtype=lambda case: case.dtypes, shape=lambda _: [(2, 5, 9, 11), (2, 12, 5, 68)])
@@ -41,7 +41,8 @@ def test_any_layout(backend: Backend, case: Case, dtype: torch.dtype, shape: tup
     inputs = case.inputs(shape, dtype, backend.device)
     for layout in layouts(torch.zeros(1, 1, 1, 1)).keys() - {"nchw"}:  # in which test_as_defined has them
         views = in_layout(inputs, layout)
-        grads = case.assert_as_defined(backend, inputs, views)
+        with backend.launching():
+            grads = case.assert_as_defined(backend, inputs, views)
         for i, grad in zip(case.differentiable(views), grads, strict=True):
             assert grad.stride() == torch.empty_like(views[i]).stride()
 
@@ -120,17 +121,14 @@ def test_bit_identical_from_run_to_run(backend: Backend, case: Case, layout: str
     assert all(other.equal(found[0]) for other in found[1:])
 
 
-@runs(CASES, EMULATED, dtype=lambda case: case.dtypes, layout=lambda _: ["nchw", "channels_last"])
+@runs(CASES, CUDA_WITHOUT_GPU, dtype=lambda case: case.dtypes, layout=lambda _: ["nchw", "channels_last"])
 def test_bit_identical_in_any_order_of_threads(backend: Backend, case: Case, dtype: torch.dtype, layout: str) -> None:
     """Protects the CUDA kernels from races: blocks and threads in forward, reversed and shuffled order."""
     inputs = in_layout(case.inputs((2, 5, 33, 41), dtype), layout)
     found = []
-    try:
-        for order in emulator.ORDERS:
-            emulator.set_order(order)
+    for order in WITHOUT_GPU[backend.name].ORDERS:
+        with WITHOUT_GPU[backend.name].in_order(order):
             found.append(results_of(case, backend, inputs))
-    finally:
-        emulator.set_order("forward")
     assert all(other.equal(found[0]) for other in found[1:])
 
 

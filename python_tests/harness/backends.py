@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -47,6 +48,13 @@ class Backend:
         if self.name in WITHOUT_GPU:
             WITHOUT_GPU[self.name].load()
             cuda_ops.use(WITHOUT_GPU[self.name].OPS, monkeypatch)
+
+    @contextmanager
+    def launching(self) -> Iterator[None]:
+        """What runs within has to launch kernels; it could pass without, if something else stood in for them."""
+        before = ptx.launches() if self.name == "ptx" else 0
+        yield
+        assert self.name != "ptx" or ptx.launches() > before
 
 
 KERNELS = (

@@ -125,7 +125,7 @@ struct Window {
   __device__ __forceinline__ void load_class(const LossArgs& args, const Tile& tile, const Entries& entries, int c) {
     const Acc* max_logit = static_cast<const Acc*>(args.stats);
     const Acc* log_sum = max_logit + args.N * args.H * args.W;
-    __syncthreads();
+    __syncthreads();  // p of another class may still be read
     for_near([&](int row, int column) {
       const int y = clamp(tile.top + row, tile.H), x = clamp(tile.left + column, tile.W);
       const int64_t pixel = (tile.n * tile.H + y) * tile.W + x;
@@ -217,7 +217,7 @@ struct Window {
         near[before++] = static_cast<uint16_t>((row + labels.margin) << 8 | (column + labels.margin));
       });
     }
-    __syncthreads();
+    __syncthreads();  // the list may be read at once
   }
   // Calls f(row, column) for the pixels near edges.
   template <typename F>

@@ -328,7 +328,7 @@ struct CellAxis {
       while (before < length && first[before] < j - 1) ++before;
       start[j] = before;
     }
-    __syncthreads();
+    __syncthreads();  // `start` and `first` are read as soon as this function returns
   }
   // Returns what cell j gets from values[i * stride], for every `step`-th of its label pixels i from the `part`-th on.
   __device__ __forceinline__ Acc gather(int j, const Acc* values, int stride, int part = 0, int step = 1) const {
@@ -406,7 +406,7 @@ struct TileCells {
   // Clears the gradients of all pixels, for those that will not be set. All threads of the block call it.
   __device__ __forceinline__ void clear() const {
     for (int i = threadIdx.x; i < kRows * kColumns; i += kThreads) values[i] = 0;
-    __syncthreads();
+    __syncthreads();  // `set` may be called at once
   }
   __device__ __forceinline__ void set(const Tile&, int row, int column, int, Acc value) const {
     values[row * kColumns + column] = value;

@@ -45,7 +45,7 @@ struct SparseMemory {
     for (int i = 0; i < kOwn; ++i)
       if (bits >> i & 1) places[before++] = static_cast<uint16_t>(first + i);
     kept_count = count > 0 ? kPixels / count : 0;
-    __syncthreads();
+    __syncthreads();  // the list may be read at once
   }
   // Calls f(i, row, column) for the listed pixels. A pixel is always visited by the same thread.
   template <typename F>

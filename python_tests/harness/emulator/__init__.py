@@ -9,6 +9,8 @@ import functools
 import shutil
 import subprocess
 import zlib
+from collections.abc import Iterator
+from contextlib import contextmanager
 from ctypes import CDLL
 from pathlib import Path
 
@@ -34,13 +36,18 @@ def why_not() -> str | None:
     return f"{' and '.join(missing)} not found" if missing else None
 
 
-def compile_sanitized(source: str, executable: Path, include: str = "include") -> None:
-    """Compiles a program of this folder with AddressSanitizer and UndefinedBehaviorSanitizer; include: its folder."""
-    flags = ["-std=c++20", "-O1", "-g", "-Wno-unknown-pragmas", "-Wno-psabi", "-fsanitize=address,undefined"]
+def compile_program(source: Path, executable: Path, *flags: str, include: str = "include") -> None:
+    """Compiles a program over the emulator; include: the folder whose files come before those of csrc."""
     headers = [f"-isystem{folder}" for folder in cpp_extension.include_paths()]  # for the half types
     includes = [f"-I{HERE / include}", f"-I{SOURCES}", *headers]
-    command = ["g++", *flags, "-fno-sanitize-recover=all", *includes, str(HERE / source), "-o", str(executable)]
-    subprocess.run(command, check=True)
+    command = ["g++", "-std=c++20", "-Wno-unknown-pragmas", "-Wno-psabi", *includes, *flags]
+    subprocess.run([*command, str(source), "-o", str(executable)], check=True)
+
+
+def compile_sanitized(source: str, executable: Path, include: str = "include") -> None:
+    """Compiles a program of this folder with AddressSanitizer and UndefinedBehaviorSanitizer; include: its folder."""
+    flags = ("-O1", "-g", "-fsanitize=address,undefined", "-fno-sanitize-recover=all")
+    compile_program(HERE / source, executable, *flags, include=include)
 
 
 @functools.cache
@@ -59,6 +66,11 @@ def load() -> CDLL:
     return CDLL(str(library))
 
 
-def set_order(order: str) -> None:
-    """Of blocks, and of the threads between two barriers."""
+@contextmanager
+def in_order(order: str) -> Iterator[None]:
+    """Runs blocks, and the threads between two barriers, in one of ORDERS within."""
     load().bcmf_emulated_set_order(ORDERS.index(order))
+    try:
+        yield
+    finally:
+        load().bcmf_emulated_set_order(0)

@@ -10,6 +10,7 @@ from __future__ import annotations
 import fcntl
 import functools
 import hashlib
+import json
 import os
 import re
 import shutil
@@ -18,10 +19,10 @@ import subprocess
 import zlib
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from ctypes import CDLL, c_char_p, c_int64, c_uint, c_uint64, c_void_p
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from torch.library import Library
 from torch.utils import cpp_extension
@@ -32,7 +33,16 @@ HERE = Path(__file__).parent
 SOURCES = HERE.parents[2] / "csrc"
 LAUNCHERS = ("loss.cu", "lmfm/lmfm.cu")  # of csrc/cuda
 EXECUTOR = ("program", "arithmetic", "memory", "decode", "execute", "allocations", "kernels", "python")
-FLAGS = ("-std=c++20", "-O3", "-march=native", "-ffp-contract=off", "-fno-strict-aliasing", "-fvisibility=hidden")
+FLAGS = (
+    "-std=c++20",
+    "-O3",
+    "-DNDEBUG",
+    "-march=native",
+    "-ffp-contract=off",
+    "-fno-strict-aliasing",
+    "-fvisibility=hidden",
+)
+OBJECT = ("-c", "-Xcompiler", "-fPIC,-fvisibility=hidden")
 GENERATION = 80
 """Of the PTX that is compiled in."""
 ORDERS = ("forward", "reversed", "shuffled")
@@ -71,14 +81,25 @@ def compile_by_nvcc(source: Path, suffix: str, *flags: str) -> Path:
     return target
 
 
+def compile_kernels(source: Path, generation: int = GENERATION) -> Path:
+    """The object file of a .cu: the host's code, and PTX of this generation, without machine code, as text."""
+    arch = f"arch=compute_{generation},code=compute_{generation}"
+    return compile_by_nvcc(source, ".o", *OBJECT, "-gencode", arch, "-lineinfo", "--no-compress")
+
+
+def text_of(launcher: str, generation: int = GENERATION) -> str:
+    """The PTX of one of LAUNCHERS."""
+    contents = compile_kernels(SOURCES / "cuda" / launcher, generation).read_bytes()
+    begin = contents.index(b".version")
+    return contents[begin : contents.index(0, begin)].decode()
+
+
 @functools.cache
 def load() -> CDLL:
     """Compiles the kernels to PTX (a minute; the result is kept), and what runs it, and defines the ops."""
-    arch = f"arch=compute_{GENERATION},code=compute_{GENERATION}"  # PTX without machine code, as text
-    flags = ("-c", "-gencode", arch, "-lineinfo", "--no-compress", "-Xcompiler", "-fPIC,-fvisibility=hidden")
-    sources = (*(SOURCES / "cuda" / name for name in LAUNCHERS), HERE / "runtime.cpp")
+    sources = [*(SOURCES / "cuda" / name for name in LAUNCHERS), HERE / "planted.cu"]
     with ThreadPoolExecutor() as threads:
-        objects = list(threads.map(lambda source: compile_by_nvcc(source, ".o", *flags), sources))
+        objects = [*threads.map(compile_kernels, sources), compile_by_nvcc(HERE / "runtime.cpp", ".o", *OBJECT)]
     own = [str(HERE / f"{name}.cpp") for name in (*EXECUTOR, "torch")]
     library = cpp_extension.load(
         build_folder().name,
@@ -101,6 +122,7 @@ def with_types(library: CDLL) -> CDLL:
     for name, types in {"note_fresh": (c_void_p, c_int64), "note_input": (c_void_p, c_int64)}.items():
         getattr(library, f"ptx_{name}").argtypes = types
     library.ptx_note_release.argtypes = (c_void_p,)
+    library.planted_run.restype = library.planted_faults.restype = c_char_p
     return library
 
 
@@ -108,6 +130,11 @@ def check(error: bytes | None) -> None:
     """RuntimeError for what a function of python.cpp returns, if it is an error."""
     if error is not None:
         raise RuntimeError(error.decode())
+
+
+def in_order(order: str) -> AbstractContextManager[None]:
+    """Runs blocks, and the warps of a block, in one of ORDERS within."""
+    return options(order=order)
 
 
 @contextmanager
@@ -129,12 +156,64 @@ def launches() -> int:
     return int(load().ptx_launches())
 
 
+def take_in(text: str) -> None:
+    """Loads a module of PTX, whose kernels run from now on in the place of others with the same symbols."""
+    check(load().ptx_load(text.encode()))
+
+
+class Instruction(NamedTuple):
+    """What was counted of an instruction of a kernel, where it stands in the CUDA source.
+
+    executed: by warps. lanes: that were on, of all of these. requests and sectors: of global memory, how often, and how
+    many sectors of 32 bytes these touched. In shared memory requests are what its banks could have done at once, and
+    passes what they had to do one after the other.
+    """
+
+    opcode: str
+    file: str
+    line: int
+    executed: int
+    lanes: int
+    requests: int
+    sectors: int
+    passes: int
+
+
+class Kernel(NamedTuple):
+    """What was counted of the launches of a kernel; shared memory in bytes, and bytes of the sectors of global memory
+    that a launch touched."""
+
+    name: str
+    symbol: str
+    launches: int
+    blocks: int
+    threads: int
+    static_shared: int
+    dynamic_shared: int
+    bytes_read: int
+    bytes_written: int
+    instructions: list[Instruction]
+
+
+def counts() -> list[Kernel]:
+    """What was counted since `reset_counts`, of kernels that were launched."""
+    kernels = json.loads(load().ptx_counts())
+    return [
+        Kernel(**{**kernel, "instructions": [Instruction(*each) for each in kernel["instructions"]]})
+        for kernel in kernels
+    ]
+
+
+def reset_counts() -> None:
+    load().ptx_reset_counts()
+
+
 def run(
     text: str, inputs: Sequence[Any], outputs: Sequence[Any] = (), blocks: int = 1, threads: int = 32, shared: int = 0
 ) -> None:
     """Runs the one kernel of a module, whose parameters are pointers to these NumPy arrays."""
     library = load()
-    check(library.ptx_load(text.encode()))
+    take_in(text)
     for array in inputs:
         library.ptx_note_input(array.ctypes.data, array.nbytes)
     for array in outputs:

@@ -57,6 +57,11 @@ void note_fresh(void* data, int64_t bytes) {
 }
 void note_input(const void* data, int64_t bytes) { note(data, bytes, false); }
 
+bool is_noted(const void* data) {
+  const std::lock_guard lock(allocations.mutex);
+  return allocations.by_begin.count(address_of(data)) > 0;
+}
+
 void note_release(const void* data) {
   const std::lock_guard lock(allocations.mutex);
   ++allocations.releases;

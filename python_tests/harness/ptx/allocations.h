@@ -33,6 +33,7 @@ struct Hint {
 void note_fresh(void* data, int64_t bytes);
 void note_input(const void* data, int64_t bytes);
 void note_release(const void* data);
+bool is_noted(const void* data);
 
 // Returns the allocation that holds all these bytes, or stops.
 Allocation& find_allocation(uint64_t address, int bytes, Hint& hint);

@@ -28,7 +28,7 @@ class Decoder {
   explicit Decoder(Kernel& kernel) : kernel_(kernel), text_(kernel.text) {}
 
   void decode() {
-    read_body(text_);
+    read_body(text_, kernel_.module->files);
     std::vector<int> first(text_.statements.size() + 1);  // instruction of each statement
     for (size_t i = 0; i < text_.statements.size(); ++i) {
       first[i] = static_cast<int>(kernel_.code.size());

@@ -22,8 +22,8 @@ std::string place_of(const Warp& warp) {
   const Statement& statement = *warp.running->statement;
   const auto& files = warp.kernel->module->files;
   const auto file = files.find(statement.place.file);
-  std::string text = "\n  in " + warp.kernel->text.name + ", block " + std::to_string(warp.block->index) + ", warp " +
-                     std::to_string(warp.index) + "\n  at line " + std::to_string(statement.line) +
+  std::string text = "\n  in " + demangled(warp.kernel->text.name) + ", block " + std::to_string(warp.block->index) +
+                     ", warp " + std::to_string(warp.index) + "\n  at line " + std::to_string(statement.line) +
                      " of the PTX: " + statement.text;
   if (file != files.end()) text += "\n  of " + file->second + ":" + std::to_string(statement.place.line);
   return text;
@@ -322,7 +322,7 @@ Run find_vector_move(bool packs, int bytes, int entries) {
 void launch(Kernel& kernel, unsigned blocks, unsigned threads, int64_t dynamic_shared,
             const std::vector<unsigned char>& parameters) {
   if (threads > kernel.text.max_threads)
-    stop(kernel.text.name + " is launched with more threads than its __launch_bounds__ allow");
+    stop(demangled(kernel.text.name) + " is launched with more threads than its __launch_bounds__ allow");
   take_traffic();  // of a launch that was stopped
   Launch(kernel, blocks, threads, dynamic_shared, parameters).run();
   running = nullptr;

@@ -25,50 +25,46 @@ void check_race(LastAccess* last, int bytes, Access access, const Warp& warp, in
            ", which another thread has " + earlier + ", and nothing orders the two");
 }
 
-void check_alignment(uint64_t address, int bytes) {
-  if (address % bytes != 0) stop("an access of " + std::to_string(bytes) + " bytes is not aligned to them");
-}
-
 // ---------------------------------------------------------------------------------------------------------------------
 // Where the bytes are, once it is certain that the lane may access them
 
-template <Space space>
-unsigned char* bytes_at(Warp& warp, const Instruction& in, int lane, uint64_t address, int entry, Access access) {
-  const int bytes = entry * in.count;
-  check_alignment(address, bytes);
-  if constexpr (space == Space::parameters) {
-    if (address + bytes > warp.parameters->size()) stop("a read beyond the kernel's parameters");
-    return const_cast<unsigned char*>(warp.parameters->data()) + address;
-  } else if constexpr (space == Space::shared) {
-    Block& block = *warp.block;
-    if (address + bytes > block.shared.size())
-      stop("an access of " + std::to_string(bytes) + " bytes at offset " + std::to_string(address) + " of " +
-           std::to_string(block.shared.size()) + " bytes of shared memory");
-    const auto where = [&] { return "offset " + std::to_string(address) + " of shared memory"; };
-    if (options.races) {
-      const Epoch epoch = block.epoch_of_shared();
-      LastAccess* last = &block.last[address];
-      if (access != Access::store && std::any_of(last, last + bytes, [&](auto& byte) { return byte.is_fresh(epoch); }))
-        stop("a read of what nothing has written, at " + where());
-      check_race(last, bytes, access, warp, lane, epoch, where);
-    }
-    return block.shared.data() + address;
-  } else {
-    Allocation& allocation = find_allocation(address, bytes, in.hint);
+unsigned char* parameters_at(Warp& warp, uint64_t address, int bytes) {
+  if (address + bytes > warp.parameters->size()) stop("a read beyond the kernel's parameters");
+  return const_cast<unsigned char*>(warp.parameters->data()) + address;
+}
+
+unsigned char* shared_at(Warp& warp, int lane, uint64_t address, int bytes, Access access) {
+  Block& block = *warp.block;
+  const auto where = [&] { return "offset " + std::to_string(address) + " of shared memory"; };
+  if (address + bytes > block.shared.size())
+    stop("an access of " + std::to_string(bytes) + " bytes at " + where() + ", of which there are " +
+         std::to_string(block.shared.size()));
+  if (options.races) check_race(&block.last[address], bytes, access, warp, lane, block.epoch_of_shared(), where);
+  return block.shared.data() + address;
+}
+
+unsigned char* global_at(Warp& warp, const Instruction& in, int lane, uint64_t address, int bytes, Access access) {
+  Allocation& allocation = find_allocation(address, bytes, in.hint);
+  if (access != Access::store)
+    for (int i = 0; i < in.count; ++i) check_written(allocation, address + i * (bytes / in.count), bytes / in.count);
+  if (access != Access::load) mark_written(allocation, address, bytes);
+  if (options.races && allocation.tracked) {
+    if (allocation.last.empty()) allocation.last.resize(allocation.bytes);
     const int64_t offset = static_cast<int64_t>(address - allocation.begin);
-    if (access != Access::store)
-      for (int i = 0; i < in.count; ++i) check_written(allocation, address + i * entry, entry);
-    if (access != Access::load) mark_written(allocation, address, bytes);
-    if (options.races && allocation.tracked) {
-      if (allocation.last.empty()) allocation.last.resize(allocation.bytes);
-      check_race(&allocation.last[offset], bytes, access, warp, lane, warp.block->epoch, [&] {
-        return "offset " + std::to_string(offset) + " of an allocation of " + std::to_string(allocation.bytes) +
-               " bytes";
-      });
-    }
-    if (options.traffic) count_sector(allocation, address, bytes, access);
-    return reinterpret_cast<unsigned char*>(address);
+    check_race(&allocation.last[offset], bytes, access, warp, lane, warp.block->epoch, [&] {
+      return "offset " + std::to_string(offset) + " of an allocation of " + std::to_string(allocation.bytes) + " bytes";
+    });
   }
+  if (options.traffic) count_sector(allocation, address, bytes, access);
+  return reinterpret_cast<unsigned char*>(address);
+}
+
+template <Space space>
+unsigned char* bytes_at(Warp& warp, const Instruction& in, int lane, uint64_t address, int bytes, Access access) {
+  if (address % bytes != 0) stop("an access of " + std::to_string(bytes) + " bytes is not aligned to them");
+  if constexpr (space == Space::parameters) return parameters_at(warp, address, bytes);
+  if constexpr (space == Space::shared) return shared_at(warp, lane, address, bytes, access);
+  if constexpr (space == Space::global) return global_at(warp, in, lane, address, bytes, access);
 }
 
 // ---------------------------------------------------------------------------------------------------------------------
@@ -137,7 +133,7 @@ template <Space space, typename T>
 void load(Warp& warp, const Instruction& in, Lanes lanes) {
   const Addresses at = addresses_of<space>(warp, in, lanes, sizeof(T) * in.count);
   for_lanes(lanes, [&](int lane) {
-    const unsigned char* from = bytes_at<space>(warp, in, lane, at[lane], sizeof(T), Access::load);
+    const unsigned char* from = bytes_at<space>(warp, in, lane, at[lane], in.count * sizeof(T), Access::load);
     for (int i = 0; i < in.count; ++i) {
       T value;
       std::memcpy(&value, from + i * sizeof(T), sizeof(T));
@@ -150,7 +146,7 @@ template <Space space, typename T>
 void store(Warp& warp, const Instruction& in, Lanes lanes) {
   const Addresses at = addresses_of<space>(warp, in, lanes, sizeof(T) * in.count);
   for_lanes(lanes, [&](int lane) {
-    unsigned char* to = bytes_at<space>(warp, in, lane, at[lane], sizeof(T), Access::store);
+    unsigned char* to = bytes_at<space>(warp, in, lane, at[lane], in.count * sizeof(T), Access::store);
     for (int i = 0; i < in.count; ++i) {
       const T value = get<T>(warp.registers[in.from[1 + i]], lane, in.width);
       std::memcpy(to + i * sizeof(T), &value, sizeof(T));

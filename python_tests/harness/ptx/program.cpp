@@ -1,6 +1,10 @@
 #include "program.h"
 
+#include <cxxabi.h>
+
 #include <algorithm>
+#include <cstdlib>
+#include <memory>
 #include <sstream>
 
 namespace ptx {
@@ -33,9 +37,14 @@ void read_file(const std::string& line, std::map<int, std::string>& to) {
   const size_t quote = line.find('"');
   to[std::stoi(words_of(line)[1])] = line.substr(quote + 1, line.find('"', quote + 1) - quote - 1);
 }
-Place read_place(const std::string& line) {
+// Of a function of the toolkit's, the place where it is called.
+Place read_place(const std::string& line, const std::map<int, std::string>& files) {
   const std::vector<std::string> words = words_of(line);
-  return {std::stoi(words[1]), std::stoi(words[2])};
+  const auto file = files.find(std::stoi(words[1]));
+  const bool own = file == files.end() || file->second.find("/include/") == std::string::npos;
+  const auto caller = std::find(words.begin(), words.end(), "inlined_at");
+  if (own || caller == words.end()) return {std::stoi(words[1]), std::stoi(words[2])};
+  return {std::stoi(caller[1]), std::stoi(caller[2])};
 }
 
 // ".reg .b32 %r<9>;", ".reg .b16 %low, %high;"
@@ -121,6 +130,13 @@ std::vector<std::string> words_of(const std::string& text, char between) {
   return words;
 }
 
+std::string demangled(const std::string& name) {
+  int status = 0;
+  const std::unique_ptr<char, decltype(&std::free)> found(abi::__cxa_demangle(name.c_str(), nullptr, nullptr, &status),
+                                                          std::free);
+  return status == 0 ? found.get() : name;
+}
+
 int bytes_of_type(const std::string& type) {
   if (type == "pred") return 1;
   const size_t digit = type.find_first_of("0123456789");
@@ -160,7 +176,7 @@ ModuleText read_module(const std::string& text) {
   return module;
 }
 
-void read_body(KernelText& kernel) {
+void read_body(KernelText& kernel, const std::map<int, std::string>& files) {
   std::istringstream in(kernel.body);
   std::string raw;
   Place place;
@@ -171,8 +187,8 @@ void read_body(KernelText& kernel) {
     if (line.empty() || starts_with(line, ".pragma")) continue;
     if (line.back() == ':') {
       kernel.labels[line.substr(0, line.size() - 1)] = kernel.statements.size();
-    } else if (starts_with(line, ".loc")) {
-      const Place found = read_place(line);
+    } else if (words_of(line)[0] == ".loc") {
+      const Place found = read_place(line, files);
       if (found.line > 0) place = found;
     } else if (starts_with(line, ".reg")) {
       read_registers(line, kernel.widths);

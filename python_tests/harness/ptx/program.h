@@ -56,11 +56,14 @@ struct ModuleText {
 
 // Takes a module apart into kernels. Their statements are read by read_body, when they are needed.
 ModuleText read_module(const std::string& text);
-void read_body(KernelText& kernel);
+void read_body(KernelText& kernel, const std::map<int, std::string>& files);
 
 // Splits at commas that are not within braces or brackets, and trims the parts.
 std::vector<std::string> split_list(const std::string& text);
 std::vector<std::string> words_of(const std::string& text, char between = ' ');
+
+// Returns the name of a kernel as C++ has it.
+std::string demangled(const std::string& name);
 
 // Returns the size of a type such as f32, b64 or pred.
 int bytes_of_type(const std::string& type);

@@ -35,11 +35,11 @@ void write_list(std::ostream& out, const std::vector<std::string>& entries) {
 }
 
 void write_kernel(std::ostream& out, const Kernel& kernel) {
-  out << "{\"name\": \"" << kernel.text.name << "\", \"launches\": " << kernel.launches
-      << ", \"blocks\": " << kernel.blocks << ", \"threads\": " << kernel.threads
-      << ", \"static_shared\": " << kernel.static_shared << ", \"dynamic_shared\": " << kernel.dynamic_shared
-      << ", \"bytes_read\": " << kernel.bytes_read << ", \"bytes_written\": " << kernel.bytes_written
-      << ", \"instructions\": [";
+  out << "{\"name\": \"" << demangled(kernel.text.name) << "\", \"symbol\": \"" << kernel.text.name
+      << "\", \"launches\": " << kernel.launches << ", \"blocks\": " << kernel.blocks
+      << ", \"threads\": " << kernel.threads << ", \"static_shared\": " << kernel.static_shared
+      << ", \"dynamic_shared\": " << kernel.dynamic_shared << ", \"bytes_read\": " << kernel.bytes_read
+      << ", \"bytes_written\": " << kernel.bytes_written << ", \"instructions\": [";
   for (size_t i = 0; i + 1 < kernel.code.size(); ++i) {  // without the end
     const Statement& statement = *kernel.code[i].statement;
     const Count& count = kernel.counts[i];

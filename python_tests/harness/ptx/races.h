@@ -1,4 +1,4 @@
-// Who wrote and read a byte of memory last, and whether something orders that before the next access.
+// Who read, wrote and changed a byte of memory last, and whether something orders that before the next access.
 #pragma once
 
 #include <cstdint>
@@ -14,37 +14,42 @@ struct Epoch {
   uint32_t now = 0, first_of_block = 0, first_of_launch = 0;
 };
 
+// The last accesses of a kind. Of several threads in the same epoch, and of several blocks, it is known that there
+// were several.
+class LastThreads {
+ public:
+  bool races_with(uint16_t thread, const Epoch& epoch) const {
+    const bool of_this_block = epoch_ == epoch.now && thread_ != thread;
+    const bool of_other_block = epoch_ >= epoch.first_of_launch && epoch_ < epoch.first_of_block;
+    return of_this_block || of_other_block || before_this_block_ >= epoch.first_of_launch;
+  }
+  void note(uint16_t thread, const Epoch& epoch) {
+    if (epoch_ < epoch.first_of_block && epoch_ >= epoch.first_of_launch) before_this_block_ = epoch_;
+    thread_ = epoch_ == epoch.now && thread_ != thread ? kSeveral : thread;
+    epoch_ = epoch.now;
+  }
+
+ private:
+  static constexpr uint16_t kSeveral = 0xffff;  // no thread
+
+  uint32_t epoch_ = 0, before_this_block_ = 0;  // 0: never
+  uint16_t thread_ = 0;
+};
+
 class LastAccess {
  public:
-  // Whether nothing has been written since the launch began.
-  bool is_fresh(const Epoch& epoch) const { return written_ < epoch.first_of_launch; }
-
-  // Notes an access. Returns the words for the earlier access that it races with, or null.
+  // Notes an access. Returns the word for the earlier access that it races with, or null. Atomics do not race with each
+  // other.
   const char* note(Access access, uint16_t thread, const Epoch& epoch) {
-    const bool both_atomic = access == Access::atomic && writer_ == kAtomic;
-    if (!both_atomic && races_with(written_, writer_, thread, epoch))
-      return writer_ == kAtomic ? "changed by an atomic" : "written";
-    if (access == Access::load) {
-      if (read_ >= epoch.first_of_launch && read_ < epoch.first_of_block) read_by_other_block_ = read_;
-      reader_ = read_ == epoch.now && reader_ != thread ? kMany : thread;
-      read_ = epoch.now;
-      return nullptr;
-    }
-    if (races_with(read_, reader_, thread, epoch) || read_by_other_block_ >= epoch.first_of_launch) return "read";
-    writer_ = access == Access::atomic ? kAtomic : thread;
-    written_ = epoch.now;
+    if (stores_.races_with(thread, epoch)) return "written";
+    if (access != Access::atomic && atomics_.races_with(thread, epoch)) return "changed by an atomic";
+    if (access != Access::load && loads_.races_with(thread, epoch)) return "read";
+    (access == Access::load ? loads_ : access == Access::store ? stores_ : atomics_).note(thread, epoch);
     return nullptr;
   }
 
  private:
-  static constexpr uint16_t kMany = 0xffff, kAtomic = 0xfffe;  // no thread
-
-  static bool races_with(uint32_t then, uint16_t by, uint16_t thread, const Epoch& epoch) {
-    return then >= epoch.first_of_launch && (then < epoch.first_of_block || (then == epoch.now && by != thread));
-  }
-
-  uint32_t written_ = 0, read_ = 0, read_by_other_block_ = 0;  // epochs; 0: never
-  uint16_t writer_ = 0, reader_ = 0;
+  LastThreads loads_, stores_, atomics_;
 };
 
 }  // namespace ptx

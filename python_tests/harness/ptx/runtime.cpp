@@ -34,10 +34,10 @@ std::map<std::string, int64_t>& allowed() {  // dynamic shared memory, as set by
 ptx::Kernel& kernel_of(const void* function) { return ptx::find_kernel(names().at(function)); }
 
 void check_configuration(const ptx::Kernel& kernel, dim3 grid, dim3 block, size_t shared) {
-  const std::string& name = kernel.text.name;
+  const std::string name = ptx::demangled(kernel.text.name);
   if (grid.x == 0 || block.x == 0) ptx::stop(name + " is launched without blocks or threads");
   if (grid.y * grid.z * block.y * block.z != 1) ptx::stop(name + " is launched with axes that are unknown here");
-  const auto asked = allowed().find(name);
+  const auto asked = allowed().find(kernel.text.name);
   const int64_t most = asked == allowed().end() ? kUsualShared - kernel.static_shared : asked->second;
   if (static_cast<int64_t>(shared) > most)
     ptx::stop(name + " is launched with " + std::to_string(shared) + " bytes of dynamic shared memory, beyond the " +
@@ -124,7 +124,7 @@ cudaError_t cudaFuncSetAttribute(const void* function, cudaFuncAttribute attribu
   if (attribute != cudaFuncAttributeMaxDynamicSharedMemorySize) ptx::stop("an attribute that is unknown here");
   const ptx::Kernel& kernel = kernel_of(function);
   if (value + kernel.static_shared > kMostShared)
-    ptx::stop(kernel.text.name + " asks for more shared memory than a block can have");
+    ptx::stop(ptx::demangled(kernel.text.name) + " asks for more shared memory than a block can have");
   allowed()[kernel.text.name] = value;
   return cudaSuccess;
 }

@@ -1,9 +1,13 @@
 // The tensors' memory, as the kernels' global memory; and there is no device, and no stream. This file stands in for
 // csrc/cuda/device.cpp and csrc/cpu/memory.cpp.
+#include <ATen/record_function.h>
 #include <c10/core/CPUAllocator.h>
 
 #include <cstdlib>
+#include <memory>
 #include <new>
+#include <string_view>
+#include <vector>
 
 #include "allocations.h"
 #include "cpu/memory.h"
@@ -39,8 +43,37 @@ class NotingAllocator : public c10::Allocator {
   static inline c10::DeleterFnPtr usual_delete_ = nullptr;
 };
 
+// What an op is called with may lie elsewhere: in memory of NumPy's, or in a storage that Python made.
+struct Foreign : at::ObserverContext {
+  std::vector<const void*> noted;
+};
+
+void note_foreign(const c10::IValue& value, Foreign& foreign) {
+  if (value.isList()) {
+    for (const c10::IValue entry : value.toList()) note_foreign(entry, foreign);
+  } else if (value.isTensor() && value.toTensor().defined()) {
+    const c10::Storage& storage = value.toTensor().storage();
+    if (storage.nbytes() == 0 || ptx::is_noted(storage.data())) return;
+    ptx::note_input(storage.data(), static_cast<int64_t>(storage.nbytes()));
+    foreign.noted.push_back(storage.data());
+  }
+}
+
+std::unique_ptr<at::ObserverContext> begin_op(const at::RecordFunction& op) {
+  if (std::string_view(op.name()).rfind("bcmf_ptx::", 0) != 0) return nullptr;
+  auto foreign = std::make_unique<Foreign>();
+  for (const c10::IValue& input : op.inputs()) note_foreign(input, *foreign);
+  return foreign;
+}
+void end_op(const at::RecordFunction&, at::ObserverContext* context) {
+  if (auto* foreign = static_cast<Foreign*>(context))
+    for (const void* data : foreign->noted) ptx::note_release(data);
+}
+
 const bool noting = [] {
   c10::SetCPUAllocator(new NotingAllocator(c10::GetCPUAllocator()), /*priority=*/255);
+  at::addGlobalCallback(
+      at::RecordFunctionCallback(begin_op, end_op).needsInputs(true).scopes({at::RecordScope::FUNCTION}));
   return true;
 }();
 
