@@ -216,7 +216,11 @@ class Decoder {
 }  // namespace
 
 void decode(Kernel& kernel) {
-  if (kernel.code.empty()) Decoder(kernel).decode();
+  if (!kernel.code.empty()) return;
+  Kernel decoded;  // of its own, as one that is decoded in part must never run
+  decoded.text = kernel.text, decoded.module = kernel.module;
+  Decoder(decoded).decode();
+  kernel = std::move(decoded);
 }
 
 }  // namespace ptx
