@@ -171,7 +171,7 @@ void read_body(KernelText& kernel) {
     if (line.empty() || starts_with(line, ".pragma")) continue;
     if (line.back() == ':') {
       kernel.labels[line.substr(0, line.size() - 1)] = kernel.statements.size();
-    } else if (starts_with(line, ".loc")) {
+    } else if (starts_with(line, ".loc") && !starts_with(line, ".local")) {
       const Place found = read_place(line);
       if (found.line > 0) place = found;
     } else if (starts_with(line, ".reg")) {
