@@ -126,7 +126,8 @@ double coarse_reciprocal(double x) {
   const uint64_t upper = std::bit_cast<uint64_t>(flushed(x)) & kUpper;
   const double exact = flushed(1 / std::bit_cast<double>(upper));
   if (exact == 0 || !std::isfinite(exact)) return exact;
-  return std::bit_cast<double>(perturbed<uint64_t>(std::bit_cast<uint64_t>(exact) & kUpper, upper, 1ull << 32));
+  return flushed(
+      std::bit_cast<double>(perturbed<uint64_t>(std::bit_cast<uint64_t>(exact) & kUpper, upper, 1ull << 32)));
 }
 
 // ---------------------------------------------------------------------------------------------------------------------
