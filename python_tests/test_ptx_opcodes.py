@@ -111,7 +111,7 @@ def integer_edges(type: str) -> list[int]:
 
 def float_edges(dtype: np.dtype[Any]) -> list[Any]:
     info = np.finfo(dtype)
-    edges = [0, 1, np.inf, info.max, info.smallest_normal, info.smallest_subnormal, 1 + info.eps, 1.5, 0.5, 2, 2.5, 3]
+    edges = [0.0, 1, np.inf, info.max, info.smallest_normal, info.smallest_subnormal, 1 + info.eps, 1.5, 0.5, 2, 2.5, 3]
     edges += [info.smallest_normal - info.smallest_subnormal, 1 - info.eps / 2, 0.1, 0.75, 126.5, 127.9, 149, 150, 1024]
     edges += [2.0**e for e in (-150, -149, -133, -126, -25, -24, -14, 11, 15, 16, 24, 31, 32, 53, 63, 64, 127)]
     below = [np.nextafter(dtype.type(2.0**e), dtype.type(0)) for e in (31, 32, 63, 64) if 2.0**e < info.max]
@@ -137,20 +137,29 @@ def edges_of(type: str) -> Array:
 def random_of(type: str, rng: np.random.Generator, count: int = 2000) -> Array:
     """Any bits; numbers halfway between two of fewer digits, or just beside that; of floats also usual ones."""
     if type == "pred":
-        return rng.random(3 * count) < 0.5
+        return rng.random(4 * count) < 0.5
     if type == "n32":
-        return rng.integers(0, 70, 3 * count, "u4")
+        return rng.integers(0, 70, 4 * count, "u4")
     if type == "bf16":
         return (random_of("f32", rng, count).view("u4") >> 16).astype("u2")
     bits, dtype = bits_of(type), dtype_of(type)
     some = rng.integers(0, 1 << bits, (2, count), "u8")
-    digits = rng.integers(1, min(bits, 54), count, "u8")
-    halfway = (some[0] >> digits << digits) + (np.uint64(1) << digits - 1) + rng.integers(0, 3, count, "u8") - 1
     if dtype.kind == "f":
+        length = np.full(count, np.finfo(dtype).nmant + 1)
+        halfway = halved(some[0], length, rng)
         usual = rng.standard_normal(count) * 2.0 ** rng.integers(-30, 12, count)
-        return np.concatenate([np.ravel([some[1], halfway]).astype(f"u{bits // 8}").view(dtype), usual.astype(dtype)])
-    of_any_magnitude = halfway >> rng.integers(0, bits, count, "u8")
-    return np.ravel([*some, of_any_magnitude]).astype(f"u{bits // 8}").view(dtype)
+        return np.concatenate([np.ravel([*some, halfway]).astype(f"u{bits // 8}").view(dtype), usual.astype(dtype)])
+    some[0] >>= rng.integers(0, bits, count, "u8")  # of any magnitude
+    halfway = halved(some[0], np.frexp(some[0].astype(np.longdouble))[1], rng)
+    return np.ravel([*some, halfway, -halfway]).astype(f"u{bits // 8}").view(dtype)
+
+
+def halved(values: Array, length: Array, rng: np.random.Generator) -> Array:
+    """Makes the last of so many digits 10…0, or one more or less: those that a bf16, f16, f32 or f64 has no room for,
+    or any."""
+    lost = length - rng.choice([8, 11, 24, 53], len(values))
+    lost = np.where(lost > 0, lost, rng.integers(1, 53, len(values)) % np.maximum(length - 1, 1) + 1).astype("u8")
+    return (values >> lost << lost) + (np.uint64(1) << lost - 1) + rng.integers(0, 3, len(values), "u8") - 1
 
 
 def operands_of(opcode: str) -> list[Array]:
