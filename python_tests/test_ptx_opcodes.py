@@ -129,7 +129,8 @@ def edges_of(type: str) -> Array:
         return (edges_of("f32").view("u4") >> 16).astype("u2")
     if type[0] == "f":
         with np.errstate(all="ignore"):
-            return np.array(float_edges(dtype_of(type))).astype(dtype_of(type))
+            edges = np.array(float_edges(dtype_of(type))).astype(dtype_of(type))
+        return np.append(edges, np.array(-1, f"i{edges.itemsize}").view(edges.dtype))  # a NaN of which every bit is set
     mask = (1 << bits_of(type)) - 1
     return np.array([edge & mask for edge in integer_edges(type)], f"u{bits_of(type) // 8}").view(dtype_of(type))
 
@@ -248,10 +249,14 @@ def define_logic(t: str) -> None:
     define(f"not.{t}", f"{t} -> {t}", exact(lambda a: -1 - a))
 
 
+def selected(a: Array, b: Array, choice: Array) -> Array:
+    return np.where(choice, a, b)
+
+
 def define_moves(t: str) -> None:
     define(f"mov.{t}", f"{t} -> {t}", lambda a: a)
     if t != "pred":
-        define(f"selp.{t}", f"{t} {t} pred -> {t}", lambda a, b, chosen: np.where(chosen, a, b))
+        define(f"selp.{t}", f"{t} {t} pred -> {t}", selected)
 
 
 def define_bits(t: str) -> None:
