@@ -1,4 +1,5 @@
 // Opcodes that compute a result from registers, lane by lane.
+#include <algorithm>
 #include <bit>
 #include <cmath>
 #include <limits>
@@ -126,7 +127,8 @@ double coarse_reciprocal(double x) {
   const uint64_t upper = std::bit_cast<uint64_t>(flushed(x)) & kUpper;
   const double exact = flushed(1 / std::bit_cast<double>(upper));
   if (exact == 0 || !std::isfinite(exact)) return exact;
-  return std::bit_cast<double>(perturbed<uint64_t>(std::bit_cast<uint64_t>(exact) & kUpper, upper, 1ull << 32));
+  return flushed(
+      std::bit_cast<double>(perturbed<uint64_t>(std::bit_cast<uint64_t>(exact) & kUpper, upper, 1ull << 32)));
 }
 
 // ---------------------------------------------------------------------------------------------------------------------
@@ -252,12 +254,12 @@ void define_roundings() {
   (define<F, I>("cvt.rn." + type_name<F>() + "." + type_name<I>(), [](I a) { return static_cast<F>(a); }), ...);
 }
 
-// Towards 0. Too large numbers become the largest; NaN becomes 0, or as 64 bits the lowest with a sign.
-template <typename I>
-I truncated(double a) {
+// Towards 0. Too large numbers become the largest. NaN becomes the upper bit alone, or, from 32 bits to 32 bits, 0.
+template <typename I, typename F>
+I truncated(F a) {
   constexpr I low = std::numeric_limits<I>::min(), high = std::numeric_limits<I>::max();
-  if (a != a) return sizeof(I) == 8 ? static_cast<I>(0x8000000000000000u) : I(0);
-  return a <= static_cast<double>(low) ? low : a >= static_cast<double>(high) ? high : static_cast<I>(a);
+  if (a != a) return std::max(sizeof(I), sizeof(F)) == 8 ? static_cast<I>(uint64_t{1} << (8 * sizeof(I) - 1)) : I(0);
+  return a <= static_cast<F>(low) ? low : a >= static_cast<F>(high) ? high : static_cast<I>(a);
 }
 template <typename F, typename... I>
 void define_truncations() {

@@ -104,17 +104,21 @@ class Decoder {
   }
 
   int operand(const std::string& text, int bytes) {
-    if (text == "_") return -1;
     if (text[0] == '%') return register_of(text);
     if (std::isdigit(static_cast<unsigned char>(text[0])) || text[0] == '-') return literal(text, bytes);
     return symbol(text, bytes);
   }
 
-  void address(const std::string& text, int bytes, Instruction& in) {  // "[%rd1+8]"
+  int sized(const std::string& name, int bytes, const Statement& statement) {
+    if (name[0] == '%' && width_of(name) != bytes) stop(name + " is no register of that size: " + statement.text);
+    return operand(name, bytes);
+  }
+
+  void address(const std::string& text, int bytes, const Statement& statement, Instruction& in) {  // "[%rd1+8]"
     const std::string inner = text.substr(1, text.size() - 2);
     const size_t plus = inner.find('+');
     if (plus != std::string::npos) in.offset = std::stoll(inner.substr(plus + 1));
-    in.from[0] = operand(inner.substr(0, plus), bytes);
+    in.from[0] = sized(inner.substr(0, plus), bytes, statement);
   }
 
   // -------------------------------------------------------------------------------------------------------------------
@@ -124,7 +128,7 @@ class Decoder {
     Instruction in;
     in.statement = &statement;
     in.negated = statement.negated;
-    if (!statement.guard.empty()) in.guard = register_of(statement.guard);
+    if (!statement.guard.empty()) in.guard = sized(statement.guard, 1, statement);
     const std::string& opcode = statement.opcode;
     if (opcode == "bra" || opcode == "bra.uni") {
       in.flow = Flow::branch;
@@ -151,9 +155,9 @@ class Decoder {
     in.run = find_shuffle(statement.opcode);
     if (!in.run) stop("no instruction like " + statement.text);
     const size_t bar = operands[0].find('|');
-    in.to[0] = register_of(operands[0].substr(0, bar));
-    if (bar != std::string::npos) in.to[1] = register_of(operands[0].substr(bar + 1));
-    for (int i = 0; i < 4; ++i) in.from[i] = operand(operands[1 + i], 4);
+    in.to[0] = sized(operands[0].substr(0, bar), 4, statement);
+    if (bar != std::string::npos) in.to[1] = sized(operands[0].substr(bar + 1), 1, statement);
+    for (int i = 0; i < 4; ++i) in.from[i] = sized(operands[1 + i], 4, statement);
   }
 
   void memory(const Statement& statement, Instruction& in) {
@@ -165,17 +169,20 @@ class Decoder {
     const bool loads = starts_with(opcode, "ld."), is_atomic = starts_with(opcode, "atom.");
     const std::vector<std::string>& operands = statement.operands;
     in.run = found->run;
-    address(operands[loads || is_atomic], opcode.find(".shared") != std::string::npos ? 4 : 8, in);
+    address(operands[loads || is_atomic], opcode.find(".shared") != std::string::npos ? 4 : 8, statement, in);
     if (is_atomic) {
-      in.to[0] = register_of(operands[0]), in.from[1] = operand(operands[2], found->bytes);
+      in.to[0] = sized(operands[0], found->bytes, statement), in.from[1] = sized(operands[2], found->bytes, statement);
       return;
     }
     const std::string& values = operands[!loads];
     const std::vector<std::string> entries = in.count > 1 ? entries_of(values) : std::vector<std::string>{values};
-    in.width = std::max(2, found->bytes);  // there are no registers of one byte
-    for (const std::string& entry : entries)
-      if (entry[0] == '%') in.width = width_of(entry);
-    for (int i = 0; i < in.count; ++i) (loads ? in.to[i] : in.from[1 + i]) = operand(entries[i], in.width);
+    if (in.count > 4 || in.count * found->bytes > 16 || static_cast<int>(entries.size()) != in.count)
+      stop("no instruction like " + statement.text);
+    const bool is_float = opcode[opcode.rfind('.') + 1] == 'f';
+    in.width = std::max(2, found->bytes);     // there are no registers of one byte
+    for (const std::string& entry : entries)  // those of integers may be wider
+      if (entry[0] == '%' && !is_float) in.width = std::max(in.width, width_of(entry));
+    for (int i = 0; i < in.count; ++i) (loads ? in.to[i] : in.from[1 + i]) = sized(entries[i], in.width, statement);
   }
 
   void vector_move(const Statement& statement, Instruction& in) {  // "mov.b64 {%r1, %r2}, %rd1", and the reverse
@@ -186,8 +193,9 @@ class Decoder {
     in.count = static_cast<int>(entries.size());
     in.run = find_vector_move(packs, whole, in.count);
     if (!in.run) stop("no instruction like " + statement.text);
-    (packs ? in.to[0] : in.from[0]) = operand(operands[!packs], whole);
-    for (int i = 0; i < in.count; ++i) (packs ? in.from[i] : in.to[i]) = operand(entries[i], whole / in.count);
+    (packs ? in.to[0] : in.from[0]) = sized(operands[!packs], whole, statement);
+    for (int i = 0; i < in.count; ++i)
+      if (packs || entries[i] != "_") (packs ? in.from[i] : in.to[i]) = sized(entries[i], whole / in.count, statement);
   }
 
   void arithmetic(const Statement& statement, Instruction& in) {
@@ -201,11 +209,6 @@ class Decoder {
     for (size_t i = 0; i < opcode->from.size(); ++i) in.from[i] = sized(operands[1 + i], opcode->from[i], statement);
   }
 
-  int sized(const std::string& name, int bytes, const Statement& statement) {
-    if (name[0] == '%' && width_of(name) != bytes) stop(name + " is no register of that size: " + statement.text);
-    return operand(name, bytes);
-  }
-
   Kernel& kernel_;
   KernelText& text_;
   std::unordered_map<std::string, int> registers_;
@@ -216,7 +219,11 @@ class Decoder {
 }  // namespace
 
 void decode(Kernel& kernel) {
-  if (kernel.code.empty()) Decoder(kernel).decode();
+  if (!kernel.code.empty()) return;
+  Kernel decoded;  // of its own, as one that is decoded in part must never run
+  decoded.text = kernel.text, decoded.module = kernel.module;
+  Decoder(decoded).decode();
+  kernel = std::move(decoded);
 }
 
 }  // namespace ptx

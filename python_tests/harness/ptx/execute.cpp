@@ -48,7 +48,10 @@ void shuffle(Warp& warp, const Instruction& in, Lanes lanes) {
                                                : first | (b & ~segment);
     const bool in_segment = mode == From::up ? source >= clamp : source <= clamp;
     const int from = in_segment ? source : lane;
-    if (!(lanes >> from & 1)) stop("a shuffle reads lane " + std::to_string(from) + ", which takes no part in it");
+    const Lanes mask = warp.values<Lanes>(in.from[3])[lane];
+    if (!(mask >> lane & 1)) stop("lane " + std::to_string(lane) + " shuffles, and its mask does not name it");
+    if (!((lanes & mask) >> from & 1))
+      stop("a shuffle reads lane " + std::to_string(from) + ", which takes no part in it");
     warp.values<uint32_t>(in.to[0])[lane] = before[from];
     if (in.to[1] >= 0) warp.values<Predicate>(in.to[1])[lane] = in_segment;
   });
