@@ -1,6 +1,7 @@
 """The CUDA kernels without a GPU: csrc/cuda, compiled by g++ over include/emulator.h, as torch ops on CPU tensors.
 
-``load()`` defines ``torch.ops.bcmf_emulated``; ``set_order`` runs blocks and threads in another order.
+``load()`` defines ``torch.ops.bcmf_emulated``; ``set_order`` runs blocks and threads in another order, and
+``set_shared_memory`` makes a smaller device.
 """
 
 from __future__ import annotations
@@ -62,6 +63,11 @@ def load() -> CDLL:
 def set_order(order: str) -> None:
     """Of blocks, and of the threads between two barriers."""
     load().bcmf_emulated_set_order(ORDERS.index(order))
+
+
+def set_shared_memory(kib: int) -> None:
+    """Of a block, as the device says it has; 99 until it is set."""
+    load().bcmf_emulated_set_shared_memory(kib << 10)
 
 
 LOSS = ops.define_loss(LIB, "loss")
