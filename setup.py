@@ -31,7 +31,11 @@ MODULE = "csrc/module.cpp"
 SOURCES = sorted({*map(str, Path("csrc").glob("*.cpp")), *map(str, Path("csrc/cpu").rglob("*.cpp"))} - {MODULE})
 CUDA_SOURCES = sorted(str(path) for path in Path("csrc/cuda").rglob("*.c*") if path.suffix in (".cpp", ".cu"))
 KERNELS = "bcmf_ext._kernels"
-DEFAULT_ARCHS = ("7.5", "8.0", "9.0", "10.0", "12.0")  # code for 8.0 runs on 8.x; PTX of the last one serves newer GPUs
+# Machine code runs on the later GPUs of its generation: that of 8.0 on all 8.x, of 10.0 on 10.3, of 12.0 on 12.1. For
+# others the driver compiles PTX, which serves all GPUs that are not older than it: that of 10.0 serves 11.0, as that of
+# 12.0 would not, and whatever comes after 12.x.
+DEFAULT_ARCHS = ("7.5", "8.0", "9.0", "10.0", "12.0")
+PTX_ARCH = "10.0"
 
 
 def find_cuda_home() -> Path | None:
@@ -55,6 +59,12 @@ def try_compiler() -> str | None:
     if done.returncode == 0:
         return None
     return next((line for line in done.stderr.splitlines() if "error" in line), f"exit status {done.returncode}")
+
+
+def _with_ptx(archs: list[str]) -> list[str]:
+    """These archs, with PTX of PTX_ARCH, or where nvcc is too old for it, of the newest."""
+    ptx = PTX_ARCH if PTX_ARCH in archs else archs[-1]
+    return [f"{arch}+PTX" if arch == ptx else arch for arch in archs]
 
 
 class Plan:
@@ -111,8 +121,7 @@ class Plan:
             if not set(present) <= known:
                 gpus = ";".join(present)
                 return f"nvcc {release} cannot compile for this machine's GPU ({gpus}): install a newer CUDA toolkit"
-            self.archs = ";".join(present or [arch for arch in DEFAULT_ARCHS if arch in known])
-            self.archs += "" if present else "+PTX"
+            self.archs = ";".join(present or _with_ptx([arch for arch in DEFAULT_ARCHS if arch in known]))
         os.environ["TORCH_CUDA_ARCH_LIST"] = self.archs
         return None
 

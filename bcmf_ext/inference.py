@@ -65,13 +65,16 @@ class Predictor:
 
     @torch.inference_mode()
     def logits(self, images: Tensor) -> Tensor:
-        """The network's logits (N, C, h, w) for uint8 RGB images (N, 3, H, W) on any device. Raises TypeError for what
-        is no tensor, ValueError for other tensors."""
+        """The network's logits (N, C, h, w) for uint8 RGB images (N, 3, H, W) on any device. Images that come from the
+        CPU may be written over as soon as it returns. Raises TypeError for what is no tensor, ValueError for other
+        tensors."""
         if not isinstance(images, Tensor):
             raise TypeError(f"images are a uint8 tensor (N, 3, H, W), not a {type(images).__name__}.")
         if images.dtype != torch.uint8 or images.dim() != 4 or images.shape[1] != 3:
             raise ValueError(f"Predictor takes uint8 images (N, 3, H, W), not {tuple(images.shape)} {images.dtype}.")
-        images = images.to(self.device, non_blocking=True).contiguous(memory_format=torch.channels_last)
+        # The copy is waited for. One that is not would still read pinned memory while the caller writes the next frame
+        # there, also where a CUDA graph is replayed: what the graph reads is copied from this copy, on the same stream.
+        images = images.to(self.device).contiguous(memory_format=torch.channels_last)
         with torch.autocast(self.device.type, enabled=False):  # The network has its own precision.
             return self.network(images) if self._graphs is None else self._graphs(images)
 

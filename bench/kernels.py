@@ -6,13 +6,14 @@ gradient are compared with the fp64 definition in the same run.
 
 Roofline. What an op has to do at least: bytes from memory and exponentials. Both rates are measured in the same run,
 the best of all rounds: copying 128 MiB, and torch.exp of a tensor that fits into the cache (on a GPU, the exponentials
-are those of its special function units at full clock); the share is the larger of the two times that this work needs,
-over the time it took. A share above 100 % says that torch.exp is not the fastest exp.
+are those of its special function units at full clock, if nvidia-smi tells that); the share is the larger of the two
+times that this work needs, over the time it took. A share above 100 % says that torch.exp is not the fastest exp.
 """
 
 from __future__ import annotations
 
 import argparse
+import functools
 import math
 import statistics
 import subprocess
@@ -42,6 +43,7 @@ from bcmf_ext.engine import choose_device
 from bcmf_ext.errors import run_command
 
 OPS = {
+    "training": segmentation_loss.training,
     "cross_entropy": cross_entropy.problems,
     "segmentation_loss": segmentation_loss.problems,
     "sizes": segmentation_loss.sizes,
@@ -118,14 +120,21 @@ class RateMeter:
         exps = self.small.numel() / self.exp_ms
         if self.source.is_cuda:  # torch.exp waits for memory there; the special function units take 16 a clock and SM
             processors = torch.cuda.get_device_properties(self.source.device).multi_processor_count
-            exps = 16.0 * processors * max_clock_khz()
+            exps = 16.0 * processors * (max_clock_khz() or math.inf)
         return Rates(2 * self.source.numel() * self.source.element_size() / self.copy_ms, exps)
 
 
-def max_clock_khz() -> float:
-    """The highest clock of the GPU's multiprocessors; CUDA 13 no longer has it among the device's properties."""
+@functools.cache
+def max_clock_khz() -> float | None:
+    """The highest clock of the GPU's multiprocessors, which CUDA 13 no longer has among the device's properties; None
+    where nvidia-smi does not tell it: exponentials then count for nothing in the roofline."""
     command = ["nvidia-smi", "--query-gpu=clocks.max.sm", "--format=csv,noheader,nounits"]
-    return 1e3 * float(subprocess.run(command, capture_output=True, text=True, check=True).stdout.splitlines()[0])
+    try:
+        said = subprocess.run(command, capture_output=True, text=True, check=True, timeout=30).stdout
+        return 1e3 * float(said.splitlines()[0])
+    except (OSError, subprocess.SubprocessError, ValueError, IndexError) as error:
+        print(f"The roofline is that of bytes alone: nvidia-smi does not tell the clock ({error}).")
+        return None
 
 
 def errors(problem: Problem) -> dict[str, dict[str, float]]:
@@ -181,7 +190,7 @@ def measure(problem: Problem, clock: protocol.Clock, rounds: int) -> dict[str, A
         "counts": protocol.does_count(rounds, [*aa.values()]),
         "gradient_mib": problem.input.numel() * problem.input.element_size() / 2**20,
         "copy_gb_per_s": rates.bytes / 1e6,
-        "exp_g_per_s": rates.exps / 1e6,
+        "exp_g_per_s": rates.exps / 1e6 if math.isfinite(rates.exps) else None,
         "contenders": rows,
     }
 
@@ -194,7 +203,7 @@ def render(result: dict[str, Any]) -> str:
     aa = ", ".join(f"{phase} {ratio:.2f}" for phase, ratio in result["A/A"].items())
     lines = [
         f"{result['problem']}   × {result['baseline']}   A/A: {aa}{protocol.verdict(result['counts'])}",
-        f"  copy {result['copy_gb_per_s']:.0f} GB/s, exp {result['exp_g_per_s']:.2f} G/s",
+        f"  copy {result['copy_gb_per_s']:.0f} GB/s, exp {result['exp_g_per_s'] or math.nan:.2f} G/s",
         f"  {'':<14}{'forward':>9}{'backward':>10}{'both':>7}  {'(spread)':<13}{'ms':>9}{'roofline':>10}{'MiB':>8}"
         "   error of value, gradient",
     ]

@@ -1,5 +1,5 @@
-"""segmentation_loss and its terms beside the cross-entropy alone: of logits at label size and at an eighth
-(`problems`), and of logits of many sizes (`sizes`)."""
+"""segmentation_loss and its terms beside the cross-entropy alone: of logits as a training gives them (`training`), of
+fp32 logits at label size and at an eighth (`problems`), and of logits of many sizes (`sizes`)."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from functools import partial
 
 import torch
 import torch.nn.functional as F
-from problem import Problem, interpolate, make_logits, our_impls, size_of, work
+from problem import OURS, Contender, Problem, interpolate, make_logits, make_training_logits, our_impls, size_of, work
 from torch import Tensor
 
 from bcmf_ext import BCL, CPG, boundary_corrected_loss, cpg_loss, reference, segmentation_loss
@@ -63,6 +63,26 @@ def problems(labels: Tensor, classes: int) -> Iterator[Problem]:
         yield problem(labels, classes, size, ALL, authors=True)
         for mix in (Mix(cpg=CPG(kernel_size=7)), Mix(ce=False, bcl=BCL()), Mix(ce=False, cpg=CPG())):
             yield problem(labels, classes, size, mix)
+
+
+def training(labels: Tensor, classes: int) -> Iterator[Problem]:
+    """Problems as a training has them: logits in bf16 and channels_last, at an eighth with labels as most trainers keep
+    them (int64) and as files do (uint8), and at the labels' size. PyTorch's contenders widen the logits first, which is
+    what autocast has them do."""
+
+    def widened(contender: Contender) -> Contender:
+        return lambda z: contender(z.float())
+
+    height, width = labels.shape[1:]
+    eighth = (height // 8, width // 8)
+    for size, dtype in ((eighth, torch.int64), (eighth, torch.uint8), ((height, width), torch.int64)):
+        target = labels.to(dtype)
+        logits = make_training_logits(target, classes, size)
+        made = problem(target, classes, size, ALL)
+        title = f"{ALL} in training, {size_of(logits, labels)}, bfloat16, {str(dtype).removeprefix('torch.')} labels"
+        contenders = {name: run if name in OURS else widened(run) for name, run in made.contenders.items()}
+        other = {name: widened(run) for name, run in made.other.items()}
+        yield replace(made, title=title, input=logits, contenders=contenders, other=other, work=work(logits, target))
 
 
 def sizes(labels: Tensor, classes: int) -> Iterator[Problem]:

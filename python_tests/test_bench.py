@@ -6,8 +6,12 @@ import importlib
 import json
 import os
 import re
+import shutil
+import signal
 import subprocess
 import sys
+import tarfile
+import time
 from pathlib import Path
 from typing import Any
 
@@ -119,20 +123,137 @@ def test_refine_plans_and_compares(
             refine.read_record(tmp_path / "damaged.json", {})
 
 
+GPU_SCRIPT = ROOT / "bench" / "gpu.sh"
+FAKE_PYTHON = """#!/bin/sh
+case "$*" in
+  *"import xdist"*) exit 1 ;;
+  *"torch.ones"*) exit 0 ;;
+  *get_device_name*) echo "A fake, torch 2.11" ;;
+  *why_not*) [ -e "{folder}/built" ] || {{ echo "cuda: not built"; exit 1; }} ;;
+  *"pip install"*) [ -e "{folder}/cannot-build" ] && exit 1; touch "{folder}/built" ;;
+  *"-m pytest"*) echo "7 skipped" ;;
+  *"--op lmfm"*) echo "cuda: not measured (not built)" ;;
+  *"--op sizes"*) echo one problem; exec sleep 30 ;;
+esac
+"""
+# A stage has a second, whatever the script gives it, where the variable SECOND says so.
+FAKE_TIMEOUT = """#!/bin/sh
+[ "$1" = -s ] && [ -n "$SECOND" ] || exec {timeout} "$@"
+shift 5
+exec {timeout} -s INT -k 1 1 "$@"
+"""
+
+
+@pytest.fixture
+def fake_gpu(tmp_path: Path) -> dict[str, str]:
+    """An environment in which bench/gpu.sh believes in a GPU, and its stages take no time, but for `sizes`."""
+    for name, script in (
+        ("python", FAKE_PYTHON.format(folder=tmp_path)),
+        ("nvidia-smi", "#!/bin/sh\necho Unable to determine the device handle\nexit 9\n"),
+        ("timeout", FAKE_TIMEOUT.format(timeout=shutil.which("timeout"))),
+    ):
+        (tmp_path / name).write_text(script)
+        (tmp_path / name).chmod(0o755)
+    return {**os.environ, "PYTHON": str(tmp_path / "python"), "PATH": f"{tmp_path}:{os.environ['PATH']}"}
+
+
+def run_gpu_script(env: dict[str, str], out: Path, *stages: str) -> tuple[int, str, set[str]]:
+    """Its exit status, the summary that it leaves, and what is in its archive."""
+    done = subprocess.run([GPU_SCRIPT, out, *stages], env=env, capture_output=True, text=True)
+    return done.returncode, *left_in(out)
+
+
+def left_in(out: Path) -> tuple[str, set[str]]:
+    """The summary and the archive's files; there is nothing else."""
+    summary, archive = sorted(out.iterdir(), key=lambda path: path.suffix, reverse=True)
+    with tarfile.open(archive) as opened:
+        assert opened.extractfile("./summary.txt").read().decode() == summary.read_text()
+        return summary.read_text(), {Path(name).name for name in opened.getnames()}
+
+
+@needs_bench
+def test_gpu_script_wants_a_gpu(tmp_path: Path) -> None:
+    """Protects from an empty run that looks like a good one: without a GPU nothing runs, and the status and the summary
+    say so."""
+    if torch.cuda.is_available():
+        pytest.skip("a GPU is there")
+    status, summary, _ = run_gpu_script({**os.environ, "PYTHON": sys.executable}, tmp_path / "out")
+    assert status == 1
+    assert re.search(r"FAILED: no GPU answers \(.+\), so that nothing was run; --dry-run tries", summary)
+    assert "passed" not in summary
+    unknown = subprocess.run([GPU_SCRIPT, tmp_path / "other", "dance"], capture_output=True, text=True)
+    assert (unknown.returncode, unknown.stderr.split(".")[0]) == (2, "There is no stage dance")
+    assert not (tmp_path / "other").exists()
+
+
+@needs_bench
+def test_gpu_script_builds_the_kernels_or_fails(fake_gpu: dict[str, str], tmp_path: Path) -> None:
+    """Protects from benches without CUDA that pass: where kernels are missing they are built first, and where that
+    fails nothing runs; a test run of skipped tests, and a bench that left CUDA out, have failed."""
+    status, summary, files = run_gpu_script(fake_gpu, tmp_path / "a", "profile", "training")
+    assert (status, "all stages passed" in summary) == (0, True), summary
+    assert re.findall(r"^(\S+) +\d+ s  passed$", summary, re.M) == ["build", "triton-cache", "profile", "training"]
+    assert "A fake, torch 2.11; driver, clock and memory: nvidia-smi does not tell" in summary
+    status, summary, files = run_gpu_script(fake_gpu, tmp_path / "b", "cuda-tests", "lmfm", "rmi")
+    assert (status, "all stages passed" in summary) == (1, False)
+    assert re.search(r"cuda-tests .*FAILED: no test ran\nlmfm .*FAILED: cuda: not measured.*\nrmi .*passed", summary)
+    assert {"cuda-tests.log", "lmfm.log", "rmi.log"} <= files
+    (tmp_path / "built").unlink()
+    (tmp_path / "cannot-build").touch()
+    status, summary, files = run_gpu_script(fake_gpu, tmp_path / "c", "training")
+    assert status == 1
+    assert re.search(r"build .*FAILED.*\ntriton-cache.*\ntraining .*FAILED: not run, since there are no", summary)
+    assert "training.log" not in files
+
+
+@needs_bench
+def test_gpu_script_keeps_what_it_has(fake_gpu: dict[str, str], tmp_path: Path) -> None:
+    """Protects minutes on a GPU: a stage that takes too long, or a call that is interrupted, leaves what it has
+    written, and the summary says what to call next; that is another status than a failure's."""
+    (tmp_path / "built").touch()
+    status, summary, files = run_gpu_script({**fake_gpu, "SECOND": "1"}, tmp_path / "a", "profile", "sizes", "rmi")
+    assert status == 3
+    assert re.search(r"profile .*passed\nsizes .*CUT OFF after .*\nrmi .*passed", summary)
+    assert summary.splitlines()[-1] == "one problem"
+    assert "the next call: bench/gpu.sh OUT sizes\n" in summary
+    for number, status in ((signal.SIGINT, 3), (signal.SIGTERM, 3), (signal.SIGKILL, -9)):
+        out = tmp_path / number.name
+        with subprocess.Popen(
+            [GPU_SCRIPT, out, "profile", "sizes", "rmi"], env=fake_gpu, stdout=subprocess.PIPE
+        ) as run:
+            assert run.stdout is not None
+            assert b"profile: passed" in run.stdout.readline()
+            time.sleep(0.5)
+            run.send_signal(number)
+            assert run.wait(20) == status
+        summary, files = left_in(out)
+        assert "profile.log" in files
+        assert ("sizes.log" in files) == (number != signal.SIGKILL)
+        assert "the next call: bench/gpu.sh OUT sizes rmi\n" in summary
+
+
 @pytest.mark.thorough
 def test_gpu_script_as_far_as_it_goes_without_one(tmp_path: Path) -> None:
-    """Protects bench/gpu.sh: its stages run, their logs and results are where it says, a failure is its exit status."""
-    out = tmp_path / "out"
+    """Protects bench/gpu.sh: its benches run, their logs and results are where it says."""
     env = {**os.environ, "PYTHON": sys.executable, "OMP_NUM_THREADS": "1"}
     env["TORCH_COMPILE_DISABLE"] = "1"  # compiling would take most of the time
-    done = subprocess.run(
-        [ROOT / "bench" / "gpu.sh", out, "sanitize", "bench", "profile"], env=env, capture_output=True, text=True
-    )
+    ops = ("training", "cross_entropy", "segmentation_loss", "sizes", "blocks", "table4", "rmi", "lmfm")
+    stages = ("cuda-tests", "profile", *ops, "inference", "train_step", "metrics", "memcheck")
+    done = subprocess.run([GPU_SCRIPT, "--dry-run", tmp_path / "out", *stages], env=env, capture_output=True, text=True)
     assert done.returncode == 0, done.stdout
-    assert "all stages passed" in done.stdout
-    record = json.loads((out / "kernels-cpu.json").read_text())
-    assert {"commit", "sources", "versions", "labels", "results"} <= record.keys()
-    for result in record["results"]:
+    assert "NOTHING WAS SHOWN OF CUDA" in done.stdout
+    assert "all stages passed" not in done.stdout
+    left_in(tmp_path / "out")
+    fill = [sys.executable, ROOT / "bench" / "fill_triton_cache.py", "--size", "2", "19", "24", "32", "--device", "cpu"]
+    filled = subprocess.run([*fill, "--op", "training", "lmfm"], env=env, capture_output=True, text=True)
+    assert filled.stdout.startswith("0 problems ran in Triton"), filled.stderr
+    out = tmp_path / "unpacked"
+    with tarfile.open(next((tmp_path / "out").glob("*.tar.gz"))) as archive:
+        archive.extractall(out)
+    records = [json.loads((out / f"kernels-{op}-cpu.json").read_text()) for op in ops]
+    for record in records:
+        assert {"commit", "sources", "versions", "labels", "results"} <= record.keys()
+    for result in (result for record in records for result in record["results"]):
         if not result["problem"].startswith("RMI,"):  # It has no kernels.
             assert result["contenders"]["cpu"]["against"].keys() == result["contenders"].keys() - {"cpu"}
         for name, row in result["contenders"].items():
@@ -152,10 +273,8 @@ def test_gpu_script_as_far_as_it_goes_without_one(tmp_path: Path) -> None:
     metrics = json.loads((out / "metrics-cpu.json").read_text())["result"]["rows"]
     assert {"all four, kernels", "all four, PyTorch", "ConfusionMatrix, from logits"} <= metrics.keys()
     assert all(row["ms"] > 0 for row in metrics.values())
-    assert Image.open(out / "kernels-cpu.png").size[0] > 400
+    assert Image.open(out / "kernels-segmentation_loss-cpu.png").size[0] > 400
     assert "GB/s on its bytes" in (out / "profile.log").read_text()
-    unknown = subprocess.run([ROOT / "bench" / "gpu.sh", out, "dance"], env=env, capture_output=True, text=True)
-    assert unknown.returncode == 2
 
 
 @needs_bench

@@ -112,6 +112,17 @@ def test_an_older_nvcc_builds_for_what_it_knows(tmp_path: Path) -> None:
     assert cuda_plan(tmp_path, "compute_75 compute_80 compute_86 compute_90") == "7.5;8.0;9.0+PTX"
 
 
+def test_ptx_serves_every_gpu_without_code_of_its_own(tmp_path: Path) -> None:
+    """Protects GPUs of 11.0, whose number is below that of 12.0, and those to come: each runs code of its generation,
+    or PTX that is not newer than itself."""
+    archs = cuda_plan(tmp_path, "compute_75 compute_80 compute_90 compute_100 compute_110 compute_103 compute_120")
+    code = [tuple(map(int, arch.removesuffix("+PTX").split("."))) for arch in archs.split(";")]
+    ptx = [arch for arch, text in zip(code, archs.split(";"), strict=True) if text.endswith("+PTX")]
+    for gpu in ((7, 5), (8, 0), (8, 9), (9, 0), (10, 0), (10, 3), (11, 0), (12, 0), (12, 1), (13, 0)):
+        assert any(arch[0] == gpu[0] and arch <= gpu for arch in code) or any(arch <= gpu for arch in ptx), gpu
+    assert len(ptx) == 1  # more of it would only make the library larger
+
+
 @pytest.mark.parametrize(("gpus", "expected"), [("[(9, 0), (8, 0)]", "8.0;9.0"), ("[(12, 0)]", "cannot compile")])
 def test_the_gpu_at_hand_is_what_is_built_for(tmp_path: Path, gpus: str, expected: str) -> None:
     """A machine with GPUs compiles for these alone; one that is newer than its nvcc gets a reason, not a traceback."""

@@ -276,3 +276,24 @@ def test_graph_on_a_gpu(tmp_path: Path, name: str, amp: str) -> None:
     for _ in range(3):
         for image, expected in zip(images, plain, strict=True):
             torch.testing.assert_close(predictor.logits(image), expected)
+
+
+@pytest.mark.gpu
+def test_a_frame_may_be_written_over(tmp_path: Path) -> None:
+    """Protects cameras that write the next frame into the same pinned memory: a Predictor has read it when it returns,
+    also when the GPU is behind, with a CUDA graph and, for the first frame, without."""
+    if not torch.cuda.is_available():
+        pytest.skip("no CUDA device")
+    folder = write_run(tmp_path, "bcmfnet", trained("bcmfnet"))
+    predictor, other = Predictor(folder, "cuda"), Predictor(folder, "cuda")
+    pictures = [picture(96, 160), 255 - picture(96, 160)] * 3
+    expected = [other.logits(image.cuda()) for image in pictures]
+    frame = torch.empty_like(pictures[0]).pin_memory()
+    found = []
+    for image in pictures:
+        frame.copy_(image)
+        torch.cuda._sleep(10**7)
+        found.append(predictor.logits(frame))
+        frame.zero_()
+    for logits, of_picture in zip(found, expected, strict=True):
+        torch.testing.assert_close(logits, of_picture)

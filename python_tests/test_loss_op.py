@@ -9,7 +9,8 @@ from typing import Any
 
 import pytest
 import torch
-from harness.backends import BACKENDS, KERNELS, Backend, every_backend, every_kernel
+from harness import emulator
+from harness.backends import BACKENDS, KERNELS, Backend, every_backend, every_kernel, on
 from harness.cases.losses import (
     LOSSES,
     SIZES,
@@ -29,6 +30,7 @@ from bcmf_ext.ops import Sum, Summary
 from bcmf_ext.options import LossOptions
 
 GPU = tuple(backend for backend in KERNELS if backend.device == "cuda")
+EMULATED = tuple(backend for backend in KERNELS if backend.name == "emulated")
 WIDE = (
     make_case("segmentation_loss wide", bcl=BCL(0.7), cpg=CPG(0.6)),
     make_case("cross_entropy weighted wide", ohem=OHEM(0.01, 6_000)),
@@ -260,6 +262,36 @@ def test_windows_larger_than_the_image(backend: Backend) -> None:
     for value, grad in losses[1:]:
         assert torch.equal(value, losses[0][0])
         assert torch.equal(grad, losses[0][1])
+
+
+@on(EMULATED)
+def test_a_gpu_with_little_shared_memory(backend: Backend) -> None:
+    """Protects a T4 (64 KiB a block) from launches that fail: whatever has room there runs, and where CPG's gradient in
+    fp64 has none, a sentence says so and what to do."""
+    classes = 16  # channels_last logits of so many lie in shared memory, but in fp32 not on a T4
+    y = problem((1, classes, 33, 41), torch.float32, backend.device)[1]
+
+    def gradient(dtype: torch.dtype, cpg: int, low: bool) -> Tensor:
+        z, _, _ = problem((1, classes, *((9, 11) if low else (33, 41))), dtype, backend.device)
+        z = z.contiguous(memory_format=torch.channels_last).detach().requires_grad_()
+        bcmf_ext.segmentation_loss(z, y, bcl=BCL(), cpg=CPG(kernel_size=cpg), impl=backend.impl).total.backward()
+        assert z.grad is not None
+        return z.grad
+
+    runs = [(dtype, cpg, low) for dtype in (torch.bfloat16, torch.float32) for cpg in (3, 7) for low in (False, True)]
+    runs.append((torch.float64, 3, False))
+    expected = [gradient(*run) for run in runs]
+    try:
+        emulator.set_shared_memory(64)
+        for run, grad in zip(runs, expected, strict=True):
+            torch.testing.assert_close(gradient(*run), grad)
+        for cpg, low in ((3, True), (5, False), (7, False), (7, True)):
+            with pytest.raises(
+                ValueError, match=f"kernel_size={cpg} for fp64 logits takes more shared memory than this"
+            ):
+                gradient(torch.float64, cpg, low)
+    finally:
+        emulator.set_shared_memory(99)
 
 
 @every_kernel

@@ -240,6 +240,13 @@ int loss_backward(const LossArgs& args, void* memory, Stream stream) {
   return cudaGetLastError();
 }
 
+bool loss_backward_fits(const LossArgs& args) {
+  if (args.logits.type != FloatType::f64) return true;  // half as much is enough
+  const bool to_cells = args.resampled() && BackwardScratch<double>(args, nullptr).by_tiles;
+  return fits_shared(to_cells ? SparseMemory<double, TileCells<double>>(args).shared.bytes()
+                              : SparseMemory<double, StoreAny<double, double>>(args).shared.bytes());
+}
+
 int upsample_argmax(const LossArgs& args, void* classes, Stream stream) {
   with_scalar(args.logits.type, [&](auto scalar) {
     using Scalar = decltype(scalar);

@@ -15,6 +15,10 @@ int loss_sums(const LossArgs& args, void* scratch, Stream stream);
 int loss_finish(const LossArgs& args, FloatType acc, Stream stream);
 int loss_backward(const LossArgs& args, void* scratch, Stream stream);
 
+// Tells whether a block of the current device has the shared memory that loss_backward takes. In fp64 that of CPG is
+// too much for some.
+bool loss_backward_fits(const LossArgs& args);
+
 // bcmf::upsample_argmax, which reads the sizes and the logits of `args` and nothing else. classes: (N, H, W) uint8, or
 // int32 if there are more than 256.
 int upsample_argmax(const LossArgs& args, void* classes, Stream stream);

@@ -52,6 +52,9 @@ Tensor loss_backward(const LossOptions& options, const Tensor& grad_total, const
   LossInputs in(options, logits, target, weight);
   LossGradient out(grad_total, logits, stats, selected, summary, in.args);
   if (target.numel() == 0) return stable::zero_(out.grad);
+  BCMF_CHECK(
+      cuda::loss_backward_fits(in.args), "the gradient of CPG with kernel_size=", 2 * in.args.cpg_radius + 1,
+      " for fp64 logits takes more shared memory than this GPU gives a block: use impl='triton', or fp32 logits.");
   const Tensor scratch = cuda::make_scratch(logits, cuda::loss_backward_scratch(in.args));
   cuda::check_launch(cuda::loss_backward(in.args, scratch.data_ptr(), cuda::current_stream(logits)));
   return out.grad;

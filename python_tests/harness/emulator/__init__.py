@@ -1,6 +1,7 @@
 """The CUDA kernels without a GPU: csrc/cuda, compiled by g++ over include/emulator.h, as torch ops on CPU tensors.
 
-``load()`` defines ``torch.ops.bcmf_emulated``; ``set_order`` runs blocks and threads in another order.
+``load()`` defines ``torch.ops.bcmf_emulated``; ``in_order`` runs blocks and threads in another order, and
+``set_shared_memory`` makes a smaller device.
 """
 
 from __future__ import annotations
@@ -74,3 +75,8 @@ def in_order(order: str) -> Iterator[None]:
         yield
     finally:
         load().bcmf_emulated_set_order(0)
+
+
+def set_shared_memory(kib: int) -> None:
+    """Of a block, as the device says it has; 99 until it is set."""
+    load().bcmf_emulated_set_shared_memory(kib << 10)

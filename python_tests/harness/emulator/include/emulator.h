@@ -65,6 +65,7 @@ struct Block {
   unsigned current = 0;
   std::function<void()> kernel;
   std::map<const void*, std::unique_ptr<char[]>> shared;
+  int64_t static_bytes = 0, most_static_bytes = 0;     // how large all of that is, and was in a block of the launch
   std::map<int64_t, std::unique_ptr<char[]>> dynamic;  // parts of the dynamic shared memory, by their offset
   int64_t dynamic_bytes = 0;                           // how large all of it is, as the launch said
   bool launched = false;
@@ -165,6 +166,7 @@ inline void run_block() {
   const unsigned threads = block_size.count();
   if (block.fibers.size() < threads) block.fibers.resize(threads);
   block.shared.clear();
+  block.static_bytes = 0;
   block.dynamic.clear();
   for (unsigned i = 0; i < threads; ++i) {
     Fiber& fiber = block.fibers[i];
@@ -199,6 +201,7 @@ inline void launch(Dim3 grid, Dim3 threads, int64_t shared, std::function<void()
   block_size = threads;
   block.kernel = std::move(kernel);
   block.dynamic_bytes = shared;
+  block.most_static_bytes = 0;
   const struct Launched {  // it tidies up when the launch has ended, or failed
     Launched() { block.launched = true; }
     ~Launched() { block.launched = false; }
@@ -230,7 +233,10 @@ T* poisoned(std::unique_ptr<char[]>& bytes, size_t count) {
 
 template <typename T>
 T* shared_array(const void* key, size_t count) {
-  return poisoned<T>(block.shared[key], count);
+  std::unique_ptr<char[]>& bytes = block.shared[key];
+  if (!bytes) block.static_bytes += static_cast<int64_t>(count * sizeof(T));
+  block.most_static_bytes = std::max(block.most_static_bytes, block.static_bytes);
+  return poisoned<T>(bytes, count);
 }
 
 // The `value` of another lane of the warp. All lanes of the warp must call it at the same place.
