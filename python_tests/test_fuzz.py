@@ -15,7 +15,7 @@ pytest.importorskip("hypothesis")  # some GPU machines have no network to get it
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-EXAMPLES = {"cpu": 1000, "emulated": 300, "triton": 30, "cuda": 300, "pytorch": 100}
+EXAMPLES = {"cpu": 1000, "emulated": 300, "ptx": 100, "triton": 30, "cuda": 300, "pytorch": 100}
 
 
 @st.composite

@@ -15,6 +15,7 @@ from harness import emulator, ptx
 from harness.backends import KERNELS, Backend, on
 from harness.cases import CASES
 from harness.cases.pattern import Case, Inputs, Results, in_layout, results_of
+from harness.selection import MIXES
 
 pytestmark = pytest.mark.skipif(ptx.why_not() is not None, reason=str(ptx.why_not()))
 
@@ -92,7 +93,7 @@ def test_what_gpp_does_not_see(fault: str, over_emulator: Path) -> None:
 # The kernels
 
 
-SHAPES = ((2, 5, 37, 72), (1, 12, 5, 68))
+SHAPES = ((2, 5, 37, 72), (2, 12, 5, 68))
 DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 
 
@@ -103,7 +104,7 @@ def problems(*dtypes: torch.dtype) -> Iterator[tuple[Case, Inputs]]:
         for case in cases:
             for dtype in [dtype for dtype in dtypes if dtype in case.dtypes]:
                 inputs = case.inputs(shape, dtype, "cpu")
-                yield from ((case, in_layout(inputs, layout)) for layout in ("nchw", "channels_last"))
+                yield from ((case, in_layout(inputs, layout)) for layout in ("nchw", "channels_last", "slice"))
                 if case.name == "segmentation_loss flipped low-resolution":  # more logits than labels
                     yield case, (torch.randn(*shape[:2], 40, 75, dtype=torch.float64).to(dtype), *inputs[1:])
 
@@ -155,14 +156,14 @@ def test_every_barrier_is_needed(backend: Backend, modules: dict[str, str]) -> N
                 unnoticed.append(source_line(module, barrier.start()))
         ptx.take_in(module)
     assert tried > 100
-    assert [line for line in unnoticed if not re.search(r"__syncthreads\(\);  // \w", line)] == []
+    assert [line for line in unnoticed if not re.search(r"__syncthreads\(\);  // \S", line)] == []
 
 
 def is_noticed(backend: Backend, case: Case, inputs: Inputs, expected: Results) -> bool:
     try:
         return not results_of(case, backend, inputs).equal(expected)
     except RuntimeError as error:
-        return re.search("nothing orders the two|not all threads of the block reach", str(error)) is not None
+        return re.search("nothing orders the two|nothing has written|not all threads of the block reach", str(error)) is not None
 
 
 def source_line(module: str, place: int) -> str:
@@ -187,12 +188,13 @@ def test_newer_generation(backend: Backend, generation: int, modules: dict[str, 
 @on(PTX)
 def test_coarse_instructions(backend: Backend) -> None:
     """Protects the results from what differs between GPUs: ex2.approx and rcp.approx may be off by two units."""
-    for case, inputs in problems(torch.float32):
-        if "low-resolution" in case.name or inputs[0].shape[1] == 5:
+    for case in CASES:
+        if case.name not in MIXES:
             continue
+        inputs = case.inputs(SHAPES[0], torch.float32, "cpu")
         exact = results_of(case, backend, inputs)
         with ptx.options(ulps=2):
             coarse = results_of(case, backend, inputs)
-        assert case.differentiable(inputs) == [] or not coarse.equal(exact) or "norm" in case.name
+        assert not coarse.equal(exact)
         for one, other in zip([*exact.outputs, *exact.grads], [*coarse.outputs, *coarse.grads], strict=True):
-            assert (one - other).abs().max() <= 2e-6 * one.abs().max()
+            assert (one - other).abs().max() <= 5e-6 * one.abs().max()

@@ -110,6 +110,7 @@ def results(
         torch.randn(out.shape, generator=g, dtype=torch.float64).to(upstream_dtype).to(out.device, out.dtype)
         for out in outputs
     ]
+    upstream = [torch.empty_like(out).copy_(grad) for out, grad in zip(outputs, upstream, strict=True)]  # the layouts
     grads = torch.autograd.grad(outputs, leaves, upstream) if leaves else ()
     written = [given[i] for i in case.written(inputs)]
     return Results([out.detach() for out in outputs], list(grads), written)

@@ -75,7 +75,7 @@ def compile_by_nvcc(source: Path, suffix: str, *flags: str) -> Path:
         fcntl.flock(lock, fcntl.LOCK_EX)
         if not target.exists():
             unfinished = target.with_name(f"unfinished-{target.name}")
-            command = ["nvcc", "-std=c++17", "-O3", f"-I{SOURCES}", *flags, str(source)]
+            command = ["nvcc", "-std=c++17", "-O3", "-diag-suppress=177", f"-I{SOURCES}", *flags, str(source)]
             subprocess.run([*command, "-o", str(unfinished)], check=True)
             unfinished.replace(target)
     return target
