@@ -163,7 +163,10 @@ def is_noticed(backend: Backend, case: Case, inputs: Inputs, expected: Results) 
     try:
         return not results_of(case, backend, inputs).equal(expected)
     except RuntimeError as error:
-        return re.search("nothing orders the two|nothing has written|not all threads of the block reach", str(error)) is not None
+        return (
+            re.search("nothing orders the two|nothing has written|not all threads of the block reach", str(error))
+            is not None
+        )
 
 
 def source_line(module: str, place: int) -> str:

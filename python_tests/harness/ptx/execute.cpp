@@ -330,6 +330,9 @@ void launch(Kernel& kernel, unsigned blocks, unsigned threads, int64_t dynamic_s
   Launch(kernel, blocks, threads, dynamic_shared, parameters).run();
   running = nullptr;
   const Traffic traffic = take_traffic();
+  static uint64_t launches = 0;
+  ++launches;
+  if (kernel.launches == 0) kernel.first_launch = launches;
   ++kernel.launches, kernel.blocks += blocks, kernel.threads += uint64_t{threads} * blocks;
   kernel.bytes_read += traffic.read, kernel.bytes_written += traffic.written;
   kernel.dynamic_shared = std::max(kernel.dynamic_shared, dynamic_shared);

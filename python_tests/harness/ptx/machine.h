@@ -73,6 +73,7 @@ struct Kernel {
   int64_t static_shared = 0;
   // What was counted of all launches.
   std::vector<Count> counts;  // by instruction
+  uint64_t first_launch = 0;  // a number that grows from launch to launch
   uint64_t launches = 0, blocks = 0, threads = 0, bytes_read = 0, bytes_written = 0;
   int64_t dynamic_shared = 0;  // the most
 };

@@ -1,7 +1,7 @@
 // What Python calls, by ctypes. Errors come back as text; null is none.
 #include <cstring>
 #include <exception>
-#include <set>
+#include <map>
 #include <sstream>
 #include <string>
 
@@ -98,20 +98,18 @@ PTX_PYTHON void ptx_reset_counts() {
   }
 }
 
-// JSON of the kernels that were launched, in the order of their names.
+// JSON of the kernels that were launched, in the order of their first launches.
 PTX_PYTHON const char* ptx_counts() {
   const std::lock_guard lock(ptx::gate());
+  std::map<uint64_t, const ptx::Kernel*> launched;
+  for (const ptx::Kernel* kernel : ptx::all_kernels())
+    if (kernel->launches > 0) launched[kernel->first_launch] = kernel;
   std::ostringstream out;
-  out << '[';
-  bool first = true;
-  for (const ptx::Kernel* kernel : ptx::all_kernels()) {
-    if (kernel->launches == 0) continue;
-    out << (first ? "" : ", ");
+  for (const auto& [number, kernel] : launched) {
+    out << (out.tellp() == 0 ? "[" : ", ");
     ptx::write_kernel(out, *kernel);
-    first = false;
   }
-  out << ']';
-  ptx::answer = out.str();
+  ptx::answer = launched.empty() ? "[]" : out.str() + "]";
   return ptx::answer.c_str();
 }
 
