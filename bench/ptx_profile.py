@@ -90,7 +90,7 @@ class Problem:
 
 def problems(labels: Tensor, classes: int) -> Iterator[Problem]:
     """For labels (N, H, W) int64."""
-    n, height, width = labels.shape
+    n, height, width = labels.shape  # n: LMFM trains on two images or more
     entries = classes * labels.numel()
     all_terms = {"bcl": BCL(), "cpg": CPG()}
     sizes = {"label size": (height, width), "from 1/8": (height // 8, width // 8)}
@@ -118,7 +118,7 @@ def problems(labels: Tensor, classes: int) -> Iterator[Problem]:
         entries,
         lambda: [ptx.OPS["UPSAMPLE_ARGMAX"](few, height, width, False)],
     )
-    context = torch.randn(n, 128, 16, 16, generator=torch.Generator().manual_seed(0))
+    context = torch.randn(max(n, 2), 128, 16, 16, generator=torch.Generator().manual_seed(0))
     context = context.contiguous(memory_format=torch.channels_last).requires_grad_()
     lmfm = LMFM(128, 64, 128, impl="cuda").to(memory_format=torch.channels_last).train()
     yield Problem("LMFM of 128 channels, 16×16, float32, channels_last", context.numel(), lambda: [lmfm(context).sum()])
