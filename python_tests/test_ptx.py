@@ -51,6 +51,7 @@ SEEN_BY_GPP = {  # in one order of threads, without sanitizers
     "missing_barrier_behind_atomics",
     "divergent_barrier",
     "shared_memory_asked_too_small",
+    "more_shared_memory_than_there_is",
     "shuffle_under_divergence",
     "shuffle_from_a_lane_that_is_not_there",
     "division_by_zero",

@@ -1,7 +1,8 @@
 """Which tests run: on Triton's interpreter, which is slow, not all; and all only where CI is set.
 
-Unless it is, a test with several parameters runs with so few combinations that every two values still meet, the
-emulator and the interpreter take cases that between them run every kernel, and what is marked ``thorough`` is left out.
+Unless it is, a test with several parameters runs with so few combinations that every two values still meet; the CUDA
+kernels run as nvcc makes them, and as g++ does (the emulator) only where nvcc is missing; they and the interpreter take
+cases that between them run every kernel; and what is marked ``thorough`` is left out.
 What is left out is not even collected; conftest.py prints how many tests that are, and why.
 """
 
@@ -17,6 +18,7 @@ import pytest
 import torch
 
 from bcmf_ext.nn import LMFM
+from harness import ptx
 from harness.cases import CASES
 from harness.cases.losses import LossCase
 from harness.cases.norms import NormCase
@@ -38,7 +40,7 @@ EVERY_KERNEL = (
     "add_norm_relu joined eval",
     "upsample_argmax low-resolution",
 )
-"""Of the ops' cases, those that the default run takes on the emulator and on the interpreter."""
+"""Of the ops' cases, those that the default run takes on CUDA's kernels without a GPU and on the interpreter."""
 
 
 class Rule(NamedTuple):
@@ -153,7 +155,7 @@ def parameters(item: pytest.Item) -> dict[str, Any]:
 
 def is_slow(item: pytest.Item) -> bool:
     """Whether a case takes another way through the same kernels, on a backend where each takes long; or takes long on
-    the interpreter in any case."""
+    the interpreter in any case; or runs on the emulator, where nvcc's own output runs beside it."""
     given = parameters(item)
     slow = (
         given["backend"].name in ("emulated", "ptx", "triton")
