@@ -157,14 +157,13 @@ def is_slow(item: pytest.Item) -> bool:
     """Whether a case takes another way through the same kernels, on a backend where each takes long; or takes long on
     the interpreter in any case; or runs on the emulator, where nvcc's own output runs beside it."""
     given = parameters(item)
-    slow = (
-        given["backend"].name in ("emulated", "ptx", "triton")
-        if "backend" in given
-        else item.path.name == "test_triton.py"
-    )
+    name = given["backend"].name if "backend" in given else ""
+    if name == "emulated" and ptx.why_not() is None:
+        return True
+    slow = name in ("emulated", "ptx", "triton") or item.path.name == "test_triton.py"
     if slow and "case" in given and given["case"] in CASES and given["case"].name not in EVERY_KERNEL:
         return True
-    return "backend" in given and given["backend"].interpreted and rule_of(item).only_ci
+    return name == "triton" and given["backend"].interpreted and rule_of(item).only_ci
 
 
 def on_the_interpreter(item: pytest.Item) -> bool:
