@@ -199,7 +199,7 @@ def launched(kernel: ptx.Kernel, phase: str) -> Launched:
 def count(problem: Problem) -> list[Launched]:
     """The kernels that a problem's forward and backward launch."""
     found: list[Launched] = []
-    with ptx.options(traffic=True, races=False):
+    with ptx.options(traffic=True, races=False, shared_memory=227):  # an H100's
         ptx.reset_counts()
         outputs = problem.call()
         found += (launched(kernel, "forward") for kernel in ptx.counts())
@@ -401,6 +401,20 @@ def print_difference(record: Mapping[str, Any], before: Mapping[str, Any]) -> No
             print(f"  {display(name)}  gone")
 
 
+def read_other(path: Path, size: Sequence[int]) -> dict[str, Any]:
+    """The record of another run. UserError if its figures are not comparable with one of this size."""
+    try:
+        other = dict(json.loads(path.read_text()))
+        version, its_size = other["version"], other["size"]
+    except (OSError, ValueError, KeyError) as error:
+        raise UserError(f"{path} is no profile that --output has written: {error!r}.") from error
+    if version != gpu_model.VERSION:
+        raise UserError(f"{path} has version {version} of the figures, not {gpu_model.VERSION}: run its commit again.")
+    if its_size != list(size):
+        raise UserError(f"{path} is of the size {its_size}: give --size {' '.join(map(str, its_size))}.")
+    return other
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--size", type=int, nargs=4, default=(2, 19, 256, 256), metavar=("N", "C", "H", "W"))
@@ -414,6 +428,7 @@ def main() -> None:
     why_not = ptx.why_not()
     if why_not is not None:
         raise UserError(f"The kernels cannot be compiled here: {why_not}.")
+    before = None if arguments.diff is None else read_other(arguments.diff, arguments.size)
     n, classes, height, width = arguments.size
     labels = make_labels(arguments.labels, n, height, width).long()
     record = make_record(labels, classes, arguments.times)
@@ -421,8 +436,8 @@ def main() -> None:
         print_problem(problem)
     if arguments.output is not None:
         protocol.write_record(arguments.output, record)
-    if arguments.diff is not None:
-        print_difference(record, json.loads(arguments.diff.read_text()))
+    if before is not None:
+        print_difference(record, before)
 
 
 if __name__ == "__main__":

@@ -138,17 +138,21 @@ def in_order(order: str) -> AbstractContextManager[None]:
 
 
 @contextmanager
-def options(order: str = "forward", races: bool = True, traffic: bool = False, ulps: int = 0) -> Iterator[None]:
+def options(
+    order: str = "forward", races: bool = True, traffic: bool = False, shared_memory: int = 99, ulps: int = 0
+) -> Iterator[None]:
     """Runs what is within in another way.
 
     order: of blocks and warps. races: accesses that nothing orders are looked for. traffic: sectors and banks are
-    counted. ulps: what ex2.approx and rcp.approx are off by at most, in units of the last place.
+    counted. shared_memory: what the device has of it for a block, in KiB. ulps: what ex2.approx and rcp.approx are off
+    by at most, in units of the last place.
     """
-    load().ptx_set(ORDERS.index(order), races, traffic, ulps)
+    usual = (0, True, False, 99 << 10, 0)
+    load().ptx_set(ORDERS.index(order), races, traffic, shared_memory << 10, ulps)
     try:
         yield
     finally:
-        load().ptx_set(0, True, False, 0)
+        load().ptx_set(*usual)
 
 
 def launches() -> int:

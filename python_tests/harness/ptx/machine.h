@@ -142,10 +142,11 @@ inline void for_lanes(Lanes lanes, F f) {
 enum class Order { forward, reversed, shuffled };
 
 struct Options {
-  Order order = Order::forward;  // of blocks, and of the warps of a block
-  bool races = true;             // accesses that nothing orders are looked for
-  bool traffic = false;          // sectors and banks are counted
-  int ulps = 0;                  // what ex2.approx and rcp.approx are off by at most, in units of the last place
+  Order order = Order::forward;    // of blocks, and of the warps of a block
+  bool races = true;               // accesses that nothing orders are looked for
+  bool traffic = false;            // sectors and banks are counted
+  int64_t most_shared = 99 << 10;  // bytes of a block, as of compute capability 8.6, 8.9 and 12.0
+  int ulps = 0;                    // what ex2.approx and rcp.approx are off by at most, in units of the last place
 };
 extern Options options;
 

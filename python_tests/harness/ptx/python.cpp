@@ -55,8 +55,8 @@ void write_kernel(std::ostream& out, const Kernel& kernel) {
 }  // namespace
 }  // namespace ptx
 
-PTX_PYTHON void ptx_set(int order, int races, int traffic, int ulps) {
-  ptx::options = {static_cast<ptx::Order>(order), races != 0, traffic != 0, ulps};
+PTX_PYTHON void ptx_set(int order, int races, int traffic, int most_shared, int ulps) {
+  ptx::options = {static_cast<ptx::Order>(order), races != 0, traffic != 0, most_shared, ulps};
 }
 
 PTX_PYTHON const char* ptx_load(const char* text) {

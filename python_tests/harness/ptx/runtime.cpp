@@ -12,8 +12,7 @@
 
 namespace {
 
-// What a GPU of compute capability 8.6, 8.9 or 12.0 gives a block, in bytes: unasked, and to whom it asks for it.
-constexpr int64_t kUsualShared = 48 << 10, kMostShared = 99 << 10;
+constexpr int64_t kUsualShared = 48 << 10;  // bytes that a block gets unasked
 
 struct Configuration {
   dim3 grid, block;
@@ -110,7 +109,7 @@ const char* cudaGetErrorString(cudaError_t) { return "no error"; }
 cudaError_t cudaGetDevice(int* device) { return *device = 0, cudaSuccess; }
 cudaError_t cudaDeviceGetAttribute(int* value, cudaDeviceAttr attribute, int) {
   if (attribute != cudaDevAttrMaxSharedMemoryPerBlockOptin) ptx::stop("a device attribute that is unknown here");
-  return *value = kMostShared, cudaSuccess;
+  return *value = static_cast<int>(ptx::options.most_shared), cudaSuccess;
 }
 cudaError_t cudaFuncGetAttributes(cudaFuncAttributes* attributes, const void* function) {
   const std::lock_guard lock(ptx::gate());
@@ -123,7 +122,7 @@ cudaError_t cudaFuncSetAttribute(const void* function, cudaFuncAttribute attribu
   const std::lock_guard lock(ptx::gate());
   if (attribute != cudaFuncAttributeMaxDynamicSharedMemorySize) ptx::stop("an attribute that is unknown here");
   const ptx::Kernel& kernel = kernel_of(function);
-  if (value + kernel.static_shared > kMostShared)
+  if (value + kernel.static_shared > ptx::options.most_shared)
     ptx::stop(ptx::demangled(kernel.text.name) + " asks for more shared memory than a block can have");
   allowed()[kernel.text.name] = value;
   return cudaSuccess;
