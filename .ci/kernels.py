@@ -26,6 +26,13 @@ BUDGET = Path(__file__).with_name("budget.json")
 ARCHS = (75, 80, 90, 100, 120)
 CAMVID = ROOT.parent / "shared" / "data" / "camvid"
 SIZE = (2, 19, 256, 256)
+WORDS = {
+    "registers": "registers",
+    "shared": "bytes of shared memory",
+    "executed": "executed instructions",
+    "sectors": "sectors of global memory",
+    "conflicts": "conflicts in shared memory",
+}
 SPARE = 1.01  # sums are rounded in another way on another CPU, and then BCL may select another pixel
 
 
@@ -57,15 +64,19 @@ def main() -> None:
     else:
         print(f"What kernels execute is not compared with the budget: that is of CamVid's labels, in {CAMVID}")
     if "--update" in sys.argv[1:]:
+        if not counted:
+            sys.exit("--update needs CamVid's labels: what kernels execute would be lost from the budget")
         BUDGET.write_text(json.dumps(dict(sorted(used.items())), indent=1) + "\n")
     budget = json.loads(BUDGET.read_text())
     for name, needs in used.items():
         for what, value in needs.items():
             if what not in budget.get(name, {}):
-                complaints.append(f"{name} has no budget of {what}")
+                complaints.append(f"{name} has no budget of {WORDS[what]}")
             elif value > budget[name][what] * (1 if what in ("registers", "shared") else SPARE):
-                complaints.append(f"{name} needs {value} {what}, its budget is {budget[name][what]}")
+                complaints.append(f"{name} needs {value} {WORDS[what]}, its budget is {budget[name][what]}")
     complaints += [f"{name} has a budget, but is no kernel" for name in budget if name not in used]
+    lost = [name for name in used if counted and "executed" in budget.get(name, {}) and "executed" not in used[name]]
+    complaints += [f"{name} is run by no problem of bench/ptx_profile.py any more" for name in lost]
     for complaint in complaints:
         print(complaint)
     if complaints:

@@ -275,6 +275,7 @@ def on_gpu(
     per_ptx = code.instructions / kernel.instructions
     work = gpu_model.Work(
         instructions=row["executed"] * per_ptx,
+        integer=row["kinds"]["int"] + 2 * row["kinds"]["int64"],
         fp64=row["kinds"]["fp64"],
         special=row["kinds"]["special"],
         passes=row["bank_passes"],
@@ -293,7 +294,7 @@ def on_gpu(
     }
 
 
-def make_record(labels: Tensor, classes: int, times: int) -> dict[str, Any]:
+def make_record(labels: Tensor, classes: int, times: int, labels_from: str) -> dict[str, Any]:
     counted = count_all(labels, classes)
     codes = machine_codes()
     return {
@@ -301,6 +302,7 @@ def make_record(labels: Tensor, classes: int, times: int) -> dict[str, Any]:
         "gpus": {name: asdict(gpu) for name, gpu in gpu_model.GPUS.items()},
         "about": {**protocol.about(), "nvcc": machine_code.nvcc_version(), "ptx": f"compute_{ptx.GENERATION}"},
         "size": [labels.shape[0], classes, *labels.shape[1:]],
+        "labels": labels_from,
         "times": times,
         "problems": [
             {
@@ -371,12 +373,6 @@ def print_problem(problem: Mapping[str, Any]) -> None:
 
 def print_difference(record: Mapping[str, Any], before: Mapping[str, Any]) -> None:
     """This record's figures divided by those of another one."""
-    if before["version"] != record["version"]:
-        raise UserError(
-            f"The other profile has version {before['version']}, not {record['version']}: compare new ones."
-        )
-    if before["size"] != record["size"]:
-        raise UserError(f"The other profile is of {before['size']}, not {record['size']}: give --size.")
     others = {problem["title"]: problem for problem in before["problems"]}
     for problem in record["problems"]:
         if problem["title"] not in others:
@@ -384,9 +380,8 @@ def print_difference(record: Mapping[str, Any], before: Mapping[str, Any]) -> No
             continue
         old = others[problem["title"]]
         print(f"\n{problem['title']}: now, before, ratio")
-        scale = before["times"] / record["times"]
         for name, value in totals(problem).items():
-            other = totals(old)[name] / (scale if name == "MB" or name.endswith("ms") else 1)
+            other = totals(old)[name]
             print(f"  {name:62s}{value:12.4g}{other:12.4g}{ratio_of(value, other):8.3f}")
         rows = {(k["phase"], k["name"]): k for k in old["kernels"]}
         for k in problem["kernels"]:
@@ -401,23 +396,45 @@ def print_difference(record: Mapping[str, Any], before: Mapping[str, Any]) -> No
             print(f"  {display(name)}  gone")
 
 
-def read_other(path: Path, size: Sequence[int]) -> dict[str, Any]:
-    """The record of another run. UserError if its figures are not comparable with one of this size."""
+def read_profile(path: Path, expected: Mapping[str, Any]) -> dict[str, Any]:
+    """Another run's record; UserError if it is none, or not of what is expected by name."""
     try:
-        other = dict(json.loads(path.read_text()))
-        version, its_size = other["version"], other["size"]
-    except (OSError, ValueError, KeyError) as error:
-        raise UserError(f"{path} is no profile that --output has written: {error!r}.") from error
-    if version != gpu_model.VERSION:
-        raise UserError(f"{path} has version {version} of the figures, not {gpu_model.VERSION}: run its commit again.")
-    if its_size != list(size):
-        raise UserError(f"{path} is of the size {its_size}: give --size {' '.join(map(str, its_size))}.")
-    return other
+        before = dict(json.loads(path.read_text()))
+        found = {name: before[name] for name in expected}
+    except (OSError, ValueError, TypeError, KeyError) as error:
+        raise UserError(f"{path} is no profile that --output has written: {error!r}.") from None
+    for name, value in expected.items():
+        if found[name] != value:
+            raise UserError(f"{path} has the {name} {found[name]}, this run {value}: give both runs the same.")
+    return before
+
+
+def check_arguments(arguments: argparse.Namespace) -> None:
+    """Before minutes of counting, UserError for what would fail behind them."""
+    why_not = ptx.why_not()
+    if why_not is None and machine_code.cuobjdump() is None:
+        why_not = "cuobjdump not found"
+    if why_not is not None:
+        raise UserError(f"The kernels cannot be compiled and counted here: {why_not}.")
+    n, classes, height, width = arguments.size
+    if min(n, classes, arguments.times) < 1 or min(height, width) < 8:
+        raise UserError("There has to be an image and a class, with sides of 8 pixels or more, --times 1 or more.")
+    if arguments.output is not None:
+        arguments.output.parent.mkdir(parents=True, exist_ok=True)
+        if not os.access(arguments.output.parent, os.W_OK) or arguments.output.is_dir():
+            raise UserError(f"{arguments.output} cannot be written.")
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--size", type=int, nargs=4, default=(2, 19, 256, 256), metavar=("N", "C", "H", "W"))
+    parser.add_argument(
+        "--size",
+        type=int,
+        nargs=4,
+        default=(2, 19, 256, 256),
+        metavar=("N", "C", "H", "W"),
+        help="images, classes and pixels of the labels (2 19 256 256)",
+    )
     parser.add_argument("--times", type=int, default=1, help="multiply the counts, as of so many batches (1)")
     parser.add_argument("--labels", metavar="CAMVID", help="labels of CamVid in this folder (drawn scenes)")
     parser.add_argument("--output", type=Path, metavar="FILE", help="write the figures to it, as JSON")
@@ -425,13 +442,14 @@ def main() -> None:
         "--diff", type=Path, metavar="FILE", help="print ratios to the figures of another run's --output"
     )
     arguments = parser.parse_args()
-    why_not = ptx.why_not()
-    if why_not is not None:
-        raise UserError(f"The kernels cannot be compiled here: {why_not}.")
-    before = None if arguments.diff is None else read_other(arguments.diff, arguments.size)
+    check_arguments(arguments)
+    labels_from = "CamVid" if arguments.labels else "drawn scenes"
+    expected = {"version": gpu_model.VERSION, "size": list(arguments.size), "labels": labels_from}
+    expected["times"] = arguments.times  # milliseconds do not grow with it where a GPU is not full
+    before = None if arguments.diff is None else read_profile(arguments.diff, expected)
     n, classes, height, width = arguments.size
     labels = make_labels(arguments.labels, n, height, width).long()
-    record = make_record(labels, classes, arguments.times)
+    record = make_record(labels, classes, arguments.times, labels_from)
     for problem in record["problems"]:
         print_problem(problem)
     if arguments.output is not None:

@@ -40,6 +40,7 @@ FAULTS = {
     "race_between_threads": "a write by thread 32 .* which another thread has read",
     "shuffle_under_divergence": "a shuffle waits for lanes that do not come",
     "shuffle_from_a_lane_that_is_not_there": "a shuffle reads lane 16, which takes no part in it",
+    "shuffle_of_other_masks": "a shuffle waits for lanes that do not come",
     "disagreement_about_arguments": "an access of 4 bytes of global memory where nothing is allocated",
     "fault_in_a_branch_for_the_device": "other results",
     "more_threads_than_launch_bounds": "launched with more threads than its __launch_bounds__ allow",

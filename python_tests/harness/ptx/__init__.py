@@ -1,8 +1,9 @@
 """nvcc's own output without a GPU: the PTX of csrc/cuda, run on the CPU as torch ops on CPU tensors.
 
 ``load()`` compiles it with nvcc's host code, so that launches are what they are on a GPU, and defines
-``torch.ops.bcmf_ptx``. What runs is checked: bounds, alignment and initialisation of global and shared memory, races,
-barriers, shuffles, launches. What runs is counted: ``counts()``.
+``torch.ops.bcmf_ptx``. What runs is checked: bounds and alignment of global and shared memory, initialisation of
+global memory (shared memory is full of NaN at first), races, barriers, shuffles, launches. What runs is counted:
+``counts()``.
 """
 
 from __future__ import annotations

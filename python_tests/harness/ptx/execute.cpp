@@ -111,6 +111,12 @@ class WarpRunner {
       if (warp_.at[std::countr_zero(among)] == place) found |= among & -among;
     return found;
   }
+  static Lanes lanes_with(const Lanes* masks, Lanes mask, Lanes among) {
+    Lanes found = 0;
+    for (; among; among &= among - 1)
+      if (masks[std::countr_zero(among)] == mask) found |= among & -among;
+    return found;
+  }
   void count(int place, Lanes lanes) {
     Count& count = warp_.kernel->counts[place];
     ++count.executed;
@@ -163,15 +169,16 @@ class WarpRunner {
     move(lanes, at);
   }
 
-  // All lanes that can come have come: those at one shuffle go on, if they are all that it asks for.
+  // All lanes that can come have come: those at one shuffle with one mask go on, if they are all that it names.
   void run_shuffle() {
     for (Lanes left = warp_.at_shuffle; left;) {
-      const int lane = std::countr_zero(left), at = warp_.at[lane];
-      const Lanes lanes = lanes_at(left, at);
-      left &= ~lanes;
+      const int at = warp_.at[std::countr_zero(left)];
       const Instruction& in = code_[at];
       warp_.running = &in;
-      if (warp_.values<Lanes>(in.from[3])[lane] & ~lanes) continue;
+      const Lanes* masks = warp_.values<Lanes>(in.from[3]);
+      const Lanes mask = masks[std::countr_zero(left)], lanes = lanes_with(masks, mask, lanes_at(left, at));
+      left &= ~lanes;
+      if (mask & ~lanes) continue;
       count(at, lanes);
       in.run(warp_, in, lanes);
       move(lanes, at + 1);

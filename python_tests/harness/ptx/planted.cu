@@ -69,6 +69,8 @@ void start(void (*kernel)(Parameters...), int64_t shared, const Arguments&... ar
 
 __global__ void mirror_twice(const float* in, float* out, bool planted) {
   BCMF_SHARED(float, tile, kThreads);
+  tile[threadIdx.x] = 0;
+  __syncthreads();
   tile[threadIdx.x] = in[kThreads - 1 - threadIdx.x];
   if (!planted) __syncthreads();
   out[threadIdx.x] = tile[kThreads - 1 - threadIdx.x];
@@ -245,6 +247,15 @@ void shuffle_from_a_lane_that_is_not_there(Test& test) {
         test.planted ? 8 : 0);
 }
 
+__global__ void shuffle_by_masks(const float* in, float* out, bool planted) {
+  float value = in[threadIdx.x];
+  const unsigned half = threadIdx.x % 32 < 16 ? 0xffffu : 0xffff0000u;
+  const unsigned mask = planted && threadIdx.x % 2 ? 0xffffffffu : half;  // lanes of one half that disagree
+  value = __shfl_xor_sync(mask, __shfl_xor_sync(half, value, 8), 8);
+  out[threadIdx.x] = value;
+}
+void shuffle_of_other_masks(Test& test) { start(shuffle_by_masks, 0, test.in.data, test.out.data, test.planted); }
+
 struct Arguments {
 #if defined(__CUDA_ARCH__)
   int64_t only_on_the_device;
@@ -318,6 +329,7 @@ const std::map<std::string, void (*)(Test&)> faults = {FAULT(missing_barrier),
                                                        FAULT(race_between_threads),
                                                        FAULT(shuffle_under_divergence),
                                                        FAULT(shuffle_from_a_lane_that_is_not_there),
+                                                       FAULT(shuffle_of_other_masks),
                                                        FAULT(disagreement_about_arguments),
                                                        FAULT(fault_in_a_branch_for_the_device),
                                                        FAULT(more_threads_than_launch_bounds),
