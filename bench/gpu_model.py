@@ -1,9 +1,9 @@
 """How long a kernel takes on a GPU that is not there, by what was counted of it and by what NVIDIA publishes.
 
 A kernel's time is that of the scarcest of six things, each at its full rate: issuing instructions, memory, the path to
-shared memory and L1, and the units for integers, for fp64 and for special functions. What is left out (latency, a tail of few blocks,
-launches, caches between kernels) makes a GPU slower, or memory faster. So these are figures to compare two versions of
-a kernel by, and to see what binds it; no GPU has confirmed them.
+shared memory and L1, and the units for integers, for fp64 and for special functions. What is left out (latency, a tail
+of few blocks, launches, caches between kernels) makes a GPU slower, or memory faster. So these are figures to compare
+two versions of a kernel by, and to see what binds it; no GPU has confirmed them.
 """
 
 from __future__ import annotations
@@ -18,8 +18,8 @@ VERSION = 1
 @dataclass(frozen=True)
 class Gpu:
     """arch: 90 for sm_90. clock in Hz, memory in bytes a second. The rates are those of a multiprocessor and a clock:
-    issued is in warp instructions, integer, fp64 and special in operations of a lane, banks in bytes. The rest is what a
-    multiprocessor has for its blocks, in bytes, registers, threads and blocks."""
+    issued is in warp instructions, integer, fp64 and special in operations of a lane, banks in bytes. The rest is what
+    a multiprocessor has for its blocks, in bytes, registers, threads and blocks."""
 
     arch: int
     multiprocessors: int
@@ -47,9 +47,9 @@ RESERVED_SHARED = 1 << 10  # bytes of each block
 
 @dataclass(frozen=True)
 class Work:
-    """What all launches of a kernel take together: warp instructions of the machine, of these with integers (two for one
-    of 64 bits), in fp64 and by special function units, passes of banks, sectors of 32 bytes that went through L1, and bytes of memory. blocks: of a
-    launch."""
+    """What all launches of a kernel take together: warp instructions of the machine, of these with integers (two for
+    one of 64 bits), in fp64 and by special function units, passes of banks, sectors of 32 bytes that went through L1,
+    and bytes of memory. blocks: of a launch."""
 
     instructions: float
     integer: float
