@@ -554,7 +554,7 @@ ATOMICS = {
     "atom.shared.add.u32": operator.add,
     "atom.shared.or.b32": operator.or_,
 }
-FRESH = 0x7F7F7F7F
+FRESH = 0x7B7B7B7B
 """Four bytes that nothing has been stored to."""
 PART = 16
 """The bytes that each thread has for itself."""
