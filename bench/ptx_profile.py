@@ -90,7 +90,7 @@ class Problem:
 
 def problems(labels: Tensor, classes: int) -> Iterator[Problem]:
     """For labels (N, H, W) int64."""
-    n, height, width = labels.shape  # n: LMFM trains on two images or more
+    n, height, width = labels.shape
     entries = classes * labels.numel()
     all_terms = {"bcl": BCL(), "cpg": CPG()}
     sizes = {"label size": (height, width), "from 1/8": (height // 8, width // 8)}
@@ -118,6 +118,7 @@ def problems(labels: Tensor, classes: int) -> Iterator[Problem]:
         entries,
         lambda: [ptx.OPS["UPSAMPLE_ARGMAX"](few, height, width, False)],
     )
+    # LMFM trains on two images or more.
     context = torch.randn(max(n, 2), 128, 16, 16, generator=torch.Generator().manual_seed(0))
     context = context.contiguous(memory_format=torch.channels_last).requires_grad_()
     lmfm = LMFM(128, 64, 128, impl="cuda").to(memory_format=torch.channels_last).train()
@@ -449,7 +450,10 @@ def main() -> None:
     before = None if arguments.diff is None else read_profile(arguments.diff, expected)
     n, classes, height, width = arguments.size
     labels = make_labels(arguments.labels, n, height, width).long()
-    record = make_record(labels, classes, arguments.times, labels_from)
+    try:
+        record = make_record(labels, classes, arguments.times, labels_from)
+    except RuntimeError as error:  # nvcc, or a kernel that does what it must not
+        raise UserError(str(error)) from error
     for problem in record["problems"]:
         print_problem(problem)
     if arguments.output is not None:

@@ -17,6 +17,7 @@ from typing import Any
 
 import pytest
 import torch
+from harness import ptx
 from PIL import Image
 
 from bcmf_ext.errors import UserError
@@ -321,3 +322,56 @@ def test_pilot_leaves_what_it_cannot_go_on_from(held: str, tmp_path: Path) -> No
     assert (done.returncode, len(done.stderr.splitlines())) == (2, 1), done.stderr
     assert f"error: {record}" in done.stderr
     assert record.read_text() == held
+
+
+@needs_bench
+def test_model_of_gpus(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Protects the model's arithmetic: what binds a kernel, few blocks, and occupancy by the scarcest resource."""
+    monkeypatch.syspath_prepend(str(ROOT / "bench"))
+    model = importlib.import_module("gpu_model")
+    gpu = model.Gpu(90, multiprocessors=100, clock=1e9, memory=1e12, fp64=64, shared=100 << 10)
+    work = model.Work(instructions=4e8, integer=0, fp64=0, special=0, passes=1e8, sectors=0, bytes=3e9, blocks=1000)
+    assert model.times(gpu, work) == pytest.approx(
+        {"issue": 1, "memory": 3, "shared": 1, "integer": 0, "fp64": 0, "special": 0}
+    )
+    few = model.times(gpu, model.Work(**{**vars(work), "integer": 1e8, "special": 1e8, "blocks": 10}))
+    assert few == pytest.approx({"issue": 10, "memory": 3, "shared": 10, "integer": 5, "fp64": 0, "special": 20})
+    for threads, registers, shared, share in (
+        (256, 32, 0, 1),  # as many as there are threads
+        (256, 128, 0, 2 * 256 / 2048),  # two blocks by registers
+        (256, 32, 60 << 10, 256 / 2048),  # one by shared memory
+        (32, 32, 0, 32 * 32 / 2048),  # 32 blocks
+    ):
+        assert model.occupancy(gpu, threads, registers, shared) == share
+
+
+@needs_bench
+@pytest.mark.skipif(ptx.why_not() is not None, reason=str(ptx.why_not()))
+def test_profile_refuses_at_once(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Protects from minutes of counting for nothing; and kinds of instructions, which tuning goes by."""
+    monkeypatch.syspath_prepend(str(ROOT / "bench"))
+    profile = importlib.import_module("ptx_profile")
+    other = tmp_path / "other.json"
+    other.write_text(json.dumps({"version": 1, "size": [1, 2, 8, 8], "labels": "drawn scenes", "times": 1}))
+    damaged = tmp_path / "damaged.json"
+    damaged.write_text("{")
+    for flags, words in (
+        (["--diff", str(other)], r"has the size \[1, 2, 8, 8\]"),
+        (["--diff", str(other), "--size", "1", "2", "8", "8", "--times", "2"], "has the times 1, this run 2"),
+        (["--diff", str(damaged)], "is no profile"),
+        (["--diff", str(tmp_path / "missing.json")], "is no profile"),
+        (["--size", "1", "2", "4", "8"], "sides of 8 pixels or more"),
+        (["--output", str(tmp_path)], "cannot be written"),
+    ):
+        monkeypatch.setattr(sys, "argv", ["ptx_profile.py", *flags])
+        with pytest.raises(UserError, match=words):
+            profile.main()
+    kinds = {
+        **{"add.f32": "fp32", "setp.lt.f64": "fp64", "mad.lo.s32": "int", "mul.wide.u32": "int", "add.s64": "int64"},
+        **{"div.rn.f32": "division", "rem.u32": "division", "ex2.approx.ftz.f32": "special", "cvt.s64.s32": "convert"},
+        **{"selp.b32": "move", "ld.global.v4.u32": "global", "ld.f32": "global", "atom.shared.or.b32": "shared"},
+        **{"ld.param.u64": "parameter", "bra.uni": "branch", "ret": "branch", "bar.sync": "barrier"},
+    }
+    assert {opcode: profile.kind_of(opcode) for opcode in kinds} == kinds

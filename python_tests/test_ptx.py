@@ -9,6 +9,7 @@ from collections import defaultdict
 from collections.abc import Iterator
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from harness import emulator, ptx
@@ -89,6 +90,71 @@ def test_what_gpp_does_not_see(fault: str, over_emulator: Path) -> None:
     done = subprocess.run([over_emulator, fault], capture_output=True, text=True)
     passes = (done.returncode, done.stdout) == (0, "nothing noticed\n")
     assert passes != (fault in SEEN_BY_GPP), done
+
+
+# --------------------------------------------------------------------------------------------------------------------
+# What is counted
+
+
+MOVES = """.version 9.0
+.target sm_80
+.address_size 64
+.shared .align 16 .b8 tile[8192];
+.visible .entry moves(
+.param .u64 moves_param_0,
+.param .u64 moves_param_1
+)
+{{
+.reg .b32 %r<9>;
+.reg .b64 %rd<9>;
+mov.u32 %r1, %tid.x;
+mul.lo.s32 %r2, %r1, {shared};
+mov.u32 %r3, tile;
+add.s32 %r4, %r3, %r2;
+mul.wide.u32 %rd1, %r1, {across};
+ld.param.u64 %rd2, [moves_param_0];
+add.s64 %rd3, %rd2, %rd1;
+ld.global.u32 %r5, [%rd3];
+st.shared{vector} [%r4], {values};
+mul.wide.u32 %rd4, %r1, 4;
+ld.param.u64 %rd5, [moves_param_1];
+add.s64 %rd6, %rd5, %rd4;
+st.global.u32 [%rd6], %r5;
+ret;
+}}
+"""
+
+
+@pytest.mark.parametrize(
+    ("entries", "stride", "requests", "passes"),
+    [(1, 4, 1, 1), (1, 8, 1, 2), (1, 128, 1, 32), (1, 132, 1, 1), (2, 8, 2, 2), (4, 16, 4, 4), (4, 32, 4, 8)],
+)
+def test_banks(entries: int, stride: int, requests: int, passes: int) -> None:
+    """Protects the count of bank conflicts: lanes whose words lie in one bank take turns."""
+    values = "%r5" if entries == 1 else f"{{{', '.join(['%r5'] * entries)}}}"
+    vector = ".u32" if entries == 1 else f".v{entries}.u32"
+    found = count_moves(MOVES.format(shared=stride, across=4, vector=vector, values=values))
+    (store,) = [each for each in found.instructions if each.opcode.startswith("st.shared")]
+    assert (store.executed, store.lanes, store.requests, store.passes) == (1, 32, requests, passes)
+
+
+@pytest.mark.parametrize(("stride", "sectors"), [(0, 1), (4, 4), (8, 8), (32, 32), (64, 32)])
+def test_sectors(stride: int, sectors: int) -> None:
+    """Protects the count of sectors, and of the bytes that a launch touches: each sector once."""
+    found = count_moves(MOVES.format(shared=4, across=stride, vector=".u32", values="%r5"))
+    (load,) = [each for each in found.instructions if each.opcode == "ld.global.u32"]
+    assert (load.requests, load.sectors) == (1, sectors)
+    assert (found.bytes_read, found.bytes_written) == (32 * sectors, 128)
+
+
+def count_moves(text: str) -> ptx.Kernel:
+    memory = np.zeros(3 * 1024, np.uint32)
+    first = -memory.ctypes.data % 64 // 4  # sectors are counted from multiples of 32
+    ptx.reset_counts()
+    with ptx.options(traffic=True):
+        ptx.run(text, [memory[first : first + 1024]], [memory[first + 1024 : first + 1056]])
+    (kernel,) = ptx.counts()
+    return kernel
 
 
 # --------------------------------------------------------------------------------------------------------------------

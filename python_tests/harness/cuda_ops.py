@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -9,8 +10,12 @@ from torch.library import Library
 
 from bcmf_ext import dispatch, ops
 
-SOURCES = ("cuda/loss_op.cpp", "cuda/lmfm/lmfm_op.cpp", "loss_tensors.cpp")
-"""In csrc: what such a library is compiled from, beside kernels and launchers."""
+CSRC = Path(__file__).parents[2] / "csrc"
+SOURCES = (
+    *(str(CSRC / name) for name in ("cuda/loss_op.cpp", "cuda/lmfm/lmfm_op.cpp", "loss_tensors.cpp")),
+    str(Path(__file__).with_name("no_device.cpp")),
+)
+"""What such a library is compiled from, beside kernels and launchers."""
 
 
 def define(lib: Library) -> dict[str, Any]:

@@ -24,7 +24,7 @@ HERE = Path(__file__).parent
 SOURCES = HERE.parents[2] / "csrc"
 ORDERS = ("forward", "reversed", "shuffled")
 LAUNCHERS = ("loss", "lmfm")  # of csrc/cuda; each has a file here
-OWN = ("order", "device", *LAUNCHERS)
+OWN = ("order", *LAUNCHERS)
 LIB = Library("bcmf_emulated", "DEF")
 OPS = cuda_ops.define(LIB)
 
@@ -58,7 +58,8 @@ def load() -> CDLL:
         f"bcmf_emulated_{zlib.crc32(bytes(SOURCES)):08x}",  # each source tree has a folder of its own
         [
             *(str(HERE / f"{name}.cpp") for name in OWN),
-            *(str(SOURCES / name) for name in (*cuda_ops.SOURCES, "cpu/memory.cpp")),
+            *cuda_ops.SOURCES,
+            str(SOURCES / "cpu/memory.cpp"),
         ],
         extra_include_paths=[str(HERE / "include"), str(SOURCES)],  # the files here come before those of csrc
         extra_cflags=["-std=c++20", "-O2", "-fvisibility=hidden", "-Wno-unknown-pragmas"],

@@ -68,7 +68,8 @@ def build_folder() -> Path:
 
 
 def compile_by_nvcc(source: Path, suffix: str, *flags: str) -> Path:
-    """What nvcc makes of a source. It is kept under a name that tells the contents of what it may include."""
+    """What nvcc makes of a source; RuntimeError if it cannot. It is kept under a name that tells the contents of what
+    it may include."""
     files = {source, *HERE.glob("*.h"), *(path for path in SOURCES.rglob("*") if path.suffix in (".cuh", ".h"))}
     contents = b"".join(path.read_bytes() for path in sorted(files)) + " ".join(flags).encode()
     target = build_folder() / f"{source.stem}-{hashlib.sha256(contents).hexdigest()[:16]}{suffix}"
@@ -77,7 +78,8 @@ def compile_by_nvcc(source: Path, suffix: str, *flags: str) -> Path:
         if not target.exists():
             unfinished = target.with_name(f"unfinished-{target.name}")
             command = ["nvcc", "-std=c++17", "-O3", "-diag-suppress=177", f"-I{SOURCES}", *flags, str(source)]
-            subprocess.run([*command, "-o", str(unfinished)], check=True)
+            if subprocess.run([*command, "-o", str(unfinished)]).returncode != 0:
+                raise RuntimeError(f"nvcc does not compile {source}: it has said why.")
             unfinished.replace(target)
     return target
 
@@ -104,7 +106,7 @@ def load() -> CDLL:
     own = [str(HERE / f"{name}.cpp") for name in (*EXECUTOR, "torch")]
     library = cpp_extension.load(
         build_folder().name,
-        [*own, *(str(SOURCES / name) for name in cuda_ops.SOURCES)],
+        [*own, *cuda_ops.SOURCES],
         extra_include_paths=[str(HERE / "include"), str(HERE), str(SOURCES)],
         extra_cflags=list(FLAGS),
         extra_ldflags=list(map(str, objects)),
@@ -148,12 +150,11 @@ def options(
     counted. shared_memory: what the device has of it for a block, in KiB. ulps: what ex2.approx and rcp.approx are off
     by at most, in units of the last place.
     """
-    usual = (0, True, False, 99 << 10, 0)
     load().ptx_set(ORDERS.index(order), races, traffic, shared_memory << 10, ulps)
     try:
         yield
     finally:
-        load().ptx_set(*usual)
+        load().ptx_set_usual()
 
 
 def launches() -> int:

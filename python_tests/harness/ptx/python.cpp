@@ -59,6 +59,8 @@ PTX_PYTHON void ptx_set(int order, int races, int traffic, int most_shared, int 
   ptx::options = {static_cast<ptx::Order>(order), races != 0, traffic != 0, most_shared, ulps};
 }
 
+PTX_PYTHON void ptx_set_usual() { ptx::options = {}; }
+
 PTX_PYTHON const char* ptx_load(const char* text) {
   return ptx::caught([&] { ptx::load_module(text), ptx::forget_attributes(); });
 }

@@ -1,5 +1,4 @@
-// The tensors' memory, as the kernels' global memory; and there is no device, and no stream. This file stands in for
-// csrc/cuda/device.cpp and csrc/cpu/memory.cpp.
+// The tensors' memory, as the kernels' global memory. This file stands in for csrc/cpu/memory.cpp.
 #include <ATen/record_function.h>
 #include <c10/core/CPUAllocator.h>
 
@@ -11,7 +10,6 @@
 
 #include "allocations.h"
 #include "cpu/memory.h"
-#include "cuda/device.h"
 
 namespace {
 
@@ -94,12 +92,3 @@ void free_large(void* memory) {
 void release_kept_memory() {}
 
 }  // namespace bcmf::cpu
-
-namespace bcmf::cuda {
-
-Guard::Guard(const Tensor&) {}
-Guard::~Guard() = default;
-Stream current_stream(const Tensor&) { return nullptr; }
-void check_launch(int error) { STD_TORCH_CHECK(error == 0, "a launch returned ", error); }
-
-}  // namespace bcmf::cuda
