@@ -84,6 +84,15 @@ def test_a_planted_fault_is_found(fault: str) -> None:
         assert "planted.cu:" in said  # the line
 
 
+@on(PTX)
+def test_a_fake_tensor_is_no_memory(backend: Backend, capfd: pytest.CaptureFixture[str]) -> None:
+    """Protects from a null pointer that counts as memory since torch.compile called an op with tensors without data."""
+    case = next(case for case in CASES if case.name == "upsample_argmax")
+    torch.library.opcheck(*case.call_of(backend, *case.inputs((2, 5, 6, 7), torch.float32, backend.device)))
+    test_a_planted_fault_is_found("disagreement_about_arguments")  # a write at 0
+    assert "RecordFunction" not in capfd.readouterr().err
+
+
 @pytest.mark.parametrize("fault", FAULTS)
 def test_what_gpp_does_not_see(fault: str, over_emulator: Path) -> None:
     """Protects the reason for the executor: most faults pass the kernels' other emulation."""

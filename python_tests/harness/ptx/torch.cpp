@@ -49,9 +49,10 @@ struct Foreign : at::ObserverContext {
 void note_foreign(const c10::IValue& value, Foreign& foreign) {
   if (value.isList()) {
     for (const c10::IValue entry : value.toList()) note_foreign(entry, foreign);
-  } else if (value.isTensor() && value.toTensor().defined()) {
+  } else if (value.isTensor() && value.toTensor().has_storage()) {
     const c10::Storage& storage = value.toTensor().storage();
-    if (storage.nbytes() == 0 || ptx::is_noted(storage.data())) return;
+    const bool fake = !storage.data();  // then its size may be a symbol, which cannot be asked for
+    if (fake || storage.nbytes() == 0 || ptx::is_noted(storage.data())) return;
     ptx::note_input(storage.data(), static_cast<int64_t>(storage.nbytes()));
     foreign.noted.push_back(storage.data());
   }
