@@ -2,7 +2,8 @@
 
 Unless it is, a test with several parameters runs with so few combinations that every two values still meet; the CUDA
 kernels run as nvcc makes them, and as g++ does (the emulator) only where nvcc is missing; they and the interpreter take
-cases that between them run every kernel; and what is marked ``thorough`` is left out.
+cases that between them run every kernel; and what is marked ``thorough`` is left out. Where CI is set, the emulator
+takes such cases beside nvcc's output.
 What is left out is not even collected; conftest.py prints how many tests that are, and why.
 """
 
@@ -24,6 +25,7 @@ from harness.cases.losses import LossCase
 from harness.cases.norms import NormCase
 
 INTERPRETER = "Triton's interpreter takes too long (python_tests/harness/selection.py says what it runs)"
+EMULATOR = "nvcc's output runs these cases; the emulator runs every kernel (python_tests/harness/selection.py)"
 ONLY_CI = "CI=1 runs them: further combinations of parameters, and what takes long (python_tests/harness/README.md)"
 
 # Between them these losses run every kernel but the gathering of gradients for nearly as many logits as labels.
@@ -40,7 +42,8 @@ EVERY_KERNEL = (
     "add_norm_relu joined eval",
     "upsample_argmax low-resolution",
 )
-"""Of the ops' cases, those that the default run takes on CUDA's kernels without a GPU and on the interpreter."""
+"""Of the ops' cases, those that the default run takes on CUDA's kernels without a GPU and on the interpreter; and the
+emulator always, where nvcc is there."""
 
 
 class Rule(NamedTuple):
@@ -135,12 +138,14 @@ def left_out(items: Sequence[pytest.Item], everything: bool) -> dict[str, list[p
     functions: dict[tuple[Any, ...], list[pytest.Item]] = defaultdict(list)
     for item in items:
         backend = parameters(item).get("backend")
+        runs = backend is None or backend.why_not() is None
         if backend is not None and backend.interpreted and not on_the_interpreter(item):
             found[INTERPRETER].append(item)
+        elif is_emulated_beside_ptx(item) and not runs_every_kernel(item):
+            found[EMULATOR].append(item)
         elif not everything and (item.get_closest_marker("thorough") or is_slow(item)):
             found[ONLY_CI].append(item)
         else:
-            runs = backend is None or backend.why_not() is None
             functions[item.path, item.parent, getattr(item, "originalname", item.name), runs].append(item)
     if not everything:
         for same in functions.values():
@@ -157,13 +162,24 @@ def is_slow(item: pytest.Item) -> bool:
     """Whether a case takes another way through the same kernels, on a backend where each takes long; or takes long on
     the interpreter in any case; or runs on the emulator, where nvcc's own output runs beside it."""
     given = parameters(item)
-    name = given["backend"].name if "backend" in given else ""
-    if name == "emulated" and ptx.why_not() is None:
+    if is_emulated_beside_ptx(item):
         return True
+    name = given["backend"].name if "backend" in given else ""
     slow = name in ("emulated", "ptx", "triton") or item.path.name == "test_triton.py"
-    if slow and "case" in given and given["case"] in CASES and given["case"].name not in EVERY_KERNEL:
+    if slow and not runs_every_kernel(item):
         return True
     return name == "triton" and given["backend"].interpreted and rule_of(item).only_ci
+
+
+def is_emulated_beside_ptx(item: pytest.Item) -> bool:
+    backend = parameters(item).get("backend")
+    return backend is not None and backend.name == "emulated" and ptx.why_not() is None
+
+
+def runs_every_kernel(item: pytest.Item) -> bool:
+    """Whether a test has no case of an op, or one of those that between them run every kernel."""
+    case = parameters(item).get("case")
+    return case not in CASES or case.name in EVERY_KERNEL
 
 
 def on_the_interpreter(item: pytest.Item) -> bool:
