@@ -7,7 +7,7 @@ key is a ``torch.autograd.Function`` (not a Function around the op: that would l
 from __future__ import annotations
 
 import importlib
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from enum import IntEnum
 from typing import Any, get_type_hints
 
@@ -66,11 +66,12 @@ def _define(lib: Library, name: str, schema: str, fake: Any, backward_schema: st
 #   * terms, unweighted, an entry for each of options.TERMS: 0 for one that was not asked for;
 #   * stats (2, N, H, W): m = max_c Z_c and log Σ_c exp(Z_c − m), kept apart so that small losses keep their digits;
 #   * selected (N, H, W) uint8, (0, H, W) without BCL: bit s says whether BCL's step s selected the pixel;
+#   * marks (bytes,) uint8: what CUDA's kernels have read of the labels (csrc/cuda/kernels/marks.cuh); elsewhere (0,);
 #   * summary (SUMMARY,), see Summary.
-# The backward takes the last three, and the upstream gradient of total.
+# The backward takes the last four, and the upstream gradient of total.
 # It is bcmf::loss_finish of bcmf::loss_sums, between which sums may be added up over several processes:
 #   * loss_sums takes the same, and returns sums (SUMS,) in fp64, see Sum; cutoff (), the smallest loss that OHEM keeps
-#     in this process, 0 without OHEM; stats; selected. Where bcmf::loss refuses bad labels, it only counts them.
+#     in this process, 0 without OHEM; stats; selected; marks. Where bcmf::loss refuses bad labels, it only counts them.
 #   * loss_finish takes sums, cutoff and LossOptions, and returns total, terms and summary. A bad label makes them NaN.
 
 
@@ -132,47 +133,60 @@ CONTRACT = {
 
 _LOSS = (
     f"(Tensor logits, Tensor target, Tensor? weight, {_LOSS_OPTIONS})"
-    " -> (Tensor total, Tensor terms, Tensor stats, Tensor selected, Tensor summary)"
+    " -> (Tensor total, Tensor terms, Tensor stats, Tensor selected, Tensor marks, Tensor summary)"
 )
 _LOSS_BACKWARD = (
-    "(Tensor grad_total, Tensor logits, Tensor target, Tensor? weight, Tensor stats, Tensor selected, Tensor summary,"
-    f" {_LOSS_OPTIONS}) -> Tensor"
+    "(Tensor grad_total, Tensor logits, Tensor target, Tensor? weight, Tensor stats, Tensor selected, Tensor marks,"
+    f" Tensor summary, {_LOSS_OPTIONS}) -> Tensor"
 )
 _LOSS_SUMS = (
     f"(Tensor logits, Tensor target, Tensor? weight, {_LOSS_OPTIONS})"
-    " -> (Tensor sums, Tensor cutoff, Tensor stats, Tensor selected)"
+    " -> (Tensor sums, Tensor cutoff, Tensor stats, Tensor selected, Tensor marks)"
 )
 _LOSS_FINISH = f"(Tensor sums, Tensor cutoff, {_LOSS_OPTIONS}) -> (Tensor total, Tensor terms, Tensor summary)"
 
 
-def _loss_sums_fake(logits: Tensor, target: Tensor, weight: Tensor | None, *options: Any) -> tuple[Tensor, ...]:
-    acc = acc_dtype(logits)
-    images = target.shape[0] if LossOptions(*options).bcl_steps else 0
-    return (
-        logits.new_empty((SUMS,), dtype=torch.float64),
-        logits.new_empty((), dtype=acc),
-        logits.new_empty((2, *target.shape), dtype=acc),
-        logits.new_empty((images, *target.shape[1:]), dtype=torch.uint8),
-    )
+def _marks_bytes(target: Tensor, classes: int) -> int:
+    """csrc/cuda/kernels/marks.cuh: the id of each label, and 16 bytes for each patch of 4 by 32 pixels."""
+    n, height, width = target.shape
+    return 16 * n * ((height + 3) // 4) * ((width + 31) // 32) + (1 if classes <= 254 else 4) * target.numel()
+
+
+def _fakes(on_cuda: Callable[[Tensor], bool]) -> tuple[Callable[..., tuple[Tensor, ...]], ...]:
+    """The fake kernels of bcmf::loss and of bcmf::loss_sums. on_cuda: whether CUDA's kernels take these logits."""
+
+    def loss_sums(logits: Tensor, target: Tensor, weight: Tensor | None, *options: Any) -> tuple[Tensor, ...]:
+        acc = acc_dtype(logits)
+        images = target.shape[0] if LossOptions(*options).bcl_steps else 0
+        return (
+            logits.new_empty((SUMS,), dtype=torch.float64),
+            logits.new_empty((), dtype=acc),
+            logits.new_empty((2, *target.shape), dtype=acc),
+            logits.new_empty((images, *target.shape[1:]), dtype=torch.uint8),
+            logits.new_empty(_marks_bytes(target, logits.shape[1]) if on_cuda(logits) else 0, dtype=torch.uint8),
+        )
+
+    def loss(logits: Tensor, target: Tensor, weight: Tensor | None, *options: Any) -> tuple[Tensor, ...]:
+        sums, cutoff, *kept = loss_sums(logits, target, weight, *options)
+        total, terms, summary = _loss_finish_fake(sums, cutoff)
+        return total, terms, *kept, summary
+
+    return loss, loss_sums
 
 
 def _loss_finish_fake(sums: Tensor, cutoff: Tensor, *_: Any) -> tuple[Tensor, ...]:
     return cutoff.new_empty(()), cutoff.new_empty((len(TERMS),)), cutoff.new_empty((SUMMARY,))
 
 
-def _loss_fake(logits: Tensor, target: Tensor, weight: Tensor | None, *options: Any) -> tuple[Tensor, ...]:
-    sums, cutoff, stats, selected = _loss_sums_fake(logits, target, weight, *options)
-    total, terms, summary = _loss_finish_fake(sums, cutoff)
-    return total, terms, stats, selected, summary
-
-
 def _loss_backward_fake(grad_total: Tensor, logits: Tensor, *_: Any) -> Tensor:
     return torch.empty_like(logits, memory_format=torch.preserve_format)
 
 
-def define_loss(lib: Library, name: str) -> Any:
-    """Adds bcmf::loss to a library under this name, and returns it. Kernels for devices are the caller's."""
-    loss, loss_backward = _define(lib, name, _LOSS, _loss_fake, _LOSS_BACKWARD, _loss_backward_fake)
+def define_loss(lib: Library, name: str, on_cuda: Callable[[Tensor], bool]) -> Any:
+    """Adds bcmf::loss to a library under this name, and returns it. Kernels for devices are the caller's. on_cuda:
+    whether they are CUDA's for these logits."""
+    fake, _ = _fakes(on_cuda)
+    loss, loss_backward = _define(lib, name, _LOSS, fake, _LOSS_BACKWARD, _loss_backward_fake)
 
     class Loss(_Function):
         @staticmethod
@@ -203,15 +217,25 @@ def _raise_on_backward(ctx: Any, *_: Any) -> None:
     )
 
 
-def define_loss_halves(lib: Library, suffix: str = "") -> tuple[Any, Any]:
-    """Adds bcmf::loss_sums and bcmf::loss_finish to a library, their names followed by suffix, and returns both."""
-    sums = _define_one(lib, f"loss_sums{suffix}", _LOSS_SUMS, _loss_sums_fake, _raise_on_backward)
+def define_loss_halves(lib: Library, on_cuda: Callable[[Tensor], bool], suffix: str = "") -> tuple[Any, Any]:
+    """Adds bcmf::loss_sums and bcmf::loss_finish to a library, their names followed by suffix, and returns both.
+    on_cuda: as of `define_loss`."""
+    _, fake = _fakes(on_cuda)
+    sums = _define_one(lib, f"loss_sums{suffix}", _LOSS_SUMS, fake, _raise_on_backward)
     return sums, _define_one(lib, f"loss_finish{suffix}", _LOSS_FINISH, _loss_finish_fake, _raise_on_backward)
 
 
-LOSS = {"cpu": define_loss(LIB, "loss"), "triton": define_loss(LIB, "loss_triton")}
+def _is_on_gpu(logits: Tensor) -> bool:
+    return logits.device.type == "cuda"
+
+
+def _never(_: Tensor) -> bool:
+    return False
+
+
+LOSS = {"cpu": define_loss(LIB, "loss", _is_on_gpu), "triton": define_loss(LIB, "loss_triton", _never)}
 """The op that each impl calls."""
-LOSS_HALVES = {"cpu": define_loss_halves(LIB), "triton": define_loss_halves(LIB, "_triton")}
+LOSS_HALVES = {"cpu": define_loss_halves(LIB, _is_on_gpu), "triton": define_loss_halves(LIB, _never, "_triton")}
 """loss_sums and loss_finish of each impl."""
 LOSS["cuda"], LOSS_HALVES["cuda"] = LOSS["cpu"], LOSS_HALVES["cpu"]  # One op has both kernels; the device chooses.
 

@@ -60,7 +60,7 @@ NAMES = {
     **dict.fromkeys(("ex2", "rcp", "sqrt"), "special"),
     **dict.fromkeys(("cvt", "cvta"), "convert"),
     **dict.fromkeys(("mov", "selp"), "move"),
-    **{"bar": "barrier", "shfl": "shuffle"},
+    **{"bar": "barrier", "shfl": "shuffle", "vote": "shuffle"},
 }
 
 

@@ -100,6 +100,12 @@ Tensor make_maps(int64_t maps, const LossArgs& args, const Kind& kind) {  // (ma
   return make_dense({maps, args.N, args.H, args.W}, {args.N * map, map, args.W, 1}, kind);
 }
 
+// The kernels read 16 bytes at once of what the forward has kept.
+Tensor as_aligned(const Tensor& t) {
+  const Tensor dense = as_contiguous(t);
+  return reinterpret_cast<uintptr_t>(dense.const_data_ptr()) % 16 == 0 ? dense : stable::clone(dense);
+}
+
 Tensor make_gradient(const Tensor& t) {
   return is_dense(t) ? make_dense(t.sizes(), t.strides(), kind_of(t)) : stable::empty_like(t);
 }
@@ -124,16 +130,18 @@ LossInputs::LossInputs(const LossOptions& options, const Tensor& logits, const T
              kIgnoredId, " classes, not ", args.C, ".");
 }
 
-LossSums::LossSums(const Tensor& logits, LossArgs& args) {
+LossSums::LossSums(const Tensor& logits, int64_t mark_bytes, LossArgs& args) {
   const Kind kind = acc_kind(logits);
   sums = empty({kSums}, kind.with(ScalarType::Double));
   cutoff = empty({}, kind);
   stats = make_maps(2, args, kind);
   selected = empty({args.bcl_steps > 0 ? args.N : 0, args.H, args.W}, kind.with(ScalarType::Byte));
+  marks = empty({mark_bytes}, kind.with(ScalarType::Byte));
   args.sums = sums.mutable_data_ptr<double>();
   args.cutoff = cutoff.data_ptr();
   args.stats = stats.data_ptr();
   args.selected = selected.data_ptr();
+  args.marks = marks.data_ptr();
   if (args.ohem) {
     nll = make_maps(1, args, kind);
     args.nll = nll.data_ptr();
@@ -167,28 +175,30 @@ LossFinish::LossFinish(const LossOptions& options, const Tensor& sums_, const Te
 }
 
 LossGradient::LossGradient(const Tensor& grad_total_, const Tensor& logits, const Tensor& stats_,
-                           const Tensor& selected_, const Tensor& summary_, LossArgs& args) {
+                           const Tensor& selected_, const Tensor& marks_, int64_t mark_bytes, const Tensor& summary_,
+                           LossArgs& args) {
   const ScalarType acc = acc_type(logits);
   const int64_t images = args.bcl_steps > 0 ? args.N : 0;
   BCMF_CHECK(grad_total_.numel() == 1 && has_sizes(summary_, {kSummarySize}) &&
                  has_sizes(stats_, {2, args.N, args.H, args.W}) && has_sizes(selected_, {images, args.H, args.W}) &&
-                 stats_.scalar_type() == acc && summary_.scalar_type() == acc &&
-                 selected_.scalar_type() == ScalarType::Byte,
-             "bcmf::loss_backward takes stats, selected and summary as bcmf::loss returned them.");
+                 has_sizes(marks_, {mark_bytes}) && stats_.scalar_type() == acc && summary_.scalar_type() == acc &&
+                 selected_.scalar_type() == ScalarType::Byte && marks_.scalar_type() == ScalarType::Byte,
+             "bcmf::loss_backward takes stats, selected, marks and summary as bcmf::loss returned them.");
   check_same_device(logits, grad_total_, "logits", "grad_total");
   check_same_device(logits, stats_, "logits", "stats");
   check_same_device(logits, selected_, "logits", "selected");
+  check_same_device(logits, marks_, "logits", "marks");
   check_same_device(logits, summary_, "logits", "summary");
   grad_total = as_contiguous(grad_total_, acc);
-  stats = as_contiguous(stats_);
-  // The kernels read 16 bytes of stats at once.
-  if (reinterpret_cast<uintptr_t>(stats.const_data_ptr()) % 16 != 0) stats = stable::clone(stats);
+  stats = as_aligned(stats_);
   selected = as_contiguous(selected_);
+  marks = as_aligned(marks_);
   summary = as_contiguous(summary_);
   grad = make_gradient(logits);
   args.grad_total = grad_total.data_ptr();
   args.stats = stats.data_ptr();
   args.selected = selected.data_ptr();
+  args.marks = marks.data_ptr();
   args.summary = summary.data_ptr();
   args.grad = map_view(grad, "logits");
 }

@@ -68,12 +68,12 @@ struct LossInputs {
              const std::optional<Tensor>& weight);
 };
 
-// What bcmf::loss_sums returns, and its scratch memory.
+// What bcmf::loss_sums returns, and its scratch memory. mark_bytes: how many bytes of marks the device's kernels take.
 struct LossSums {
-  Tensor sums, cutoff, stats, selected, nll;
+  Tensor sums, cutoff, stats, selected, marks, nll;
 
-  LossSums(const Tensor& logits, LossArgs& args);
-  std::tuple<Tensor, Tensor, Tensor, Tensor> as_tuple() const { return {sums, cutoff, stats, selected}; }
+  LossSums(const Tensor& logits, int64_t mark_bytes, LossArgs& args);
+  std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> as_tuple() const { return {sums, cutoff, stats, selected, marks}; }
 };
 
 // What bcmf::loss_finish returns.
@@ -94,16 +94,16 @@ struct LossFinish {
 
 // What bcmf::loss_backward takes beside the LossInputs, and the gradient that it returns.
 struct LossGradient {
-  Tensor grad_total, stats, selected, summary, grad;
+  Tensor grad_total, stats, selected, marks, summary, grad;
 
   LossGradient(const Tensor& grad_total, const Tensor& logits, const Tensor& stats, const Tensor& selected,
-               const Tensor& summary, LossArgs& args);
+               const Tensor& marks, int64_t mark_bytes, const Tensor& summary, LossArgs& args);
 };
 
-// The results of bcmf::loss: total, terms, stats, selected, summary.
-using LossResults = std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor>;
+// The results of bcmf::loss: total, terms, stats, selected, marks, summary.
+using LossResults = std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor>;
 inline LossResults as_results(const LossSums& sums, const LossTotal& finished) {
-  return {finished.total, finished.terms, sums.stats, sums.selected, finished.summary};
+  return {finished.total, finished.terms, sums.stats, sums.selected, sums.marks, finished.summary};
 }
 
 // The arguments of an arg-max of logits that are resampled to (height, width): only sizes and logits are filled in.

@@ -242,12 +242,12 @@ def test_strided_class_weights_and_statistics(backend: Backend) -> None:
         backward(one, z, y, w, spread, *others, *options), backward(one, z, y, w, stats, *others, *options)
     )
     recorder = record(make_case("segmentation_loss", bcl=BCL(0.7)), backend, z, y, w)
-    stats, selected, summary = recorder.results[2:]
+    stats, selected, marks, summary = recorder.results[2:]
     arguments = recorder.arguments[3:]
-    spread = torch.stack([selected, torch.full_like(selected, 255)], -1)[..., 0]
+    spread = [torch.stack([t, torch.full_like(t, 255)], -1)[..., 0] for t in (selected, marks)]
     assert torch.equal(
-        backward(one, z, y, None, stats, spread, summary, *arguments),
-        backward(one, z, y, None, stats, selected, summary, *arguments),
+        backward(one, z, y, None, stats, *spread, summary, *arguments),
+        backward(one, z, y, None, stats, selected, marks, summary, *arguments),
     )
 
 
@@ -343,15 +343,17 @@ def test_direct_calls_are_memory_safe(backend: Backend) -> None:
     z, y, w = problem((2, 5, 6, 7), torch.float32, backend.device)
     op = ops.LOSS[backend.impl]
     options = LossOptions(255, bcl_steps=[1])
-    _, _, stats, selected, summary = op(z, y, w, *options)
+    _, _, *kept = op(z, y, w, *options)
     one = torch.ones((), device=backend.device)
     wrong = [(z, y[:1], w), (z, y, w[:3]), (z[0], y, None), (z[:, :, :0], y, w)]
     for arguments in wrong:
         with pytest.raises(ValueError, match=r"shape|size|classes"):
             op(*arguments, *options)
-    for kept in [(stats[:, :1], selected, summary), (stats, selected, summary[:5]), (stats, selected[:, :2], summary)]:
+    for i, part in enumerate([(slice(None), slice(1)), (slice(None), slice(2)), slice(1), slice(5)]):
+        if kept[i].numel() == 0:  # marks, of which only CUDA has some
+            continue
         with pytest.raises(ValueError, match=r"as bcmf::loss(_triton)? returned them"):
-            backward_of(op)(one, z, y, w, *kept, *options)
+            backward_of(op)(one, z, y, w, *kept[:i], kept[i][part], *kept[i + 1 :], *options)
     with pytest.raises(ValueError, match=f"a side of {2**30} is too long"):  # sides are counted in 32 bits
         op(z[:1], y[:1, :1, :1].expand(1, 1, 2**30), None, *options)
     with pytest.raises((TypeError, ValueError), match="class ids"):
@@ -359,7 +361,10 @@ def test_direct_calls_are_memory_safe(backend: Backend) -> None:
     for bad in ({"ohem_threshold": 0.0}, {"bcl_steps": [0]}, {"bcl_steps": [1] * 9}, {"cpg_kernel_size": 4}):
         with pytest.raises(ValueError, match=r"threshold|BCL's step is|1 to 8 steps|kernel_size"):
             op(z, y, w, *options._replace(**bad))
-    grad = backward_of(op)(one, z, torch.full_like(y, 99), w, stats, selected, summary, *options)
+    bad = torch.full_like(y, 99)
+    if backend.impl == "cuda":  # It has read the labels.
+        _, _, *kept = op(z, bad, w, *options)
+    grad = backward_of(op)(one, z, bad, w, *kept, *options)
     assert grad.isnan().all()
 
 
@@ -372,15 +377,16 @@ def test_the_backward_believes_nothing(backend: Backend, case: LossCase, dtype: 
     z, y, w = problem((2, 5, 9, 11), torch.float32, backend.device, logits=case.logits)
     recorder = record(case, backend, z, y.to(dtype), w)
     _, labels, weight, *options = recorder.arguments
-    total, _, stats, selected, summary = recorder.results
+    total, _, stats, selected, marks, summary = recorder.results
     selected.fill_(255)  # also the bits of steps that there are not
     for id in (255, -1, torch.iinfo(dtype).max, torch.iinfo(dtype).min):  # as uint8 some are the same
         labels.random_(0, 5).masked_fill_(
             torch.rand(labels.shape, device=labels.device) < 0.5, id & 255 if id < 0 else id
         )
         for odd in (math.nan, math.inf, -1e38, 0.0):
+            marks.random_()
             grad = backward_of(recorder.op)(
-                total, z, labels, weight, stats.fill_(odd), selected, summary.fill_(odd), *options
+                total, z, labels, weight, stats.fill_(odd), selected, marks, summary.fill_(odd), *options
             )
             assert (grad.shape, grad.dtype) == (z.shape, z.dtype)
 
@@ -397,12 +403,12 @@ OF_PARTS = tuple(case for case in LOSSES if case.options.get("ohem", OHEM(1.0)).
 def test_the_loss_is_both_halves(backend: Backend, case: LossCase, dtype: torch.dtype) -> None:
     """Protects what many processes compute: bcmf::loss is loss_finish of loss_sums, to the last bit."""
     recorder = record(case, backend, *problem((2, 5, 18, 24), dtype, backend.device, logits=case.logits))
-    total, terms, stats, selected, summary = recorder.results
+    total, terms, *kept, summary = recorder.results
     sum_up, finish = ops.LOSS_HALVES[backend.impl]
     inputs, options = recorder.arguments[:3], recorder.arguments[3:]
-    sums, cutoff, *kept = sum_up(*inputs, *options)
+    sums, cutoff, *kept_of_sums = sum_up(*inputs, *options)
     for ours, expected in zip(
-        (*finish(sums, cutoff, *options), *kept), (total, terms, summary, stats, selected), strict=True
+        (*finish(sums, cutoff, *options), *kept_of_sums), (total, terms, summary, *kept), strict=True
     ):
         assert torch.equal(ours, expected)
     assert (sums.dtype, cutoff) == (torch.float64, summary[Summary.CUTOFF])
@@ -421,7 +427,7 @@ def test_sums_of_parts_are_those_of_the_batch(backend: Backend, case: LossCase) 
     total, terms, summary = finish(sum(part[0] for part in parts), parts[0][1], *options)
     for ours, expected in zip((total, terms), recorder.results[:2], strict=True):
         torch.testing.assert_close(ours, expected, rtol=1e-12, atol=1e-14)
-    assert torch.equal(summary[Summary.VALID :], recorder.results[4][Summary.VALID :])
+    assert torch.equal(summary[Summary.VALID :], recorder.results[-1][Summary.VALID :])
 
 
 @every_kernel

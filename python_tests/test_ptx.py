@@ -182,8 +182,12 @@ def problems(*dtypes: torch.dtype) -> Iterator[tuple[Case, Inputs]]:
             for dtype in [dtype for dtype in dtypes if dtype in case.dtypes]:
                 inputs = case.inputs(shape, dtype, "cpu")
                 yield from ((case, in_layout(inputs, layout)) for layout in ("nchw", "channels_last", "slice"))
-                if case.name == "segmentation_loss flipped low-resolution":  # more logits than labels
-                    yield case, (torch.randn(*shape[:2], 40, 75, dtype=torch.float64).to(dtype), *inputs[1:])
+                large = torch.randn(*shape[:2], 40, 75, dtype=torch.float64).to(dtype)  # more logits than labels
+                if case.name in ("segmentation_loss flipped low-resolution", "upsample_argmax low-resolution"):
+                    yield case, (large, *inputs[1:])
+                if case.name == "cross_entropy":
+                    z, y, w = inputs
+                    yield from ((case, (z, y.to(labels), w)) for labels in (torch.uint8, torch.int16, torch.int32))
 
 
 def kernels_of(text: str) -> dict[str, str]:
@@ -233,7 +237,7 @@ def test_every_barrier_is_needed(backend: Backend, modules: dict[str, str]) -> N
                 unnoticed.append(source_line(module, barrier.start()))
         ptx.take_in(module)
     assert tried > 100
-    assert [line for line in unnoticed if not re.search(r"__syncthreads\(\);  // \S", line)] == []
+    assert {line for line in unnoticed if not re.search(r"__syncthreads\(\);  // \S", line)} == set()
 
 
 def is_noticed(backend: Backend, case: Case, inputs: Inputs, expected: Results) -> bool:
@@ -247,11 +251,11 @@ def is_noticed(backend: Backend, case: Case, inputs: Inputs, expected: Results) 
 
 
 def source_line(module: str, place: int) -> str:
-    """The line of the CUDA source that a place in the PTX comes from."""
+    """The file and line of the CUDA source that a place in the PTX comes from, and what stands there."""
     file, line = re.findall(r"\.loc\s+(\d+) (\d+)", module[:place])[-1]
     path = re.search(rf'\.file\s+{file}\s+"([^"]+)"', module)
     assert path is not None
-    return Path(path[1]).read_text().splitlines()[int(line) - 1].strip()
+    return f"{path[1]}:{line}: {Path(path[1]).read_text().splitlines()[int(line) - 1].strip()}"
 
 
 @pytest.mark.thorough

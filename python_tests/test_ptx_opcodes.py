@@ -418,6 +418,7 @@ def define_all() -> None:
     define("bfind.shiftamt.u32", "u32 -> u32", exact(lambda a: 32 - a.bit_length() if a else -1))
     define("prmt.b32", "b32 b32 b32 -> b32", exact(permuted))
     define("shf.l.wrap.b32", "b32 b32 n32 -> b32", exact(lambda a, b, n: (b << 32 | a) << (n & 31) >> 32))
+    define("shf.r.wrap.b32", "b32 b32 n32 -> b32", exact(lambda a, b, n: (b << 32 | a) >> (n & 31)))
     define("bfi.b32", "b32 b32 n32 n32 -> b32", exact(inserted))
     for t in ("f32", "f64"):
         define_float(t)
@@ -933,6 +934,51 @@ def test_shuffles_of_others_are_refused() -> None:
     ptx.run(kernel(halves + "shfl.sync.bfly.b32 %r1, %r90, 15, 31, %r2;"), [])
 
 
+VOTES = {
+    "ballot.b32": lambda yes, lanes: yes,
+    "any.pred": lambda yes, lanes: yes != 0,
+    "all.pred": lambda yes, lanes: yes == lanes,
+}
+"""What each lane gets, by the bits of the lanes that vote yes, and of all that vote."""
+
+
+@pytest.mark.parametrize("mode", VOTES)
+def test_votes(mode: str) -> None:
+    """Protects what a warp decides together, all of it and each side of a branch for itself."""
+    rng = np.random.default_rng(0)
+    yes = rng.random((64, 32)) < rng.choice([0, 0.1, 0.9, 1], (64, 1))
+    type_, name = ("b32", "%r{}") if mode == "ballot.b32" else ("pred", "%p{}")
+    one, two = name.format(2), name.format(3)
+    outs = [np.empty(yes.shape, "u4" if type_ == "b32" else "?") for _ in range(2)]
+    body = (
+        load(0, "pred", "%p1")
+        + f"""
+	vote.sync.{mode} {one}, %p1, -1;
+	mov.u32 %r5, %laneid;
+	setp.gt.u32 %p4, %r5, 9;
+	@%p4 bra $L__BB0_1;
+	vote.sync.{mode} {two}, %p1, 1023;
+	bra.uni $L__BB0_2;
+$L__BB0_1:
+	vote.sync.{mode} {two}, %p1, -1024;
+$L__BB0_2:
+"""
+    )
+    ptx.run(kernel(body + store(1, type_, one) + store(2, type_, two), 3), [yes], outs, blocks=32, threads=64)
+    bits = (yes << np.arange(32, dtype="u8")).sum(1, dtype="u8")[:, None].astype("u4")
+    assert (outs[0] == VOTES[mode](bits, np.uint32(0xFFFFFFFF))).all()
+    assert (outs[1][:, :10] == VOTES[mode](bits & 1023, np.uint32(1023))).all()
+    assert (outs[1][:, 10:] == VOTES[mode](bits & ~np.uint32(1023), ~np.uint32(1023))).all()
+
+
+def test_votes_of_others_are_refused() -> None:
+    """Protects from a vote whose mask leaves out the lane itself, or names one that does not come."""
+    with pytest.raises(RuntimeError, match="lane 1 votes, and its mask does not name it"):
+        ptx.run(kernel("setp.gt.u32 %p1, %r90, 15;\nvote.sync.any.pred %p2, %p1, 1;"), [])
+    with pytest.raises(RuntimeError, match="waits for lanes that do not come"):
+        ptx.run(kernel("setp.gt.u32 %p1, %r90, 15;\n@%p1 ret;\nvote.sync.any.pred %p2, %p1, -1;"), [])
+
+
 @pytest.mark.parametrize("order", ptx.ORDERS)
 def test_barriers(order: str) -> None:
     """Protects data that warps hand to each other through shared memory, again and again."""
@@ -997,6 +1043,16 @@ def test_moves_of_vectors(whole: str, part: str) -> None:
     assert (found[2] == last).all()
 
 
+@pytest.mark.parametrize(("vector", "shift"), [("{tmp, %rs1}", 16), ("{%rs1, tmp}", 0)])
+def test_half_of_a_register_is_dropped(vector: str, shift: int) -> None:
+    """Protects a statement in a scope of its own, as nvcc writes it for newer GPUs, from being passed over."""
+    data = random_of("b32", np.random.default_rng(0))[:THREADS]
+    out = np.empty(THREADS, data.dtype)
+    body = load(0, "b32", "%r1") + "{ .reg .b16 tmp; mov.b32 " + vector + ", %r1; }\ncvt.u32.u16 %r2, %rs1;\n"
+    ptx.run(kernel(body + store(1, "b32", "%r2"), 2), [data], [out], threads=THREADS)
+    assert (out == (data >> shift & 0xFFFF)).all()
+
+
 # ----------------------------------------------------------------------------------------------------------------------
 # All of them, and no others
 
@@ -1020,6 +1076,9 @@ REFUSED = {
     "ld.global.v8.f32 {%f1, %f2, %f3, %f4, %f5, %f6, %f7, %f8}, [%rd2];": "no instruction like ld.global.v8.f32",
     "ld.global.v4.f64 {%fd1, %fd2, %fd3, %fd4}, [%rd2];": "no instruction like ld.global.v4.f64",
     "ld.global.v4.f32 {%f1, %f2}, [%rd2];": "no instruction like ld.global.v4.f32",
+    "{ .reg .b16 tmp; add.s32 %r1, %r2, %r3; }": "a scope like { .reg .b16 tmp; add.s32",
+    ".reg .b32 %r1; add.s32 %r1, %r2, %r3;": "more than a declaration in .reg .b32 %r1;",
+    "vote.sync.uni.pred %p1, %p2, -1;": "no instruction like vote.sync.uni.pred",
     "shfl.sync.any.b32 %r1, %r2, 1, 31, -1;": "no instruction like shfl.sync.any.b32",
     "mov.b64 {%r1, %r2, %r3}, %rd1;": "no instruction like mov.b64",
     "bar.sync 1;": "no barrier like bar.sync 1",

@@ -147,20 +147,20 @@ class Call:
 
 def loss(
     logits: Tensor, target: Tensor, weight: Tensor | None, *arguments: Any
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     """The kernel of bcmf::loss_triton; see ops.py for shapes and dtypes. arguments: LossOptions.
 
     Raises:
         ValueError, TypeError: for inputs or options that the op does not take.
     """
-    sums, cutoff, stats, selected = loss_sums(logits, target, weight, *arguments)
+    sums, cutoff, *kept = loss_sums(logits, target, weight, *arguments)
     total, terms, summary = loss_finish(sums, cutoff, *arguments)
-    return total, terms, stats, selected, summary
+    return total, terms, *kept, summary
 
 
 def loss_sums(
     logits: Tensor, target: Tensor, weight: Tensor | None, *arguments: Any
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """The kernel of bcmf::loss_sums_triton; see ops.py for shapes and dtypes. arguments: LossOptions.
 
     Raises:
@@ -174,10 +174,11 @@ def loss_sums(
         sums, cutoff = new(SUMS, dtype=torch.float64), new((), dtype=acc)
         stats = new((2, *shape), dtype=acc)
         selected = new((shape[0] if steps else 0, *shape[1:]), dtype=torch.uint8)
+        marks = new(0, dtype=torch.uint8)
         nll = new(shape, dtype=acc) if terms.OHEM else stats
         scores = new((steps, *shape), dtype=acc)
         if call.geometry.pixels == 0:
-            return sums.zero_(), cutoff.zero_(), stats, selected
+            return sums.zero_(), cutoff.zero_(), stats, selected, marks
 
         flat_tiles = call.geometry.tiles(FLAT, DIRECT.value)
         cpg_tiles = call.geometry.tiles(SPARSE.tile, call.rectangles)
@@ -200,7 +201,7 @@ def loss_sums(
         if terms.CPG:
             call.run_cpg(cpg_compare, call.rectangles, SPARSE.tile, 1, stats=stats, partials=partials, TERMS=terms)
         run(add_tiles, SUMS, partials=partials, sums=sums, ROWS=sum_rows(terms), BLOCK=FLAT_BLOCK)
-        return sums, cutoff if terms.OHEM else cutoff.zero_(), stats, selected
+        return sums, cutoff if terms.OHEM else cutoff.zero_(), stats, selected, marks
 
 
 def loss_finish(sums: Tensor, cutoff: Tensor, *arguments: Any) -> tuple[Tensor, Tensor, Tensor]:
@@ -267,6 +268,7 @@ def loss_backward(
     weight: Tensor | None,
     stats: Tensor,
     selected: Tensor,
+    marks: Tensor,
     summary: Tensor,
     *arguments: Any,
 ) -> Tensor:

@@ -69,6 +69,16 @@ BCMF_HOST_DEVICE Acc mix(Acc a, Acc b, Acc weight) {
 #endif
 }
 
+// The same bits, but for the sign of a zero, for finite a and b; rest is 1 - weight.
+template <typename Acc>
+BCMF_HOST_DEVICE Acc mix_finite(Acc a, Acc b, Acc rest, Acc weight) {
+#if defined(__CUDA_ARCH__)
+  return fma(weight, b, rounded_product(rest, a));
+#else
+  return rest * a + weight * b;
+#endif
+}
+
 // Taps of CPG's Sobel kernels times this denominator are integers, so that G != 0 is decided exactly.
 BCMF_HOST_DEVICE constexpr int sobel_denominator(int radius) { return radius == 1 ? 2 : radius == 2 ? 20 : 780; }
 

@@ -40,7 +40,7 @@ std::string describe_bad_labels(const Tensor& target, int64_t num_classes, int64
 }
 
 LossSums sum_up(const Tensor& logits, LossInputs& in) {
-  LossSums out(logits, in.args);
+  LossSums out(logits, /*mark_bytes=*/0, in.args);
   if (out.stats.numel() > 0) cpu::loss_sums(in.args);
   return out;
 }
@@ -56,8 +56,9 @@ LossResults loss(const LossOptions& options, const Tensor& logits, const Tensor&
   return as_results(sums, out);
 }
 
-std::tuple<Tensor, Tensor, Tensor, Tensor> loss_sums(const LossOptions& options, const Tensor& logits,
-                                                     const Tensor& target, const std::optional<Tensor>& weight) {
+std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> loss_sums(const LossOptions& options, const Tensor& logits,
+                                                             const Tensor& target,
+                                                             const std::optional<Tensor>& weight) {
   LossInputs in(options, logits, target, weight);
   return sum_up(logits, in).as_tuple();
 }
@@ -71,9 +72,9 @@ std::tuple<Tensor, Tensor, Tensor> loss_finish(const LossOptions& options, const
 
 Tensor loss_backward(const LossOptions& options, const Tensor& grad_total, const Tensor& logits, const Tensor& target,
                      const std::optional<Tensor>& weight, const Tensor& stats, const Tensor& selected,
-                     const Tensor& summary) {
+                     const Tensor& marks, const Tensor& summary) {
   LossInputs in(options, logits, target, weight);
-  LossGradient out(grad_total, logits, stats, selected, summary, in.args);
+  LossGradient out(grad_total, logits, stats, selected, marks, /*mark_bytes=*/0, summary, in.args);
   if (target.numel() == 0) return stable::zero_(out.grad);
   cpu::loss_backward(in.args);
   return out.grad;

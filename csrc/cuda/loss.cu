@@ -5,7 +5,7 @@
 #include "cuda/kernels/argmax.cuh"
 #include "cuda/kernels/dense.cuh"
 #include "cuda/kernels/ohem.cuh"
-#include "cuda/kernels/sparse.cuh"
+#include "cuda/kernels/quads.cuh"
 #include "cuda/limits.h"
 #include "cuda/with_scalar.cuh"
 
@@ -48,31 +48,25 @@ struct ForwardScratch {
   }
 };
 
+// Tells whether there are fewer logits than labels, and no more along either axis. In fp64, which is for checks, their
+// kernels would take too much shared memory.
+bool is_upsampled(const LossArgs& args) {
+  return args.resampled() && args.h <= args.H && args.w <= args.W && args.logits.type != FloatType::f64;
+}
+
 // Holds the gradients of resampled logits, which low_gather_* then brings back to the logits' own size.
 template <typename Acc>
 struct BackwardScratch {
-  bool by_tiles;  // there are no more logits than labels along either axis
-  Cells down, across;
-  Acc* gradients;  // (tiles, C, down, across), or (N, C, H, W)
+  Acc* gradients;  // (tiles, C, cells_down, cells_across) of upsampled logits, (N, C, H, W) of others
   int64_t bytes;
 
-  BackwardScratch(const LossArgs& args, void* memory) : by_tiles(args.h <= args.H && args.w <= args.W) {
-    down = most(args.h, args.H, kRows, args.align_corners);
-    across = most(args.w, args.W, kColumns, args.align_corners);
-    const int64_t pixels = args.N * args.H * args.W, cells = tiles_of(args) * down.count * across.count;
+  BackwardScratch(const LossArgs& args, void* memory) {
+    const int64_t cells = most_cells(kRows, args.h, args.H) * most_cells(kColumns, args.w, args.W);
     Cutter cutter(memory);
-    gradients = cutter.take<Acc>(!args.resampled() ? 0 : args.C * (by_tiles ? cells : pixels));
+    gradients = cutter.take<Acc>(!args.resampled()    ? 0
+                                 : is_upsampled(args) ? args.C * tiles_of(args) * cells
+                                                      : args.C * args.N * args.H * args.W);
     bytes = cutter.bytes();
-  }
-
- private:
-  static Cells most(int64_t in, int64_t out, int64_t step, bool align_corners) {
-    Cells found = {0, 0};
-    for (int64_t i = 0; i < out; i += step) {
-      const Cells here = cells_between(i, i + step < out ? i + step - 1 : out - 1, in, out, align_corners);
-      if (here.count > found.count) found = here;
-    }
-    return found;
   }
 };
 
@@ -100,6 +94,21 @@ void ohem_select(const LossArgs& args, const ForwardScratch<Acc>& scratch, unsig
   launch(ohem_sum<Acc>, tiles, kThreads, 0, stream, args, scratch.selection, scratch.partials);
 }
 
+// Calls f with a label of that type.
+template <typename F>
+void with_label(LabelType type, F f) {
+  switch (type) {
+    case LabelType::u8:
+      return f(uint8_t{});
+    case LabelType::i16:
+      return f(int16_t{});
+    case LabelType::i32:
+      return f(int32_t{});
+    case LabelType::i64:
+      return f(int64_t{});
+  }
+}
+
 template <typename Source>
 int64_t staged_bytes(const LossArgs& args) {
   SharedCutter shared;
@@ -115,6 +124,9 @@ void launch_sums(const LossArgs& args, void* memory, Stream stream) {
   const unsigned tiles = static_cast<unsigned>(tiles_of(args));
   if (tiles > 0) {
     const auto partials_of = [&](Sum entry) { return scratch.partials + int64_t{kSumRows + entry} * tiles; };
+    with_label(args.labels.type, [&](auto label) {
+      launch(read_labels<decltype(label)>, tiles, kThreads, 0, stream, args, partials_of(kValidPixels));
+    });
     launch(dense_forward<Source>, tiles, kThreads, staged_bytes<Source>(args), stream, args, scratch.scores,
            scratch.partials);
     if (args.ohem) ohem_select<Acc>(args, scratch, tiles, stream);
@@ -129,40 +141,47 @@ void launch_sums(const LossArgs& args, void* memory, Stream stream) {
   launch(add_tiles<Acc>, kSums, kThreads, 0, stream, args, scratch.partials, tiles);
 }
 
-// Writes the dense part of the gradient to `sink`, then the sparse part of a few pixels, one by one, to `sparse_sink`.
-template <typename Source, typename Sink, typename SparseSink>
-void launch_backward(const LossArgs& args, const Sink& sink, const SparseSink& sparse_sink, Stream stream) {
-  using Acc = typename Source::Acc;
-  const unsigned tiles = static_cast<unsigned>(tiles_of(args));
-  if (tiles == 0) return;
+template <typename Source, typename Sink>
+int64_t backward_bytes(const LossArgs& args) {
   SharedCutter shared;
   Source::take(args, shared);
-  shared.take<Acc>(Sink::scratch());
-  launch(dense_backward<Source, Sink>, tiles, kThreads, shared.bytes(), stream, args, sink);
-  if (args.bcl_flipped || args.cpg_radius > 0)
-    launch(sparse_backward<typename Source::Entries, SparseSink>, tiles, kThreads,
-           SparseMemory<Acc, SparseSink>(args).shared.bytes(), stream, args, sparse_sink);
+  SparseGradient<typename Source::Entries>(args, shared);
+  shared.take<typename Source::Acc>(Sink::scratch());
+  return shared.bytes();
+}
+
+template <typename Source, typename Sink>
+void launch_backward(const LossArgs& args, const Sink& sink, Stream stream) {
+  const unsigned tiles = static_cast<unsigned>(tiles_of(args));
+  if (tiles > 0)
+    launch(dense_backward<Source, Sink>, tiles, kThreads, backward_bytes<Source, Sink>(args), stream, args, sink);
 }
 
 template <typename Scalar>
-void launch_resampled_backward(const LossArgs& args, const BackwardScratch<typename AccOf<Scalar>::type>& scratch,
-                               Stream stream) {
+void launch_quads(const LossArgs& args, float* gradients, Stream stream) {
+  const unsigned tiles = static_cast<unsigned>(tiles_of(args));
+  SharedCutter shared;
+  const QuadMemory<float> memory(args, shared);
+  SparseGradient<ResampledEntries<Scalar>>(args, shared);
+  if (tiles > 0) launch(dense_backward_quads<Scalar>, tiles, kThreads, shared.bytes(), stream, args, gradients);
+  const unsigned blocks = blocks_for(gathering_threads(args));
+  if (blocks > 0)
+    launch(low_gather_tiles<Scalar>, blocks, kThreads, 0, stream, args, gradients, memory.cells_down,
+           memory.cells_across);
+}
+
+template <typename Scalar>
+void launch_resampled_backward(const LossArgs& args, void* memory, Stream stream) {
   using Acc = typename AccOf<Scalar>::type;
+  const BackwardScratch<Acc> scratch(args, memory);
+  if constexpr (!std::is_same_v<Scalar, double>)
+    if (is_upsampled(args)) return launch_quads<Scalar>(args, scratch.gradients, stream);
+  const int64_t map = args.H * args.W;
+  const MapView view = {
+      scratch.gradients, FloatType::f32, args.C * map, map, args.W, 1};  // StoreAny does not read the type
+  launch_backward<Resampled<Scalar>>(args, StoreAny<Acc, Acc>{view}, stream);
   const unsigned blocks = blocks_for(args.N * args.C * args.h * args.w);
-  if (blocks == 0) return;
-  if (scratch.by_tiles) {
-    const TileCells<Acc> sink = {scratch.gradients, scratch.down.count, scratch.across.count};
-    launch_backward<Resampled<Scalar>>(args, sink, sink, stream);
-    launch(low_gather_tiles<Scalar>, blocks, kThreads, 0, stream, args, scratch.gradients, scratch.down.count,
-           scratch.across.count);
-  } else {
-    const int64_t map = args.H * args.W;
-    const MapView view = {
-        scratch.gradients, FloatType::f32, args.C * map, map, args.W, 1};  // StoreAny does not read the type
-    const StoreAny<Acc, Acc> sink = {view};
-    launch_backward<Resampled<Scalar>>(args, sink, sink, stream);
-    launch(low_gather_pixels<Scalar>, blocks, kThreads, 0, stream, args, scratch.gradients);
-  }
+  if (blocks > 0) launch(low_gather_pixels<Scalar>, blocks, kThreads, 0, stream, args, scratch.gradients);
 }
 
 template <typename Source>
@@ -188,14 +207,25 @@ void with_layout(const LossArgs& args, const MapView& grad, F f) {
     const auto both = [&](auto can_read) { return can_read(args.logits, args) && can_read(grad, args); };
     if (both(DirectRows<Scalar>::can_read))
       f(Type<DirectRows<Scalar>>(), Type<StoreRows<Scalar>>());
-    else if (both(DirectPixels<Scalar>::can_read) && fits_shared(staged_bytes<DirectPixels<Scalar>>(args)))
+    else if (both(DirectPixels<Scalar>::can_read) &&
+             fits_shared(backward_bytes<DirectPixels<Scalar>, StorePixels<Scalar>>(args)))
       f(Type<DirectPixels<Scalar>>(), Type<StorePixels<Scalar>>());
     else
       f(Type<DirectAny<Scalar>>(), Type<StoreAny<Scalar, Acc>>());
   }
 }
 
+// Calls f(source) with the Type for logits of another size.
+template <typename Scalar, typename F>
+void with_resampled(const LossArgs& args, F f) {
+  if constexpr (!std::is_same_v<Scalar, double>)
+    if (is_upsampled(args)) return f(Type<Upsampled<Scalar>>());
+  f(Type<Resampled<Scalar>>());
+}
+
 }  // namespace
+
+int64_t loss_mark_bytes(const LossArgs& args) { return Marks::bytes(args); }
 
 int64_t loss_sums_scratch(const LossArgs& args) {
   const bool wide = args.logits.type == FloatType::f64;
@@ -210,7 +240,9 @@ int64_t loss_backward_scratch(const LossArgs& args) {
 int loss_sums(const LossArgs& args, void* scratch, Stream stream) {
   with_scalar(args.logits.type, [&](auto scalar) {
     using Scalar = decltype(scalar);
-    if (args.resampled()) return launch_sums<Resampled<Scalar>>(args, scratch, stream);
+    if (args.resampled())
+      return with_resampled<Scalar>(
+          args, [&](auto source) { launch_sums<typename decltype(source)::type>(args, scratch, stream); });
     with_layout<Scalar>(args, args.logits, [&](auto source, auto /*sink*/) {
       launch_sums<typename decltype(source)::type>(args, scratch, stream);
     });
@@ -229,12 +261,9 @@ int loss_finish(const LossArgs& args, FloatType acc, Stream stream) {
 int loss_backward(const LossArgs& args, void* memory, Stream stream) {
   with_scalar(args.logits.type, [&](auto scalar) {
     using Scalar = decltype(scalar);
-    const BackwardScratch<typename AccOf<Scalar>::type> scratch(args, memory);
-    if (args.resampled()) return launch_resampled_backward<Scalar>(args, scratch, stream);
+    if (args.resampled()) return launch_resampled_backward<Scalar>(args, memory, stream);
     with_layout<Scalar>(args, args.grad, [&](auto source, auto sink) {
-      using Sink = typename decltype(sink)::type;
-      const StoreAny<Scalar, typename Sink::Acc> sparse_sink = {args.grad};
-      launch_backward<typename decltype(source)::type>(args, Sink{args.grad}, sparse_sink, stream);
+      launch_backward<typename decltype(source)::type>(args, typename decltype(sink)::type{args.grad}, stream);
     });
   });
   return cudaGetLastError();
@@ -242,15 +271,15 @@ int loss_backward(const LossArgs& args, void* memory, Stream stream) {
 
 bool loss_backward_fits(const LossArgs& args) {
   if (args.logits.type != FloatType::f64) return true;  // half as much is enough
-  const bool to_cells = args.resampled() && BackwardScratch<double>(args, nullptr).by_tiles;
-  return fits_shared(to_cells ? SparseMemory<double, TileCells<double>>(args).shared.bytes()
-                              : SparseMemory<double, StoreAny<double, double>>(args).shared.bytes());
+  return fits_shared(backward_bytes<DirectAny<double>, StoreAny<double, double>>(args));
 }
 
 int upsample_argmax(const LossArgs& args, void* classes, Stream stream) {
   with_scalar(args.logits.type, [&](auto scalar) {
     using Scalar = decltype(scalar);
-    if (args.resampled()) return launch_argmax<Resampled<Scalar>>(args, classes, stream);
+    if (args.resampled())
+      return with_resampled<Scalar>(
+          args, [&](auto source) { launch_argmax<typename decltype(source)::type>(args, classes, stream); });
     with_layout<Scalar>(args, args.logits, [&](auto source, auto /*sink*/) {
       launch_argmax<typename decltype(source)::type>(args, classes, stream);
     });

@@ -5,6 +5,9 @@
 
 namespace bcmf::cuda {
 
+// The bytes of LossArgs::marks.
+int64_t loss_mark_bytes(const LossArgs& args);
+
 // The bytes of scratch memory that each needs on the device, aligned to 16.
 int64_t loss_sums_scratch(const LossArgs& args);
 int64_t loss_backward_scratch(const LossArgs& args);

@@ -11,7 +11,7 @@ namespace bcmf {
 namespace {
 
 LossSums sum_up(const Tensor& logits, LossInputs& in) {
-  LossSums out(logits, in.args);
+  LossSums out(logits, cuda::loss_mark_bytes(in.args), in.args);
   if (out.stats.numel() == 0) return out;
   const Tensor scratch = cuda::make_scratch(logits, cuda::loss_sums_scratch(in.args));
   cuda::check_launch(cuda::loss_sums(in.args, scratch.data_ptr(), cuda::current_stream(logits)));
@@ -32,8 +32,9 @@ LossResults loss(const LossOptions& options, const Tensor& logits, const Tensor&
   return as_results(sums, finish(sums.cutoff, in.args));
 }
 
-std::tuple<Tensor, Tensor, Tensor, Tensor> loss_sums(const LossOptions& options, const Tensor& logits,
-                                                     const Tensor& target, const std::optional<Tensor>& weight) {
+std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> loss_sums(const LossOptions& options, const Tensor& logits,
+                                                             const Tensor& target,
+                                                             const std::optional<Tensor>& weight) {
   const cuda::Guard guard(logits);
   LossInputs in(options, logits, target, weight);
   return sum_up(logits, in).as_tuple();
@@ -47,10 +48,10 @@ std::tuple<Tensor, Tensor, Tensor> loss_finish(const LossOptions& options, const
 
 Tensor loss_backward(const LossOptions& options, const Tensor& grad_total, const Tensor& logits, const Tensor& target,
                      const std::optional<Tensor>& weight, const Tensor& stats, const Tensor& selected,
-                     const Tensor& summary) {
+                     const Tensor& marks, const Tensor& summary) {
   const cuda::Guard guard(logits);
   LossInputs in(options, logits, target, weight);
-  LossGradient out(grad_total, logits, stats, selected, summary, in.args);
+  LossGradient out(grad_total, logits, stats, selected, marks, cuda::loss_mark_bytes(in.args), summary, in.args);
   if (target.numel() == 0) return stable::zero_(out.grad);
   BCMF_CHECK(
       cuda::loss_backward_fits(in.args), "the gradient of CPG with kernel_size=", 2 * in.args.cpg_radius + 1,

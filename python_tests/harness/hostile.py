@@ -476,8 +476,9 @@ def loss_backward(draw: Draw) -> Call:
     z, y, *_ = inputs
     acc = torch.float64 if z.dtype == torch.float64 else torch.float32
     steps = inputs[3 + options_type()._fields.index("bcl_steps")]
-    shapes = ((2, *y.shape), (z.shape[0] if steps else 0, *y.shape[1:]), (SUMMARY,))
-    fills = (draw.floats(acc), lambda count, _: draw.bits(count, torch.uint8), draw.floats(acc))
+    shapes = ((2, *y.shape), (z.shape[0] if steps else 0, *y.shape[1:]), (0,), (SUMMARY,))
+    bytes = lambda count, _: draw.bits(count, torch.uint8)  # noqa: E731
+    fills = (draw.floats(acc), bytes, bytes, draw.floats(acc))
     forward = attempt(announce(Call("loss", inputs)))
     kept: list[Tensor] = []
     for i, (shape, fill) in enumerate(zip(shapes, fills, strict=True)):

@@ -9,7 +9,7 @@ namespace bcmf::device {
 
 // classes: (N, H, W) uint8, or int32 if there are more than 256.
 template <typename Source>
-__global__ void __launch_bounds__(kThreads) argmax(const __grid_constant__ LossArgs args, void* classes) {
+__global__ void __launch_bounds__(kThreads, 2) argmax(const __grid_constant__ LossArgs args, void* classes) {
   using Acc = typename Source::Acc;
   SharedCutter shared;
   const typename Source::Tile tile(args);
@@ -17,9 +17,10 @@ __global__ void __launch_bounds__(kThreads) argmax(const __grid_constant__ LossA
   const int C = static_cast<int>(args.C);
   Acc best[kStack];
   int found[kStack] = {};
-  source.stack(0, best);
+#pragma unroll
+  for (int k = 0; k < kStack; ++k) best[k] = static_cast<Acc>(-INFINITY);
   constexpr int kAtOnce = Source::kAtOnce;
-  for_classes(source, C, [&](int first, const Acc(&z)[kAtOnce][kStack]) {
+  for_classes(source, 0, C, [&](int first, const Acc(&z)[kAtOnce][kStack]) {
 #pragma unroll
     for (int j = 0; j < kAtOnce; ++j)
 #pragma unroll

@@ -1,15 +1,16 @@
 // The CPG loss: the steps cpg_edges and cpg_residuals, which run within other kernels, and the kernel cpg_compare.
 //
-// A tile whose pixels all have one label is done after a look at its labels. In other tiles the edges (the pixels whose
-// own windows hold several labels) and the pixels near them are listed, and worked on class by class. Labels, p and
-// residuals of a window around the tile lie in shared memory. G and its estimate are multiplied by sobel_denominator,
-// so that G is an integer and exact.
+// A tile whose pixels all have one label is done after a look at its patches. In other tiles the edges (the pixels
+// whose own windows hold several labels) and the pixels near them are listed, and worked on class by class. Labels, p
+// and residuals of a window around the tile lie in shared memory. G and its estimate are multiplied by
+// sobel_denominator, so that G is an integer and exact.
 //
 // Borders are replicated: beyond the image, the window around a tile holds copies of the border's pixels, and the
 // gradient of such a copy goes to the pixel that it stands for.
 #pragma once
 
 #include "cuda/kernels/logits.cuh"
+#include "cuda/kernels/marks.cuh"
 
 namespace bcmf::device {
 
@@ -23,42 +24,85 @@ struct Area {
   BCMF_HOST_DEVICE bool has(int row, int column) const {
     return row >= -margin && row < kRows + margin && column >= -margin && column < kColumns + margin;
   }
-  // Calls f(row, column) for entry i.
-  template <typename F>
-  __device__ __forceinline__ void visit(int i, F f) const {
-    f(i / columns() - margin, i % columns() - margin);
-  }
   // Calls f(row, column) for all entries. All threads of the block call it together.
   template <typename F>
   __device__ __forceinline__ void for_each(F f) const {
-    for (int i = threadIdx.x; i < count(); i += kThreads) visit(i, f);
+    const int lane = static_cast<int>(threadIdx.x) % kWarp, warp = static_cast<int>(threadIdx.x) / kWarp;
+    for (int row = warp; row < rows(); row += kWarps)
+      for (int column = lane; column < columns(); column += kWarp) f(row - margin, column - margin);
   }
 };
 
-__device__ __forceinline__ uint16_t id_at(const LossArgs& args, const Tile& tile, int row, int column) {
+__device__ __forceinline__ uint16_t id_at(const Marks& marks, const Tile& tile, int row, int column) {
   static_assert(static_cast<uint16_t>(kIgnored) == kIgnoredId);
   return static_cast<uint16_t>(
-      class_at(args, tile.n, clamp(tile.top + row, tile.H), clamp(tile.left + column, tile.W)));
+      marks.class_of((tile.n * tile.H + clamp(tile.top + row, tile.H)) * tile.W + clamp(tile.left + column, tile.W)));
 }
+
+// The classes that may occur: a bit for each of the first 1024, and all others.
+struct ClassSet {
+  static constexpr int kWords = 32;
+  unsigned* words;
+
+  __device__ __forceinline__ void add(int c) const {
+    if (c < 32 * kWords) atomicOr(&words[c / 32], 1u << c % 32);
+  }
+  __device__ __forceinline__ bool has(int c) const { return c >= 32 * kWords || words[c / 32] >> c % 32 & 1; }
+  // Returns the first of them from class c on, or C if there is none.
+  __device__ __forceinline__ int next(int c, int C) const {
+    for (; c < C && c < 32 * kWords; c = (c / 32 + 1) * 32) {
+      const unsigned bits = words[c / 32] >> c % 32;
+      if (bits == 0) continue;
+      c += __ffs(static_cast<int>(bits)) - 1;
+      break;
+    }
+    return c < C ? c : C;
+  }
+};
+
+// A bit for each pixel of `labels` (see Window), row by row, in words of 32 neighbours.
+struct BitMap {
+  static constexpr int kAcross = 3;  // words of a row
+  static_assert(kColumns + 4 * kMaxRadius <= 32 * kAcross);
+  unsigned* words;
+
+  __device__ __forceinline__ bool has(int row, int column) const {
+    return words[row * kAcross + column / 32] >> column % 32 & 1;
+  }
+  // The bits of a word, those of each pixel being the OR of its neighbours' in the rows `top`..`bottom`, from `left` to
+  // `right` pixels beside it. Rows that are not there have none.
+  __device__ __forceinline__ unsigned spread(int top, int bottom, int rows, int word, int left, int right) const {
+    unsigned before = 0, here = 0, after = 0;
+    for (int row = top < 0 ? 0 : top; row <= bottom && row < rows; ++row) {
+      const unsigned* of_row = words + row * kAcross + word;
+      before |= word > 0 ? of_row[-1] : 0;
+      here |= of_row[0];
+      after |= word + 1 < kAcross ? of_row[1] : 0;
+    }
+    unsigned found = 0;
+    for (int i = left; i <= right; ++i)
+      found |= i < 0 ? here << -i | before >> (32 + i) : i > 0 ? here >> i | after << (32 - i) : here;
+    return found;
+  }
+};
 
 // This is what a block keeps in shared memory of the tile and its surroundings. G is compared in the tile and in a
 // margin around it, which is 0 in the forward, and in the backward the radius: the residuals that far outside reach
 // pixels of the tile.
 template <typename Acc>
 struct Window {
-  static constexpr int kPresent = 32;  // words with a bit for each of the first 1024 classes
-
   int radius;
-  Area compared;        // where G is compared
-  Area labels;          // all pixels in the windows of compared ones
-  Acc* p;               // probabilities of a class, by entry of `labels`; only those near edges are filled in
-  uint16_t* ids;        // classes or kIgnoredId, by entry of `labels`
-  uint16_t* near;       // a list of the pixels within a radius of an edge: row << 8 | column in `labels`
-  unsigned* near_bits;  // the same pixels as a bit for each entry of `labels`
-  uint8_t* edges;       // by entry of `compared`
-  Acc* residuals;       // of a class, by entry of `compared`: first all for x, then all for y
-  Acc* taps;            // for each offset the tap of K_x, then that of K_y
-  unsigned* present;    // the classes that the window holds, a bit each
+  Area compared;      // where G is compared
+  Area labels;        // all pixels in the windows of compared ones
+  Acc* p;             // probabilities of a class, by entry of `labels`; only those near edges are filled in
+  uint16_t* ids;      // classes or kIgnoredId, by entry of `labels`
+  uint16_t* near;     // a list of the pixels within a radius of an edge: row << 8 | column in `labels`
+  BitMap near_bits;   // the same pixels
+  BitMap edges;       // that lie in `compared`
+  BitMap scratch[3];  // pixels that differ from the one to their right, or below; ignored ones
+  Acc* residuals;     // of a class, by entry of `compared`: first all for x, then all for y
+  Acc* taps;          // for each offset the tap of K_x, then that of K_y
+  ClassSet present;   // what the window holds
   int near_count;
 
   BCMF_HOST_DEVICE Window(const LossArgs& args, int margin, SharedCutter& shared)
@@ -67,57 +111,42 @@ struct Window {
     p = shared.take<Acc>(used ? labels.count() : 0);
     ids = shared.take<uint16_t>(used ? labels.count() : 0);
     near = shared.take<uint16_t>(used ? labels.count() : 0);
-    near_bits = shared.take<unsigned>(used ? words() : 0);
-    edges = shared.take<uint8_t>(used ? compared.count() : 0);
+    for (BitMap* bits : {&near_bits, &edges, scratch, scratch + 1, scratch + 2})
+      bits->words = shared.take<unsigned>(used ? words() : 0);
     residuals = shared.take<Acc>(used && margin > 0 ? 2 * compared.count() : 0);
     taps = shared.take<Acc>(used ? 2 * (2 * radius + 1) * (2 * radius + 1) : 0);
-    present = shared.take<unsigned>(used ? kPresent : 0);
+    present.words = shared.take<unsigned>(used ? ClassSet::kWords : 0);
   }
 
   // The step cpg_edges: loads labels, finds the edges, lists the pixels near them, and tells whether there are any. All
   // threads of the block call this function, load_class, compare and cpg_residuals together.
-  __device__ __forceinline__ bool load(const LossArgs& args, const Tile& tile) {
-    const uint16_t first = id_at(args, tile, 0, 0);
-    bool other = false;
-    labels.for_each([&](int row, int column) {
-      const uint16_t id = ids[labels.at(row, column)] = id_at(args, tile, row, column);
-      other = other || id != first;
-    });
-    if (!any_of_block(other)) return false;
+  __device__ __forceinline__ bool load(const LossArgs& args, const Marks& marks, const Tile& tile) {
+    if (!differ(marks, tile, labels.margin)) return false;
+    labels.for_each([&](int row, int column) { ids[labels.at(row, column)] = id_at(marks, tile, row, column); });
     const int size = 2 * radius + 1;
-    for (int i = threadIdx.x; i < kPresent; i += kThreads) present[i] = 0;
-    for (int i = threadIdx.x; i < words(); i += kThreads) near_bits[i] = 0;
+    for (int i = threadIdx.x; i < ClassSet::kWords; i += kThreads) present.words[i] = 0;
     for (int i = threadIdx.x; i < size * size; i += kThreads) {
       taps[2 * i] = static_cast<Acc>(sobel_tap(radius, i % size - radius, i / size - radius));
       taps[2 * i + 1] = static_cast<Acc>(sobel_tap(radius, i / size - radius, i % size - radius));
     }
     for (int i = threadIdx.x; compared.margin > 0 && i < 2 * compared.count(); i += kThreads) residuals[i] = 0;
     __syncthreads();
-    uint16_t last = kIgnoredId;
-    labels.for_each([&](int row, int column) {
-      const uint16_t id = ids[labels.at(row, column)];
-      if (id != last && id < 32 * kPresent) atomicOr(&present[id / 32], 1u << id % 32);
-      last = id;
-    });
-    compared.for_each([&](int row, int column) {
-      const bool edge = is_edge(args, tile, row, column);
-      edges[compared.at(row, column)] = edge;
-      for (int u = -radius; edge && u <= radius; ++u)
-        for (int v = -radius; v <= radius; ++v) {
-          const int at = labels.at(row + u, column + v);
-          atomicOr(&near_bits[at / 32], 1u << at % 32);
-        }
-    });
+    find_changes();
     __syncthreads();
-    list_near();
+    const int word = static_cast<int>(threadIdx.x), row = word / BitMap::kAcross, across = word % BitMap::kAcross;
+    if (word < words()) edges.words[word] = find_edges(args, tile, row, across);
+    __syncthreads();
+    unsigned bits = 0;
+    if (word < words()) {
+      bits = edges.spread(row - radius, row + radius, labels.rows(), across, -radius, radius);
+      near_bits.words[word] = bits;
+    }
+    list_near(bits, row, across);
     return near_count > 0;
   }
-  __device__ __forceinline__ bool holds(int c) const { return c >= 32 * kPresent || present[c / 32] >> c % 32 & 1; }
-
   // Tells whether a pixel is within a radius of an edge.
   __device__ __forceinline__ bool is_near(int row, int column) const {
-    const int at = labels.at(row, column);
-    return near_bits[at / 32] >> at % 32 & 1;
+    return near_bits.has(row + labels.margin, column + labels.margin);
   }
 
   // Fills in p of a class at all pixels near edges.
@@ -138,7 +167,7 @@ struct Window {
   template <typename F>
   __device__ __forceinline__ void compare(int c, F f) const {
     for_near([&](int row, int column) {
-      if (!compared.has(row, column) || !edges[compared.at(row, column)]) return;
+      if (!edges.has(row + labels.margin, column + labels.margin)) return;
       Acc gx = 0, gy = 0, px = 0, py = 0;
       const Acc* tap = taps;
       for (int u = -radius; u <= radius; ++u)
@@ -189,34 +218,49 @@ struct Window {
   }
 
  private:
-  // Tells whether a pixel is an edge: its window holds more than one label and, if cpg_window, no ignored one.
-  __device__ __forceinline__ bool is_edge(const LossArgs& args, const Tile& tile, int row, int column) const {
-    const int y = tile.top + row, x = tile.left + column;
-    const uint16_t own = ids[labels.at(row, column)];
-    if (y < 0 || y >= tile.H || x < 0 || x >= tile.W || own == kIgnoredId) return false;
-    bool differ = false, ignored = false;
-    for (int u = -radius; u <= radius; ++u)
-      for (int v = -radius; v <= radius; ++v) {
-        const uint16_t id = ids[labels.at(row + u, column + v)];
-        differ = differ || id != own;
-        ignored = ignored || id == kIgnoredId;
+  BCMF_HOST_DEVICE int words() const { return labels.rows() * BitMap::kAcross; }  // fewer than threads
+
+  // Finds which pixels differ from their neighbours, which are ignored, and which classes there are.
+  __device__ __forceinline__ void find_changes() const {
+    const int lane = static_cast<int>(threadIdx.x) % kWarp, warp = static_cast<int>(threadIdx.x) / kWarp;
+    const int rows = labels.rows(), columns = labels.columns();
+    for (int row = warp; row < rows; row += kWarps) {
+      const uint16_t* of_row = ids + row * columns;
+      for (int i = 0; i < BitMap::kAcross; ++i) {
+        const int column = 32 * i + lane;
+        const bool has = column < columns;
+        const uint16_t id = has ? of_row[column] : kIgnoredId;
+        const bool right = column + 1 < columns && of_row[column + 1] != id;
+        const bool below = has && row + 1 < rows && of_row[columns + column] != id;
+        if (id != kIgnoredId && (right || column + 1 == columns)) present.add(id);  // once for each run of pixels
+        const unsigned found[] = {__ballot_sync(0xffffffffu, right), __ballot_sync(0xffffffffu, below),
+                                  __ballot_sync(0xffffffffu, has && id == kIgnoredId)};
+        for (int j = 0; lane == 0 && j < 3; ++j) scratch[j].words[row * BitMap::kAcross + i] = found[j];
       }
-    return differ && !(ignored && args.cpg_window);
-  }
-
-  BCMF_HOST_DEVICE int words() const { return (labels.count() + 31) / 32; }
-
-  // Lists near_bits in their order, so that sums over the list have the same bits every time. There are fewer words
-  // than threads.
-  __device__ __forceinline__ void list_near() {
-    const int word = static_cast<int>(threadIdx.x);
-    unsigned bits = word < words() ? near_bits[word] : 0;
-    int before = scan_block(__popc(bits), &near_count);
-    for (; bits != 0; bits &= bits - 1) {
-      labels.visit(32 * word + __ffs(static_cast<int>(bits)) - 1, [&](int row, int column) {
-        near[before++] = static_cast<uint16_t>((row + labels.margin) << 8 | (column + labels.margin));
-      });
     }
+  }
+  // Returns a bit for each edge of a word: its window holds more than one label and, if cpg_window, no ignored one.
+  __device__ __forceinline__ unsigned find_edges(const LossArgs& args, const Tile& tile, int row, int word) const {
+    const int y = tile.top + row - labels.margin, rows = labels.rows();
+    if (row < radius || row >= rows - radius || y < 0 || y >= tile.H) return 0;
+    // A window is connected: if it holds several labels, two neighbours differ.
+    unsigned found = scratch[0].spread(row - radius, row + radius, rows, word, -radius, radius - 1) |
+                     scratch[1].spread(row - radius, row + radius - 1, rows, word, -radius, radius);
+    found &= ~scratch[2].words[row * BitMap::kAcross + word];
+    if (args.cpg_window) found &= ~scratch[2].spread(row - radius, row + radius, rows, word, -radius, radius);
+    // Pixels begin..end-1 of the word lie in the image, and in `compared`.
+    const int left = tile.left - labels.margin + 32 * word;
+    const int begin = larger(-left, radius - 32 * word),
+              end = -larger(left - tile.W, radius - labels.columns() + 32 * word);
+    return found & bits_below(end) & ~bits_below(begin);
+  }
+  static __device__ __forceinline__ unsigned bits_below(int i) { return i >= 32 ? ~0u : i > 0 ? (1u << i) - 1 : 0u; }
+
+  // Lists the pixels of all threads' words in their order, so that sums over the list have the same bits every time.
+  __device__ __forceinline__ void list_near(unsigned bits, int row, int word) {
+    int before = scan_block(__popc(bits), &near_count);
+    for (; bits != 0; bits &= bits - 1)
+      near[before++] = static_cast<uint16_t>(row << 8 | (32 * word + __ffs(static_cast<int>(bits)) - 1));
     __syncthreads();  // the list may be read at once
   }
   // Calls f(row, column) for the pixels near edges.
@@ -237,9 +281,9 @@ __global__ void __launch_bounds__(kThreads) cpg_compare(const __grid_constant__ 
   const Entries entries(args);
   const Acc unit = Acc(1) / static_cast<Acc>(sobel_denominator(args.cpg_radius));
   double sums[2] = {};
-  const bool any = window.load(args, tile);
-  for (int c = 0; c < args.C && any; ++c) {
-    if (!window.holds(c)) continue;
+  const bool any = window.load(args, Marks(args), tile);
+  const int C = any ? static_cast<int>(args.C) : 0;
+  for (int c = any ? window.present.next(0, C) : C; c < C; c = window.present.next(c + 1, C)) {
     window.load_class(args, tile, entries, c);
     window.compare(c, [&](int, Acc gx, Acc gy, Acc px, Acc py) {
       const Acc dx = gx != 0 ? unit * (gx - px) : Acc(0), dy = gy != 0 ? unit * (gy - py) : Acc(0);

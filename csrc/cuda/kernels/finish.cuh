@@ -24,7 +24,9 @@ template <typename Acc>
 __global__ void __launch_bounds__(kThreads)
     add_tiles(const __grid_constant__ LossArgs args, const double* partials, int64_t tiles) {
   const int entry = static_cast<int>(blockIdx.x);
-  const double sum = is_summed(args, entry) ? load_partials(partials + (kSumRows + entry) * tiles, tiles) : 0;
+  const bool counts = entry == kCeCount && !args.weight && !args.ohem;  // each valid pixel is 1, and counted elsewhere
+  const int row = kSumRows + (counts ? static_cast<int>(kValidPixels) : entry);
+  const double sum = is_summed(args, entry) ? load_partials(partials + row * tiles, tiles) : 0;
   if (threadIdx.x != 0) return;
   args.sums[entry] = sum;
   if (entry == 0 && !args.ohem) *static_cast<Acc*>(args.cutoff) = 0;

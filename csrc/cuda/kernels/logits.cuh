@@ -40,7 +40,10 @@ struct DirectAny : DirectEntries<Scalar> {
 #pragma unroll
     for (int k = 0; k < kStack; ++k) stack_[k] = column + clamp(tile.y(k), tile.H) * this->view.stride_h;
   }
-  // Reads class c of the thread's stack; z may hold anything beyond the border.
+  // Makes classes from `begin` on ready to be read, and returns the first one that is not.
+  __device__ __forceinline__ int stage(int, int end) const { return end; }
+  __device__ __forceinline__ bool is_ready(int) const { return true; }
+  // Reads class c of the thread's stack, which is ready; z may hold anything beyond the border.
   __device__ __forceinline__ void stack(int c, Acc (&z)[kStack]) const {
 #pragma unroll
     for (int k = 0; k < kStack; ++k) z[k] = own(k, c);
@@ -55,7 +58,7 @@ struct DirectRows : DirectEntries<Scalar> {
   using Entries = DirectEntries<Scalar>;
   using typename Entries::Acc;
   using Tile = Stacks<true>;
-  static constexpr int kBlocks = 4;
+  static constexpr int kBlocks = 2;
   const Scalar* first_;
 
   static bool can_read(const MapView& view, const LossArgs& args) {
@@ -66,6 +69,8 @@ struct DirectRows : DirectEntries<Scalar> {
     const int y = tile.has(0) ? tile.y(0) : tile.top, x = tile.has(0) ? tile.x(0) : tile.left;
     first_ = this->data() + tile.n * this->view.stride_n + y * this->view.stride_h + x;
   }
+  __device__ __forceinline__ int stage(int, int end) const { return end; }
+  __device__ __forceinline__ bool is_ready(int) const { return true; }
   __device__ __forceinline__ void stack(int c, Acc (&z)[kStack]) const {
     Scalar entries[kStack];
     load_pack(first_ + c * this->view.stride_c, entries);
@@ -82,7 +87,7 @@ struct DirectPixels : DirectEntries<Scalar> {
   using Entries = DirectEntries<Scalar>;
   using typename Entries::Acc;
   using Tile = Stacks<false>;
-  static constexpr int kBlocks = 4, kVector = 16 / sizeof(Scalar);
+  static constexpr int kBlocks = 2, kVector = 16 / sizeof(Scalar);
   Scalar* staged;  // (kRows, kColumns, C)
   const Tile& tile;
   int C;
@@ -99,6 +104,8 @@ struct DirectPixels : DirectEntries<Scalar> {
     copy(this->view, [](auto* shared, const auto* memory) { *shared = *memory; });
     __syncthreads();
   }
+  __device__ __forceinline__ int stage(int, int end) const { return end; }
+  __device__ __forceinline__ bool is_ready(int) const { return true; }
   __device__ __forceinline__ void stack(int c, Acc (&z)[kStack]) const {
 #pragma unroll
     for (int k = 0; k < kStack; ++k) z[k] = own(k, c);
@@ -166,75 +173,249 @@ struct ResampledEntries {
   }
 };
 
-// Reads stacks of logits of another size. Mostly, all pixels of a stack lie between the same two rows of logits, which
-// are then resampled along x once for all of them.
+// Reads stacks of logits of another size, each pixel by itself.
 template <typename Scalar>
 struct Resampled : ResampledEntries<Scalar> {
   using Entries = ResampledEntries<Scalar>;
   using typename Entries::Acc;
   using Tile = Stacks<false>;
-  static constexpr int kAtOnce = 1, kBlocks = 2;  // the reads come from L1, registers are scarce
+  static constexpr int kAtOnce = 1, kBlocks = 2;
   const Scalar* first_;
   Tap<Acc> across, down[kStack];
-  int64_t corners[2][2];  // offsets of the four logits around the stack's first pixel
-  bool same_rows;
 
   static BCMF_HOST_DEVICE Scalar* take(const LossArgs&, SharedCutter&) { return nullptr; }
   __device__ __forceinline__ Resampled(const LossArgs& args, const Tile& tile, Scalar*)
-      : Entries(args), first_(this->image(tile.n)), across(this->tap_x(clamp(tile.x(0), tile.W))), same_rows(true) {
+      : Entries(args), first_(this->image(tile.n)), across(this->tap_x(clamp(tile.x(0), tile.W))) {
 #pragma unroll
-    for (int k = 0; k < kStack; ++k) {
-      down[k] = this->tap_y(clamp(tile.y(k), tile.H));
-      same_rows = same_rows && down[k].first == down[0].first;
-    }
-#pragma unroll
-    for (int i = 0; i < 4; ++i)
-      corners[i / 2][i % 2] = (i / 2 ? this->below(down[0]) : down[0].first) * args.logits.stride_h +
-                              (i % 2 ? this->after(across) : across.first) * args.logits.stride_w;
+    for (int k = 0; k < kStack; ++k) down[k] = this->tap_y(clamp(tile.y(k), tile.H));
   }
+  __device__ __forceinline__ int stage(int, int end) const { return end; }
+  __device__ __forceinline__ bool is_ready(int) const { return true; }
   __device__ __forceinline__ void stack(int c, Acc (&z)[kStack]) const {
-    if (same_rows) {
-      const Scalar* map = first_ + c * this->args.logits.stride_c;
-      const Acc above = mix(widen(map[corners[0][0]]), widen(map[corners[0][1]]), across.weight);
-      const Acc below = mix(widen(map[corners[1][0]]), widen(map[corners[1][1]]), across.weight);
 #pragma unroll
-      for (int k = 0; k < kStack; ++k) z[k] = mix(above, below, down[k].weight);
-    } else {
-#pragma unroll
-      for (int k = 0; k < kStack; ++k) z[k] = own(k, c);
-    }
+    for (int k = 0; k < kStack; ++k) z[k] = own(k, c);
   }
   __device__ __forceinline__ Acc own(int k, int c) const {
     return this->between(first_ + c * this->args.logits.stride_c, across, down[k]);
   }
 };
 
-// Calls f(first, z) for groups of classes of a stack, z[j] being class first + j. Their reads are under way at the same
-// time. Beyond the last class z is -inf.
+// Returns the most cells along an axis that `length` neighbouring label pixels lie between.
+BCMF_HOST_DEVICE int most_cells(int64_t length, int64_t in, int64_t out) {
+  const int64_t most = ((length - 1) * in + out - 1) / out + 2;
+  return static_cast<int>(most < in ? most : in);
+}
+
+// Resampling along an axis of a tile. Pixels and cells are counted from the tile's first ones.
+template <typename Acc, int kLength>
+struct TileAxis {
+  int* cell;           // the first cell of a pixel, which is counted among all logits
+  int* start;          // the first pixel of a quad, and the end of the last one
+  Acc *weight, *rest;  // of a pixel's second cell, and of its first one
+  int first;           // the tile's first cell, among all logits
+  int cells;           // that the tile lies between
+  int quads;           // spans of pixels between the same two cells
+
+  // Two calls, between which all threads of the block wait for each other, fill in the arrays.
+  __device__ __forceinline__ void fill(int begin, int length, int64_t in, int64_t out, bool align_corners) const {
+    const int i = static_cast<int>(threadIdx.x);
+    if (i >= length) return;
+    const AxisTap<Acc> tap = axis_tap<Acc>(begin + i, in, out, align_corners);
+    cell[i] = static_cast<int>(tap.first);
+    weight[i] = tap.weight, rest[i] = 1 - tap.weight;
+  }
+  __device__ __forceinline__ void finish(int length, int64_t in) {
+    first = cell[0];
+    const int last = cell[length - 1];
+    quads = last - first + 1;
+    cells = last + 1 < in ? quads + 1 : quads;
+    const int i = static_cast<int>(threadIdx.x);
+    if (i >= length) return;
+    // There are no more cells than pixels, so that the next pixel lies in the same quad or in the next one.
+    if (i == 0 || cell[i] != cell[i - 1]) start[cell[i] - first] = i;
+    if (i + 1 == length) start[quads] = length;
+  }
+};
+
+// Both axes of a tile, and its cells.
+template <typename Entries>
+struct TileCells {
+  using Acc = typename Entries::Acc;
+  TileAxis<Acc, kRows> down;
+  TileAxis<Acc, kColumns> across;
+  Acc* staged;  // (classes, down.cells, across.cells)
+
+  // All threads of the block call it, and wait for each other before they read where quads start.
+  __device__ __forceinline__ TileCells(const LossArgs& args, const Tile& tile, Acc* staged) : staged(staged) {
+    BCMF_SHARED(Acc, weights, 2 * (kRows + kColumns));
+    BCMF_SHARED(int, numbers, 2 * (kRows + kColumns) + 2);
+    down.cell = numbers, across.cell = down.cell + kRows;
+    down.start = across.cell + kColumns, across.start = down.start + kRows + 1;
+    down.weight = weights, across.weight = down.weight + kRows;
+    down.rest = across.weight + kColumns, across.rest = down.rest + kRows;
+    down.fill(tile.top, tile.rows, args.h, args.H, args.align_corners);
+    across.fill(tile.left, tile.columns, args.w, args.W, args.align_corners);
+    __syncthreads();
+    down.finish(tile.rows, args.h);
+    across.finish(tile.columns, args.w);
+  }
+  __device__ __forceinline__ int count() const { return down.cells * across.cells; }
+
+  // Loads `classes` of them from class c on, and tells whether those that this thread has loaded are finite. All
+  // threads of the block call it, and wait for each other before and after it.
+  __device__ __forceinline__ bool load(const LossArgs& args, const Tile& tile, const Entries& entries, int c,
+                                       int classes) const {
+    const int lane = static_cast<int>(threadIdx.x) % kWarp, warp = static_cast<int>(threadIdx.x) / kWarp;
+    const MapView& view = args.logits;
+    const auto* corner =
+        entries.image(tile.n) + c * view.stride_c + down.first * view.stride_h + across.first * view.stride_w;
+    bool finite = true;
+    for (int i = lane; i < count(); i += kWarp) {
+      const auto* from = corner + i / across.cells * view.stride_h + i % across.cells * view.stride_w;
+      for (int of_chunk = warp; of_chunk < classes; of_chunk += kWarps) {
+        const Acc z = widen(from[of_chunk * view.stride_c]);
+        staged[of_chunk * count() + i] = z;
+        finite = finite && z - z == 0;
+      }
+    }
+    return finite;
+  }
+};
+
+// Reads stacks of logits of another size, of which there are no more than labels along either axis. The block stages
+// the cells of its tile in shared memory, some classes at a time.
+template <typename Scalar>
+struct Upsampled : ResampledEntries<Scalar> {
+  using Entries = ResampledEntries<Scalar>;
+  using typename Entries::Acc;
+  using Tile = Stacks<false>;
+  static constexpr int kAtOnce = 2;
+  static constexpr int kBudget = 12 << 10;  // bytes of cells, if that is enough for a class
+  const Tile& tile;
+  TileCells<Entries> cells;
+  Acc across_weight, across_rest, down_weight[kStack], down_rest[kStack];
+  int corner, right,
+      below;          // of the stack's first pixel: its upper left cell, and from there to those beside and below
+  unsigned advances;  // a bit for each pixel that lies a row of cells lower than the one above it
+  mutable int staged_begin = 0, staged_end = 0;
+  mutable bool careful = true;  // not all staged logits are finite
+
+  static BCMF_HOST_DEVICE int classes(const LossArgs& args) {
+    const int cells = most_cells(kRows, args.h, args.H) * most_cells(kColumns, args.w, args.W);
+    const int fit = kBudget / static_cast<int>(cells * sizeof(Acc)) / kAtOnce * kAtOnce;
+    return fit < kAtOnce ? kAtOnce : fit < args.C ? fit : static_cast<int>(args.C);
+  }
+  static BCMF_HOST_DEVICE Acc* take(const LossArgs& args, SharedCutter& shared) {
+    return shared.take<Acc>(classes(args) * most_cells(kRows, args.h, args.H) * most_cells(kColumns, args.w, args.W));
+  }
+  __device__ __forceinline__ Upsampled(const LossArgs& args, const Tile& tile, Acc* staged)
+      : Entries(args), tile(tile), cells(args, tile, staged), advances(0) {
+    const int column = clamp(tile.first_column, tile.columns);
+    const int row = cells.down.cell[clamp(tile.first_row, tile.rows)] - cells.down.first;
+    const int cell = cells.across.cell[column] - cells.across.first;
+    corner = row * cells.across.cells + cell;
+    right = cell + 1 < cells.across.cells ? 1 : 0;
+    below = row + 1 < cells.down.cells ? cells.across.cells : 0;
+    across_weight = cells.across.weight[column], across_rest = cells.across.rest[column];
+    int before = row + cells.down.first;
+#pragma unroll
+    for (int k = 0; k < kStack; ++k) {
+      const int i = clamp(tile.first_row + k, tile.rows);
+      down_weight[k] = cells.down.weight[i], down_rest[k] = cells.down.rest[i];
+      if (cells.down.cell[i] != before) advances |= 1u << k;
+      before = cells.down.cell[i];
+    }
+  }
+  __device__ __forceinline__ bool is_ready(int c) const { return c >= staged_begin && c < staged_end; }
+  // Stages classes from `begin` on, and returns the first one without.
+  __device__ __forceinline__ int stage(int begin, int end) const {
+    const int most = classes(this->args);
+    const int count = end - begin < most ? end - begin : most;
+    staged_begin = begin, staged_end = begin + count;
+    __syncthreads();  // other classes are not needed any more
+    careful = any_of_block(!cells.load(this->args, tile, *this, begin, count));
+    return staged_end;
+  }
+  __device__ __forceinline__ void stack(int c, Acc (&z)[kStack]) const {
+    const Acc* top = cells.staged + (c - staged_begin) * cells.count() + corner;
+    if (careful)
+      mix_stack(top, z, [](Acc a, Acc b, Acc, Acc weight) { return mix(a, b, weight); });
+    else
+      mix_stack(top, z, [](Acc a, Acc b, Acc rest, Acc weight) { return mix_finite(a, b, rest, weight); });
+  }
+  __device__ __forceinline__ Acc own(int k, int c) const {
+    const int row = clamp(tile.row(k), tile.rows), column = clamp(tile.first_column, tile.columns);
+    Tap<Acc> down, across;
+    down.first = cells.down.cell[row], down.weight = cells.down.weight[row];
+    across.first = cells.across.cell[column], across.weight = across_weight;
+    return this->between(this->image(tile.n) + c * this->args.logits.stride_c, across, down);
+  }
+
+ private:
+  template <typename Mix>
+  __device__ __forceinline__ void mix_stack(const Acc* top, Acc (&z)[kStack], Mix mixed) const {
+    const auto mix_row = [&](const Acc* row) { return mixed(row[0], row[right], across_rest, across_weight); };
+    Acc upper = mix_row(top), lower = mix_row(top + below);
+    if (advances == 0) {
+#pragma unroll
+      for (int k = 0; k < kStack; ++k) z[k] = mixed(upper, lower, down_rest[k], down_weight[k]);
+    } else {
+      const int columns = cells.across.cells;
+      int rows_below = cells.down.cells - 1 - corner / columns;  // the upper row
+#pragma unroll
+      for (int k = 0; k < kStack; ++k) {
+        if (advances >> k & 1) {
+          --rows_below;
+          top += columns;
+          upper = lower, lower = mix_row(rows_below > 0 ? top + columns : top);
+        }
+        z[k] = mixed(upper, lower, down_rest[k], down_weight[k]);
+      }
+    }
+  }
+};
+
+// Reads classes first..end-1 of a stack, at most as many as z has, and -inf in the place of others.
+template <typename Source, typename Acc, int kAtOnce>
+__device__ __forceinline__ void read_group(const Source& source, int first, int end, Acc (&z)[kAtOnce][kStack]) {
+#pragma unroll
+  for (int j = 0; j < kAtOnce; ++j) {
+    if (first + j < end) {
+      source.stack(first + j, z[j]);
+    } else {
+#pragma unroll
+      for (int k = 0; k < kStack; ++k) z[j][k] = static_cast<Acc>(-INFINITY);
+    }
+  }
+}
+
+// Calls f(first, z) for groups of the classes begin..end-1 of a stack, z[j] being class first + j. Their reads are
+// under way at the same time. Beyond the last class z is -inf.
 template <typename Source, typename F>
-__device__ __forceinline__ void for_classes(const Source& source, int C, F f) {
+__device__ __forceinline__ void for_classes(const Source& source, int begin, int end, F f) {
   constexpr int kAtOnce = Source::kAtOnce;
   using Acc = typename Source::Acc;
+  for (int ready; begin < end; begin = ready) {
+    ready = source.stage(begin, end);
 #pragma unroll 1
-  for (int first = 0; first < C; first += kAtOnce) {
-    Acc z[kAtOnce][kStack];
+    for (int first = begin; first < ready; first += kAtOnce) {
+      Acc z[kAtOnce][kStack];
+      if (first + kAtOnce <= ready) {  // a branch of the whole block instead of one for each class
 #pragma unroll
-    for (int j = 0; j < kAtOnce; ++j) source.stack(first + j < C ? first + j : C - 1, z[j]);
-#pragma unroll
-    for (int j = 1; j < kAtOnce; ++j)
-#pragma unroll
-      for (int k = 0; k < kStack; ++k) z[j][k] = first + j < C ? z[j][k] : static_cast<Acc>(-INFINITY);
-    f(first, z);
+        for (int j = 0; j < kAtOnce; ++j) source.stack(first + j, z[j]);
+      } else {
+        read_group(source, first, ready, z);
+      }
+      f(first, z);
+    }
   }
 }
 
 // ---------------------------------------------------------------------------------------------------------------------
-// Sinks take gradients class by class: either those of stacks, by `put`, with `finish` after the last class; or those
-// of single pixels, by `set`, with `add` after each class.
+// Sinks take the gradients of stacks class by class, by `put`, with `finish` after the last class.
 
 // The members that all sinks into a tensor have in common.
 struct Store {
-  static constexpr bool kAdds = false;
   MapView view;
 
   static BCMF_HOST_DEVICE int64_t scratch() { return 0; }
@@ -255,12 +436,6 @@ struct StoreAny : Store {
     Scalar* to = static_cast<Scalar*>(view.data) + tile.n * view.stride_n + c * view.stride_c;
     tile.for_each([&](int k) { narrow(value[k], to + tile.y(k) * view.stride_h + tile.x(k) * view.stride_w); });
   }
-  __device__ __forceinline__ void clear() const {}
-  __device__ __forceinline__ void set(const Tile& tile, int row, int column, int c, Acc value) const {
-    Scalar* to = static_cast<Scalar*>(view.data) + tile.n * view.stride_n + c * view.stride_c;
-    narrow(value, to + (tile.top + row) * view.stride_h + (tile.left + column) * view.stride_w);
-  }
-  __device__ __forceinline__ void add(const LossArgs&, const Tile&, int) const {}
 };
 
 // Stores to a tensor with a layout that DirectRows could read.
@@ -296,156 +471,6 @@ struct StorePixels : Store {
   }
 };
 
-// The logits along an axis (cells) that some label pixels lie between.
-struct Cells {
-  int64_t first, count;
-};
-// Finds the cells of the label pixels first..last.
-BCMF_HOST_DEVICE Cells cells_between(int64_t first, int64_t last, int64_t in, int64_t out, bool align_corners) {
-  const int64_t from = axis_tap<double>(first, in, out, align_corners).first;
-  return {from, axis_tap<double>(last, in, out, align_corners).second - from + 1};
-}
-
-// Resampling along an axis of a tile: weight[i] is that of the second cell of label pixel i, and start[j + 1] is the
-// first label pixel whose first cell is j, or a later one. Pixels and cells are counted from the tile's first.
-template <typename Acc>
-struct CellAxis {
-  Acc* weight;
-  int* start;
-
-  // Fills in both for `length` label pixels from `begin` on; all threads of the block call it. `first` is scratch
-  // memory.
-  __device__ __forceinline__ void fill(int64_t begin, int length, const Cells& cells, int64_t in, int64_t out,
-                                       bool align_corners, int* first) const {
-    for (int i = threadIdx.x; i < length; i += kThreads) {
-      const AxisTap<Acc> tap = axis_tap<Acc>(begin + i, in, out, align_corners);
-      weight[i] = tap.weight;
-      first[i] = static_cast<int>(tap.first - cells.first);
-    }
-    __syncthreads();
-    for (int j = threadIdx.x; j < cells.count + 2; j += kThreads) {
-      int before = 0;
-      while (before < length && first[before] < j - 1) ++before;
-      start[j] = before;
-    }
-    __syncthreads();  // `start` and `first` are read as soon as this function returns
-  }
-  // Returns what cell j gets from values[i * stride], for every `step`-th of its label pixels i from the `part`-th on.
-  __device__ __forceinline__ Acc gather(int j, const Acc* values, int stride, int part = 0, int step = 1) const {
-    Acc sum = 0;
-    for (int i = start[j] + part; i < start[j + 1]; i += step) sum += weight[i] * values[i * stride];
-    for (int i = start[j + 1] + part; i < start[j + 2]; i += step) sum += (1 - weight[i]) * values[i * stride];
-    return sum;
-  }
-};
-
-// Takes gradients back to logits of another size, of which there are no more than labels along either axis. It stores
-// what a tile adds to each cell that it touches; low_gather_tiles adds up the tiles.
-template <typename Acc_>
-struct TileCells {
-  using Acc = Acc_;
-  static constexpr bool kAdds = true;
-  static constexpr int kDown = kRows + 2, kAcross = kColumns + 2;  // the most cells that a tile touches
-  static constexpr int kStacks = kRows / kStack;                   // stacks below each other
-  Acc* partials;                                                   // (tiles, C, cells_down, cells_across)
-  int64_t cells_down, cells_across;                                // of the tile that touches the most
-  int rows, columns;
-  Acc *values, *sums;  // gradients of a class (kRows, kColumns), and their sums along y (kDown, kColumns)
-  CellAxis<Acc> down, across;
-  bool whole_stacks;         // all pixels of a stack lie between the same two rows of cells, for each stack
-  int stack_first[kStacks];  // if so, the upper row of each
-
-  static BCMF_HOST_DEVICE int64_t scratch() { return (kRows + kDown) * kColumns; }
-  __device__ __forceinline__ void begin(const LossArgs& args, const Tile& tile, Acc* scratch) {
-    BCMF_SHARED(Acc, weights, kRows + kColumns);
-    values = scratch, sums = scratch + kRows * kColumns;
-    int* firsts = reinterpret_cast<int*>(scratch);  // only needed in this function
-    BCMF_SHARED(int, starts, kDown + 2 + kAcross + 2);
-    down = {weights, starts};
-    across = {weights + kRows, starts + kDown + 2};
-    const Cells y = cells_between(tile.top, tile.top + tile.rows - 1, args.h, args.H, args.align_corners);
-    const Cells x = cells_between(tile.left, tile.left + tile.columns - 1, args.w, args.W, args.align_corners);
-    rows = static_cast<int>(y.count), columns = static_cast<int>(x.count);
-    across.fill(tile.left, tile.columns, x, args.w, args.W, args.align_corners, firsts);
-    down.fill(tile.top, tile.rows, y, args.h, args.H, args.align_corners, firsts);
-    whole_stacks = true;
-#pragma unroll
-    for (int i = 0; i < kStacks; ++i) {
-      const int last = i * kStack + kStack < tile.rows ? i * kStack + kStack - 1 : tile.rows - 1;
-      stack_first[i] = i * kStack < tile.rows ? firsts[i * kStack] : -2;  // no row of cells
-      whole_stacks = whole_stacks && (i * kStack >= tile.rows || firsts[last] == stack_first[i]);
-    }
-    __syncthreads();  // `firsts` may be written again
-  }
-  template <typename Source>
-  __device__ __forceinline__ void put(const LossArgs& args, const Source& source, const Stacks<false>& tile, int c,
-                                      const Acc (&value)[kStack]) const {
-    if (whole_stacks) {
-      Acc above = 0, below = 0;  // added to the cells above and below the stack
-      tile.for_each([&](int k) {
-        above += (1 - source.down[k].weight) * value[k];
-        below += source.down[k].weight * value[k];
-      });
-      const int stack = tile.first_row / kStack;
-      values[stack * kColumns + tile.first_column] = above;
-      values[(kStacks + stack) * kColumns + tile.first_column] = below;
-    } else {
-      tile.for_each([&](int k) { values[tile.row(k) * kColumns + tile.column(k)] = value[k]; });
-    }
-    __syncthreads();
-    for (int i = threadIdx.x; i < rows * kColumns; i += kThreads) {
-      if (i % kColumns >= tile.columns) continue;
-      sums[i] = whole_stacks ? sum_of_stacks(i / kColumns, values + i % kColumns)
-                             : down.gather(i / kColumns, values + i % kColumns, kColumns);
-    }
-    sum_across(args, c, [](Acc& cell, Acc sum) { cell = sum; });
-  }
-  template <typename Source>
-  __device__ __forceinline__ void finish(const Source&) const {}
-
-  // Clears the gradients of all pixels, for those that will not be set. All threads of the block call it.
-  __device__ __forceinline__ void clear() const {
-    for (int i = threadIdx.x; i < kRows * kColumns; i += kThreads) values[i] = 0;
-    __syncthreads();  // `set` may be called at once
-  }
-  __device__ __forceinline__ void set(const Tile&, int row, int column, int, Acc value) const {
-    values[row * kColumns + column] = value;
-  }
-  // Adds the gradients that are set to what `put` has stored in another kernel.
-  __device__ __forceinline__ void add(const LossArgs& args, const Tile& tile, int c) const {
-    __syncthreads();
-    for (int i = threadIdx.x; i < rows * kColumns; i += kThreads)
-      if (i % kColumns < tile.columns) sums[i] = down.gather(i / kColumns, values + i % kColumns, kColumns);
-    sum_across(args, c, [](Acc& cell, Acc sum) { cell += sum; });
-  }
-
- private:
-  __device__ __forceinline__ Acc sum_of_stacks(int row, const Acc* column) const {
-    Acc sum = 0;
-#pragma unroll
-    for (int i = 0; i < kStacks; ++i) {
-      if (stack_first[i] == row) sum += column[i * kColumns];
-      if (stack_first[i] == row - 1) sum += column[(kStacks + i) * kColumns];
-    }
-    return sum;
-  }
-  // Waits for `sums`, and gives each cell its sum of them. Four neighbouring threads share a cell, because there are
-  // few cells.
-  template <typename F>
-  __device__ __forceinline__ void sum_across(const LossArgs& args, int c, F store) const {
-    constexpr int kParts = 4;
-    __syncthreads();
-    Acc* map = partials + (blockIdx.x * args.C + c) * cells_down * cells_across;
-    for (int first = 0; first < kParts * rows * columns; first += kThreads) {
-      const int i = first + static_cast<int>(threadIdx.x), cell = i / kParts;
-      const int row = cell / columns, column = cell % columns;
-      Acc sum = row < rows ? across.gather(column, sums + row * kColumns, 1, i % kParts, kParts) : Acc(0);
-      for (int lanes = 1; lanes < kParts; lanes *= 2) sum += __shfl_xor_sync(0xffffffffu, sum, lanes);
-      if (row < rows && i % kParts == 0) store(map[row * cells_across + column], sum);
-    }
-  }
-};
-
 // Returns the weight of a cell in a label pixel.
 template <typename Acc>
 BCMF_HOST_DEVICE Acc weight_of_cell(const AxisTap<Acc>& tap, int64_t cell) {
@@ -474,26 +499,41 @@ struct Span {
       : begin(axis_start(cell - 1, in, out, align_corners)), end(axis_start(cell + 1, in, out, align_corners)) {}
 };
 
+constexpr int kGathered = 8;  // classes that a thread of low_gather_tiles writes
+BCMF_HOST_DEVICE int64_t gathering_threads(const LossArgs& args) {
+  return args.N * ((args.C + kGathered - 1) / kGathered) * args.h * args.w;
+}
+
 // Adds up, for each logit, what the tiles that touch it have stored in partials (tiles, C, cells_down, cells_across),
 // in the order of the tiles.
 template <typename Scalar>
 __global__ void __launch_bounds__(kThreads, 1)
     low_gather_tiles(const __grid_constant__ LossArgs args, const typename AccOf<Scalar>::type* partials,
                      int64_t cells_down, int64_t cells_across) {
+  using Acc = typename AccOf<Scalar>::type;
   const int64_t index = blockIdx.x * static_cast<int64_t>(kThreads) + threadIdx.x;
-  if (index >= args.N * args.C * args.h * args.w) return;
-  const Cell cell(args, index);
-  const Span rows(cell.y, args.h, args.H, args.align_corners), columns(cell.x, args.w, args.W, args.align_corners);
-  typename AccOf<Scalar>::type sum = 0;
-  for (int64_t y = rows.begin / kRows; y * kRows < rows.end; ++y) {
-    const int64_t row = cell.y - axis_tap<double>(y * kRows, args.h, args.H, args.align_corners).first;
-    for (int64_t x = columns.begin / kColumns; x * kColumns < columns.end; ++x) {
-      const int64_t column = cell.x - axis_tap<double>(x * kColumns, args.w, args.W, args.align_corners).first;
-      const int64_t tile = (cell.n * tiles_down(args) + y) * tiles_across(args) + x;
-      sum += partials[((tile * args.C + cell.c) * cells_down + row) * cells_across + column];
+  if (index >= gathering_threads(args)) return;
+  const int64_t x = index % args.w, y = index / args.w % args.h, group = index / args.w / args.h;
+  const int64_t groups = (args.C + kGathered - 1) / kGathered, n = group / groups, c = group % groups * kGathered;
+  const int classes = static_cast<int>(args.C - c < kGathered ? args.C - c : kGathered);
+  const Span rows(y, args.h, args.H, args.align_corners), columns(x, args.w, args.W, args.align_corners);
+  Acc sums[kGathered] = {};
+  for (int64_t v = rows.begin / kRows; v * kRows < rows.end; ++v) {
+    const int64_t row = y - axis_tap<Acc>(v * kRows, args.h, args.H, args.align_corners).first;
+    for (int64_t u = columns.begin / kColumns; u * kColumns < columns.end; ++u) {
+      const int64_t column = x - axis_tap<Acc>(u * kColumns, args.w, args.W, args.align_corners).first;
+      const int64_t tile = (n * tiles_down(args) + v) * tiles_across(args) + u;
+      const Acc* from = partials + ((tile * args.C + c) * cells_down + row) * cells_across + column;
+#pragma unroll
+      for (int i = 0; i < kGathered; ++i)
+        if (i < classes) sums[i] += from[i * cells_down * cells_across];
     }
   }
-  cell.store<Scalar>(args, sum);
+  const MapView& v = args.grad;
+  Scalar* to = static_cast<Scalar*>(v.data) + n * v.stride_n + c * v.stride_c + y * v.stride_h + x * v.stride_w;
+#pragma unroll
+  for (int i = 0; i < kGathered; ++i)
+    if (i < classes) narrow(sums[i], to + i * v.stride_c);
 }
 
 // Adds up, for each logit, gradients (N, C, H, W) of the labels' size. This serves where there are more logits than

@@ -4,6 +4,7 @@
 
 #include "common/select.h"
 #include "cuda/kernels/finish.cuh"
+#include "cuda/kernels/marks.cuh"
 
 namespace bcmf::device {
 
@@ -80,10 +81,11 @@ __global__ void __launch_bounds__(kThreads)
   const Acc cutoff = found ? loss_of<Acc>(selection->prefix) : exceeds;
   double sums[2] = {};
   const Stacks<false> tile(args);
+  const Marks marks(args);
   tile.for_each([&](int k) {
     const Acc nll = static_cast<const Acc*>(args.nll)[tile.pixel(k)];
     if (nll == -1 || key_of(nll) < key_of(cutoff)) return;
-    const int label = read_label(args, tile.n, tile.y(k), tile.x(k));
+    const int label = marks.id(tile.pixel(k));
     sums[0] += (label >= 0 ? weight_of<Acc>(args, label) : Acc(1)) * nll;
     sums[1] += 1;
   });

@@ -1,156 +1,166 @@
-// The step sparse_backward: the gradient of the few pixels that are near CPG's edges, or that BCL selected by flipped
-// labels.
+// The steps cpg_shares and sparse_backward, which are part of the kernel dense_backward: what CPG, and BCL with flipped
+// labels, add to the gradient of a few pixels. That gradient is, for class c,
+//
+//   p (pull + factor) - pull [c is the label] + extra(c),
+//
+// where the pull is that of the cross-entropy and of BCL without flips. CPG has extra(c) = p b(c), with b(c) the
+// derivative of the total by p, and the factor -sum_c p b(c); flipped labels add their pulls to the factor, and take
+// them from the extras of the classes that they pull to.
 #pragma once
 
+#include "cuda/kernels/bcl.cuh"
 #include "cuda/kernels/cpg.cuh"
-#include "cuda/kernels/dense.cuh"
 
 namespace bcmf::device {
 
-// The shared memory of sparse_backward, and the list of pixels that it works on. The host makes one to see how many
-// bytes it takes.
-template <typename Acc, typename Sink>
-struct SparseMemory {
+// The pixels of a tile that have a factor and extras. All threads of the block call its functions together, but for
+// the const ones. The host makes one to see how much shared memory it takes.
+template <typename Entries>
+class SparseGradient {
+ public:
+  using Acc = typename Entries::Acc;
+
+  BCMF_HOST_DEVICE SparseGradient(const LossArgs& args, SharedCutter& shared)
+      : args_(args), window_(args, args.cpg_radius, shared), edges_(false), count_(0), room_(0), complete_(true) {
+    const int64_t pixels = args.cpg_radius > 0 || args.bcl_flipped ? kPixels : 0;
+    listed_ = shared.take<uint16_t>(pixels);
+    places_ = shared.take<uint16_t>(pixels);
+    factors_ = shared.take<Acc>(pixels);
+    kept_ = shared.take<Acc>(pixels);
+    present_.words = shared.take<unsigned>(pixels > 0 ? ClassSet::kWords : 0);
+  }
+
+  // Lists the pixels and finds their factors.
+  __device__ __forceinline__ void load(const Marks& marks, const Tile& tile, const Entries& entries) {
+    const bool flips = args_.bcl_flipped && any_of_block(is_any_selected(marks, tile));
+    edges_ = args_.cpg_radius > 0 && window_.load(args_, marks, tile);
+    if (!edges_ && !flips) return;
+    list(tile);
+    if (count_ == 0) return;
+    for (int i = threadIdx.x; i < ClassSet::kWords; i += kThreads)
+      present_.words[i] = edges_ ? window_.present.words[i] : 0;
+    __syncthreads();  // bits are added to `present_`
+    for_each([&](int i, int row, int column) {
+      const unsigned selected = flips ? selected_at(tile, row, column) : 0;
+      factors_[i] = flipped_pull<Acc>(args_, selected);
+      for_flipped<Acc>(args_, marks, selected, tile, row, column, [&](int c, Acc) { present_.add(c); });
+    });
+    __syncthreads();
+    const int C = static_cast<int>(args_.C);
+    int held = 0;
+    for (int c = next(0); c < C; c = next(c + 1)) {
+      find(marks, tile, entries, c, [&](int i, Acc share, Acc pulls) {
+        factors_[i] -= share;
+        if (held < room_) kept_[held * count_ + i] = share - pulls;
+      });
+      ++held;
+    }
+    complete_ = held <= room_;
+    __syncthreads();  // factors and extras may be read at once
+  }
+
+  // Finds the extras of the classes from `begin` on, as far as there is room, and returns the first class without.
+  __device__ __forceinline__ int find_extras(const Marks& marks, const Tile& tile, const Entries& entries, int begin) {
+    const int C = static_cast<int>(args_.C);
+    if (complete_) return C;
+    __syncthreads();  // other extras may still be read
+    int held = 0;
+    for (int c = next(begin); c < C; c = next(c + 1)) {
+      if (held == room_) {
+        __syncthreads();  // the extras may be read at once
+        return c;
+      }
+      find(marks, tile, entries, c, [&](int i, Acc share, Acc pulls) { kept_[held * count_ + i] = share - pulls; });
+      ++held;
+    }
+    __syncthreads();  // the extras may be read at once
+    return C;
+  }
+
+  __device__ __forceinline__ bool any() const { return count_ > 0; }
+  // Returns the first class from c on that any pixel may have an extra of, or C.
+  __device__ __forceinline__ int next(int c) const {
+    const int C = static_cast<int>(args_.C);
+    return any() ? present_.next(c, C) : C;
+  }
+  // Returns which one class c is of those from `begin` on that have extras, or -1.
+  __device__ __forceinline__ int rank(int begin, int c) const {
+    if (!any() || !present_.has(c)) return -1;
+    int rank = 0;
+    for (int before = next(begin); before < c; before = next(before + 1)) ++rank;
+    return rank;
+  }
+  // Returns the place of a pixel in the list, or kNone.
+  static constexpr int kNone = 0xffff;
+  __device__ __forceinline__ int place(int row, int column) const { return places_[row * kColumns + column]; }
+  __device__ __forceinline__ Acc factor(int place) const { return factors_[place]; }
+  // Returns the extra of the `held`-th class that has some, from find_extras's `begin` on.
+  __device__ __forceinline__ Acc extra(int held, int place) const { return kept_[held * count_ + place]; }
+
+ private:
   static constexpr int kPixels = kRows * kColumns;
-  SharedCutter shared;
-  Window<Acc> window;
-  Acc* scratch;          // of the sink
-  uint16_t* places;      // row * kColumns + column of each listed pixel
-  Acc *factors, *pulls;  // of each listed pixel: its gradient is p (factor + b) - pull at the label - flipped pulls
-  Acc* kept;             // b of the first classes that the tile holds, by class and listed pixel
-  int count;             // how many pixels are listed
-  int kept_count;        // for how many classes b is kept
 
-  BCMF_HOST_DEVICE explicit SparseMemory(const LossArgs& args)
-      : window(args, args.cpg_radius, shared),
-        scratch(shared.take<Acc>(Sink::scratch())),
-        places(shared.take<uint16_t>(kPixels)),
-        factors(shared.take<Acc>(kPixels)),
-        pulls(shared.take<Acc>(kPixels)),
-        kept(shared.take<Acc>(kPixels)),
-        count(0),
-        kept_count(0) {}
+  static __device__ __forceinline__ bool is_any_selected(const Marks& marks, const Tile& tile) {
+    const Stacks<false> stack(tile);
+    return stack.has_patch() && marks.patch(tile.n, stack.y(0), stack.x(0))->selected != 0;
+  }
+  __device__ __forceinline__ unsigned selected_at(const Tile& tile, int row, int column) const {
+    return steps_of(args_, tile.pixel_at(row, column));
+  }
 
-  // Lists the pixels for which wanted(row, column) is true, in order. All threads of the block call it.
-  template <typename F>
-  __device__ __forceinline__ void list(const Tile& tile, F wanted) {
+  // Lists the pixels near edges and the selected ones, in order.
+  __device__ __forceinline__ void list(const Tile& tile) {
     constexpr int kOwn = kPixels / kThreads;
     const int first = static_cast<int>(threadIdx.x) * kOwn;
     unsigned bits = 0;
     for (int i = 0; i < kOwn; ++i) {
       const int row = (first + i) / kColumns, column = (first + i) % kColumns;
-      if (row < tile.rows && column < tile.columns && wanted(row, column)) bits |= 1u << i;
+      if (row >= tile.rows || column >= tile.columns) continue;
+      const bool wanted =
+          (edges_ && window_.is_near(row, column)) || (args_.bcl_flipped && selected_at(tile, row, column) != 0);
+      bits |= static_cast<unsigned>(wanted) << i;
     }
-    int before = scan_block(__popc(bits), &count);
-    for (int i = 0; i < kOwn; ++i)
-      if (bits >> i & 1) places[before++] = static_cast<uint16_t>(first + i);
-    kept_count = count > 0 ? kPixels / count : 0;
+    int before = scan_block(__popc(bits), &count_);
+    for (int i = 0; i < kOwn; ++i) {
+      const bool wanted = bits >> i & 1;
+      places_[first + i] = static_cast<uint16_t>(wanted ? before : kNone);
+      if (wanted) listed_[before++] = static_cast<uint16_t>(first + i);
+    }
+    room_ = count_ > 0 ? kPixels / count_ : 0;
     __syncthreads();  // the list may be read at once
   }
   // Calls f(i, row, column) for the listed pixels. A pixel is always visited by the same thread.
   template <typename F>
   __device__ __forceinline__ void for_each(F f) const {
-    for (int i = threadIdx.x; i < count; i += kThreads) f(i, places[i] / kColumns, places[i] % kColumns);
+    for (int i = threadIdx.x; i < count_; i += kThreads) f(i, listed_[i] / kColumns, listed_[i] % kColumns);
   }
-};
+  // Calls f(i, p b, flipped pulls) of class c for the listed pixels.
+  template <typename F>
+  __device__ __forceinline__ void find(const Marks& marks, const Tile& tile, const Entries& entries, int c, F f) {
+    const bool compared = edges_ && window_.present.has(c);
+    if (compared) window_.cpg_residuals(args_, tile, entries, c);
+    for_each([&](int i, int row, int column) {
+      // Where b is 0 nothing is compared, and p may be NaN, or not be there.
+      const Acc b = compared ? window_.b_at(tile, row, column) : Acc(0);
+      const unsigned selected = args_.bcl_flipped ? selected_at(tile, row, column) : 0;
+      Acc pulls = 0;
+      for_flipped<Acc>(args_, marks, selected, tile, row, column,
+                       [&](int to, Acc pull) { pulls += to == c ? pull : Acc(0); });
+      f(i, b != 0 ? window_.p[window_.labels.at(row, column)] * b : Acc(0), pulls);
+    });
+  }
 
-// Writes the gradient of the few pixels that are near CPG's edges or that BCL selected by flipped labels. A sink that
-// adds is given the part that dense_backward leaves out; any other one is given the whole gradient of these pixels,
-// which replaces that of dense_backward. The steps cpg_edges, cpg_residuals and cpg_shares are part of this kernel.
-template <typename Entries, typename Sink>
-__global__ void __launch_bounds__(kThreads, 3) sparse_backward(const __grid_constant__ LossArgs args, Sink sink) {
-  using Acc = typename Entries::Acc;
-  const Tile tile(args);
-  const Entries entries(args);
-  SparseMemory<Acc, Sink> memory(args);
-  Window<Acc>& window = memory.window;
-  const auto selected_at = [&](int row, int column) -> unsigned {
-    const int64_t pixel = (tile.n * tile.H + tile.top + row) * tile.W + tile.left + column;
-    return args.bcl_flipped ? steps_of(args, pixel) : 0;
-  };
-  const auto p_of = [&](int row, int column, int c) {
-    const int y = tile.top + row, x = tile.left + column;
-    const Acc* m = static_cast<const Acc*>(args.stats) + (tile.n * tile.H + y) * tile.W + x;
-    return exp_of((entries.at(tile.n, y, x, c) - m[0]) - m[args.N * args.H * args.W]);
-  };
-  const bool edges = args.cpg_radius > 0 && window.load(args, tile);
-  if (!edges && !args.bcl_flipped) return;
-  memory.list(tile, [&](int row, int column) {
-    return (edges && window.is_near(row, column)) || selected_at(row, column) != 0;
-  });
-  if (memory.count == 0) return;
-  sink.begin(args, tile, memory.scratch);
-  sink.clear();
-  memory.for_each([&](int i, int row, int column) {
-    const int y = tile.top + row, x = tile.left + column;
-    const int64_t pixel = (tile.n * tile.H + y) * tile.W + x;
-    const Acc* m = static_cast<const Acc*>(args.stats) + pixel;
-    const auto loss = [&](int c) { return (m[0] - entries.at(tile.n, y, x, c)) + m[args.N * args.H * args.W]; };
-    memory.pulls[i] =
-        Sink::kAdds ? Acc(0) : pull_of<Acc>(args, pixel, read_label(args, tile.n, y, x), ce_scale<Acc>(args), loss);
-    memory.factors[i] = memory.pulls[i] + flipped_pull<Acc>(args, selected_at(row, column));
-  });
-  const int C = static_cast<int>(args.C);
-  int held = 0;  // how many of the classes before c the tile holds
-  for (int c = 0; c < C && edges; ++c) {
-    if (!window.holds(c)) continue;
-    window.cpg_residuals(args, tile, entries, c);
-    memory.for_each([&](int i, int row, int column) {
-      const Acc b = window.b_at(tile, row, column);
-      if (held < memory.kept_count) memory.kept[held * memory.count + i] = b;
-      // The factor loses the pixel's share. Where b is 0 nothing is compared, and p may be NaN.
-      if (b != 0) memory.factors[i] -= p_of(row, column, c) * b;
-    });
-    ++held;
-  }
-  const auto value_of = [&](int i, int y, int x, int label, unsigned selected, int c, Acc p, Acc b) {
-    const Acc factor = memory.factors[i];
-    Acc value = factor != 0 ? factor * p : Acc(0);
-    if (c == label) value -= memory.pulls[i];
-    if (selected != 0) value -= flipped_pull_of<Acc>(args, selected, tile, y, x, c);
-    return b != 0 ? value + p * b : value;
-  };
-  if (!Sink::kAdds && held <= memory.kept_count) {
-    // All b are kept: no residual is needed again, and threads go from pixel to pixel without a barrier.
-    constexpr int kAtOnce = 4;
-    memory.for_each([&](int i, int row, int column) {
-      const int y = tile.top + row, x = tile.left + column, label = read_label(args, tile.n, y, x);
-      const unsigned selected = selected_at(row, column);
-      const Acc* m = static_cast<const Acc*>(args.stats) + (tile.n * tile.H + y) * tile.W + x;
-      const Acc max_logit = m[0], log_sum = m[args.N * args.H * args.W];
-      int before = 0;  // how many of the classes before c the tile holds
-      for (int first = 0; first < C; first += kAtOnce) {
-        Acc z[kAtOnce];
-#pragma unroll
-        for (int j = 0; j < kAtOnce; ++j) z[j] = entries.at(tile.n, y, x, first + j < C ? first + j : C - 1);
-#pragma unroll
-        for (int j = 0; j < kAtOnce; ++j) {
-          const int c = first + j;
-          if (c >= C) break;
-          const bool holds = edges && window.holds(c);
-          const Acc b = holds ? memory.kept[before * memory.count + i] : Acc(0);
-          const Acc p = exp_of((z[j] - max_logit) - log_sum);
-          sink.set(tile, row, column, c, value_of(i, y, x, label, selected, c, p, b));
-          before += holds;
-        }
-      }
-    });
-    return;
-  }
-  held = 0;
-  for (int c = 0; c < C; ++c) {
-    const bool holds = edges && window.holds(c), kept = held < memory.kept_count;
-    if (holds && !kept) window.cpg_residuals(args, tile, entries, c);
-    memory.for_each([&](int i, int row, int column) {
-      const int y = tile.top + row, x = tile.left + column;
-      Acc b = 0;
-      if (holds) b = kept ? memory.kept[held * memory.count + i] : window.b_at(tile, row, column);
-      const int label = Sink::kAdds ? kIgnored : read_label(args, tile.n, y, x);  // its pulls are in dense_backward
-      sink.set(tile, row, column, c, value_of(i, y, x, label, selected_at(row, column), c, p_of(row, column, c), b));
-    });
-    sink.add(args, tile, c);
-    held += holds;
-  }
-}
+  const LossArgs& args_;
+  Window<Acc> window_;
+  bool edges_;        // CPG has edges near the tile
+  int count_;         // how many pixels are listed
+  int room_;          // for how many classes extras are kept
+  bool complete_;     // that is enough for all
+  uint16_t* listed_;  // row * kColumns + column of each listed pixel
+  uint16_t* places_;  // of each pixel of the tile: its place in this list, or kNone
+  Acc* factors_;      // of each listed pixel
+  Acc* kept_;         // the extras, by class and listed pixel
+  ClassSet present_;  // the classes that may have extras
+};
 
 }  // namespace bcmf::device

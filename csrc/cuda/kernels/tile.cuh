@@ -1,7 +1,7 @@
-// How the kernels of bcmf::loss divide the label pixels. A block has a tile of 64 x 16 of them, a thread a stack of 4
-// pixels of the tile. These lie below each other, so that a warp reads 32 neighbours of a row, or beside each other, so
-// that a thread reads them at once. The threads of a block add up their numbers in a fixed order, and a later block
-// adds up those of the tiles: sums have the same bits every time.
+// How the kernels of bcmf::loss divide the label pixels. A block has a tile of 64 x 16 of them, a warp a patch of 32 x
+// 4 pixels of the tile, a thread a stack of 4 of the patch. These lie below each other, so that a warp reads 32
+// neighbours of a row, or beside each other, so that a thread reads them at once. The threads of a block add up their
+// numbers in a fixed order, and a later block adds up those of the tiles: sums have the same bits every time.
 #pragma once
 
 #include <cmath>
@@ -16,6 +16,8 @@ constexpr int kColumns = 64;
 constexpr int kRows = 16;
 constexpr int kStack = 4;
 constexpr int kThreads = kColumns * kRows / kStack;
+constexpr int kWarp = 32, kWarps = kThreads / kWarp;
+constexpr int kPatchColumns = 32, kPatchRows = kStack;
 
 // exp(x) for x <= 0 by the GPU's own power of two, which takes two instructions instead of eight. x is rounded when it
 // is scaled, which adds an error of |x| exp(x) 2^-24 <= 2^-25, where the largest class has exp(x) = 1, to the
@@ -30,6 +32,11 @@ __device__ __forceinline__ float exp_of(float x) {
 #endif
 }
 __device__ __forceinline__ double exp_of(double x) { return exp(x); }
+
+template <typename Acc>
+__device__ __forceinline__ constexpr Acc lowest() {
+  return sizeof(Acc) == 8 ? static_cast<Acc>(-1.7976931348623157e308) : static_cast<Acc>(-3.402823466e38f);
+}
 
 BCMF_HOST_DEVICE unsigned tiles_down(const LossArgs& args) {
   return static_cast<unsigned>((args.H + kRows - 1) / kRows);
@@ -82,6 +89,9 @@ struct Tile {
     rows = H - top < kRows ? H - top : kRows;
     columns = W - left < kColumns ? W - left : kColumns;
   }
+  __device__ __forceinline__ int64_t pixel_at(int row, int column) const {
+    return (n * H + top + row) * W + left + column;
+  }
 };
 
 // The tile, with the stack of this thread. kAcross: the stack's pixels lie beside each other, and either all or none of
@@ -89,14 +99,23 @@ struct Tile {
 template <bool kAcross_>
 struct Stacks : Tile {
   static constexpr bool kAcross = kAcross_;
-  static constexpr int kPerRow = kAcross ? kColumns / kStack : kColumns;
   int first_row, first_column;  // of the thread's stack, in the tile
 
-  __device__ __forceinline__ explicit Stacks(const LossArgs& args) : Tile(args) {
-    const int thread = static_cast<int>(threadIdx.x);
-    first_row = thread / kPerRow * (kAcross ? 1 : kStack);
-    first_column = thread % kPerRow * (kAcross ? kStack : 1);
+  __device__ __forceinline__ explicit Stacks(const LossArgs& args) : Stacks(Tile(args)) {}
+  __device__ __forceinline__ explicit Stacks(const Tile& tile) : Tile(tile) {
+    constexpr int kPerRow = kAcross ? kPatchColumns / kStack : kPatchColumns;  // stacks
+    const int lane = static_cast<int>(threadIdx.x) % kWarp;
+    first_row = patch_row() + lane / kPerRow;
+    first_column = patch_column() + lane % kPerRow * (kAcross ? kStack : 1);
   }
+  // The warp's patch, in the tile; and whether any of it lies within the image.
+  __device__ __forceinline__ int patch_row() const {
+    return static_cast<int>(threadIdx.x) / kWarp / (kColumns / kPatchColumns) * kPatchRows;
+  }
+  __device__ __forceinline__ int patch_column() const {
+    return static_cast<int>(threadIdx.x) / kWarp % (kColumns / kPatchColumns) * kPatchColumns;
+  }
+  __device__ __forceinline__ bool has_patch() const { return patch_row() < rows && patch_column() < columns; }
   __device__ __forceinline__ int row(int k) const { return kAcross ? first_row : first_row + k; }
   __device__ __forceinline__ int column(int k) const { return kAcross ? first_column + k : first_column; }
   __device__ __forceinline__ int y(int k) const { return top + row(k); }
@@ -104,7 +123,7 @@ struct Stacks : Tile {
   __device__ __forceinline__ bool has(int k) const {
     return kAcross ? first_column < columns && first_row < rows : first_column < columns && row(k) < rows;
   }
-  __device__ __forceinline__ int64_t pixel(int k) const { return (n * H + y(k)) * W + x(k); }
+  __device__ __forceinline__ int64_t pixel(int k) const { return pixel_at(row(k), column(k)); }
 
   // Read and write the stack's entries of a map (N, H, W).
   template <typename T>
@@ -148,15 +167,13 @@ __device__ __forceinline__ T block_sum(T value, T* shared) {
   return sum;
 }
 
-constexpr int kWarp = 32, kWarps = kThreads / kWarp;
-
 // Tells every thread of the block whether any of them has a true value.
 __device__ __forceinline__ bool any_of_block(bool value) {
   BCMF_SHARED(unsigned, any, 1);
   if (threadIdx.x == 0) any[0] = 0;
-  __syncthreads();
+  __syncthreads();  // bits are added to the 0, if any value is true
   if (value) atomicOr(any, 1u);
-  __syncthreads();
+  __syncthreads();  // all bits are there
   const bool found = any[0] != 0;
   __syncthreads();  // `any` may be written again
   return found;
@@ -183,19 +200,32 @@ __device__ __forceinline__ int scan_block(int value, int* total) {
   return before;
 }
 
+// Gives the first thread the sum of `value` over the block, added up in a fixed order.
+template <typename T>
+__device__ __forceinline__ T sum_of_block(T value) {
+  BCMF_SHARED(T, shared, kWarps);
+  for (int lanes = kWarp / 2; lanes > 0; lanes /= 2) value += __shfl_xor_sync(0xffffffffu, value, lanes);
+  if (threadIdx.x % kWarp == 0) shared[threadIdx.x / kWarp] = value;
+  __syncthreads();
+  T sum = 0;
+  if (threadIdx.x == 0)
+    for (int warp = 0; warp < kWarps; ++warp) sum += shared[warp];
+  return sum;
+}
+
 // Adds up K values of all threads of the block, and stores the sums as the tile's column of partials (K, tiles).
-template <int K>
-__device__ __forceinline__ void store_partials(const double (&values)[K], double* partials) {
-  BCMF_SHARED(double, shared, K* kWarps);
+template <typename T, int K>
+__device__ __forceinline__ void store_partials(const T (&values)[K], double* partials) {
+  BCMF_SHARED(T, shared, K * kWarps);
 #pragma unroll
   for (int entry = 0; entry < K; ++entry) {
-    double sum = values[entry];
+    T sum = values[entry];
     for (int lanes = kWarp / 2; lanes > 0; lanes /= 2) sum += __shfl_xor_sync(0xffffffffu, sum, lanes);
     if (threadIdx.x % kWarp == 0) shared[entry * kWarps + threadIdx.x / kWarp] = sum;
   }
-  __syncthreads();
+  __syncthreads();  // the sums of all warps are there
   if (threadIdx.x < K) {
-    double sum = 0;
+    T sum = 0;
     for (int warp = 0; warp < kWarps; ++warp) sum += shared[threadIdx.x * kWarps + warp];
     partials[threadIdx.x * static_cast<int64_t>(gridDim.x) + blockIdx.x] = sum;
   }
@@ -214,12 +244,6 @@ __device__ __forceinline__ double load_partials(const double* partials, int64_t 
 template <typename Acc>
 __device__ __forceinline__ Acc weight_of(const LossArgs& args, int label) {
   return args.weight ? static_cast<const Acc*>(args.weight)[label] : Acc(1);
-}
-
-// The label as BCL and CPG see it: a class, or kIgnored, also for a bad label.
-__device__ __forceinline__ int class_at(const LossArgs& args, int64_t n, int y, int x) {
-  const int label = read_label(args, n, y, x);
-  return label < 0 ? kIgnored : label;
 }
 
 }  // namespace bcmf::device

@@ -265,7 +265,7 @@ def same_selection(
     if case.bcl is None or backend.impl == "torch":
         yield
         return
-    *_, selected, _ = record(case, backend, z, y, w, **options).results
+    *_, selected, _, _ = record(case, backend, z, y, w, **options).results
     scores: list[tuple[Tensor, Tensor]] = []
 
     def remember(q: Tensor, valid3: Tensor, bcl: BCL) -> Tensor:

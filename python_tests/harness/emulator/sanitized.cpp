@@ -89,6 +89,7 @@ struct Loss {
   int64_t pixels;
   Memory logits, weight, labels, stats, nll, sums, cutoff, total, grad, summary, terms, grad_total, selected;
   bcmf::LossArgs args;
+  Memory marks;
 
   Loss(bcmf::FloatType type, Size size, Options options)
       : pixels(size.n * size.H * size.W),
@@ -105,13 +106,15 @@ struct Loss {
         terms(bcmf::kTerms * sizeof(Acc)),
         grad_total(sizeof(Acc)),
         selected(options.bcl_steps > 0 ? pixels : 0),
-        args(arguments(type, logits, grad, labels, size, options)) {
+        args(arguments(type, logits, grad, labels, size, options)),
+        marks(bcmf::cuda::loss_mark_bytes(args)) {
     for (int64_t i = 0; i < size.c; ++i) static_cast<Acc*>(weight.data())[i] = static_cast<Acc>(1 + i);
     *static_cast<Acc*>(grad_total.data()) = 2;
     args.weight = options.weighted ? weight.data() : nullptr;
     args.nll = args.ohem ? nll.data() : nullptr;
     args.stats = stats.data();
     args.selected = selected.data();
+    args.marks = marks.data();
     args.sums = static_cast<double*>(sums.data());
     args.cutoff = cutoff.data();
     args.total = total.data();
@@ -142,7 +145,8 @@ void check_loss(bcmf::FloatType type, Size size, Options options) {
     const auto cutoff = static_cast<typename Loss<Scalar>::Acc*>(loss.summary.data())[bcmf::kCutoff];
     require(options.threshold != 20 || loss.pixels <= 1 || cutoff < options.threshold, "OHEM's selection did not run");
     std::vector<Memory> found;
-    for (Memory* result : {&loss.sums, &loss.total, &loss.terms, &loss.summary, &loss.stats, &loss.selected, &loss.grad})
+    for (Memory* result :
+         {&loss.sums, &loss.total, &loss.terms, &loss.summary, &loss.stats, &loss.selected, &loss.grad})
       found.push_back(std::move(*result));
     if (expected.empty())
       expected = std::move(found);
@@ -158,7 +162,7 @@ void check_hostile(bcmf::FloatType type, Size size, Options options) {
   Loss<Scalar> loss(type, size, options);
   emulator::before_launch = [&] {
     memcpy(loss.labels.data(), random_labels(loss.pixels, size.c, true).data(), loss.labels.size);
-    for (Memory* memory : {&loss.stats, &loss.selected, &loss.summary})
+    for (Memory* memory : {&loss.stats, &loss.selected, &loss.marks, &loss.summary})
       for (size_t i = 0; i < memory->size; ++i)
         if (random_bits() % 4 == 0) memory->bytes[i] = static_cast<char>(random_bits());
   };

@@ -231,6 +231,9 @@ void define_words() {
   define<uint32_t, uint32_t, uint32_t, uint32_t>("shf.l.wrap.b32", [](uint32_t a, uint32_t b, uint32_t n) {
     return static_cast<uint32_t>((uint64_t{b} << 32 | a) << (n & 31) >> 32);
   });
+  define<uint32_t, uint32_t, uint32_t, uint32_t>("shf.r.wrap.b32", [](uint32_t a, uint32_t b, uint32_t n) {
+    return static_cast<uint32_t>((uint64_t{b} << 32 | a) >> (n & 31));
+  });
   define<uint32_t, uint32_t, uint32_t, uint32_t, uint32_t>(
       "bfi.b32", [](uint32_t a, uint32_t b, uint32_t position, uint32_t length) {
         position &= 255, length &= 255;

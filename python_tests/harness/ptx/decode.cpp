@@ -139,6 +139,8 @@ class Decoder {
       in.flow = Flow::barrier;
     } else if (starts_with(opcode, "shfl.sync.")) {
       shuffle(statement, in);
+    } else if (starts_with(opcode, "vote.sync.")) {
+      vote(statement, in);
     } else if (starts_with(opcode, "ld.") || starts_with(opcode, "st.") || starts_with(opcode, "atom.")) {
       memory(statement, in);
     } else if (starts_with(opcode, "mov.") && statement.text.find('{') != std::string::npos) {
@@ -158,6 +160,16 @@ class Decoder {
     in.to[0] = sized(operands[0].substr(0, bar), 4, statement);
     if (bar != std::string::npos) in.to[1] = sized(operands[0].substr(bar + 1), 1, statement);
     for (int i = 0; i < 4; ++i) in.from[i] = sized(operands[1 + i], 4, statement);
+  }
+
+  void vote(const Statement& statement, Instruction& in) {  // "vote.sync.any.pred %p1, %p2, -1"
+    const std::vector<std::string>& operands = statement.operands;
+    in.flow = Flow::shuffle;
+    in.run = find_shuffle(statement.opcode);
+    if (!in.run || operands.size() != 3) stop("no instruction like " + statement.text);
+    in.to[0] = sized(operands[0], starts_with(statement.opcode, "vote.sync.ballot.") ? 4 : 1, statement);
+    in.from[0] = sized(operands[1], 1, statement);
+    in.from[3] = sized(operands[2], 4, statement);
   }
 
   void memory(const Statement& statement, Instruction& in) {

@@ -32,6 +32,12 @@ std::string place_of(const Warp& warp) {
 // ---------------------------------------------------------------------------------------------------------------------
 // Opcodes that move registers between lanes, or several to one
 
+Lanes lanes_where(const Predicate* values) {
+  Lanes lanes = 0;
+  for (int lane = 0; lane < kLanes; ++lane) lanes |= static_cast<Lanes>(values[lane] != 0) << lane;
+  return lanes;
+}
+
 enum class From { butterfly, up, down, index };
 
 template <From mode>
@@ -57,6 +63,26 @@ void shuffle(Warp& warp, const Instruction& in, Lanes lanes) {
   });
 }
 
+// A vote among the lanes, all of which run it together.
+template <typename Result>
+void vote(Warp& warp, const Instruction& in, Lanes lanes, Result (*result)(Lanes yes, Lanes lanes)) {
+  const Lanes yes = lanes_where(warp.values<Predicate>(in.from[0])) & lanes;
+  for_lanes(lanes, [&](int lane) {
+    if (!(warp.values<Lanes>(in.from[3])[lane] >> lane & 1))
+      stop("lane " + std::to_string(lane) + " votes, and its mask does not name it");
+    warp.values<Result>(in.to[0])[lane] = result(yes, lanes);
+  });
+}
+void ballot(Warp& warp, const Instruction& in, Lanes lanes) {
+  vote<Lanes>(warp, in, lanes, [](Lanes yes, Lanes) { return yes; });
+}
+void any(Warp& warp, const Instruction& in, Lanes lanes) {
+  vote<Predicate>(warp, in, lanes, [](Lanes yes, Lanes) { return Predicate(yes != 0); });
+}
+void all(Warp& warp, const Instruction& in, Lanes lanes) {
+  vote<Predicate>(warp, in, lanes, [](Lanes yes, Lanes lanes) { return Predicate(yes == lanes); });
+}
+
 template <typename Whole, typename Part>
 void pack(Warp& warp, const Instruction& in, Lanes lanes) {
   for_lanes(lanes, [&](int lane) {
@@ -77,12 +103,6 @@ void unpack(Warp& warp, const Instruction& in, Lanes lanes) {
 
 // ---------------------------------------------------------------------------------------------------------------------
 // A warp
-
-Lanes lanes_where(const Predicate* values) {
-  Lanes lanes = 0;
-  for (int lane = 0; lane < kLanes; ++lane) lanes |= static_cast<Lanes>(values[lane] != 0) << lane;
-  return lanes;
-}
 
 class WarpRunner {
  public:
@@ -317,7 +337,10 @@ Run find_shuffle(const std::string& opcode) {
   const std::map<std::string, Run> table = {{"shfl.sync.bfly.b32", shuffle<From::butterfly>},
                                             {"shfl.sync.up.b32", shuffle<From::up>},
                                             {"shfl.sync.down.b32", shuffle<From::down>},
-                                            {"shfl.sync.idx.b32", shuffle<From::index>}};
+                                            {"shfl.sync.idx.b32", shuffle<From::index>},
+                                            {"vote.sync.ballot.b32", ballot},
+                                            {"vote.sync.any.pred", any},
+                                            {"vote.sync.all.pred", all}};
   const auto found = table.find(opcode);
   return found == table.end() ? nullptr : found->second;
 }

@@ -31,7 +31,7 @@ struct Warp;
 struct Instruction;
 using Run = void (*)(Warp&, const Instruction&, Lanes);
 
-enum class Flow : uint8_t { next, branch, exit, barrier, shuffle };
+enum class Flow : uint8_t { next, branch, exit, barrier, shuffle };  // shuffle: or a vote
 
 // A statement, ready to run. Registers are numbers in the kernel; -1: none.
 struct Instruction {
@@ -97,7 +97,8 @@ struct MemoryOpcode {
 const MemoryOpcode* find_memory(const std::string& opcode);
 std::vector<std::string> memory_opcodes();
 
-// Those of execute.cpp; null: unknown. A vector's move packs entries into a register, or unpacks them.
+// Those of execute.cpp; null: unknown. A shuffle's mask of lanes, or a vote's, is from[3]. A vector's move packs
+// entries into a register, or unpacks them.
 Run find_shuffle(const std::string& opcode);
 Run find_vector_move(bool packs, int bytes, int entries);
 

@@ -176,14 +176,26 @@ ModuleText read_module(const std::string& text) {
   return module;
 }
 
+// nvcc drops half of a register by "{ .reg .b16 tmp; mov.b32 {tmp, %rs1}, %r1; }", which is given here without the
+// outer braces; an entry "_" of the vector means the same.
+std::string without_dropped(const std::string& line) {
+  constexpr char declared[] = ".reg .b16 tmp;";
+  if (!starts_with(line, declared) || line.size() == sizeof(declared) - 1) return line;
+  std::string rest = trim(line.substr(sizeof(declared) - 1));
+  const size_t at = rest.find("tmp");
+  if (!starts_with(rest, "mov.b32 {") || at == std::string::npos) stop("a scope like { " + line + " } is unknown here");
+  return rest.replace(at, 3, "_");
+}
+
 void read_body(KernelText& kernel, const std::map<int, std::string>& files) {
   std::istringstream in(kernel.body);
   std::string raw;
   Place place;
   for (int number = kernel.first_line + 1; std::getline(in, raw); ++number) {
     std::string line = without_comment(raw);
-    if (line == "{" || line == "}") continue;                                                                 // a scope
-    if (!line.empty() && line[0] == '{' && line.back() == '}') line = trim(line.substr(1, line.size() - 2));  // of asm
+    if (line == "{" || line == "}") continue;  // a scope
+    if (!line.empty() && line[0] == '{' && line.back() == '}')
+      line = without_dropped(trim(line.substr(1, line.size() - 2)));  // of asm
     if (line.empty() || starts_with(line, ".pragma")) continue;
     if (line.back() == ':') {
       kernel.labels[line.substr(0, line.size() - 1)] = kernel.statements.size();
@@ -191,6 +203,7 @@ void read_body(KernelText& kernel, const std::map<int, std::string>& files) {
       const Place found = read_place(line, files);
       if (found.line > 0) place = found;
     } else if (starts_with(line, ".reg")) {
+      if (line.find(';') + 1 != line.size()) stop("more than a declaration in " + line + ", in " + kernel.name);
       read_registers(line, kernel.widths);
     } else if (starts_with(line, ".shared")) {
       read_shared(line, kernel.shared);

@@ -239,19 +239,35 @@ T* shared_array(const void* key, size_t count) {
   return poisoned<T>(bytes, count);
 }
 
-// The `value` of another lane of the warp. All lanes of the warp must call it at the same place.
+// Hands `value` to the other lanes of the warp, waits for theirs, and returns where they lie: as many as there are. All
+// lanes of the warp must call it at the same place.
 template <typename T>
-T from_lane(T value, unsigned lane, const char* file, int line) {
+std::vector<T> of_all_lanes(T value, const char* file, int line) {
   static_assert(sizeof(T) <= 8);
   Fiber& self = block.fibers[block.current];
   const int turn = self.turn ^= 1;  // the other slot may still be read by slower lanes
   memcpy(&self.published[turn], &value, sizeof(T));
   wait(State::at_warp_barrier, file, line);
   const unsigned first = block.current / kWarp * kWarp;
-  const unsigned lanes = std::min(kWarp, block_size.count() - first);
-  T other = value;  // what CUDA gives for a lane that is not there
-  if (lane < lanes) memcpy(&other, &block.fibers[first + lane].published[turn], sizeof(T));
-  return other;
+  std::vector<T> values(std::min(kWarp, block_size.count() - first));
+  for (unsigned lane = 0; lane < values.size(); ++lane)
+    memcpy(&values[lane], &block.fibers[first + lane].published[turn], sizeof(T));
+  return values;
+}
+
+// The `value` of another lane, or one's own if it is not there, as CUDA gives it.
+template <typename T>
+T from_lane(T value, unsigned lane, const char* file, int line) {
+  const std::vector<T> values = of_all_lanes(value, file, line);
+  return lane < values.size() ? values[lane] : value;
+}
+
+// A bit for each lane that has a true value.
+inline unsigned ballot(bool value, const char* file, int line) {
+  const std::vector<char> values = of_all_lanes<char>(value, file, line);
+  unsigned bits = 0;
+  for (unsigned lane = 0; lane < values.size(); ++lane) bits |= static_cast<unsigned>(values[lane]) << lane;
+  return bits;
 }
 
 inline unsigned own_lane() { return block.current % kWarp; }
@@ -290,6 +306,9 @@ T fetch_add(T* address, T value) {
   emulator::from_lane((value), emulator::own_lane() - (delta), __FILE__, __LINE__)
 #define __shfl_down_sync(mask, value, delta) \
   emulator::from_lane((value), emulator::own_lane() + (delta), __FILE__, __LINE__)
+
+#define __ballot_sync(mask, value) emulator::ballot((value), __FILE__, __LINE__)
+#define __any_sync(mask, value) (emulator::ballot((value), __FILE__, __LINE__) != 0)
 
 inline int __popc(unsigned bits) { return __builtin_popcount(bits); }
 inline int __ffs(int bits) { return __builtin_ffs(bits); }
