@@ -153,9 +153,9 @@ def loss(
     Raises:
         ValueError, TypeError: for inputs or options that the op does not take.
     """
-    sums, cutoff, *kept = loss_sums(logits, target, weight, *arguments)
+    sums, cutoff, stats, selected, marks = loss_sums(logits, target, weight, *arguments)
     total, terms, summary = loss_finish(sums, cutoff, *arguments)
-    return total, terms, *kept, summary
+    return total, terms, stats, selected, marks, summary
 
 
 def loss_sums(

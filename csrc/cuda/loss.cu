@@ -54,22 +54,6 @@ bool is_upsampled(const LossArgs& args) {
   return args.resampled() && args.h <= args.H && args.w <= args.W && args.logits.type != FloatType::f64;
 }
 
-// Holds the gradients of resampled logits, which low_gather_* then brings back to the logits' own size.
-template <typename Acc>
-struct BackwardScratch {
-  Acc* gradients;  // (tiles, C, cells_down, cells_across) of upsampled logits, (N, C, H, W) of others
-  int64_t bytes;
-
-  BackwardScratch(const LossArgs& args, void* memory) {
-    const int64_t cells = most_cells(kRows, args.h, args.H) * most_cells(kColumns, args.w, args.W);
-    Cutter cutter(memory);
-    gradients = cutter.take<Acc>(!args.resampled()    ? 0
-                                 : is_upsampled(args) ? args.C * tiles_of(args) * cells
-                                                      : args.C * args.N * args.H * args.W);
-    bytes = cutter.bytes();
-  }
-};
-
 // Tells whether a block of the current device can have that much dynamic shared memory, beside the static memory of the
 // kernels.
 bool fits_shared(int64_t bytes) {
@@ -78,6 +62,33 @@ bool fits_shared(int64_t bytes) {
   cudaDeviceGetAttribute(&most, cudaDevAttrMaxSharedMemoryPerBlockOptin, device);
   return bytes + kMostStatic <= most;
 }
+
+int64_t quads_bytes(const LossArgs& args) {
+  SharedCutter shared;
+  const QuadMemory<float> memory(args, shared);
+  SparseGradient<ResampledEntries<float>>(args, shared);
+  return shared.bytes();
+}
+
+// Tells whether dense_backward_quads takes these logits. On small GPUs CPG's largest window leaves it too little shared
+// memory.
+bool has_quads(const LossArgs& args) { return is_upsampled(args) && fits_shared(quads_bytes(args)); }
+
+// Holds the gradients of resampled logits, which low_gather_* then brings back to the logits' own size.
+template <typename Acc>
+struct BackwardScratch {
+  Acc* gradients;  // (tiles, C, cells_down, cells_across) of quads, (N, C, H, W) of others
+  int64_t bytes;
+
+  BackwardScratch(const LossArgs& args, void* memory) {
+    const int64_t cells = most_cells(kRows, args.h, args.H) * most_cells(kColumns, args.w, args.W);
+    Cutter cutter(memory);
+    gradients = cutter.take<Acc>(!args.resampled() ? 0
+                                 : has_quads(args) ? args.C * tiles_of(args) * cells
+                                                   : args.C * args.N * args.H * args.W);
+    bytes = cutter.bytes();
+  }
+};
 
 unsigned blocks_for(int64_t threads) { return static_cast<unsigned>((threads + kThreads - 1) / kThreads); }
 
@@ -160,14 +171,11 @@ void launch_backward(const LossArgs& args, const Sink& sink, Stream stream) {
 template <typename Scalar>
 void launch_quads(const LossArgs& args, float* gradients, Stream stream) {
   const unsigned tiles = static_cast<unsigned>(tiles_of(args));
-  SharedCutter shared;
-  const QuadMemory<float> memory(args, shared);
-  SparseGradient<ResampledEntries<Scalar>>(args, shared);
-  if (tiles > 0) launch(dense_backward_quads<Scalar>, tiles, kThreads, shared.bytes(), stream, args, gradients);
+  if (tiles > 0) launch(dense_backward_quads<Scalar>, tiles, kThreads, quads_bytes(args), stream, args, gradients);
   const unsigned blocks = blocks_for(gathering_threads(args));
   if (blocks > 0)
-    launch(low_gather_tiles<Scalar>, blocks, kThreads, 0, stream, args, gradients, memory.cells_down,
-           memory.cells_across);
+    launch(low_gather_tiles<Scalar>, blocks, kThreads, 0, stream, args, gradients, most_cells(kRows, args.h, args.H),
+           most_cells(kColumns, args.w, args.W));
 }
 
 template <typename Scalar>
@@ -175,7 +183,7 @@ void launch_resampled_backward(const LossArgs& args, void* memory, Stream stream
   using Acc = typename AccOf<Scalar>::type;
   const BackwardScratch<Acc> scratch(args, memory);
   if constexpr (!std::is_same_v<Scalar, double>)
-    if (is_upsampled(args)) return launch_quads<Scalar>(args, scratch.gradients, stream);
+    if (has_quads(args)) return launch_quads<Scalar>(args, scratch.gradients, stream);
   const int64_t map = args.H * args.W;
   const MapView view = {
       scratch.gradients, FloatType::f32, args.C * map, map, args.W, 1};  // StoreAny does not read the type
