@@ -1,13 +1,15 @@
 // The CPG loss: the steps cpg_edges, cpg_compare and cpg_residuals, and what CPG adds to the gradient. loss_kernel.inl
 // includes this file.
 //
-// The window of an edge pixel holds few classes, and edge pixels lie side by side. So the work is done by runs of
-// neighbouring edge pixels of a row, for one class after the other. Loops always go over kRunPixels pixels, however
-// many the run has: a known number of iterations takes one or two vectors and has no remainder. G and its estimate Ĝ
-// are multiplied by sobel_denominator, so that G is an integer and exact.
+// The window of an edge pixel holds few classes, and edge pixels lie side by side. So the work is done by runs, for one
+// class after the other: a run begins with an edge pixel, and all windows of a run have kRunWindow columns together,
+// which are one or a few vectors. Runs are equally long, whatever they hold: loops have a known number of iterations,
+// and values stay in registers. G and its estimate Ĝ are multiplied by sobel_denominator, so that G is an integer and
+// exact.
 
-constexpr int64_t kRunPixels = 16;               // the most that a run has
-constexpr int64_t kRunWindow = kRunPixels + 16;  // the columns of its windows, rounded up to whole vectors
+constexpr int64_t kRunRow = kRunWindow + 8;  // a row of windows, with room for vectors that begin at any of their taps
+template <int Radius>
+constexpr int64_t kRunPixels = kRunWindow - 2 * Radius;
 
 // The integer taps of G_x and of G_y, by row and column offset.
 template <int Radius>
@@ -56,14 +58,17 @@ static void cpg_edges_of(const LossArgs& args, const LossWork<Acc>& work, int64_
       }
       for (int64_t i = 0; i < left - from; ++i) low[i] = low[left - from], high[i] = high[left - from];
       for (int64_t i = right - from; i < width; ++i) low[i] = low[right - from - 1], high[i] = high[right - from - 1];
-      for (int64_t i = 0; i < xb - xa; ++i) {
+      uint8_t* edges = work.edges + row * args.W + xa;
+      const uint16_t window = args.cpg_window ? 0xffff : 0;  // no branch, and nothing that `edges` might overlap
+      for (int64_t i = 0, pixels = xb - xa; i < pixels; ++i) {
         uint16_t lowest = low[i], highest = high[i];
+        BCMF_UNROLL
         for (int v = 1; v <= 2 * Radius; ++v) {
           lowest = low[i + v] < lowest ? low[i + v] : lowest;
           highest = high[i + v] > highest ? high[i + v] : highest;
         }
-        const uint16_t worst = args.cpg_window ? highest : own[xa + i];
-        work.edges[row * args.W + xa + i] = lowest != highest && worst != kIgnoredId;
+        const uint16_t worst = (highest & window) | own[xa + i];  // kIgnoredId has all bits
+        edges[i] = (lowest != highest) & (worst != kIgnoredId);
       }
     }
   }
@@ -76,121 +81,137 @@ static void cpg_edges(const LossArgs& args, const LossWork<Acc>& work, int64_t b
   with_radius(args, [&](auto radius) { cpg_edges_of<Acc, radius.value>(args, work, begin, end); });
 }
 
-// The run of edge pixels x0..x1 of a row: the labels in its windows, and for one class p there, G and Ĝ. Pixels of the
-// run that are no edges take part in the arithmetic, but is_edge keeps their G at 0.
+// The pixels of a row from x0 on: the labels in their windows, and for one class G and Ĝ. Pixels that are no edges take
+// part in the arithmetic, but is_edge keeps their G at 0.
 template <typename Acc, int Radius, typename Source>
 struct EdgeRunGradients {
   static constexpr int kSize = 2 * Radius + 1;
   static constexpr SobelTaps<Radius> kTaps = {};
   const LossArgs& args;
   const LossWork<Acc>& work;
-  const Source& source;
-  int64_t n, y, x0, x1;
-  uint16_t labels[kSize][kRunWindow];
-  uint16_t classes[kSize * kRunWindow];
-  int64_t num_classes;
-  int32_t is_edge[kRunPixels];  // all bits or none
-  Acc p[kSize][kRunWindow];
-  int32_t gx[kRunPixels], gy[kRunPixels];
-  Acc px[kRunPixels], py[kRunPixels];
+  typename Source::template Window<kSize> window;
+  int64_t x0;
+  Lane<Acc> is_edge[kRunWindow];  // all bits or none
+  Lane<Acc> labels[kSize][kRunRow];
+  Acc m[kSize][kRunWindow], log_sum[kSize][kRunWindow];
+  Acc p[kSize][kRunRow];
+  Acc gx[kRunWindow], gy[kRunWindow];  // 0 where there is no edge
+  Acc px[kRunWindow], py[kRunWindow];
 
-  void begin(int64_t n_, int64_t y_, int64_t x0_, int64_t x1_) {
-    n = n_, y = y_, x0 = x0_, x1 = x1_;
-    const uint8_t* edges = work.edges + (n * args.H + y) * args.W;
-    BCMF_LANES
-    for (int64_t i = 0; i < kRunPixels; ++i) is_edge[i] = x0 + i < x1 && edges[x0 + i] ? -1 : 0;
-    num_classes = 0;
-    uint16_t last = kIgnoredId;
-    for (int64_t u = 0; u < kSize; ++u) {
-      const uint16_t* row = work.ids + (n * args.H + clamp(y + u - Radius, args.H)) * args.W;
-      BCMF_LANES
-      for (int64_t i = 0; i < kRunWindow; ++i) labels[u][i] = kIgnoredId;
-      for (int64_t i = 0; i < x1 - x0 + 2 * Radius; ++i) {
-        const uint16_t id = labels[u][i] = row[clamp(x0 - Radius + i, args.W)];
-        if (id != last && id != kIgnoredId) add_class(id);
-        last = id;
-      }
-    }
+  EdgeRunGradients(const LossArgs& args, const LossWork<Acc>& work, const Source& source)
+      : args(args), work(work), window{source} {
+    for (auto& row : labels)
+      for (auto& label : row) label = kIgnoredId;
+    for (auto& row : p)
+      for (auto& value : row) value = 0;
   }
 
-  // Finds G of a class, which is 0 where there is no edge, and tells whether any of it is not 0.
-  bool find_truth(uint16_t c) {
-    BCMF_LANES
-    for (int64_t i = 0; i < kRunPixels; ++i) gx[i] = gy[i] = 0;
+  void begin(int64_t n, int64_t y, int64_t x) {
+    x0 = x;
+    const uint8_t* edges = work.edges + (n * args.H + y) * args.W + x;
+    const int64_t pixels = args.W - x < kRunPixels<Radius> ? args.W - x : kRunPixels<Radius>;
+    for (int64_t i = 0; i < kRunWindow; ++i) is_edge[i] = i < pixels && edges[i] ? -1 : 0;
+    const Acc* stats = static_cast<const Acc*>(args.stats);
+    for (int u = 0; u < kSize; ++u) {
+      const int64_t row = (n * args.H + clamp(y + u - Radius, args.H)) * args.W;
+      read_window(work.ids + row, labels[u]);
+      read_window(stats + row, m[u]);
+      read_window(stats + args.N * args.H * args.W + row, log_sum[u]);
+    }
+    window.begin(n, y, x - Radius);
+  }
+
+  // Returns the lowest class in the windows above `last`, or kIgnoredId.
+  Lane<Acc> next_class(Lane<Acc> last) const {
+    Vector<Lane<Acc>> lowest = splat<Lane<Acc>>(kIgnoredId);
+    BCMF_UNROLL
     for (int u = 0; u < kSize; ++u)
-      for (int v = 0; v < kSize; ++v) {
-        const int tap_x = kTaps.x[u][v], tap_y = kTaps.y[u][v];
-        const uint16_t* row = labels[u] + v;
-        BCMF_LANES
-        for (int64_t i = 0; i < kRunPixels; ++i) {
-          const int32_t is_class = row[i] == c ? is_edge[i] : 0;
-          gx[i] += tap_x & is_class;
-          gy[i] += tap_y & is_class;
-        }
+      for (int64_t i = 0; i < kRunWindow; i += kWidth<Acc>) {
+        const Vector<Lane<Acc>> label = load_vector(labels[u] + i);
+        lowest = (label > last) & (label < lowest) ? label : lowest;
       }
-    int32_t any = 0;
+    Lane<Acc> lanes[kWidth<Acc>];
+    store_vector(lowest, lanes);
+    Lane<Acc> found = kIgnoredId;
     BCMF_LANES
-    for (int64_t i = 0; i < kRunPixels; ++i) any |= gx[i] | gy[i];
-    return any != 0;
+    for (int64_t i = 0; i < kWidth<Acc>; ++i) found = lanes[i] < found ? lanes[i] : found;
+    return found;
+  }
+
+  // Finds G of a class, and tells whether any of it is not 0.
+  bool find_truth(Lane<Acc> c) {
+    Lane<Acc> any[kWidth<Acc>] = {};
+    for (int64_t i = 0; i < kRunWindow; i += kWidth<Acc>) {
+      Vector<Lane<Acc>> x = {}, y = {};
+      BCMF_UNROLL
+      for (int u = 0; u < kSize; ++u) BCMF_UNROLL
+      for (int v = 0; v < kSize; ++v) {
+        const Mask<Acc> is_class = load_vector(labels[u] + i + v) == c;
+        x += is_class & kTaps.x[u][v];
+        y += is_class & kTaps.y[u][v];
+      }
+      const Vector<Lane<Acc>> edge = load_vector(is_edge + i);
+      x &= edge, y &= edge;
+      store_vector(__builtin_convertvector(x, Vector<Acc>), gx + i);
+      store_vector(__builtin_convertvector(y, Vector<Acc>), gy + i);
+      store_vector(load_vector(any) | x | y, any);
+    }
+    Lane<Acc> all = 0;
+    BCMF_LANES
+    for (int64_t i = 0; i < kWidth<Acc>; ++i) all |= any[i];
+    return all != 0;
   }
 
   // Finds Ĝ of a class.
-  void find_estimate(uint16_t c) {
-    const int64_t from = x0 - Radius, width = x1 - x0 + 2 * Radius;
-    const int64_t left = clamp(from, args.W), right = clamp(from + width - 1, args.W) + 1;
-    for (int64_t u = 0; u < kSize; ++u) {
-      const int64_t row = clamp(y + u - Radius, args.H);
-      const Acc* m = static_cast<const Acc*>(args.stats) + (n * args.H + row) * args.W + left;
-      const Acc* log_sum = m + args.N * args.H * args.W;
-      Acc exponents[kRunWindow] = {};
-      Acc* inner = exponents + (left - from);
-      source.entries(n, row, left, right, c, inner);
-      for (int64_t i = 0; i < right - left; ++i) inner[i] = (inner[i] - m[i]) - log_sum[i];
-      for (int64_t i = 0; i < left - from; ++i) exponents[i] = inner[0];
-      for (int64_t i = right - from; i < width; ++i) exponents[i] = exponents[right - from - 1];
-      for (int64_t i = 0; i < kRunWindow; i += kWidth<Acc>)
-        store_vector(exp_nonpositive(load_vector(exponents + i)), p[u] + i);
-    }
-    BCMF_LANES
-    for (int64_t i = 0; i < kRunPixels; ++i) px[i] = py[i] = 0;
+  void find_estimate(Lane<Acc> c) {
+    window.read(c, p);
+    BCMF_UNROLL
     for (int u = 0; u < kSize; ++u)
-      for (int v = 0; v < kSize; ++v) {
-        const Acc tap_x = static_cast<Acc>(kTaps.x[u][v]), tap_y = static_cast<Acc>(kTaps.y[u][v]);
-        const Acc* row = p[u] + v;
-        BCMF_LANES
-        for (int64_t i = 0; i < kRunPixels; ++i) {
-          px[i] += tap_x * row[i];
-          py[i] += tap_y * row[i];
-        }
+      for (int64_t i = 0; i < kRunWindow; i += kWidth<Acc>) {
+        const Vector<Acc> exponent = (load_vector(p[u] + i) - load_vector(m[u] + i)) - load_vector(log_sum[u] + i);
+        store_vector(exp_nonpositive(exponent), p[u] + i);
       }
+    for (int64_t i = 0; i < kRunWindow; i += kWidth<Acc>) {
+      Vector<Acc> x = {}, y = {};
+      BCMF_UNROLL
+      for (int u = 0; u < kSize; ++u) BCMF_UNROLL
+      for (int v = 0; v < kSize; ++v) {
+        const Vector<Acc> there = load_vector(p[u] + i + v);
+        if (kTaps.x[u][v] != 0) x += static_cast<Acc>(kTaps.x[u][v]) * there;
+        if (kTaps.y[u][v] != 0) y += static_cast<Acc>(kTaps.y[u][v]) * there;
+      }
+      store_vector(x, px + i);
+      store_vector(y, py + i);
+    }
   }
 
  private:
-  void add_class(uint16_t id) {
-    for (int64_t k = 0; k < num_classes; ++k)
-      if (classes[k] == id) return;
-    classes[num_classes++] = id;
+  template <typename From, typename To>
+  void read_window(const From* row, To* to) const {
+    const int64_t from = x0 - Radius;
+    if (from >= 0 && from + kRunWindow <= args.W) {
+      BCMF_LANES
+      for (int64_t i = 0; i < kRunWindow; ++i) to[i] = row[from + i];
+    } else {
+      for (int64_t i = 0; i < kRunWindow; ++i) to[i] = row[clamp(from + i, args.W)];
+    }
   }
 };
 
 // Calls f(gradients, c) for every run of a row of the batch and every class that has an edge there.
 template <typename Acc, int Radius, typename Source, typename F>
 static void for_edge_runs(const LossArgs& args, const LossWork<Acc>& work, const Source& source, int64_t row, F f) {
-  EdgeRunGradients<Acc, Radius, Source> gradients = {args, work, source};
+  EdgeRunGradients<Acc, Radius, Source> gradients(args, work, source);
   const uint8_t* edges = work.edges + row * args.W;
   for (int64_t x = 0; x < args.W; ++x) {
     if (!edges[x]) continue;
-    int64_t end = x + 1;
-    for (int64_t i = end; i < args.W && i < x + kRunPixels; ++i)
-      if (edges[i]) end = i + 1;
-    gradients.begin(row / args.H, row % args.H, x, end);
-    for (int64_t k = 0; k < gradients.num_classes; ++k) {
-      const uint16_t c = gradients.classes[k];
+    gradients.begin(row / args.H, row % args.H, x);
+    for (Lane<Acc> c = gradients.next_class(-1); c != kIgnoredId; c = gradients.next_class(c)) {
       if (!gradients.find_truth(c)) continue;
       gradients.find_estimate(c);
       f(gradients, c);
     }
-    x = end - 1;
+    x += kRunPixels<Radius> - 1;
   }
 }
 
@@ -201,23 +222,18 @@ static void cpg_compare_from(const LossArgs& args, const LossWork<Acc>& work, in
   const Source source(args, work);
   const Acc unit = 1 / static_cast<Acc>(sobel_denominator(Radius));
   for (int64_t row = begin; row < end; ++row) {
-    TermPartial partial = {};
+    Sums<Acc> sums = {};
+    Mask<Acc> counts = {};
     for_edge_runs<Acc, Radius>(args, work, source, row, [&](const auto& run, int64_t) {
-      Acc squares[kRunPixels];
-      int32_t counts[kRunPixels];
-      BCMF_LANES
-      for (int64_t i = 0; i < kRunPixels; ++i) {
-        const Acc dx = run.gx[i] != 0 ? unit * (static_cast<Acc>(run.gx[i]) - run.px[i]) : 0;
-        const Acc dy = run.gy[i] != 0 ? unit * (static_cast<Acc>(run.gy[i]) - run.py[i]) : 0;
-        squares[i] = dx * dx + dy * dy;
-        counts[i] = (run.gx[i] != 0) + (run.gy[i] != 0);
+      for (int64_t i = 0; i < kRunWindow; i += kWidth<Acc>) {
+        const Vector<Acc> gx = load_vector(run.gx + i), gy = load_vector(run.gy + i);
+        const Vector<Acc> dx = gx != 0 ? unit * (gx - load_vector(run.px + i)) : Vector<Acc>{};
+        const Vector<Acc> dy = gy != 0 ? unit * (gy - load_vector(run.py + i)) : Vector<Acc>{};
+        sums += __builtin_convertvector(dx * dx + dy * dy, Sums<Acc>);
+        counts -= (gx != 0) + (gy != 0);
       }
-      for (int64_t half = kRunPixels / 2; half > 0; half /= 2)
-        for (int64_t i = 0; i < half; ++i) squares[i] += squares[i + half], counts[i] += counts[i + half];
-      partial.sum += squares[0];
-      partial.count += counts[0];
     });
-    partials[row] = partial;
+    partials[row] = {add_lanes<double>(sums), add_lanes<int64_t>(counts)};
   }
 }
 
@@ -231,11 +247,11 @@ static void cpg_residuals_from(const LossArgs& args, const LossWork<Acc>& work, 
   const Acc scale = count != 0 ? 2 * static_cast<Acc>(args.cpg_weight) * upstream / count / denominator : 0;
   for (int64_t row = begin; row < end; ++row)
     for_edge_runs<Acc, Radius>(args, work, source, row, [&](const auto& run, int64_t c) {
-      const int64_t length = run.x1 - run.x0;
-      Acc* residuals = add_edge_run(work.edge_runs[row], run.x0, run.x1, c);
-      for (int64_t i = 0; i < length; ++i) {
-        residuals[i] = run.gx[i] != 0 ? scale * (run.px[i] - static_cast<Acc>(run.gx[i])) : 0;
-        residuals[length + i] = run.gy[i] != 0 ? scale * (run.py[i] - static_cast<Acc>(run.gy[i])) : 0;
+      Acc* residuals = add_edge_run(work.edge_runs[row], run.x0 - Radius, c);
+      for (int64_t i = 0; i < kRunWindow; i += kWidth<Acc>) {
+        const Vector<Acc> gx = load_vector(run.gx + i), gy = load_vector(run.gy + i);
+        store_vector(gx != 0 ? scale * (load_vector(run.px + i) - gx) : Vector<Acc>{}, residuals + i);
+        store_vector(gy != 0 ? scale * (load_vector(run.py + i) - gy) : Vector<Acc>{}, residuals + kRunWindow + i);
       }
     });
 }
@@ -263,50 +279,59 @@ template <typename Acc>
 struct SparseGradient {
   const LossArgs& args;
   const LossWork<Acc>& work;
-  Acc* b;            // (C, pitch), 0 but for the entries; `multiply` makes it p b
-  int32_t* entries;  // places in `b`, in the order in which they came
-  uint8_t* known;    // (C, pitch): 1 where there is an entry
-  int64_t count = 0;
+  Acc shares[kMaxTilePixels];
+  Acc* products;     // (C, pitch): p b
+  uint8_t* touched;  // (C,): whether a class has any; its products are 0 otherwise
 
-  SparseGradient(const LossArgs& args, const LossWork<Acc>& work, Acc* scratch) : args(args), work(work), b(scratch) {
-    const int64_t tile_size = args.C * work.pitch;
-    entries = reinterpret_cast<int32_t*>(b + tile_size);
-    known = reinterpret_cast<uint8_t*>(entries + tile_size);
+  SparseGradient(const LossArgs& args, const LossWork<Acc>& work, Acc* scratch)
+      : args(args), work(work), products(scratch) {
+    const int64_t size = args.C * work.pitch;
+    touched = reinterpret_cast<uint8_t*>(products + size);
     if (!work.edge_runs) return;
-    for (int64_t i = 0; i < tile_size; ++i) b[i] = 0, known[i] = 0;
+    for (int64_t i = 0; i < size; ++i) products[i] = 0;
+    for (int64_t c = 0; c < args.C; ++c) touched[c] = 0;
   }
 
-  // Collects the entries of a tile, and tells whether there are any.
-  bool collect(int64_t n, Tile t) {
-    count = 0;
-    for (int64_t k = 0; k < t.rows; ++k)
-      with_radius(args, [&](auto radius) { collect_row<radius.value>(n, t.y + k, t, k * (t.xb - t.xa)); });
-    return count > 0;
-  }
-
-  // Multiplies the entries by p, which z holds, and takes the share from the factor of each pixel (step cpg_shares).
-  void multiply(const Acc* z, Acc* factor) {
-    for (int64_t k = 0; k < count; ++k) {
-      const int32_t at = entries[k];
-      b[at] *= z[at];
-      factor[at % work.pitch] -= b[at];
+  // Tells whether a tile may have any products.
+  bool reaches(int64_t n, Tile t) const {
+    const int64_t bottom = clamp(t.y + t.rows - 1 + args.cpg_radius, args.H);
+    for (int64_t y = clamp(t.y - args.cpg_radius, args.H); y <= bottom; ++y) {
+      const RowEdgeRuns<Acc>& row = work.edge_runs[n * args.H + y];
+      for (int64_t k = 0; k < row.count; ++k)
+        if (overlaps(row.runs[k], t)) return true;
     }
+    return false;
   }
 
-  // Adds the entries to the gradient z of the tile, and forgets them (step sparse_backward).
-  void add_to(Acc* z) {
-    for (int64_t k = 0; k < count; ++k) {
-      const int32_t at = entries[k];
-      z[at] += b[at];
-      b[at] = 0, known[at] = 0;
+  // Finds the products of a tile whose probabilities are p, and takes the share from the factor of each pixel (step
+  // cpg_shares).
+  void find(int64_t n, Tile t, const Acc* p, Acc* factor) {
+    for (int64_t i = 0; i < t.count(); ++i) shares[i] = 0;
+    with_radius(args, [&](auto radius) {
+      for (int64_t k = 0; k < t.rows; ++k) find_row<radius.value>(n, t.y + k, t, k * (t.xb - t.xa), p);
+    });
+    for (int64_t i = 0; i < t.count(); ++i) factor[i] -= shares[i];
+  }
+
+  // Turns p into the gradient, factor * p and the products (step sparse_backward), and forgets these.
+  void add_to(const Acc* factor, int64_t count, Acc* p) {
+    for (int64_t c = 0; c < args.C; ++c) {
+      Acc* __restrict z = p + c * work.pitch;
+      for (int64_t i = 0; i < count; ++i) z[i] = factor[i] != 0 ? factor[i] * z[i] : 0;
+      if (!touched[c]) continue;
+      Acc* __restrict product = products + c * work.pitch;
+      for (int64_t i = 0; i < count; ++i) z[i] += product[i], product[i] = 0;
+      touched[c] = 0;
     }
   }
 
  private:
-  // Collects the entries of label row y, whose pixels begin at `first` in the tile, from all rows whose windows reach
-  // it. Borders are replicated, so that a row at the border also stands for those beyond it.
+  static bool overlaps(EdgeRun run, Tile t) { return run.x < t.xb && run.x + kRunWindow > t.xa; }
+
+  // Finds the products of label row y, whose pixels begin at `first` in the tile, from all rows whose windows reach it.
+  // Borders are replicated, so that a row at the border also stands for those beyond it.
   template <int Radius>
-  void collect_row(int64_t n, int64_t y, Tile t, int64_t first) {
+  void find_row(int64_t n, int64_t y, Tile t, int64_t first, const Acc* p) {
     for (int64_t from = clamp(y - Radius, args.H); from <= clamp(y + Radius, args.H); ++from) {
       const RowEdgeRuns<Acc>& row = work.edge_runs[n * args.H + from];
       if (row.count == 0) continue;
@@ -319,28 +344,49 @@ struct SparseGradient {
             taps_y[v] += static_cast<Acc>(kTaps.y[u + Radius][v]);
           }
       for (int64_t k = 0; k < row.count; ++k) {
-        const EdgeRun& run = row.runs[k];
-        if (run.x1 + Radius > t.xa && run.x0 - Radius < t.xb)
-          add<Radius>(run, row.residuals + run.first, taps_x, taps_y, t, first);
+        const EdgeRun run = row.runs[k];
+        if (!overlaps(run, t)) continue;
+        Acc b[kRunWindow];
+        correlate<Radius>(row.residuals + 2 * kRunWindow * k, taps_x, taps_y, b);
+        const int64_t pixel = first + run.x - t.xa;
+        touched[run.c] = 1;
+        if (run.x >= t.xa && run.x + kRunWindow <= t.xb)
+          add(b, run.c, pixel, p);
+        else
+          add_clamped(b, run, t, first, p);
       }
     }
   }
 
-  // Adds to the entries of the label row what the residuals of a run give to the pixels in its windows.
+  // Finds what the residuals of a run give to the columns of its windows. Before the first of them, and behind those
+  // for x and those for y, are as many zeros as a window has columns to the left of its last one.
   template <int Radius>
-  void add(const EdgeRun& run, const Acc* residuals, const Acc* taps_x, const Acc* taps_y, Tile t, int64_t first) {
-    const int64_t length = run.x1 - run.x0, width = length + 2 * Radius;
-    Acc rx[kRunPixels] = {}, ry[kRunPixels] = {}, sums[kRunWindow] = {};
-    for (int64_t i = 0; i < length; ++i) rx[i] = residuals[i], ry[i] = residuals[length + i];
-    for (int v = 0; v <= 2 * Radius; ++v) BCMF_LANES
-    for (int64_t i = 0; i < kRunPixels; ++i) sums[i + v] += taps_x[v] * rx[i] + taps_y[v] * ry[i];
-    for (int64_t i = 0; i < width; ++i) {
-      const int64_t x = clamp(run.x0 - Radius + i, args.W);
-      if (x < t.xa || x >= t.xb) continue;
-      const int64_t at = run.c * work.pitch + first + x - t.xa;
-      b[at] += sums[i];
-      if (!known[at]) entries[count++] = static_cast<int32_t>(at);
-      known[at] = 1;
+  BCMF_INLINE void correlate(const Acc* residuals, const Acc* taps_x, const Acc* taps_y, Acc* b) {
+    for (int64_t i = 0; i < kRunWindow; i += kWidth<Acc>) {
+      Vector<Acc> sum = {};
+      BCMF_UNROLL
+      for (int v = 0; v <= 2 * Radius; ++v)
+        sum += taps_x[v] * load_vector(residuals + i - v) + taps_y[v] * load_vector(residuals + kRunWindow + i - v);
+      store_vector(sum, b + i);
+    }
+  }
+  void add(const Acc* b, int64_t c, int64_t pixel, const Acc* p) {
+    Acc* to = products + c * work.pitch + pixel;
+    const Acc* from = p + c * work.pitch + pixel;
+    for (int64_t i = 0; i < kRunWindow; i += kWidth<Acc>) {
+      const Vector<Acc> derivative = load_vector(b + i);
+      const Vector<Acc> product = derivative != 0 ? derivative * load_vector(from + i) : Vector<Acc>{};
+      store_vector(load_vector(to + i) + product, to + i);
+      store_vector(load_vector(shares + pixel + i) + product, shares + pixel + i);
+    }
+  }
+  // The same where a window reaches out of the tile, or out of the image.
+  void add_clamped(const Acc* b, EdgeRun run, Tile t, int64_t first, const Acc* p) {
+    for (int64_t i = 0; i < kRunWindow; ++i) {
+      const int64_t x = clamp(run.x + i, args.W), pixel = first + x - t.xa, at = run.c * work.pitch + pixel;
+      if (x < t.xa || x >= t.xb || b[i] == 0) continue;
+      products[at] += b[i] * p[at];
+      shares[pixel] += b[i] * p[at];
     }
   }
 };

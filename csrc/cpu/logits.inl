@@ -91,6 +91,41 @@ struct NothingAhead {
 // Reads logits of the labels' size.
 template <typename Acc>
 struct Direct {
+  // The logits at kRunWindow columns of the `Size` rows around one, with replicated borders.
+  template <int Size>
+  struct Window {
+    const Direct& source;
+    int64_t rows[Size], columns[kRunWindow];  // offsets
+    bool contiguous;
+
+    void begin(int64_t n, int64_t y, int64_t x) {
+      const LossArgs& args = source.args;
+      const MapView& v = args.logits;
+      for (int u = 0; u < Size; ++u) rows[u] = n * v.stride_n + clamp(y + u - Size / 2, args.H) * v.stride_h;
+      for (int64_t i = 0; i < kRunWindow; ++i) columns[i] = clamp(x + i, args.W) * v.stride_w;
+      contiguous = v.stride_w == 1 && x >= 0 && x + kRunWindow <= args.W;
+    }
+    // Reads those of a class, each row to one of `to`.
+    template <typename Row>
+    void read(int64_t c, Row* to) const {
+      with_entries<Acc>(source.args.logits, c * source.args.logits.stride_c, [&](const auto* map) {
+        const auto* next = map + rows[Size - 1] + source.args.logits.stride_h;  // the windows below will want it
+        __builtin_prefetch(next + columns[0], 0, 2);
+        __builtin_prefetch(next + columns[kRunWindow - 1], 0, 2);
+        for (int u = 0; u < Size; ++u) {
+          const auto* row = map + rows[u];
+          if (contiguous) {
+            const auto* from = row + columns[0];
+            BCMF_LANES
+            for (int64_t i = 0; i < kRunWindow; ++i) to[u][i] = widen(from[i]);
+          } else {
+            for (int64_t i = 0; i < kRunWindow; ++i) to[u][i] = widen(row[columns[i]]);
+          }
+        }
+      });
+    }
+  };
+
   const LossArgs& args;
   const LossWork<Acc>& work;
 
@@ -117,11 +152,6 @@ struct Direct {
     const MapView& v = args.logits;
     return read_logit<Acc>(v, n * v.stride_n + c * v.stride_c + y * v.stride_h + x * v.stride_w);
   }
-  // Reads the logits of a class at the columns xa..xb of a row.
-  void entries(int64_t n, int64_t y, int64_t xa, int64_t xb, int64_t c, Acc* to) const {
-    const MapView& v = args.logits;
-    widen_row(v, n * v.stride_n + c * v.stride_c + y * v.stride_h + xa * v.stride_w, v.stride_w, xb - xa, to);
-  }
   void add_gradient(int64_t n, Tile t, const Acc* z) {
     if constexpr (sizeof(Acc) == sizeof(double)) return store_as<double>(args, work, n, t, z);
     if constexpr (sizeof(Acc) == sizeof(float)) {
@@ -138,7 +168,63 @@ struct Direct {
 // into two rows, too, and brought back along x once.
 template <typename Acc>
 struct Resampled {
-  static constexpr int64_t kFewCells = 32;
+  // The logits at kRunWindow columns of the `Size` rows around one, with replicated borders. They are resampled along x
+  // first, as in `load`: in another order, p of large logits would differ from the forward's by much. A logit row that
+  // several of the rows lie beside is resampled once.
+  template <int Size>
+  struct Window {
+    const Resampled& source;
+    int64_t logit_rows[2 * Size], count;  // offsets of the logit rows
+    int above[Size], below[Size];         // which of them each row lies between
+    Acc weight_below[Size];
+    int64_t left[kRunWindow], right[kRunWindow];  // offsets of logits
+    Acc weight_right[kRunWindow];
+
+    void begin(int64_t n, int64_t y, int64_t x) {
+      const LossArgs& args = source.args;
+      const MapView& v = args.logits;
+      const auto &vertical = source.work.vertical, &horizontal = source.work.horizontal;
+      count = 0;
+      for (int u = 0; u < Size; ++u) {
+        const int64_t row = clamp(y + u - Size / 2, args.H);
+        above[u] = place_of(n * v.stride_n + vertical.first[row] * v.stride_h);
+        below[u] = place_of(n * v.stride_n + vertical.second[row] * v.stride_h);
+        weight_below[u] = vertical.weight[row];
+      }
+      for (int64_t i = 0; i < kRunWindow; ++i) {
+        const int64_t column = clamp(x + i, args.W);
+        left[i] = horizontal.first[column] * v.stride_w;
+        right[i] = horizontal.second[column] * v.stride_w;
+        weight_right[i] = horizontal.weight[column];
+      }
+    }
+    // Reads those of a class, each row to one of `to`.
+    template <typename Row>
+    void read(int64_t c, Row* to) const {
+      Acc along[2 * Size][kRunWindow];
+      with_entries<Acc>(source.args.logits, c * source.args.logits.stride_c, [&](const auto* map) {
+        for (int64_t k = 0; k < count; ++k) {
+          const auto* row = map + logit_rows[k];
+          for (int64_t i = 0; i < kRunWindow; ++i)
+            along[k][i] = mix<Acc>(widen(row[left[i]]), widen(row[right[i]]), weight_right[i]);
+        }
+      });
+      for (int u = 0; u < Size; ++u) {
+        const Acc *a = along[above[u]], *b = along[below[u]], weight = weight_below[u];
+        BCMF_LANES
+        for (int64_t i = 0; i < kRunWindow; ++i) to[u][i] = mix(a[i], b[i], weight);
+      }
+    }
+
+   private:
+    int place_of(int64_t logit_row) {
+      for (int64_t k = count; k-- > 0;)
+        if (logit_rows[k] == logit_row) return static_cast<int>(k);
+      logit_rows[count] = logit_row;
+      return static_cast<int>(count++);
+    }
+  };
+
   const LossArgs& args;
   const LossWork<Acc>& work;
   Acc *upper = nullptr, *lower = nullptr;   // (C, pitch): logits of the two rows, resampled along x
@@ -181,35 +267,15 @@ struct Resampled {
       for (int64_t i = 0; i < t.count(); ++i) to[i] = mix(a[i], b[i], weight);
     }
   }
+  // Resamples a single logit, along x first, as in `load`.
   Acc entry(int64_t n, int64_t y, int64_t x, int64_t c) const {
-    Acc value = 0;
-    entries(n, y, x, x + 1, c, &value);
-    return value;
-  }
-  // Reads the logits of a class at the columns xa..xb of a row. They are resampled along x first, as in `load`: in
-  // another order, p of large logits would differ from the forward's by much.
-  void entries(int64_t n, int64_t y, int64_t xa, int64_t xb, int64_t c, Acc* to) const {
     const MapView& v = args.logits;
-    const int64_t map = n * v.stride_n + c * v.stride_c;
-    const int64_t above = map + work.vertical.first[y] * v.stride_h, below = map + work.vertical.second[y] * v.stride_h;
-    const int32_t *left = work.horizontal.first, *right = work.horizontal.second;
-    const Acc* weight = work.horizontal.weight;
-    const Acc weight_below = work.vertical.weight[y];
-    const int64_t first = left[xa], cells = right[xb - 1] - first + 1;
-    Acc upper_cells[kFewCells], lower_cells[kFewCells];
-    if (cells <= kFewCells) {  // the usual case: many labels lie between few logits
-      widen_row(v, above + first * v.stride_w, v.stride_w, cells, upper_cells);
-      widen_row(v, below + first * v.stride_w, v.stride_w, cells, lower_cells);
-      for (int64_t x = xa; x < xb; ++x)
-        to[x - xa] = mix(mix(upper_cells[left[x] - first], upper_cells[right[x] - first], weight[x]),
-                         mix(lower_cells[left[x] - first], lower_cells[right[x] - first], weight[x]), weight_below);
-    } else {
-      const auto row = [&](int64_t offset, int64_t x) {
-        return mix(read_logit<Acc>(v, offset + left[x] * v.stride_w),
-                   read_logit<Acc>(v, offset + right[x] * v.stride_w), weight[x]);
-      };
-      for (int64_t x = xa; x < xb; ++x) to[x - xa] = mix(row(above, x), row(below, x), weight_below);
-    }
+    const auto along_x = [&](int64_t row) {
+      const int64_t offset = n * v.stride_n + c * v.stride_c + row * v.stride_h;
+      return mix(read_logit<Acc>(v, offset + work.horizontal.first[x] * v.stride_w),
+                 read_logit<Acc>(v, offset + work.horizontal.second[x] * v.stride_w), work.horizontal.weight[x]);
+    };
+    return mix(along_x(work.vertical.first[y]), along_x(work.vertical.second[y]), work.vertical.weight[y]);
   }
   void add_gradient(int64_t, Tile t, const Acc* z) {
     const Acc weight = work.vertical.weight[t.y];

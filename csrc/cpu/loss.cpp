@@ -101,8 +101,8 @@ class Work {
       kernels<Acc>().cpg_residuals(args_, view, begin, end);
       for (int64_t row = begin; row < end; ++row) {  // now that no vector moves its entries any more
         const EdgeRunStore<Acc>& store = stores_[row];
-        view.edge_runs[row] = {store.runs.data(), store.residuals.data(), static_cast<int64_t>(store.runs.size()),
-                               nullptr};
+        view.edge_runs[row] = {store.runs.data(), store.residuals.data() + kRunWindow,
+                               static_cast<int64_t>(store.runs.size()), nullptr};
       }
     });
     edges_.reset();
@@ -318,16 +318,14 @@ void argmax(const LossArgs& args, void* classes, int64_t* bins) {
 }  // namespace
 
 template <typename Acc>
-Acc* add_edge_run(RowEdgeRuns<Acc>& row, int64_t x0, int64_t x1, int64_t c) {
+Acc* add_edge_run(RowEdgeRuns<Acc>& row, int64_t x, int64_t c) {
   auto* store = static_cast<EdgeRunStore<Acc>*>(row.store);
-  const auto first = static_cast<int64_t>(store->residuals.size());
-  store->runs.push_back(
-      {static_cast<int32_t>(x0), static_cast<int32_t>(x1), static_cast<int32_t>(c), static_cast<int32_t>(first)});
-  store->residuals.resize(first + 2 * (x1 - x0));
-  return store->residuals.data() + first;
+  store->runs.push_back({static_cast<int32_t>(x), static_cast<int32_t>(c)});
+  store->residuals.resize(kRunWindow + 2 * kRunWindow * store->runs.size());
+  return store->residuals.data() + store->residuals.size() - 2 * kRunWindow;
 }
-template float* add_edge_run(RowEdgeRuns<float>& row, int64_t x0, int64_t x1, int64_t c);
-template double* add_edge_run(RowEdgeRuns<double>& row, int64_t x0, int64_t x1, int64_t c);
+template float* add_edge_run(RowEdgeRuns<float>& row, int64_t x, int64_t c);
+template double* add_edge_run(RowEdgeRuns<double>& row, int64_t x, int64_t c);
 
 void loss_sums(const LossArgs& args) {
   args.logits.type == FloatType::f64 ? sum_up<double>(args) : sum_up<float>(args);

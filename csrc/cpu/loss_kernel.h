@@ -34,15 +34,16 @@ struct TermPartial {  // of a label row, for OHEM, BCL or CPG
   }
 };
 
-// The pixels x0..x1 of a label row, at which CPG compares the gradients of class c. The residuals of the run are
-// 2 (x1 - x0) values from `first` on, those for x, then those for y: the derivatives of the total by the estimates,
-// which are sums of integer taps times p.
+// A run of pixels of a label row, at which CPG compares the gradients of class c: those whose windows lie within the
+// kRunWindow columns from x on, which may begin or end outside of the image. Its residuals are kRunWindow values for x,
+// then as many for y: the derivatives of the total by the estimates, which are sums of integer taps times p.
 struct EdgeRun {
-  int32_t x0, x1, c, first;
+  int32_t x, c;
 };
+constexpr int64_t kRunWindow = 16;
 
-// The runs of a row. loss.cpp owns their memory, because the linker could merge the functions of a std::vector across
-// instruction sets.
+// The runs of a row, and the residuals of one after the other, with kRunWindow zeros before the first. loss.cpp owns
+// their memory, because the linker could merge the functions of a std::vector across instruction sets.
 template <typename Acc>
 struct RowEdgeRuns {
   const EdgeRun* runs;
@@ -51,7 +52,7 @@ struct RowEdgeRuns {
   void* store;
 };
 template <typename Acc>
-Acc* add_edge_run(RowEdgeRuns<Acc>& row, int64_t x0, int64_t x1, int64_t c);  // returns where its residuals go
+Acc* add_edge_run(RowEdgeRuns<Acc>& row, int64_t x, int64_t c);  // returns where its residuals go
 
 template <typename Acc>
 struct AxisTable {  // the axis_tap of each label row or column; null where logits have the size of the labels
@@ -118,12 +119,10 @@ inline int64_t tile_pixels(int64_t classes) {
 }
 
 // The acc values that a thread needs: tiles of logits, of the logit rows above and below, of two sums of gradients, and
-// of CPG's derivatives by p, with a list of the entries of the last one.
+// of CPG's products, with a byte for each class.
 template <typename Acc>
 int64_t scratch_size(const LossArgs& args, const LossWork<Acc>& work) {
-  const int64_t tile_size = args.C * work.pitch;
-  return 6 * tile_size +
-         tile_size * static_cast<int64_t>(sizeof(int32_t) + sizeof(uint8_t)) / static_cast<int64_t>(sizeof(Acc)) + 64;
+  return 6 * args.C * work.pitch + args.C / static_cast<int64_t>(sizeof(Acc)) + 64;
 }
 
 }  // namespace bcmf::cpu

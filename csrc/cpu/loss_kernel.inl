@@ -220,13 +220,10 @@ static void dense_backward_from(const LossArgs& args, const LossWork<Acc>& work,
     for (int64_t i = 0; i < count; ++i) factor[i] = pull[i];
     if (selected && args.bcl_flipped) add_flipped_factor(args, selected, count, factor);
 
-    if (work.edge_runs && sparse.collect(n, t)) {
+    if (work.edge_runs && sparse.reaches(n, t)) {
       find_probabilities<false>(args, source.ahead(n, t), work.pitch, count, m, log_sum, factor, z);
-      sparse.multiply(z, factor);
-      for (int64_t c = 0; c < args.C; ++c)
-        for (int64_t i = 0; i < count; ++i)
-          z[c * work.pitch + i] = factor[i] != 0 ? factor[i] * z[c * work.pitch + i] : 0;
-      sparse.add_to(z);
+      sparse.find(n, t, z, factor);
+      sparse.add_to(factor, count, z);
     } else {
       find_probabilities<true>(args, source.ahead(n, t), work.pitch, count, m, log_sum, factor, z);
     }

@@ -5,6 +5,7 @@
 #include <cmath>
 #include <cstdint>
 #include <cstring>
+#include <type_traits>
 #if defined(__SSE2__)
 #include <emmintrin.h>
 #endif
@@ -17,6 +18,8 @@
 #else
 #define BCMF_LANES _Pragma("GCC unroll 1")
 #endif
+// Loops over the taps of a window, however, are to be taken apart, so that the taps are constants.
+#define BCMF_UNROLL _Pragma("GCC unroll 8")
 
 template <typename To, typename From>
 BCMF_INLINE To bit_cast(From from) {
@@ -47,6 +50,8 @@ template <typename T>
 using Sums = typename LanesOf<T>::sums;
 template <typename T>
 using Mask = typename LanesOf<T>::mask;
+template <typename T>
+using Lane = std::remove_reference_t<decltype(Mask<T>{}[0])>;  // an integer as large as T
 
 template <typename T>
 BCMF_INLINE Vector<T> load_vector(const T* from) {
