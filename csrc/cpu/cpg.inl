@@ -7,7 +7,6 @@
 // and values stay in registers. G and its estimate Ĝ are multiplied by sobel_denominator, so that G is an integer and
 // exact.
 
-constexpr int64_t kRunRow = kRunWindow + 8;  // a row of windows, with room for vectors that begin at any of their taps
 template <int Radius>
 constexpr int64_t kRunPixels = kRunWindow - 2 * Radius;
 
@@ -91,32 +90,25 @@ struct EdgeRunGradients {
   const LossWork<Acc>& work;
   typename Source::template Window<kSize> window;
   int64_t x0;
-  Lane<Acc> is_edge[kRunWindow];  // all bits or none
-  Lane<Acc> labels[kSize][kRunRow];
-  Acc m[kSize][kRunWindow], log_sum[kSize][kRunWindow];
-  Acc p[kSize][kRunRow];
-  Acc gx[kRunWindow], gy[kRunWindow];  // 0 where there is no edge
-  Acc px[kRunWindow], py[kRunWindow];
-
-  EdgeRunGradients(const LossArgs& args, const LossWork<Acc>& work, const Source& source)
-      : args(args), work(work), window{source} {
-    for (auto& row : labels)
-      for (auto& label : row) label = kIgnoredId;
-    for (auto& row : p)
-      for (auto& value : row) value = 0;
-  }
+  Columns<Lane<Acc>> is_edge;  // all bits or none
+  Columns<Lane<Acc>> labels[kSize];
+  Columns<Acc> m[kSize], log_sum[kSize];
+  Columns<Acc> gx, gy;  // 0 where there is no edge
+  Columns<Acc> px, py;
 
   void begin(int64_t n, int64_t y, int64_t x) {
     x0 = x;
     const uint8_t* edges = work.edges + (n * args.H + y) * args.W + x;
     const int64_t pixels = args.W - x < kRunPixels<Radius> ? args.W - x : kRunPixels<Radius>;
-    for (int64_t i = 0; i < kRunWindow; ++i) is_edge[i] = i < pixels && edges[i] ? -1 : 0;
+    Lane<Acc> bits[kRunWindow] = {};
+    for (int64_t i = 0; i < pixels; ++i) bits[i] = -edges[i];
+    is_edge = load_columns(bits);
     const Acc* stats = static_cast<const Acc*>(args.stats);
     for (int u = 0; u < kSize; ++u) {
       const int64_t row = (n * args.H + clamp(y + u - Radius, args.H)) * args.W;
-      read_window(work.ids + row, labels[u]);
-      read_window(stats + row, m[u]);
-      read_window(stats + args.N * args.H * args.W + row, log_sum[u]);
+      labels[u] = read_columns<Lane<Acc>>(work.ids + row, x - Radius, args.W);
+      m[u] = read_columns<Acc>(stats + row, x - Radius, args.W);
+      log_sum[u] = read_columns<Acc>(stats + args.N * args.H * args.W + row, x - Radius, args.W);
     }
     window.begin(n, y, x - Radius);
   }
@@ -124,12 +116,8 @@ struct EdgeRunGradients {
   // Returns the lowest class in the windows above `last`, or kIgnoredId.
   Lane<Acc> next_class(Lane<Acc> last) const {
     Vector<Lane<Acc>> lowest = splat<Lane<Acc>>(kIgnoredId);
-    BCMF_UNROLL
-    for (int u = 0; u < kSize; ++u)
-      for (int64_t i = 0; i < kRunWindow; i += kWidth<Acc>) {
-        const Vector<Lane<Acc>> label = load_vector(labels[u] + i);
-        lowest = (label > last) & (label < lowest) ? label : lowest;
-      }
+    for (const Columns<Lane<Acc>>& row : labels)
+      for (const Vector<Lane<Acc>> label : row.parts) lowest = (label > last) & (label < lowest) ? label : lowest;
     Lane<Acc> lanes[kWidth<Acc>];
     store_vector(lowest, lanes);
     Lane<Acc> found = kIgnoredId;
@@ -138,76 +126,68 @@ struct EdgeRunGradients {
     return found;
   }
 
-  // Finds G of a class, and tells whether any of it is not 0.
-  bool find_truth(Lane<Acc> c) {
-    Lane<Acc> any[kWidth<Acc>] = {};
-    for (int64_t i = 0; i < kRunWindow; i += kWidth<Acc>) {
-      Vector<Lane<Acc>> x = {}, y = {};
-      BCMF_UNROLL
-      for (int u = 0; u < kSize; ++u) BCMF_UNROLL
-      for (int v = 0; v < kSize; ++v) {
-        const Mask<Acc> is_class = load_vector(labels[u] + i + v) == c;
-        x += is_class & kTaps.x[u][v];
-        y += is_class & kTaps.y[u][v];
-      }
-      const Vector<Lane<Acc>> edge = load_vector(is_edge + i);
-      x &= edge, y &= edge;
-      store_vector(__builtin_convertvector(x, Vector<Acc>), gx + i);
-      store_vector(__builtin_convertvector(y, Vector<Acc>), gy + i);
-      store_vector(load_vector(any) | x | y, any);
+  // Finds G of a class.
+  void find_truth(Lane<Acc> c) {
+    Columns<Acc> is_class[kSize];
+    for (int u = 0; u < kSize; ++u)
+      for (int64_t k = 0; k < kParts<Acc>; ++k)
+        is_class[u].parts[k] = labels[u].parts[k] == c ? splat(Acc(1)) : Vector<Acc>{};
+    correlate(is_class, gx, gy);
+    for (int64_t k = 0; k < kParts<Acc>; ++k) {
+      gx.parts[k] = is_edge.parts[k] ? gx.parts[k] : Vector<Acc>{};
+      gy.parts[k] = is_edge.parts[k] ? gy.parts[k] : Vector<Acc>{};
     }
-    Lane<Acc> all = 0;
-    BCMF_LANES
-    for (int64_t i = 0; i < kWidth<Acc>; ++i) all |= any[i];
-    return all != 0;
   }
 
   // Finds Ĝ of a class.
   void find_estimate(Lane<Acc> c) {
+    Columns<Acc> p[kSize];
     window.read(c, p);
-    BCMF_UNROLL
     for (int u = 0; u < kSize; ++u)
-      for (int64_t i = 0; i < kRunWindow; i += kWidth<Acc>) {
-        const Vector<Acc> exponent = (load_vector(p[u] + i) - load_vector(m[u] + i)) - load_vector(log_sum[u] + i);
-        store_vector(exp_nonpositive(exponent), p[u] + i);
-      }
-    for (int64_t i = 0; i < kRunWindow; i += kWidth<Acc>) {
-      Vector<Acc> x = {}, y = {};
-      BCMF_UNROLL
-      for (int u = 0; u < kSize; ++u) BCMF_UNROLL
-      for (int v = 0; v < kSize; ++v) {
-        const Vector<Acc> there = load_vector(p[u] + i + v);
-        if (kTaps.x[u][v] != 0) x += static_cast<Acc>(kTaps.x[u][v]) * there;
-        if (kTaps.y[u][v] != 0) y += static_cast<Acc>(kTaps.y[u][v]) * there;
-      }
-      store_vector(x, px + i);
-      store_vector(y, py + i);
-    }
+      for (int64_t k = 0; k < kParts<Acc>; ++k)
+        p[u].parts[k] = exp_nonpositive((p[u].parts[k] - m[u].parts[k]) - log_sum[u].parts[k]);
+    correlate(p, px, py);
   }
 
  private:
-  template <typename From, typename To>
-  void read_window(const From* row, To* to) const {
-    const int64_t from = x0 - Radius;
-    if (from >= 0 && from + kRunWindow <= args.W) {
-      BCMF_LANES
-      for (int64_t i = 0; i < kRunWindow; ++i) to[i] = row[from + i];
-    } else {
-      for (int64_t i = 0; i < kRunWindow; ++i) to[i] = row[clamp(from + i, args.W)];
-    }
+  // Correlates the rows of a map with the kernels. Taps to the left and to the right differ in their sign at most: so
+  // the sums over each column of a window come first, and serve both sides.
+  static void correlate(const Columns<Acc> (&rows)[kSize], Columns<Acc>& x, Columns<Acc>& y) {
+    x = {};
+    y = shifted<Radius>(add_rows(rows, [](int u) { return kTaps.y[u][Radius]; }));
+    unrolled<Radius>([&](auto index) {
+      constexpr int v = index.value + 1;
+      const Columns<Acc> odd = add_rows(rows, [](int u) { return kTaps.x[u][Radius + v]; });
+      const Columns<Acc> even = add_rows(rows, [](int u) { return kTaps.y[u][Radius + v]; });
+      const Columns<Acc> odd_right = shifted<Radius + v>(odd), odd_left = shifted<Radius - v>(odd);
+      const Columns<Acc> even_right = shifted<Radius + v>(even), even_left = shifted<Radius - v>(even);
+      for (int64_t k = 0; k < kParts<Acc>; ++k) {
+        x.parts[k] += odd_right.parts[k] - odd_left.parts[k];
+        y.parts[k] += even_right.parts[k] + even_left.parts[k];
+      }
+    });
+  }
+  // Adds up the rows, each times its tap.
+  template <typename Tap>
+  static Columns<Acc> add_rows(const Columns<Acc> (&rows)[kSize], Tap tap) {
+    Columns<Acc> sum = {};
+    BCMF_UNROLL
+    for (int u = 0; u < kSize; ++u)
+      for (int64_t k = 0; k < kParts<Acc>; ++k) sum.parts[k] += static_cast<Acc>(tap(u)) * rows[u].parts[k];
+    return sum;
   }
 };
 
 // Calls f(gradients, c) for every run of a row of the batch and every class that has an edge there.
 template <typename Acc, int Radius, typename Source, typename F>
 static void for_edge_runs(const LossArgs& args, const LossWork<Acc>& work, const Source& source, int64_t row, F f) {
-  EdgeRunGradients<Acc, Radius, Source> gradients(args, work, source);
+  EdgeRunGradients<Acc, Radius, Source> gradients{args, work, {source}};
   const uint8_t* edges = work.edges + row * args.W;
   for (int64_t x = 0; x < args.W; ++x) {
     if (!edges[x]) continue;
     gradients.begin(row / args.H, row % args.H, x);
     for (Lane<Acc> c = gradients.next_class(-1); c != kIgnoredId; c = gradients.next_class(c)) {
-      if (!gradients.find_truth(c)) continue;
+      gradients.find_truth(c);
       gradients.find_estimate(c);
       f(gradients, c);
     }
@@ -225,10 +205,10 @@ static void cpg_compare_from(const LossArgs& args, const LossWork<Acc>& work, in
     Sums<Acc> sums = {};
     Mask<Acc> counts = {};
     for_edge_runs<Acc, Radius>(args, work, source, row, [&](const auto& run, int64_t) {
-      for (int64_t i = 0; i < kRunWindow; i += kWidth<Acc>) {
-        const Vector<Acc> gx = load_vector(run.gx + i), gy = load_vector(run.gy + i);
-        const Vector<Acc> dx = gx != 0 ? unit * (gx - load_vector(run.px + i)) : Vector<Acc>{};
-        const Vector<Acc> dy = gy != 0 ? unit * (gy - load_vector(run.py + i)) : Vector<Acc>{};
+      for (int64_t k = 0; k < kParts<Acc>; ++k) {
+        const Vector<Acc> gx = run.gx.parts[k], gy = run.gy.parts[k];
+        const Vector<Acc> dx = gx != 0 ? unit * (gx - run.px.parts[k]) : Vector<Acc>{};
+        const Vector<Acc> dy = gy != 0 ? unit * (gy - run.py.parts[k]) : Vector<Acc>{};
         sums += __builtin_convertvector(dx * dx + dy * dy, Sums<Acc>);
         counts -= (gx != 0) + (gy != 0);
       }
@@ -248,10 +228,10 @@ static void cpg_residuals_from(const LossArgs& args, const LossWork<Acc>& work, 
   for (int64_t row = begin; row < end; ++row)
     for_edge_runs<Acc, Radius>(args, work, source, row, [&](const auto& run, int64_t c) {
       Acc* residuals = add_edge_run(work.edge_runs[row], run.x0 - Radius, c);
-      for (int64_t i = 0; i < kRunWindow; i += kWidth<Acc>) {
-        const Vector<Acc> gx = load_vector(run.gx + i), gy = load_vector(run.gy + i);
-        store_vector(gx != 0 ? scale * (load_vector(run.px + i) - gx) : Vector<Acc>{}, residuals + i);
-        store_vector(gy != 0 ? scale * (load_vector(run.py + i) - gy) : Vector<Acc>{}, residuals + kRunWindow + i);
+      for (int64_t k = 0; k < kParts<Acc>; ++k, residuals += kWidth<Acc>) {
+        const Vector<Acc> gx = run.gx.parts[k], gy = run.gy.parts[k];
+        store_vector(gx != 0 ? scale * (run.px.parts[k] - gx) : Vector<Acc>{}, residuals);
+        store_vector(gy != 0 ? scale * (run.py.parts[k] - gy) : Vector<Acc>{}, residuals + kRunWindow);
       }
     });
 }

@@ -77,6 +77,44 @@ static void store_as(const LossArgs& args, const LossWork<Acc>& work, int64_t n,
   });
 }
 
+// kRunWindow columns of a row.
+template <typename T>
+constexpr int64_t kParts = kRunWindow / kWidth<T>;
+template <typename T>
+struct Columns {
+  Vector<T> parts[kParts<T>];
+};
+
+template <typename T>
+BCMF_INLINE Columns<T> load_columns(const T* from) {
+  Columns<T> to;
+  std::memcpy(&to, from, sizeof(to));
+  return to;
+}
+// Reads them from column x on, with replicated borders.
+template <typename T, typename From>
+BCMF_INLINE Columns<T> read_columns(const From* row, int64_t x, int64_t width) {
+  T to[kRunWindow];
+  if (x >= 0 && x + kRunWindow <= width) {
+    BCMF_LANES
+    for (int64_t i = 0; i < kRunWindow; ++i) to[i] = row[x + i];
+  } else {
+    for (int64_t i = 0; i < kRunWindow; ++i) to[i] = row[clamp(x + i, width)];
+  }
+  return load_columns(to);
+}
+// Returns the columns from `By` on. Those beyond the last may be anything.
+template <int By, typename T>
+BCMF_INLINE Columns<T> shifted(const Columns<T>& from) {
+  constexpr int64_t kLast = kParts<T> - 1, kSkip = By / kWidth<T>;
+  Columns<T> to;
+  for (int64_t k = 0; k <= kLast; ++k) {
+    const int64_t low = k + kSkip < kLast ? k + kSkip : kLast, high = low < kLast ? low + 1 : kLast;
+    to.parts[k] = shift_lanes<By % kWidth<T>, T>(from.parts[low], from.parts[high]);
+  }
+  return to;
+}
+
 // Prefetches the logits of the next tile one by one while a tile is worked on, because rows of a tile are too short for
 // the processor to foresee them.
 struct LogitsAhead {
@@ -105,22 +143,23 @@ struct Direct {
       for (int64_t i = 0; i < kRunWindow; ++i) columns[i] = clamp(x + i, args.W) * v.stride_w;
       contiguous = v.stride_w == 1 && x >= 0 && x + kRunWindow <= args.W;
     }
-    // Reads those of a class, each row to one of `to`.
-    template <typename Row>
-    void read(int64_t c, Row* to) const {
+    // Reads those of a class.
+    void read(int64_t c, Columns<Acc> (&to)[Size]) const {
       with_entries<Acc>(source.args.logits, c * source.args.logits.stride_c, [&](const auto* map) {
         const auto* next = map + rows[Size - 1] + source.args.logits.stride_h;  // the windows below will want it
         __builtin_prefetch(next + columns[0], 0, 2);
         __builtin_prefetch(next + columns[kRunWindow - 1], 0, 2);
         for (int u = 0; u < Size; ++u) {
           const auto* row = map + rows[u];
+          Acc values[kRunWindow];
           if (contiguous) {
             const auto* from = row + columns[0];
             BCMF_LANES
-            for (int64_t i = 0; i < kRunWindow; ++i) to[u][i] = widen(from[i]);
+            for (int64_t i = 0; i < kRunWindow; ++i) values[i] = widen(from[i]);
           } else {
-            for (int64_t i = 0; i < kRunWindow; ++i) to[u][i] = widen(row[columns[i]]);
+            for (int64_t i = 0; i < kRunWindow; ++i) values[i] = widen(row[columns[i]]);
           }
+          to[u] = load_columns(values);
         }
       });
     }
@@ -177,8 +216,10 @@ struct Resampled {
     int64_t logit_rows[2 * Size], count;  // offsets of the logit rows
     int above[Size], below[Size];         // which of them each row lies between
     Acc weight_below[Size];
-    int64_t left[kRunWindow], right[kRunWindow];  // offsets of logits
-    Acc weight_right[kRunWindow];
+    Columns<Lane<Acc>> left, right;  // logit columns
+    Columns<Acc> weight_right;
+    int64_t first;       // left and right begin here
+    bool in_one_vector;  // the logit columns from `first` on
 
     void begin(int64_t n, int64_t y, int64_t x) {
       const LossArgs& args = source.args;
@@ -191,32 +232,58 @@ struct Resampled {
         below[u] = place_of(n * v.stride_n + vertical.second[row] * v.stride_h);
         weight_below[u] = vertical.weight[row];
       }
-      for (int64_t i = 0; i < kRunWindow; ++i) {
-        const int64_t column = clamp(x + i, args.W);
-        left[i] = horizontal.first[column] * v.stride_w;
-        right[i] = horizontal.second[column] * v.stride_w;
-        weight_right[i] = horizontal.weight[column];
-      }
+      left = read_columns<Lane<Acc>>(horizontal.first, x, args.W);
+      right = read_columns<Lane<Acc>>(horizontal.second, x, args.W);
+      weight_right = read_columns<Acc>(horizontal.weight, x, args.W);
+      const int64_t last = horizontal.second[clamp(x + kRunWindow - 1, args.W)];
+      first = horizontal.first[clamp(x, args.W)];
+      if (first + kWidth<Acc> > args.w) first = args.w < kWidth<Acc> ? 0 : args.w - kWidth<Acc>;
+      in_one_vector = v.stride_w == 1 && kWidth<Acc> <= args.w && last < first + kWidth<Acc>;
+      for (auto& part : left.parts) part -= static_cast<Lane<Acc>>(first);
+      for (auto& part : right.parts) part -= static_cast<Lane<Acc>>(first);
     }
-    // Reads those of a class, each row to one of `to`.
-    template <typename Row>
-    void read(int64_t c, Row* to) const {
-      Acc along[2 * Size][kRunWindow];
-      with_entries<Acc>(source.args.logits, c * source.args.logits.stride_c, [&](const auto* map) {
-        for (int64_t k = 0; k < count; ++k) {
-          const auto* row = map + logit_rows[k];
-          for (int64_t i = 0; i < kRunWindow; ++i)
-            along[k][i] = mix<Acc>(widen(row[left[i]]), widen(row[right[i]]), weight_right[i]);
-        }
+    // Reads those of a class.
+    void read(int64_t c, Columns<Acc> (&to)[Size]) const {
+      const MapView& v = source.args.logits;
+      Columns<Acc> along[2 * Size];
+      with_entries<Acc>(v, c * v.stride_c + first * v.stride_w, [&](const auto* map) {
+        for (int64_t k = 0; k < count; ++k) along[k] = resample(map + logit_rows[k]);
       });
-      for (int u = 0; u < Size; ++u) {
-        const Acc *a = along[above[u]], *b = along[below[u]], weight = weight_below[u];
-        BCMF_LANES
-        for (int64_t i = 0; i < kRunWindow; ++i) to[u][i] = mix(a[i], b[i], weight);
-      }
+      for (int u = 0; u < Size; ++u)
+        for (int64_t k = 0; k < kParts<Acc>; ++k)
+          to[u].parts[k] = mix_lanes(along[above[u]].parts[k], along[below[u]].parts[k], splat(weight_below[u]));
     }
 
    private:
+    static Vector<Acc> mix_lanes(Vector<Acc> a, Vector<Acc> b, Vector<Acc> weight) {  // as `mix`
+      return weight == 0 ? a : (1 - weight) * a + weight * b;
+    }
+    template <typename Scalar>
+    Columns<Acc> resample(const Scalar* row) const {
+      Columns<Acc> a, b;
+      if (in_one_vector) {
+        Acc values[kWidth<Acc>];
+        BCMF_LANES
+        for (int64_t i = 0; i < kWidth<Acc>; ++i) values[i] = widen(row[i]);
+        const Vector<Acc> all = load_vector(values);
+        for (int64_t k = 0; k < kParts<Acc>; ++k) {
+          a.parts[k] = permute<Acc>(all, left.parts[k]);
+          b.parts[k] = permute<Acc>(all, right.parts[k]);
+        }
+      } else {
+        a = gather(row, left), b = gather(row, right);
+      }
+      for (int64_t k = 0; k < kParts<Acc>; ++k) a.parts[k] = mix_lanes(a.parts[k], b.parts[k], weight_right.parts[k]);
+      return a;
+    }
+    template <typename Scalar>
+    Columns<Acc> gather(const Scalar* row, const Columns<Lane<Acc>>& places) const {
+      Lane<Acc> at[kRunWindow];
+      Acc values[kRunWindow];
+      std::memcpy(at, &places, sizeof(at));
+      for (int64_t i = 0; i < kRunWindow; ++i) values[i] = widen(row[at[i] * source.args.logits.stride_w]);
+      return load_columns(values);
+    }
     int place_of(int64_t logit_row) {
       for (int64_t k = count; k-- > 0;)
         if (logit_rows[k] == logit_row) return static_cast<int>(k);
