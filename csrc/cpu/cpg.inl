@@ -35,49 +35,40 @@ BCMF_INLINE void with_radius(const LossArgs& args, F f) {
   f(RadiusConstant<3>());
 }
 
-template <typename Acc, int Radius>
-static void cpg_edges_of(const LossArgs& args, const LossWork<Acc>& work, int64_t begin, int64_t end) {
-  for (int64_t row = begin; row < end; ++row) {
-    const int64_t y = row % args.H;
-    const uint16_t* own = work.ids + row * args.W;
-    for (int64_t xa = 0; xa < args.W; xa += kMaxTilePixels) {
-      const int64_t xb = args.W - xa < kMaxTilePixels ? args.W : xa + kMaxTilePixels;
-      const int64_t left = clamp(xa - Radius, args.W), right = clamp(xb - 1 + Radius, args.W) + 1;
-      // These are the lowest and the highest label of each column in the windows' rows, with `Radius` more columns on
-      // both sides.
-      uint16_t low[kMaxTilePixels + 2 * Radius], high[kMaxTilePixels + 2 * Radius];
-      const int64_t from = xa - Radius, width = xb - xa + 2 * Radius;
-      for (int64_t i = left - from; i < right - from; ++i) low[i] = high[i] = own[from + i];
-      for (int64_t u = -Radius; u <= Radius; ++u) {
-        const uint16_t* other = own + (clamp(y + u, args.H) - y) * args.W;
-        for (int64_t i = left - from; i < right - from; ++i) {
-          low[i] = other[from + i] < low[i] ? other[from + i] : low[i];
-          high[i] = other[from + i] > high[i] ? other[from + i] : high[i];
-        }
-      }
-      for (int64_t i = 0; i < left - from; ++i) low[i] = low[left - from], high[i] = high[left - from];
-      for (int64_t i = right - from; i < width; ++i) low[i] = low[right - from - 1], high[i] = high[right - from - 1];
-      uint8_t* edges = work.edges + row * args.W + xa;
-      const uint16_t window = args.cpg_window ? 0xffff : 0;  // no branch, and nothing that `edges` might overlap
-      for (int64_t i = 0, pixels = xb - xa; i < pixels; ++i) {
-        uint16_t lowest = low[i], highest = high[i];
-        BCMF_UNROLL
-        for (int v = 1; v <= 2 * Radius; ++v) {
-          lowest = low[i + v] < lowest ? low[i + v] : lowest;
-          highest = high[i + v] > highest ? high[i + v] : highest;
-        }
-        const uint16_t worst = (highest & window) | own[xa + i];  // kIgnoredId has all bits
-        edges[i] = (lowest != highest) & (worst != kIgnoredId);
-      }
+// Finds the edges among the columns xa..xb, kMaxTilePixels at most, of a row of the batch: pixels whose window holds
+// more than one label and, if cpg_window, no ignored one; otherwise only the pixel itself must be valid.
+template <int Radius, typename Acc>
+static void cpg_edges(const LossArgs& args, const LossWork<Acc>& work, int64_t row, int64_t xa, int64_t xb,
+                      uint8_t* edges) {
+  const int64_t y = row % args.H;
+  const uint16_t* own = work.ids + row * args.W;
+  const int64_t left = clamp(xa - Radius, args.W), right = clamp(xb - 1 + Radius, args.W) + 1;
+  // These are the lowest and the highest label of each column in the windows' rows, with `Radius` more columns on both
+  // sides.
+  uint16_t low[kMaxTilePixels + 2 * Radius], high[kMaxTilePixels + 2 * Radius];
+  const int64_t from = xa - Radius, width = xb - xa + 2 * Radius;
+  for (int64_t i = left - from; i < right - from; ++i) low[i] = high[i] = own[from + i];
+  for (int64_t u = -Radius; u <= Radius; ++u) {
+    const uint16_t* other = own + (clamp(y + u, args.H) - y) * args.W;
+    for (int64_t i = left - from; i < right - from; ++i) {
+      low[i] = other[from + i] < low[i] ? other[from + i] : low[i];
+      high[i] = other[from + i] > high[i] ? other[from + i] : high[i];
     }
   }
-}
-
-// Finds the edges of the rows begin..end: pixels whose window holds more than one label and, if cpg_window, no ignored
-// one; otherwise only the pixel itself must be valid.
-template <typename Acc>
-static void cpg_edges(const LossArgs& args, const LossWork<Acc>& work, int64_t begin, int64_t end) {
-  with_radius(args, [&](auto radius) { cpg_edges_of<Acc, radius.value>(args, work, begin, end); });
+  for (int64_t i = 0; i < left - from; ++i) low[i] = low[left - from], high[i] = high[left - from];
+  for (int64_t i = right - from; i < width; ++i) low[i] = low[right - from - 1], high[i] = high[right - from - 1];
+  // In the loop nothing is read of args, which for all the compiler knows the bytes that are written could change.
+  const uint16_t in_window = args.cpg_window ? kIgnoredId : 0;
+  for (int64_t i = 0; i < xb - xa; ++i) {
+    uint16_t lowest = low[i], highest = high[i];
+    BCMF_UNROLL
+    for (int v = 1; v <= 2 * Radius; ++v) {
+      lowest = low[i + v] < lowest ? low[i + v] : lowest;
+      highest = high[i + v] > highest ? high[i + v] : highest;
+    }
+    const uint16_t worst = (highest & in_window) | own[xa + i];  // kIgnoredId has all bits
+    edges[i] = (lowest != highest) & (worst != kIgnoredId);
+  }
 }
 
 // The pixels of a row from x0 on: the labels in their windows, and for one class G and Ĝ. Pixels that are no edges take
@@ -96,12 +87,11 @@ struct EdgeRunGradients {
   Columns<Acc> gx, gy;  // 0 where there is no edge
   Columns<Acc> px, py;
 
-  void begin(int64_t n, int64_t y, int64_t x) {
+  // edges: 1 for each of the pixels that is one, else 0.
+  void begin(int64_t n, int64_t y, int64_t x, const uint8_t* edges) {
     x0 = x;
-    const uint8_t* edges = work.edges + (n * args.H + y) * args.W + x;
-    const int64_t pixels = args.W - x < kRunPixels<Radius> ? args.W - x : kRunPixels<Radius>;
     Lane<Acc> bits[kRunWindow] = {};
-    for (int64_t i = 0; i < pixels; ++i) bits[i] = -edges[i];
+    for (int64_t i = 0; i < kRunPixels<Radius>; ++i) bits[i] = -edges[i];
     is_edge = load_columns(bits);
     const Acc* stats = static_cast<const Acc*>(args.stats);
     for (int u = 0; u < kSize; ++u) {
@@ -182,16 +172,21 @@ struct EdgeRunGradients {
 template <typename Acc, int Radius, typename Source, typename F>
 static void for_edge_runs(const LossArgs& args, const LossWork<Acc>& work, const Source& source, int64_t row, F f) {
   EdgeRunGradients<Acc, Radius, Source> gradients{args, work, {source}};
-  const uint8_t* edges = work.edges + row * args.W;
-  for (int64_t x = 0; x < args.W; ++x) {
-    if (!edges[x]) continue;
-    gradients.begin(row / args.H, row % args.H, x);
-    for (Lane<Acc> c = gradients.next_class(-1); c != kIgnoredId; c = gradients.next_class(c)) {
-      gradients.find_truth(c);
-      gradients.find_estimate(c);
-      f(gradients, c);
+  for (int64_t xa = 0; xa < args.W; xa += kMaxTilePixels) {
+    const int64_t xb = args.W - xa < kMaxTilePixels ? args.W : xa + kMaxTilePixels;
+    uint8_t edges[kMaxTilePixels + kRunWindow];
+    cpg_edges<Radius>(args, work, row, xa, xb, edges);
+    for (int64_t i = xb - xa; i < xb - xa + kRunWindow; ++i) edges[i] = 0;
+    for (int64_t x = xa; x < xb; ++x) {
+      if (!edges[x - xa]) continue;
+      gradients.begin(row / args.H, row % args.H, x, edges + (x - xa));
+      for (Lane<Acc> c = gradients.next_class(-1); c != kIgnoredId; c = gradients.next_class(c)) {
+        gradients.find_truth(c);
+        gradients.find_estimate(c);
+        f(gradients, c);
+      }
+      x += kRunPixels<Radius> - 1;
     }
-    x += kRunPixels<Radius> - 1;
   }
 }
 
@@ -217,23 +212,23 @@ static void cpg_compare_from(const LossArgs& args, const LossWork<Acc>& work, in
   }
 }
 
-// Finds for each row the residuals: the derivatives of the total by Ĝ times sobel_denominator.
-template <typename Acc, int Radius, typename Source>
-static void cpg_residuals_from(const LossArgs& args, const LossWork<Acc>& work, int64_t begin, int64_t end) {
-  const Source source(args, work);
+// Finds the residuals of a row of the batch: the derivatives of the total by Ĝ times sobel_denominator.
+template <int Radius, typename Acc, typename Source>
+static void cpg_residuals(const LossArgs& args, const LossWork<Acc>& work, const Source& source, int64_t row,
+                          RowEdgeRuns<Acc>& runs) {
   const Acc count = static_cast<const Acc*>(args.summary)[kEdges];
   const Acc upstream = *static_cast<const Acc*>(args.grad_total);
   const Acc denominator = static_cast<Acc>(sobel_denominator(Radius)) * static_cast<Acc>(sobel_denominator(Radius));
   const Acc scale = count != 0 ? 2 * static_cast<Acc>(args.cpg_weight) * upstream / count / denominator : 0;
-  for (int64_t row = begin; row < end; ++row)
-    for_edge_runs<Acc, Radius>(args, work, source, row, [&](const auto& run, int64_t c) {
-      Acc* residuals = add_edge_run(work.edge_runs[row], run.x0 - Radius, c);
-      for (int64_t k = 0; k < kParts<Acc>; ++k, residuals += kWidth<Acc>) {
-        const Vector<Acc> gx = run.gx.parts[k], gy = run.gy.parts[k];
-        store_vector(gx != 0 ? scale * (run.px.parts[k] - gx) : Vector<Acc>{}, residuals);
-        store_vector(gy != 0 ? scale * (run.py.parts[k] - gy) : Vector<Acc>{}, residuals + kRunWindow);
-      }
-    });
+  clear_edge_runs(runs);
+  for_edge_runs<Acc, Radius>(args, work, source, row, [&](const auto& run, int64_t c) {
+    Acc* residuals = add_edge_run(runs, run.x0 - Radius, c);
+    for (int64_t k = 0; k < kParts<Acc>; ++k, residuals += kWidth<Acc>) {
+      const Vector<Acc> gx = run.gx.parts[k], gy = run.gy.parts[k];
+      store_vector(gx != 0 ? scale * (run.px.parts[k] - gx) : Vector<Acc>{}, residuals);
+      store_vector(gy != 0 ? scale * (run.py.parts[k] - gy) : Vector<Acc>{}, residuals + kRunWindow);
+    }
+  });
 }
 
 template <typename Acc>
@@ -245,38 +240,48 @@ static void cpg_compare(const LossArgs& args, const LossWork<Acc>& work, int64_t
   });
 }
 
-template <typename Acc>
-static void cpg_residuals(const LossArgs& args, const LossWork<Acc>& work, int64_t begin, int64_t end) {
-  with_radius(args, [&](auto radius) {
-    if (args.resampled()) return cpg_residuals_from<Acc, radius.value, Resampled<Acc>>(args, work, begin, end);
-    cpg_residuals_from<Acc, radius.value, Direct<Acc>>(args, work, begin, end);
-  });
-}
-
 // CPG's part of the gradient of a tile's logits, p (b − s), where b is the derivative of the total by p, which is 0
 // except near edges, and s = Σ p b is the pixel's share.
 template <typename Acc>
 struct SparseGradient {
   const LossArgs& args;
   const LossWork<Acc>& work;
+  RowEdgeRuns<Acc>* edge_runs;  // row y of the batch has its place at y % work.edge_rows
+  int64_t next_row = 0;         // of the batch: those before it have been found, or are not needed
   Acc shares[kMaxTilePixels];
   Acc* products;     // (C, pitch): p b
   uint8_t* touched;  // (C,): whether a class has any; its products are 0 otherwise
 
-  SparseGradient(const LossArgs& args, const LossWork<Acc>& work, Acc* scratch)
-      : args(args), work(work), products(scratch) {
+  SparseGradient(const LossArgs& args, const LossWork<Acc>& work, Acc* scratch, RowEdgeRuns<Acc>* edge_runs)
+      : args(args), work(work), edge_runs(edge_runs), products(scratch) {
     const int64_t size = args.C * work.pitch;
     touched = reinterpret_cast<uint8_t*>(products + size);
-    if (!work.edge_runs) return;
+    if (args.cpg_radius == 0) return;
     for (int64_t i = 0; i < size; ++i) products[i] = 0;
     for (int64_t c = 0; c < args.C; ++c) touched[c] = 0;
   }
 
+  // Finds the residuals of all rows whose windows reach the block, once for this block and the next (step
+  // cpg_residuals).
+  template <typename Source>
+  void begin(const Source& source, int64_t block) {
+    if (args.cpg_radius == 0) return;
+    const int64_t image = block / work.blocks * args.H, index = block % work.blocks;
+    const int64_t first = image + clamp(work.row[index] - args.cpg_radius, args.H);
+    const int64_t last = image + clamp(work.row[index + 1] - 1 + args.cpg_radius, args.H);
+    if (next_row < first) next_row = first;
+    for (; next_row <= last; ++next_row)
+      with_radius(args, [&](auto radius) {
+        cpg_residuals<radius.value>(args, work, source, next_row, edge_runs[next_row % work.edge_rows]);
+      });
+  }
+
   // Tells whether a tile may have any products.
   bool reaches(int64_t n, Tile t) const {
+    if (args.cpg_radius == 0) return false;
     const int64_t bottom = clamp(t.y + t.rows - 1 + args.cpg_radius, args.H);
     for (int64_t y = clamp(t.y - args.cpg_radius, args.H); y <= bottom; ++y) {
-      const RowEdgeRuns<Acc>& row = work.edge_runs[n * args.H + y];
+      const RowEdgeRuns<Acc>& row = edge_runs[(n * args.H + y) % work.edge_rows];
       for (int64_t k = 0; k < row.count; ++k)
         if (overlaps(row.runs[k], t)) return true;
     }
@@ -313,7 +318,7 @@ struct SparseGradient {
   template <int Radius>
   void find_row(int64_t n, int64_t y, Tile t, int64_t first, const Acc* p) {
     for (int64_t from = clamp(y - Radius, args.H); from <= clamp(y + Radius, args.H); ++from) {
-      const RowEdgeRuns<Acc>& row = work.edge_runs[n * args.H + from];
+      const RowEdgeRuns<Acc>& row = edge_runs[(n * args.H + from) % work.edge_rows];
       if (row.count == 0) continue;
       constexpr SobelTaps<Radius> kTaps = {};
       Acc taps_x[2 * Radius + 1] = {}, taps_y[2 * Radius + 1] = {};
