@@ -168,7 +168,7 @@ struct EdgeRunGradients {
   }
 };
 
-// Calls f(gradients, c) for every run of a row of the batch and every class that has an edge there.
+// Calls f(gradients, c) for every run of a row of the batch and every class in its windows.
 template <typename Acc, int Radius, typename Source, typename F>
 static void for_edge_runs(const LossArgs& args, const LossWork<Acc>& work, const Source& source, int64_t row, F f) {
   EdgeRunGradients<Acc, Radius, Source> gradients{args, work, {source}};
