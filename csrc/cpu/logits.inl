@@ -77,6 +77,44 @@ static void store_as(const LossArgs& args, const LossWork<Acc>& work, int64_t n,
   });
 }
 
+// kRunWindow columns of a row.
+template <typename T>
+constexpr int64_t kParts = kRunWindow / kWidth<T>;
+template <typename T>
+struct Columns {
+  Vector<T> parts[kParts<T>];
+};
+
+template <typename T>
+BCMF_INLINE Columns<T> load_columns(const T* from) {
+  Columns<T> to;
+  std::memcpy(&to, from, sizeof(to));
+  return to;
+}
+// Reads them from column x on, with replicated borders.
+template <typename T, typename From>
+BCMF_INLINE Columns<T> read_columns(const From* row, int64_t x, int64_t width) {
+  T to[kRunWindow];
+  if (x >= 0 && x + kRunWindow <= width) {
+    BCMF_LANES
+    for (int64_t i = 0; i < kRunWindow; ++i) to[i] = row[x + i];
+  } else {
+    for (int64_t i = 0; i < kRunWindow; ++i) to[i] = row[clamp(x + i, width)];
+  }
+  return load_columns(to);
+}
+// Returns the columns from `By` on. Those beyond the last may be anything.
+template <int By, typename T>
+BCMF_INLINE Columns<T> shifted(const Columns<T>& from) {
+  constexpr int64_t kLast = kParts<T> - 1, kSkip = By / kWidth<T>;
+  Columns<T> to;
+  for (int64_t k = 0; k <= kLast; ++k) {
+    const int64_t low = k + kSkip < kLast ? k + kSkip : kLast, high = low < kLast ? low + 1 : kLast;
+    to.parts[k] = shift_lanes<By % kWidth<T>, T>(from.parts[low], from.parts[high]);
+  }
+  return to;
+}
+
 // Prefetches the logits of the next tile one by one while a tile is worked on, because rows of a tile are too short for
 // the processor to foresee them.
 struct LogitsAhead {
@@ -91,6 +129,42 @@ struct NothingAhead {
 // Reads logits of the labels' size.
 template <typename Acc>
 struct Direct {
+  // The logits at kRunWindow columns of the `Size` rows around one, with replicated borders.
+  template <int Size>
+  struct Window {
+    const Direct& source;
+    int64_t rows[Size], columns[kRunWindow];  // offsets
+    bool contiguous;
+
+    void begin(int64_t n, int64_t y, int64_t x) {
+      const LossArgs& args = source.args;
+      const MapView& v = args.logits;
+      for (int u = 0; u < Size; ++u) rows[u] = n * v.stride_n + clamp(y + u - Size / 2, args.H) * v.stride_h;
+      for (int64_t i = 0; i < kRunWindow; ++i) columns[i] = clamp(x + i, args.W) * v.stride_w;
+      contiguous = v.stride_w == 1 && x >= 0 && x + kRunWindow <= args.W;
+    }
+    // Reads those of a class.
+    void read(int64_t c, Columns<Acc> (&to)[Size]) const {
+      with_entries<Acc>(source.args.logits, c * source.args.logits.stride_c, [&](const auto* map) {
+        const auto* next = map + rows[Size - 1] + source.args.logits.stride_h;  // the windows below will want it
+        __builtin_prefetch(next + columns[0], 0, 2);
+        __builtin_prefetch(next + columns[kRunWindow - 1], 0, 2);
+        for (int u = 0; u < Size; ++u) {
+          const auto* row = map + rows[u];
+          Acc values[kRunWindow];
+          if (contiguous) {
+            const auto* from = row + columns[0];
+            BCMF_LANES
+            for (int64_t i = 0; i < kRunWindow; ++i) values[i] = widen(from[i]);
+          } else {
+            for (int64_t i = 0; i < kRunWindow; ++i) values[i] = widen(row[columns[i]]);
+          }
+          to[u] = load_columns(values);
+        }
+      });
+    }
+  };
+
   const LossArgs& args;
   const LossWork<Acc>& work;
 
@@ -117,11 +191,6 @@ struct Direct {
     const MapView& v = args.logits;
     return read_logit<Acc>(v, n * v.stride_n + c * v.stride_c + y * v.stride_h + x * v.stride_w);
   }
-  // Reads the logits of a class at the columns xa..xb of a row.
-  void entries(int64_t n, int64_t y, int64_t xa, int64_t xb, int64_t c, Acc* to) const {
-    const MapView& v = args.logits;
-    widen_row(v, n * v.stride_n + c * v.stride_c + y * v.stride_h + xa * v.stride_w, v.stride_w, xb - xa, to);
-  }
   void add_gradient(int64_t n, Tile t, const Acc* z) {
     if constexpr (sizeof(Acc) == sizeof(double)) return store_as<double>(args, work, n, t, z);
     if constexpr (sizeof(Acc) == sizeof(float)) {
@@ -138,7 +207,91 @@ struct Direct {
 // into two rows, too, and brought back along x once.
 template <typename Acc>
 struct Resampled {
-  static constexpr int64_t kFewCells = 32;
+  // The logits at kRunWindow columns of the `Size` rows around one, with replicated borders. They are resampled along x
+  // first, as in `load`: in another order, p of large logits would differ from the forward's by much. A logit row that
+  // several of the rows lie beside is resampled once.
+  template <int Size>
+  struct Window {
+    const Resampled& source;
+    int64_t logit_rows[2 * Size], count;  // offsets of the logit rows
+    int above[Size], below[Size];         // which of them each row lies between
+    Acc weight_below[Size];
+    Columns<Lane<Acc>> left, right;  // logit columns
+    Columns<Acc> weight_right;
+    int64_t first;       // left and right begin here
+    bool in_one_vector;  // the logit columns from `first` on
+
+    void begin(int64_t n, int64_t y, int64_t x) {
+      const LossArgs& args = source.args;
+      const MapView& v = args.logits;
+      const auto &vertical = source.work.vertical, &horizontal = source.work.horizontal;
+      count = 0;
+      for (int u = 0; u < Size; ++u) {
+        const int64_t row = clamp(y + u - Size / 2, args.H);
+        above[u] = place_of(n * v.stride_n + vertical.first[row] * v.stride_h);
+        below[u] = place_of(n * v.stride_n + vertical.second[row] * v.stride_h);
+        weight_below[u] = vertical.weight[row];
+      }
+      left = read_columns<Lane<Acc>>(horizontal.first, x, args.W);
+      right = read_columns<Lane<Acc>>(horizontal.second, x, args.W);
+      weight_right = read_columns<Acc>(horizontal.weight, x, args.W);
+      const int64_t last = horizontal.second[clamp(x + kRunWindow - 1, args.W)];
+      first = horizontal.first[clamp(x, args.W)];
+      if (first + kWidth<Acc> > args.w) first = args.w < kWidth<Acc> ? 0 : args.w - kWidth<Acc>;
+      in_one_vector = v.stride_w == 1 && kWidth<Acc> <= args.w && last < first + kWidth<Acc>;
+      for (auto& part : left.parts) part -= static_cast<Lane<Acc>>(first);
+      for (auto& part : right.parts) part -= static_cast<Lane<Acc>>(first);
+    }
+    // Reads those of a class.
+    void read(int64_t c, Columns<Acc> (&to)[Size]) const {
+      const MapView& v = source.args.logits;
+      Columns<Acc> along[2 * Size];
+      with_entries<Acc>(v, c * v.stride_c + first * v.stride_w, [&](const auto* map) {
+        for (int64_t k = 0; k < count; ++k) along[k] = resample(map + logit_rows[k]);
+      });
+      for (int u = 0; u < Size; ++u)
+        for (int64_t k = 0; k < kParts<Acc>; ++k)
+          to[u].parts[k] = mix_lanes(along[above[u]].parts[k], along[below[u]].parts[k], splat(weight_below[u]));
+    }
+
+   private:
+    static Vector<Acc> mix_lanes(Vector<Acc> a, Vector<Acc> b, Vector<Acc> weight) {  // as `mix`
+      return weight == 0 ? a : (1 - weight) * a + weight * b;
+    }
+    template <typename Scalar>
+    Columns<Acc> resample(const Scalar* row) const {
+      Columns<Acc> a, b;
+      if (in_one_vector) {
+        Acc values[kWidth<Acc>];
+        BCMF_LANES
+        for (int64_t i = 0; i < kWidth<Acc>; ++i) values[i] = widen(row[i]);
+        const Vector<Acc> all = load_vector(values);
+        for (int64_t k = 0; k < kParts<Acc>; ++k) {
+          a.parts[k] = permute<Acc>(all, left.parts[k]);
+          b.parts[k] = permute<Acc>(all, right.parts[k]);
+        }
+      } else {
+        a = gather(row, left), b = gather(row, right);
+      }
+      for (int64_t k = 0; k < kParts<Acc>; ++k) a.parts[k] = mix_lanes(a.parts[k], b.parts[k], weight_right.parts[k]);
+      return a;
+    }
+    template <typename Scalar>
+    Columns<Acc> gather(const Scalar* row, const Columns<Lane<Acc>>& places) const {
+      Lane<Acc> at[kRunWindow];
+      Acc values[kRunWindow];
+      std::memcpy(at, &places, sizeof(at));
+      for (int64_t i = 0; i < kRunWindow; ++i) values[i] = widen(row[at[i] * source.args.logits.stride_w]);
+      return load_columns(values);
+    }
+    int place_of(int64_t logit_row) {
+      for (int64_t k = count; k-- > 0;)
+        if (logit_rows[k] == logit_row) return static_cast<int>(k);
+      logit_rows[count] = logit_row;
+      return static_cast<int>(count++);
+    }
+  };
+
   const LossArgs& args;
   const LossWork<Acc>& work;
   Acc *upper = nullptr, *lower = nullptr;   // (C, pitch): logits of the two rows, resampled along x
@@ -181,35 +334,15 @@ struct Resampled {
       for (int64_t i = 0; i < t.count(); ++i) to[i] = mix(a[i], b[i], weight);
     }
   }
+  // Resamples a single logit, along x first, as in `load`.
   Acc entry(int64_t n, int64_t y, int64_t x, int64_t c) const {
-    Acc value = 0;
-    entries(n, y, x, x + 1, c, &value);
-    return value;
-  }
-  // Reads the logits of a class at the columns xa..xb of a row. They are resampled along x first, as in `load`: in
-  // another order, p of large logits would differ from the forward's by much.
-  void entries(int64_t n, int64_t y, int64_t xa, int64_t xb, int64_t c, Acc* to) const {
     const MapView& v = args.logits;
-    const int64_t map = n * v.stride_n + c * v.stride_c;
-    const int64_t above = map + work.vertical.first[y] * v.stride_h, below = map + work.vertical.second[y] * v.stride_h;
-    const int32_t *left = work.horizontal.first, *right = work.horizontal.second;
-    const Acc* weight = work.horizontal.weight;
-    const Acc weight_below = work.vertical.weight[y];
-    const int64_t first = left[xa], cells = right[xb - 1] - first + 1;
-    Acc upper_cells[kFewCells], lower_cells[kFewCells];
-    if (cells <= kFewCells) {  // the usual case: many labels lie between few logits
-      widen_row(v, above + first * v.stride_w, v.stride_w, cells, upper_cells);
-      widen_row(v, below + first * v.stride_w, v.stride_w, cells, lower_cells);
-      for (int64_t x = xa; x < xb; ++x)
-        to[x - xa] = mix(mix(upper_cells[left[x] - first], upper_cells[right[x] - first], weight[x]),
-                         mix(lower_cells[left[x] - first], lower_cells[right[x] - first], weight[x]), weight_below);
-    } else {
-      const auto row = [&](int64_t offset, int64_t x) {
-        return mix(read_logit<Acc>(v, offset + left[x] * v.stride_w),
-                   read_logit<Acc>(v, offset + right[x] * v.stride_w), weight[x]);
-      };
-      for (int64_t x = xa; x < xb; ++x) to[x - xa] = mix(row(above, x), row(below, x), weight_below);
-    }
+    const auto along_x = [&](int64_t row) {
+      const int64_t offset = n * v.stride_n + c * v.stride_c + row * v.stride_h;
+      return mix(read_logit<Acc>(v, offset + work.horizontal.first[x] * v.stride_w),
+                 read_logit<Acc>(v, offset + work.horizontal.second[x] * v.stride_w), work.horizontal.weight[x]);
+    };
+    return mix(along_x(work.vertical.first[y]), along_x(work.vertical.second[y]), work.vertical.weight[y]);
   }
   void add_gradient(int64_t, Tile t, const Acc* z) {
     const Acc weight = work.vertical.weight[t.y];

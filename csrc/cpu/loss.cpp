@@ -50,7 +50,7 @@ struct Release {  // frees what Work::allocate got
 template <typename Acc>
 struct EdgeRunStore {  // owns the memory of a RowEdgeRuns
   std::vector<EdgeRun> runs;
-  std::vector<Acc> residuals;
+  std::vector<Acc> residuals = std::vector<Acc>(kRunWindow);  // begins with zeros
 };
 
 // Owns the memory of a LossWork. Each part of it exists only as long as a step needs it.
@@ -85,29 +85,6 @@ class Work {
 
   void allocate_scores() { view.scores = allocate(scores_, args_.bcl_steps); }
   void free_scores() { scores_.reset(); }
-
-  void cpg_edges() {
-    view.edges = allocate(edges_);
-    for_rows([&](int64_t begin, int64_t end) { kernels<Acc>().cpg_edges(args_, view, begin, end); });
-  }
-
-  // Frees the ids unless BCL's flipped labels still need them.
-  void cpg_residuals() {
-    stores_ = std::make_unique<EdgeRunStore<Acc>[]>(rows());
-    edge_runs_ = std::make_unique<RowEdgeRuns<Acc>[]>(rows());
-    view.edge_runs = edge_runs_.get();
-    for_rows([&](int64_t begin, int64_t end) {
-      for (int64_t row = begin; row < end; ++row) view.edge_runs[row].store = &stores_[row];
-      kernels<Acc>().cpg_residuals(args_, view, begin, end);
-      for (int64_t row = begin; row < end; ++row) {  // now that no vector moves its entries any more
-        const EdgeRunStore<Acc>& store = stores_[row];
-        view.edge_runs[row] = {store.runs.data(), store.residuals.data(), static_cast<int64_t>(store.runs.size()),
-                               nullptr};
-      }
-    });
-    edges_.reset();
-    if (!args_.bcl_flipped) ids_.reset();
-  }
 
   // Calls f(n, to) for some images of the batch at a time, with memory for their halves, so that these stay in the
   // cache.
@@ -150,6 +127,7 @@ class Work {
       if (row_.empty() || parts || y - row_.back() == most) row_.push_back(y);
     }
     view.blocks = static_cast<int64_t>(row_.size());
+    view.edge_rows = args_.cpg_radius > 0 ? most + 2 * args_.cpg_radius : 0;
     row_.push_back(args_.H);
     view.row = row_.data();
     if (!args_.resampled()) return;
@@ -173,10 +151,7 @@ class Work {
   std::vector<int64_t> row_, block_;
   std::vector<int32_t> column_flip_;
   std::unique_ptr<uint16_t[], Release> ids_;
-  std::unique_ptr<uint8_t[], Release> edges_;
   std::unique_ptr<Acc[], Release> scores_;
-  std::unique_ptr<EdgeRunStore<Acc>[]> stores_;
-  std::unique_ptr<RowEdgeRuns<Acc>[]> edge_runs_;
 };
 
 // Finds the rank-th largest of the losses that are not -1, by radix select.
@@ -275,23 +250,19 @@ void sum_up(const LossArgs& args) {
   if (args.ce) sum_ce(args, work, sum);
   if (args.bcl_steps > 0) sum_bcl(args, work);
   work.free_scores();
-  if (args.cpg_radius > 0) {
-    work.cpg_edges();
-    sum_cpg(args, work);
-  }
+  if (args.cpg_radius > 0) sum_cpg(args, work);
 }
 
 template <typename Acc>
 void backward(const LossArgs& args) {
   Work<Acc> work(args);
   if (args.cpg_radius > 0 || (args.bcl_steps > 0 && args.bcl_flipped)) work.read_ids();
-  if (args.cpg_radius > 0) {
-    work.cpg_edges();
-    work.cpg_residuals();
-  }
   const auto add_dense = [&](int64_t n, int64_t to) {
     work.for_blocks(n, to, [&](int64_t begin, int64_t end, Acc* scratch) {
-      kernels<Acc>().dense_backward(args, work.view, begin, end, scratch);
+      std::vector<EdgeRunStore<Acc>> stores(work.view.edge_rows);
+      std::vector<RowEdgeRuns<Acc>> edge_runs;
+      for (auto& store : stores) edge_runs.push_back({nullptr, nullptr, 0, &store});
+      kernels<Acc>().dense_backward(args, work.view, begin, end, scratch, edge_runs.data());
     });
   };
   if (!args.resampled()) return add_dense(0, args.N);
@@ -318,16 +289,26 @@ void argmax(const LossArgs& args, void* classes, int64_t* bins) {
 }  // namespace
 
 template <typename Acc>
-Acc* add_edge_run(RowEdgeRuns<Acc>& row, int64_t x0, int64_t x1, int64_t c) {
+void clear_edge_runs(RowEdgeRuns<Acc>& row) {
   auto* store = static_cast<EdgeRunStore<Acc>*>(row.store);
-  const auto first = static_cast<int64_t>(store->residuals.size());
-  store->runs.push_back(
-      {static_cast<int32_t>(x0), static_cast<int32_t>(x1), static_cast<int32_t>(c), static_cast<int32_t>(first)});
-  store->residuals.resize(first + 2 * (x1 - x0));
+  store->runs.clear();
+  store->residuals.resize(kRunWindow);
+  row.count = 0;
+}
+template void clear_edge_runs(RowEdgeRuns<float>& row);
+template void clear_edge_runs(RowEdgeRuns<double>& row);
+
+template <typename Acc>
+Acc* add_edge_run(RowEdgeRuns<Acc>& row, int64_t x, int64_t c) {
+  auto* store = static_cast<EdgeRunStore<Acc>*>(row.store);
+  const size_t first = store->residuals.size();
+  store->runs.push_back({static_cast<int32_t>(x), static_cast<int32_t>(c)});
+  store->residuals.resize(first + 2 * kRunWindow);
+  row = {store->runs.data(), store->residuals.data() + kRunWindow, row.count + 1, store};
   return store->residuals.data() + first;
 }
-template float* add_edge_run(RowEdgeRuns<float>& row, int64_t x0, int64_t x1, int64_t c);
-template double* add_edge_run(RowEdgeRuns<double>& row, int64_t x0, int64_t x1, int64_t c);
+template float* add_edge_run(RowEdgeRuns<float>& row, int64_t x, int64_t c);
+template double* add_edge_run(RowEdgeRuns<double>& row, int64_t x, int64_t c);
 
 void loss_sums(const LossArgs& args) {
   args.logits.type == FloatType::f64 ? sum_up<double>(args) : sum_up<float>(args);

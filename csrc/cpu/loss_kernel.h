@@ -34,15 +34,16 @@ struct TermPartial {  // of a label row, for OHEM, BCL or CPG
   }
 };
 
-// The pixels x0..x1 of a label row, at which CPG compares the gradients of class c. The residuals of the run are
-// 2 (x1 - x0) values from `first` on, those for x, then those for y: the derivatives of the total by the estimates,
-// which are sums of integer taps times p.
+// A run of pixels of a label row, at which CPG compares the gradients of class c: those whose windows lie within the
+// kRunWindow columns from x on, which may begin or end outside of the image. Its residuals are kRunWindow values for x,
+// then as many for y: the derivatives of the total by the estimates, which are sums of integer taps times p.
 struct EdgeRun {
-  int32_t x0, x1, c, first;
+  int32_t x, c;
 };
+constexpr int64_t kRunWindow = 16;
 
-// The runs of a row. loss.cpp owns their memory, because the linker could merge the functions of a std::vector across
-// instruction sets.
+// The runs of a row, and the residuals of one after the other, with kRunWindow zeros before the first. loss.cpp owns
+// their memory, because the linker could merge the functions of a std::vector across instruction sets.
 template <typename Acc>
 struct RowEdgeRuns {
   const EdgeRun* runs;
@@ -51,7 +52,9 @@ struct RowEdgeRuns {
   void* store;
 };
 template <typename Acc>
-Acc* add_edge_run(RowEdgeRuns<Acc>& row, int64_t x0, int64_t x1, int64_t c);  // returns where its residuals go
+void clear_edge_runs(RowEdgeRuns<Acc>& row);
+template <typename Acc>
+Acc* add_edge_run(RowEdgeRuns<Acc>& row, int64_t x, int64_t c);  // returns where its residuals go
 
 template <typename Acc>
 struct AxisTable {  // the axis_tap of each label row or column; null where logits have the size of the labels
@@ -70,12 +73,11 @@ struct LossWork {
   const int64_t* row;     // (blocks + 1,): the first label row of each; a block lies between the same two logit rows
   const int64_t* block;   // (h + 1,): the first block whose upper logit row is this one or a later one
   AxisTable<Acc> vertical, horizontal;
-  uint16_t* ids;                // (N, H, W) classes, or kIgnoredId; with BCL or CPG
-  uint8_t* edges;               // (N, H, W): 1 where CPG compares gradients, else 0
-  Acc* nll;                     // (N, H, W): -1 where ignored; with OHEM
-  Acc* scores;                  // (BCL's steps, N, H, W): -1 where a label or a flipped one is ignored
-  const int32_t* column_flip;   // (BCL's steps, W): pi of each column
-  RowEdgeRuns<Acc>* edge_runs;  // (N * H,): of each label row; backward with CPG
+  uint16_t* ids;               // (N, H, W) classes, or kIgnoredId; with BCL or CPG
+  Acc* nll;                    // (N, H, W): -1 where ignored; with OHEM
+  Acc* scores;                 // (BCL's steps, N, H, W): -1 where a label or a flipped one is ignored
+  const int32_t* column_flip;  // (BCL's steps, W): pi of each column
+  int64_t edge_rows;           // how many rows' edge runs the backward keeps: of a block and those around it; with CPG
   // (·, 2, C, w), backward of resampled logits: what each block from first_block on adds to the gradients of the logit
   // rows above and below it.
   Acc* halves;
@@ -85,16 +87,17 @@ struct LossWork {
 template <typename Acc>
 struct LossKernels {
   // These two work on the blocks begin..end of the N * blocks; `scratch` holds scratch_size(args, work) acc values.
-  // dense_backward takes the steps cpg_shares and sparse_backward with it, tile by tile.
+  // dense_backward takes the steps cpg_residuals, cpg_shares and sparse_backward with it; it keeps the residuals of
+  // work.edge_rows label rows in `edge_runs`.
   void (*dense_forward)(const LossArgs&, const LossWork<Acc>&, int64_t begin, int64_t end, Acc* scratch, LossPartial*);
-  void (*dense_backward)(const LossArgs&, const LossWork<Acc>&, int64_t begin, int64_t end, Acc* scratch);
-  // These work on the rows begin..end of the N * H label rows. read_ids fills LossWork::ids.
+  void (*dense_backward)(const LossArgs&, const LossWork<Acc>&, int64_t begin, int64_t end, Acc* scratch,
+                         RowEdgeRuns<Acc>* edge_runs);
+  // These work on the rows begin..end of the N * H label rows. read_ids fills LossWork::ids; cpg_compare takes the step
+  // cpg_edges with it.
   void (*read_ids)(const LossArgs&, const LossWork<Acc>&, int64_t begin, int64_t end);
   void (*ohem_sum)(const LossArgs&, const LossWork<Acc>&, Acc cutoff, int64_t begin, int64_t end, TermPartial*);
-  void (*cpg_edges)(const LossArgs&, const LossWork<Acc>&, int64_t begin, int64_t end);
   void (*bcl_select)(const LossArgs&, const LossWork<Acc>&, int index, int64_t begin, int64_t end, TermPartial*);
   void (*cpg_compare)(const LossArgs&, const LossWork<Acc>&, int64_t begin, int64_t end, TermPartial*);
-  void (*cpg_residuals)(const LossArgs&, const LossWork<Acc>&, int64_t begin, int64_t end);
   // Works on blocks, too: finds the class with the largest logit of each label pixel, as uint8 or, if there are more
   // than 256 classes, as int32; and counts them by label if there are bins.
   void (*argmax)(const LossArgs&, const LossWork<Acc>&, int64_t begin, int64_t end, Acc* scratch, void* classes,
@@ -118,12 +121,10 @@ inline int64_t tile_pixels(int64_t classes) {
 }
 
 // The acc values that a thread needs: tiles of logits, of the logit rows above and below, of two sums of gradients, and
-// of CPG's derivatives by p, with a list of the entries of the last one.
+// of CPG's products, with a byte for each class.
 template <typename Acc>
 int64_t scratch_size(const LossArgs& args, const LossWork<Acc>& work) {
-  const int64_t tile_size = args.C * work.pitch;
-  return 6 * tile_size +
-         tile_size * static_cast<int64_t>(sizeof(int32_t) + sizeof(uint8_t)) / static_cast<int64_t>(sizeof(Acc)) + 64;
+  return 6 * args.C * work.pitch + args.C / static_cast<int64_t>(sizeof(Acc)) + 64;
 }
 
 }  // namespace bcmf::cpu

@@ -195,11 +195,11 @@ static void find_probabilities(const LossArgs& args, const Ahead& ahead, int64_t
 
 template <typename Acc, typename Source>
 static void dense_backward_from(const LossArgs& args, const LossWork<Acc>& work, int64_t begin, int64_t end,
-                                Acc* scratch) {
+                                Acc* scratch, RowEdgeRuns<Acc>* edge_runs) {
   const int64_t tile_size = args.C * work.pitch, pixels = args.N * args.H * args.W;
   Acc* z = scratch;
   Source source(args, work, scratch + tile_size);
-  SparseGradient<Acc> sparse(args, work, scratch + 5 * tile_size);
+  SparseGradient<Acc> sparse(args, work, scratch + 5 * tile_size, edge_runs);
   int labels[kMaxTilePixels];
   Acc m[kMaxTilePixels], log_sum[kMaxTilePixels];
   // The dense gradient is factor * p - pull at the label; CPG and flipped labels add sparse parts.
@@ -208,6 +208,7 @@ static void dense_backward_from(const LossArgs& args, const LossWork<Acc>& work,
     if (first) {
       source.begin(n, t);
       source.clear_sums();
+      sparse.begin(source, block);
     }
     const int64_t pixel = (n * args.H + t.y) * args.W + t.xa, count = t.count();
     const Acc* stats = static_cast<const Acc*>(args.stats) + pixel;
@@ -220,13 +221,10 @@ static void dense_backward_from(const LossArgs& args, const LossWork<Acc>& work,
     for (int64_t i = 0; i < count; ++i) factor[i] = pull[i];
     if (selected && args.bcl_flipped) add_flipped_factor(args, selected, count, factor);
 
-    if (work.edge_runs && sparse.collect(n, t)) {
+    if (sparse.reaches(n, t)) {
       find_probabilities<false>(args, source.ahead(n, t), work.pitch, count, m, log_sum, factor, z);
-      sparse.multiply(z, factor);
-      for (int64_t c = 0; c < args.C; ++c)
-        for (int64_t i = 0; i < count; ++i)
-          z[c * work.pitch + i] = factor[i] != 0 ? factor[i] * z[c * work.pitch + i] : 0;
-      sparse.add_to(z);
+      sparse.find(n, t, z, factor);
+      sparse.add_to(factor, count, z);
     } else {
       find_probabilities<true>(args, source.ahead(n, t), work.pitch, count, m, log_sum, factor, z);
     }
@@ -246,9 +244,10 @@ static void dense_forward(const LossArgs& args, const LossWork<Acc>& work, int64
 }
 
 template <typename Acc>
-static void dense_backward(const LossArgs& args, const LossWork<Acc>& work, int64_t begin, int64_t end, Acc* scratch) {
-  if (args.resampled()) return dense_backward_from<Acc, Resampled<Acc>>(args, work, begin, end, scratch);
-  dense_backward_from<Acc, Direct<Acc>>(args, work, begin, end, scratch);
+static void dense_backward(const LossArgs& args, const LossWork<Acc>& work, int64_t begin, int64_t end, Acc* scratch,
+                           RowEdgeRuns<Acc>* edge_runs) {
+  if (args.resampled()) return dense_backward_from<Acc, Resampled<Acc>>(args, work, begin, end, scratch, edge_runs);
+  dense_backward_from<Acc, Direct<Acc>>(args, work, begin, end, scratch, edge_runs);
   finish_streams();
 }
 
@@ -343,9 +342,8 @@ static void read_ids(const LossArgs& args, const LossWork<Acc>& work, int64_t be
 }
 
 template <typename Acc>
-constexpr LossKernels<Acc> kernels = {dense_forward<Acc>, dense_backward<Acc>, read_ids<Acc>,    ohem_sum<Acc>,
-                                      cpg_edges<Acc>,     bcl_select<Acc>,     cpg_compare<Acc>, cpg_residuals<Acc>,
-                                      argmax<Acc>,        low_gather<Acc>};
+constexpr LossKernels<Acc> kernels = {dense_forward<Acc>, dense_backward<Acc>, read_ids<Acc>, ohem_sum<Acc>,
+                                      bcl_select<Acc>,    cpg_compare<Acc>,    argmax<Acc>,   low_gather<Acc>};
 
 }  // namespace BCMF_ISA
 }  // namespace bcmf::cpu

@@ -5,6 +5,8 @@
 #include <cmath>
 #include <cstdint>
 #include <cstring>
+#include <type_traits>
+#include <utility>
 #if defined(__SSE2__)
 #include <emmintrin.h>
 #endif
@@ -17,6 +19,16 @@
 #else
 #define BCMF_LANES _Pragma("GCC unroll 1")
 #endif
+// Loops over the taps of a window, however, are to be taken apart, so that the taps are constants.
+#define BCMF_UNROLL _Pragma("GCC unroll 8")
+
+// Calls f(index) for 0..Count-1, each a constant of its own type.
+template <int Count, typename F>
+BCMF_INLINE void unrolled(F f) {
+  [&]<int... Is>(std::integer_sequence<int, Is...>) {
+    (f(std::integral_constant<int, Is>()), ...);
+  }(std::make_integer_sequence<int, Count>());
+}
 
 template <typename To, typename From>
 BCMF_INLINE To bit_cast(From from) {
@@ -47,6 +59,8 @@ template <typename T>
 using Sums = typename LanesOf<T>::sums;
 template <typename T>
 using Mask = typename LanesOf<T>::mask;
+template <typename T>
+using Lane = std::remove_reference_t<decltype(Mask<T>{}[0])>;  // an integer as large as T
 
 template <typename T>
 BCMF_INLINE Vector<T> load_vector(const T* from) {
@@ -63,6 +77,28 @@ BCMF_INLINE T add_lanes(Lanes lanes) {
   T sum = 0;
   for (size_t i = 0; i < sizeof(lanes) / sizeof(lanes[0]); ++i) sum += lanes[i];
   return sum;
+}
+// Returns the lanes of `from` at these places.
+template <typename T>
+BCMF_INLINE Vector<T> permute(Vector<T> from, Vector<Lane<T>> places) {
+#if defined(__clang__)
+  Vector<T> to = {};
+  for (int64_t i = 0; i < kWidth<T>; ++i) to[i] = from[places[i]];
+  return to;
+#else
+  return __builtin_shuffle(from, places);
+#endif
+}
+// Returns the kWidth lanes from `By` on of two vectors, which lie one behind the other.
+template <int64_t By, typename T>
+BCMF_INLINE Vector<T> shift_lanes(Vector<T> low, Vector<T> high) {
+  return []<size_t... Is>(Vector<T> a, Vector<T> b, std::index_sequence<Is...>) {
+#if defined(__clang__)
+    return __builtin_shufflevector(a, b, (By + Is)...);
+#else
+    return __builtin_shuffle(a, b, Vector<Lane<T>>{static_cast<Lane<T>>(By + Is)...});
+#endif
+  }(low, high, std::make_index_sequence<kWidth<T>>());
 }
 template <typename T>
 BCMF_INLINE Vector<T> splat(T value) {
