@@ -64,7 +64,8 @@ def _define(lib: Library, name: str, schema: str, fake: Any, backward_schema: st
 #   It takes logits (N, C, h, w), target (N, H, W), weight (C,) or None, and LossOptions. It returns
 #   * total (), differentiable;
 #   * terms, unweighted, an entry for each of options.TERMS: 0 for one that was not asked for;
-#   * stats (2, N, H, W): m = max_c Z_c and log Σ_c exp(Z_c − m), kept apart so that small losses keep their digits;
+#   * stats (2, N, H, W): m = max_c Z_c and log Σ_c exp(Z_c − m), kept apart so that small losses keep their digits; of
+#     logits of the labels' size CUDA's kernels keep one number, (1, N, H, W) (csrc/cuda/kernels/stats.cuh);
 #   * selected (N, H, W) uint8, (0, H, W) without BCL: bit s says whether BCL's step s selected the pixel;
 #   * marks (bytes,) uint8: what CUDA's kernels have read of the labels (csrc/cuda/kernels/marks.cuh); elsewhere (0,);
 #   * summary (SUMMARY,), see Summary.
@@ -147,9 +148,10 @@ _LOSS_FINISH = f"(Tensor sums, Tensor cutoff, {_LOSS_OPTIONS}) -> (Tensor total,
 
 
 def _marks_bytes(target: Tensor, classes: int) -> int:
-    """csrc/cuda/kernels/marks.cuh: the id of each label, and 16 bytes for each patch of 4 by 32 pixels."""
+    """csrc/cuda/kernels/marks.cuh: 8 bytes for each patch of 4 by 32 pixels, to a multiple of 16, and each label's id."""
     n, height, width = target.shape
-    return 16 * n * ((height + 3) // 4) * ((width + 31) // 32) + (1 if classes <= 254 else 4) * target.numel()
+    patches = n * ((height + 3) // 4) * ((width + 31) // 32)
+    return 16 * ((patches + 1) // 2) + (1 if classes <= 254 else 4) * target.numel()
 
 
 def _fakes(on_cuda: Callable[[Tensor], bool]) -> tuple[Callable[..., tuple[Tensor, ...]], ...]:
@@ -158,10 +160,11 @@ def _fakes(on_cuda: Callable[[Tensor], bool]) -> tuple[Callable[..., tuple[Tenso
     def loss_sums(logits: Tensor, target: Tensor, weight: Tensor | None, *options: Any) -> tuple[Tensor, ...]:
         acc = acc_dtype(logits)
         images = target.shape[0] if LossOptions(*options).bcl_steps else 0
+        maps = 1 if on_cuda(logits) and logits.shape[2:] == target.shape[1:] else 2
         return (
             logits.new_empty((SUMS,), dtype=torch.float64),
             logits.new_empty((), dtype=acc),
-            logits.new_empty((2, *target.shape), dtype=acc),
+            logits.new_empty((maps, *target.shape), dtype=acc),
             logits.new_empty((images, *target.shape[1:]), dtype=torch.uint8),
             logits.new_empty(_marks_bytes(target, logits.shape[1]) if on_cuda(logits) else 0, dtype=torch.uint8),
         )

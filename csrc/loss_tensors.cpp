@@ -130,13 +130,13 @@ LossInputs::LossInputs(const LossOptions& options, const Tensor& logits, const T
              kIgnoredId, " classes, not ", args.C, ".");
 }
 
-LossSums::LossSums(const Tensor& logits, int64_t mark_bytes, LossArgs& args) {
+LossSums::LossSums(const Tensor& logits, LossKept kept, LossArgs& args) {
   const Kind kind = acc_kind(logits);
   sums = empty({kSums}, kind.with(ScalarType::Double));
   cutoff = empty({}, kind);
-  stats = make_maps(2, args, kind);
+  stats = make_maps(kept.stats_maps, args, kind);
   selected = empty({args.bcl_steps > 0 ? args.N : 0, args.H, args.W}, kind.with(ScalarType::Byte));
-  marks = empty({mark_bytes}, kind.with(ScalarType::Byte));
+  marks = empty({kept.mark_bytes}, kind.with(ScalarType::Byte));
   args.sums = sums.mutable_data_ptr<double>();
   args.cutoff = cutoff.data_ptr();
   args.stats = stats.data_ptr();
@@ -175,13 +175,13 @@ LossFinish::LossFinish(const LossOptions& options, const Tensor& sums_, const Te
 }
 
 LossGradient::LossGradient(const Tensor& grad_total_, const Tensor& logits, const Tensor& stats_,
-                           const Tensor& selected_, const Tensor& marks_, int64_t mark_bytes, const Tensor& summary_,
+                           const Tensor& selected_, const Tensor& marks_, const Tensor& summary_, LossKept kept,
                            LossArgs& args) {
   const ScalarType acc = acc_type(logits);
   const int64_t images = args.bcl_steps > 0 ? args.N : 0;
   BCMF_CHECK(grad_total_.numel() == 1 && has_sizes(summary_, {kSummarySize}) &&
-                 has_sizes(stats_, {2, args.N, args.H, args.W}) && has_sizes(selected_, {images, args.H, args.W}) &&
-                 has_sizes(marks_, {mark_bytes}) && stats_.scalar_type() == acc && summary_.scalar_type() == acc &&
+                 has_sizes(stats_, {kept.stats_maps, args.N, args.H, args.W}) && has_sizes(selected_, {images, args.H, args.W}) &&
+                 has_sizes(marks_, {kept.mark_bytes}) && stats_.scalar_type() == acc && summary_.scalar_type() == acc &&
                  selected_.scalar_type() == ScalarType::Byte && marks_.scalar_type() == ScalarType::Byte,
              "bcmf::loss_backward takes stats, selected, marks and summary as bcmf::loss returned them.");
   check_same_device(logits, grad_total_, "logits", "grad_total");

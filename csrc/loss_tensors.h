@@ -68,11 +68,16 @@ struct LossInputs {
              const std::optional<Tensor>& weight);
 };
 
-// What bcmf::loss_sums returns, and its scratch memory. mark_bytes: how many bytes of marks the device's kernels take.
+// The sizes of what a device's kernels keep for the backward: stats (stats_maps, N, H, W) and marks (mark_bytes,).
+struct LossKept {
+  int64_t stats_maps, mark_bytes;
+};
+
+// What bcmf::loss_sums returns, and its scratch memory.
 struct LossSums {
   Tensor sums, cutoff, stats, selected, marks, nll;
 
-  LossSums(const Tensor& logits, int64_t mark_bytes, LossArgs& args);
+  LossSums(const Tensor& logits, LossKept kept, LossArgs& args);
   std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> as_tuple() const { return {sums, cutoff, stats, selected, marks}; }
 };
 
@@ -97,7 +102,7 @@ struct LossGradient {
   Tensor grad_total, stats, selected, marks, summary, grad;
 
   LossGradient(const Tensor& grad_total, const Tensor& logits, const Tensor& stats, const Tensor& selected,
-               const Tensor& marks, int64_t mark_bytes, const Tensor& summary, LossArgs& args);
+               const Tensor& marks, const Tensor& summary, LossKept kept, LossArgs& args);
 };
 
 // The results of bcmf::loss: total, terms, stats, selected, marks, summary.

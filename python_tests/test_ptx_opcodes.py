@@ -385,6 +385,16 @@ def to_bf16(x: Array) -> Array:
     return (np.where(np.isfinite(x), nearest, x).view("u4") >> 16).astype("u2")
 
 
+def two_of(half_bits: Callable[[Array], Array]) -> Callable[[Array, Array], Array]:
+    """Both operands in a word, the first one in its upper half; a NaN has all bits but the sign there."""
+
+    def word(a: Array, b: Array) -> Array:
+        upper, lower = (np.where(np.isnan(x), 0x7FFF, half_bits(x)).astype("u4") for x in (a, b))
+        return upper << 16 | lower
+
+    return word
+
+
 def define_conversions() -> None:
     for to in ("u16", "s16", "u32", "s32", "u64", "s64"):
         for source in ("u16", "s16", "u32", "s32", "u64", "s64"):
@@ -403,6 +413,8 @@ def define_conversions() -> None:
     define("cvt.rn.f16.f32", "f32 -> f16", lambda a: a.astype("f2"))
     define("cvt.f32.bf16", "bf16 -> f32", lambda a: (a.astype("u4") << 16).view("f4"))
     define("cvt.rn.bf16.f32", "f32 -> bf16", to_bf16)
+    define("cvt.rn.f16x2.f32", "f32 f32 -> b32", two_of(lambda a: a.astype("f2").view("u2")))
+    define("cvt.rn.bf16x2.f32", "f32 f32 -> b32", two_of(to_bf16))
 
 
 def define_all() -> None:

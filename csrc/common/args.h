@@ -86,7 +86,7 @@ struct LossArgs {
   bool cpg_window;
   double cpg_weight;
   void* nll;       // (N, H, W) acc, contiguous, forward with OHEM only: -1 where ignored, NaN at a bad label
-  void* stats;     // (2, N, H, W) acc, contiguous: m = max_c Z_c, then log sum_c exp(Z_c - m)
+  void* stats;     // (2, N, H, W) acc, contiguous: m = max_c Z_c, then log sum_c exp(Z_c - m); CUDA: stats.cuh
   void* selected;  // (N, H, W) uint8, contiguous: bit s is S of BCL's step s; null without BCL
   void* marks;     // what CUDA's kernels have read of the labels (cuda/kernels/marks.cuh); null elsewhere
   double* sums;    // (kSums,): numerators and denominators of all means; 0 for a term that is not asked for

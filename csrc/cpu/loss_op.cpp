@@ -39,8 +39,10 @@ std::string describe_bad_labels(const Tensor& target, int64_t num_classes, int64
   return text.str();
 }
 
+constexpr LossKept kKept = {/*stats_maps=*/2, /*mark_bytes=*/0};
+
 LossSums sum_up(const Tensor& logits, LossInputs& in) {
-  LossSums out(logits, /*mark_bytes=*/0, in.args);
+  LossSums out(logits, kKept, in.args);
   if (out.stats.numel() > 0) cpu::loss_sums(in.args);
   return out;
 }
@@ -74,7 +76,7 @@ Tensor loss_backward(const LossOptions& options, const Tensor& grad_total, const
                      const std::optional<Tensor>& weight, const Tensor& stats, const Tensor& selected,
                      const Tensor& marks, const Tensor& summary) {
   LossInputs in(options, logits, target, weight);
-  LossGradient out(grad_total, logits, stats, selected, marks, /*mark_bytes=*/0, summary, in.args);
+  LossGradient out(grad_total, logits, stats, selected, marks, summary, kKept, in.args);
   if (target.numel() == 0) return stable::zero_(out.grad);
   cpu::loss_backward(in.args);
   return out.grad;

@@ -35,7 +35,7 @@ struct ForwardScratch {
   double* partials;  // (rows_of(args), tiles)
   Count* histogram;  // (kDigits,), with OHEM
   Selection<Acc>* selection;
-  Acc* scores;  // (steps, N, H, W), with BCL
+  Scores<Acc> scores;  // of BCL's steps
   int64_t bytes;
 
   ForwardScratch(const LossArgs& args, void* memory) {
@@ -43,7 +43,8 @@ struct ForwardScratch {
     partials = cutter.take<double>(rows_of(args) * tiles_of(args));
     histogram = cutter.take<Count>(args.ohem ? kDigits : 0);
     selection = cutter.take<Selection<Acc>>(args.ohem ? 1 : 0);
-    scores = cutter.take<Acc>(args.bcl_steps * args.N * args.H * args.W);
+    scores.map = cutter.take<Acc>(args.bcl_steps * args.N * args.H * args.W);
+    scores.patches = cutter.take<PatchScores>(args.bcl_steps * Marks::patch_count(args));
     bytes = cutter.bytes();
   }
 };
@@ -128,6 +129,14 @@ int64_t staged_bytes(const LossArgs& args) {
 }
 
 template <typename Source>
+int64_t forward_bytes(const LossArgs& args) {
+  SharedCutter shared;
+  Source::take(args, shared);
+  ScoreKeys<typename Source::Acc>(args, shared);
+  return shared.bytes();
+}
+
+template <typename Source>
 void launch_sums(const LossArgs& args, void* memory, Stream stream) {
   using Acc = typename Source::Acc;
   using Entries = typename Source::Entries;
@@ -138,11 +147,12 @@ void launch_sums(const LossArgs& args, void* memory, Stream stream) {
     with_label(args.labels.type, [&](auto label) {
       launch(read_labels<decltype(label)>, tiles, kThreads, 0, stream, args, partials_of(kValidPixels));
     });
-    launch(dense_forward<Source>, tiles, kThreads, staged_bytes<Source>(args), stream, args, scratch.scores,
+    launch(dense_forward<Source>, tiles, kThreads, forward_bytes<Source>(args), stream, args, scratch.scores,
            scratch.partials);
     if (args.ohem) ohem_select<Acc>(args, scratch, tiles, stream);
     if (args.bcl_steps > 0)
-      launch(bcl_select<Entries>, tiles, kThreads, 0, stream, args, scratch.scores, partials_of(kBclSums));
+      launch(bcl_select<Entries>, (tiles + kWarps - 1) / kWarps, kThreads, 0, stream, args, scratch.scores,
+             partials_of(kBclSums));
     if (args.cpg_radius > 0) {
       SharedCutter shared;
       Window<Acc>(args, 0, shared);
@@ -152,12 +162,11 @@ void launch_sums(const LossArgs& args, void* memory, Stream stream) {
   launch(add_tiles<Acc>, kSums, kThreads, 0, stream, args, scratch.partials, tiles);
 }
 
-template <typename Source, typename Sink>
+template <typename Source>
 int64_t backward_bytes(const LossArgs& args) {
   SharedCutter shared;
   Source::take(args, shared);
   SparseGradient<typename Source::Entries>(args, shared);
-  shared.take<typename Source::Acc>(Sink::scratch());
   return shared.bytes();
 }
 
@@ -165,7 +174,7 @@ template <typename Source, typename Sink>
 void launch_backward(const LossArgs& args, const Sink& sink, Stream stream) {
   const unsigned tiles = static_cast<unsigned>(tiles_of(args));
   if (tiles > 0)
-    launch(dense_backward<Source, Sink>, tiles, kThreads, backward_bytes<Source, Sink>(args), stream, args, sink);
+    launch(dense_backward<Source, Sink>, tiles, kThreads, backward_bytes<Source>(args), stream, args, sink);
 }
 
 template <typename Scalar>
@@ -216,7 +225,7 @@ void with_layout(const LossArgs& args, const MapView& grad, F f) {
     if (both(DirectRows<Scalar>::can_read))
       f(Type<DirectRows<Scalar>>(), Type<StoreRows<Scalar>>());
     else if (both(DirectPixels<Scalar>::can_read) &&
-             fits_shared(backward_bytes<DirectPixels<Scalar>, StorePixels<Scalar>>(args)))
+             fits_shared(backward_bytes<DirectPixels<Scalar>>(args)))
       f(Type<DirectPixels<Scalar>>(), Type<StorePixels<Scalar>>());
     else
       f(Type<DirectAny<Scalar>>(), Type<StoreAny<Scalar, Acc>>());
@@ -232,6 +241,8 @@ void with_resampled(const LossArgs& args, F f) {
 }
 
 }  // namespace
+
+int64_t loss_stats_maps(const LossArgs& args) { return stats_maps(args); }
 
 int64_t loss_mark_bytes(const LossArgs& args) { return Marks::bytes(args); }
 
@@ -279,7 +290,7 @@ int loss_backward(const LossArgs& args, void* memory, Stream stream) {
 
 bool loss_backward_fits(const LossArgs& args) {
   if (args.logits.type != FloatType::f64) return true;  // half as much is enough
-  return fits_shared(backward_bytes<DirectAny<double>, StoreAny<double, double>>(args));
+  return fits_shared(backward_bytes<DirectAny<double>>(args));
 }
 
 int upsample_argmax(const LossArgs& args, void* classes, Stream stream) {

@@ -5,7 +5,8 @@
 
 namespace bcmf::cuda {
 
-// The bytes of LossArgs::marks.
+// How many maps LossArgs::stats has, and the bytes of LossArgs::marks.
+int64_t loss_stats_maps(const LossArgs& args);
 int64_t loss_mark_bytes(const LossArgs& args);
 
 // The bytes of scratch memory that each needs on the device, aligned to 16.

@@ -10,8 +10,10 @@
 namespace bcmf {
 namespace {
 
+LossKept kept(const LossArgs& args) { return {cuda::loss_stats_maps(args), cuda::loss_mark_bytes(args)}; }
+
 LossSums sum_up(const Tensor& logits, LossInputs& in) {
-  LossSums out(logits, cuda::loss_mark_bytes(in.args), in.args);
+  LossSums out(logits, kept(in.args), in.args);
   if (out.stats.numel() == 0) return out;
   const Tensor scratch = cuda::make_scratch(logits, cuda::loss_sums_scratch(in.args));
   cuda::check_launch(cuda::loss_sums(in.args, scratch.data_ptr(), cuda::current_stream(logits)));
@@ -51,7 +53,7 @@ Tensor loss_backward(const LossOptions& options, const Tensor& grad_total, const
                      const Tensor& marks, const Tensor& summary) {
   const cuda::Guard guard(logits);
   LossInputs in(options, logits, target, weight);
-  LossGradient out(grad_total, logits, stats, selected, marks, cuda::loss_mark_bytes(in.args), summary, in.args);
+  LossGradient out(grad_total, logits, stats, selected, marks, summary, kept(in.args), in.args);
   if (target.numel() == 0) return stable::zero_(out.grad);
   BCMF_CHECK(
       cuda::loss_backward_fits(in.args), "the gradient of CPG with kernel_size=", 2 * in.args.cpg_radius + 1,

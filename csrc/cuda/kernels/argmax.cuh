@@ -20,7 +20,7 @@ __global__ void __launch_bounds__(kThreads, 2) argmax(const __grid_constant__ Lo
 #pragma unroll
   for (int k = 0; k < kStack; ++k) best[k] = static_cast<Acc>(-INFINITY);
   constexpr int kAtOnce = Source::kAtOnce;
-  for_classes(source, 0, C, [&](int first, const Acc(&z)[kAtOnce][kStack]) {
+  for_classes(source, C, [&](int first, const Acc(&z)[kAtOnce][kStack]) {
 #pragma unroll
     for (int j = 0; j < kAtOnce; ++j)
 #pragma unroll

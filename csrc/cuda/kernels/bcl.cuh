@@ -2,8 +2,10 @@
 // gradient.
 #pragma once
 
-#include "cuda/kernels/logits.cuh"
+#include <type_traits>
+
 #include "cuda/kernels/marks.cuh"
+#include "cuda/kernels/stats.cuh"
 
 namespace bcmf::device {
 
@@ -36,152 +38,235 @@ __device__ __forceinline__ Acc score_of(const Marks& marks, int step, const Tile
   return score;
 }
 
-// The scores (N, H, W) of a step. Of a patch's rows only those are written that have one above the threshold, which its
-// bits `hot` tell.
+// Returns what a pixel adds to a step's sum if it is selected; loss(c) is that of class c.
+template <typename Acc, typename F>
+__device__ __forceinline__ Acc selected_loss(const LossArgs& args, const Marks& marks, int step, const Tile& tile,
+                                             int y, int x, int label, F loss) {
+  // Labels are not believed to be those that the scores are of: there may be no class here now.
+  const auto of = [&](int c) { return c < 0 ? Acc(0) : loss(c); };
+  if (!args.bcl_flipped) return of(label);
+  const Flipped flipped(marks, step, tile, y, x);
+  return static_cast<Acc>(args.bcl_alpha) * of(flipped.by_rows) +
+         static_cast<Acc>(args.bcl_beta) * of(flipped.by_columns);
+}
+
+// What a patch leaves of a step's scores for bcl_select, by row a bit for each pixel.
+struct alignas(16) PatchScores {
+  unsigned undecided[kPatchRows];  // it is selected unless the score of another tile is larger
+  unsigned hot[kPatchRows];        // its score is above the threshold, or NaN
+};
+
+// Tells whether the neighbourhood of a pixel of the tile reaches into other tiles.
+__device__ __forceinline__ bool reaches_out(const Tile& tile, int row, int column, int radius) {
+  return (row < radius && tile.top > 0) || (kRows - 1 - row < radius && tile.H - tile.top > kRows) ||
+         (column < radius && tile.left > 0) || (kColumns - 1 - column < radius && tile.W - tile.left > kColumns);
+}
+
+// The scores of a step, and what patches leave of them.
 template <typename Acc>
 struct Scores {
-  const Acc* map;
-  int step;
+  Acc* map;              // (N, H, W), filled in at hot pixels that other tiles' neighbourhoods reach
+  PatchScores* patches;  // numbered as those of Marks
 
-  // Tells whether a pixel's score is the largest of its neighbourhood, which is clipped at the border.
-  __device__ __forceinline__ bool is_largest(const LossArgs& args, const Marks& marks, const Tile& tile, int y, int x,
-                                             Acc own) const {
+  // Returns those of step s, if these are of the first one.
+  __device__ __forceinline__ Scores of_step(const LossArgs& args, int s) const {
+    return {map + s * args.N * args.H * args.W, patches + s * Marks::patch_count(args)};
+  }
+
+  // Tells whether no score of another tile is larger than a pixel's own. NaN is larger than all.
+  __device__ __forceinline__ bool is_largest_outside(const LossArgs& args, const Marks& marks, const Tile& tile, int y,
+                                                     int x) const {
     const int radius = args.bcl_nms_radius;
     const int top = y < radius ? 0 : y - radius, bottom = tile.H - 1 - y < radius ? tile.H - 1 : y + radius;
     const int left = x < radius ? 0 : x - radius, right = tile.W - 1 - x < radius ? tile.W - 1 : x + radius;
+    const Acc own = map[(tile.n * tile.H + y) * tile.W + x];
     bool largest = true;
-    for (int v = top; v <= bottom; ++v) {
-      const Patch* patches = marks.patch(tile.n, v, 0);
-      const Acc* row = map + (tile.n * tile.H + v) * tile.W;
-      for (int u = left; u <= right; ++u)
-        if (patches[u / kPatchColumns].hot[step] >> v % kPatchRows & 1)
-          largest = largest && row[u] <= own;  // NaN is larger
-    }
-    return largest;
+    for (int v = top; v <= bottom; ++v)
+      for (int u = left; u <= right; ++u) {
+        const bool inside = v >= tile.top && v < tile.top + kRows && u >= tile.left && u < tile.left + kColumns;
+        if (inside || !(patches[marks.patch_index(tile.n, v, u)].hot[v % kPatchRows] >> u % kPatchColumns & 1)) continue;
+        largest = largest && map[(tile.n * tile.H + v) * tile.W + u] <= own;
+      }
+    return largest || own != own;
   }
 };
 
-// Stores the scores of a stack where its rows have one above the threshold, and returns a bit for each such row of the
-// patch. All threads of the warp call it.
-template <typename Stack, typename Acc>
-__device__ __forceinline__ unsigned store_hot(const Stack& tile, const Acc (&q)[kStack], Acc cutoff, Acc* map) {
-  unsigned rows = 0;
-  if constexpr (Stack::kAcross) {
-    bool hot = false;
-    tile.for_each([&](int k) { hot = hot || !(q[k] <= cutoff); });  // also NaN
-    const unsigned lanes = __ballot_sync(0xffffffffu, hot);
+// The scores of a tile as integers that have their order, in shared memory: -1, which is no score, is less than all
+// others, and NaN is larger. A margin is beside the tile, so that each pixel has neighbours.
+template <typename Acc>
+struct ScoreKeys {
+  using Key = std::conditional_t<sizeof(Acc) == 8, long long, int>;
+  static constexpr int kMargin = 4, kPitch = kColumns + 2 * kMargin, kCount = (kRows + 2) * kPitch;
+  Key *own, *other;  // two maps, since some threads still read one when others write the next values
+
+  BCMF_HOST_DEVICE ScoreKeys(const LossArgs& args, SharedCutter& shared)
+      : own(shared.take<Key>(args.bcl_steps > 0 ? kCount : 0)),
+        other(shared.take<Key>(args.bcl_steps > 0 ? kCount : 0)) {}
+
+  static __device__ __forceinline__ Key of(Acc score) {
+    Key key;
+    memcpy(&key, &score, sizeof(key));
+    return score == score ? key : static_cast<Key>(~(Key{1} << (8 * sizeof(Key) - 1)));
+  }
+  // Fills the margins. All threads of the block call it, before they wait for each other in spread.
+  __device__ __forceinline__ void clear() const {
+    constexpr int kOfRow = 2 * kMargin, kBeside = kRows * kOfRow;
+    for (int i = threadIdx.x; i < kBeside + 2 * kPitch; i += kThreads) {
+      const int column = i % kOfRow, above = i - kBeside;
+      const int place = i < kBeside ? (1 + i / kOfRow) * kPitch + column + (column < kMargin ? 0 : kColumns)
+                                    : above + (above < kPitch ? 0 : kRows * kPitch);
+      own[place] = other[place] = of(Acc(-1));
+    }
+  }
+  // Replaces the keys of a stack by the largest of its pixel and the two beside it in a row, or above and below. All
+  // threads of the block call it.
+  template <bool kInRow, typename Stack>
+  __device__ __forceinline__ void spread(const Stack& tile, Key (&keys)[kStack]) {
+    Key* stack = own + (1 + tile.first_row) * kPitch + kMargin + tile.first_column;
+    constexpr int kNext = Stack::kAcross ? 1 : kPitch;
+    store<Stack>(keys, stack);
+    __syncthreads();  // the keys of all threads are there
+    if constexpr (kInRow == Stack::kAcross) {  // the neighbours in the stack are known
+      Key last = entry<Stack, kStack - 1>(stack - kStack * kNext);
+      const Key after = entry<Stack, 0>(stack + kStack * kNext);
 #pragma unroll
-    for (int row = 0; row < kPatchRows; ++row) rows |= (lanes >> 8 * row & 0xff ? 1u : 0u) << row;
-    if (rows >> tile.first_row % kPatchRows & 1) tile.store(q, map);
+      for (int k = 0; k < kStack; ++k) {
+        const Key here = keys[k];
+        keys[k] = max(max(last, here), k + 1 < kStack ? keys[k + 1] : after);
+        last = here;
+      }
+    } else {
+      constexpr int kStep = kInRow ? 1 : kPitch;
+      Key before[kStack], after[kStack];
+      load<Stack>(stack - kStep, before), load<Stack>(stack + kStep, after);
+#pragma unroll
+      for (int k = 0; k < kStack; ++k) keys[k] = max(keys[k], max(before[k], after[k]));
+    }
+    Key* const written = own;
+    own = other, other = written;
+  }
+
+ private:
+  template <typename Stack>
+  static __device__ __forceinline__ void load(const Key* from, Key (&keys)[kStack]) {
+    if constexpr (Stack::kAcross) {
+      load_pack(from, keys);
+    } else {
+#pragma unroll
+      for (int k = 0; k < kStack; ++k) keys[k] = from[k * kPitch];
+    }
+  }
+  // Reads an entry of another stack; those beside each other together, which takes the banks once.
+  template <typename Stack, int k>
+  static __device__ __forceinline__ Key entry(const Key* from) {
+    if constexpr (!Stack::kAcross) return from[k * kPitch];
+    Key keys[kStack];
+    load<Stack>(from, keys);
+    return keys[k];
+  }
+  template <typename Stack>
+  static __device__ __forceinline__ void store(const Key (&keys)[kStack], Key* to) {
+    if constexpr (Stack::kAcross) {
+      store_pack(keys, to);
+    } else {
+#pragma unroll
+      for (int k = 0; k < kStack; ++k) to[k * kPitch] = keys[k];
+    }
+  }
+};
+
+// Returns, by row of the warp's patch, a bit for each of its pixels, from those of the stacks.
+template <typename Stack>
+__device__ __forceinline__ void bits_of_rows(const Stack& tile, unsigned of_stack, unsigned (&rows)[kPatchRows]) {
+  if constexpr (Stack::kAcross) {
+    constexpr int kPerRow = kPatchColumns / kStack;
+    unsigned row = of_stack << tile.first_column % kPatchColumns;
+    for (int lanes = 1; lanes < kPerRow; lanes *= 2) row |= __shfl_xor_sync(0xffffffffu, row, lanes);
+#pragma unroll
+    for (int k = 0; k < kPatchRows; ++k) rows[k] = __shfl_sync(0xffffffffu, row, k * kPerRow);
   } else {
 #pragma unroll
-    for (int k = 0; k < kStack; ++k) {
-      if (!__any_sync(0xffffffffu, tile.has(k) && !(q[k] <= cutoff))) continue;
-      rows |= 1u << k;
-      if (tile.has(k)) map[tile.pixel(k)] = q[k];
-    }
+    for (int k = 0; k < kPatchRows; ++k) rows[k] = __ballot_sync(0xffffffffu, of_stack >> k & 1);
   }
-  return rows;
 }
 
-// Tells whether a step has scores above the threshold in the tile. All threads of a warp call it together.
-__device__ __forceinline__ bool is_tile_hot(const Marks& marks, const Tile& tile, int step) {
-  constexpr int kAcross = kColumns / kPatchColumns;
-  const int patch = static_cast<int>(threadIdx.x) % kWarps;
-  const int row = patch / kAcross * kPatchRows, column = patch % kAcross * kPatchColumns;
-  const bool hot = row < tile.rows && column < tile.columns &&
-                   marks.patch(tile.n, tile.top + row, tile.left + column)->hot[step] != 0;
-  return __any_sync(0xffffffffu, hot);
-}
-
-// Returns a bit for each pixel of a stack whose score is not exceeded by those beside, above and below it in its patch.
-// All threads of a warp call it together.
-template <typename Acc>
-__device__ __forceinline__ unsigned largest_of_neighbours(const Acc (&q)[kStack]) {
-  unsigned found = 0;
+// The step bcl_select as far as the tile can tell: returns a bit for each pixel of a stack that is selected, and leaves
+// the rest to the kernel bcl_select. q: the scores, -1 beyond the border of the image. All threads of the block call it.
+template <typename Stack, typename Acc>
+__device__ __forceinline__ unsigned select_inside(const LossArgs& args, const Marks& marks, const Stack& tile,
+                                                  const Acc (&q)[kStack], const Scores<Acc>& scores,
+                                                  ScoreKeys<Acc>& shared) {
+  using Key = typename ScoreKeys<Acc>::Key;
+  const int radius = args.bcl_nms_radius;
+  Key largest[kStack];
+#pragma unroll
+  for (int k = 0; k < kStack; ++k) largest[k] = shared.of(q[k]);
+  for (int i = 0; i < radius; ++i) shared.template spread<true>(tile, largest);
+  for (int i = 0; i < radius; ++i) shared.template spread<false>(tile, largest);
+  unsigned hot = 0, selected = 0, undecided = 0;
 #pragma unroll
   for (int k = 0; k < kStack; ++k) {
-    const Acc left = __shfl_up_sync(0xffffffffu, q[k], 1), right = __shfl_down_sync(0xffffffffu, q[k], 1);
-    bool largest = left <= q[k] && right <= q[k];  // NaN is larger
-    if (k > 0) largest = largest && q[k - 1] <= q[k];
-    if (k + 1 < kStack) largest = largest && q[k + 1] <= q[k];
-    found |= static_cast<unsigned>(largest) << k;
+    const unsigned bit = 1u << k;
+    if (q[k] <= static_cast<Acc>(args.bcl_cutoff)) continue;  // not where q is NaN
+    hot |= bit;
+    const bool out = reaches_out(tile, tile.row(k), tile.column(k), radius);
+    if (out) scores.map[tile.pixel(k)] = q[k];
+    if (shared.of(q[k]) == largest[k]) (out ? undecided : selected) |= bit;
   }
-  return found;
+  if (tile.has_patch()) {
+    PatchScores patch;
+    bits_of_rows(tile, undecided, patch.undecided);
+    bits_of_rows(tile, hot, patch.hot);
+    if (threadIdx.x % kWarp == 0) scores.patches[marks.patch_index(tile.n, tile.y(0), tile.x(0))] = patch;
+  }
+  return selected;
 }
 
-// Writes `selected`, in which each of BCL's steps has a bit, and for each step partial sums (2, tiles): of the losses
-// at its selected pixels, and of their number. Pixels that may be selected are listed, because they are few.
+// Decides on the pixels that select_inside has left: a warp has a tile, a lane a row of a patch. It completes
+// `selected`, and adds to the partial sums (2, tiles) of each step.
 template <typename Entries>
-__global__ void __launch_bounds__(kThreads, 2)
-    bcl_select(const __grid_constant__ LossArgs args, const typename Entries::Acc* scores, double* partials) {
+__global__ void __launch_bounds__(kThreads)
+    bcl_select(const __grid_constant__ LossArgs args, Scores<typename Entries::Acc> all, double* partials) {
   using Acc = typename Entries::Acc;
-  BCMF_SHARED(uint16_t, listed, kRows* kColumns);
-  BCMF_SHARED(uint8_t, selected, kRows* kColumns);
-  const Stacks<false> tile(args);
+  const int64_t tiles = tiles_of(args);
+  const unsigned index = blockIdx.x * kWarps + threadIdx.x / kWarp;
+  if (index >= tiles) return;
+  const Tile tile(args, index);
   const Entries entries(args);
   const Marks marks(args);
-  const int64_t pixels = args.N * args.H * args.W;
-  const Acc cutoff = static_cast<Acc>(args.bcl_cutoff);
-  const auto place = [&](int k) { return tile.row(k) * kColumns + tile.column(k); };
-  for (int k = 0; k < kStack; ++k) selected[place(k)] = 0;
-  for (int s = 0; s < args.bcl_steps; ++s) {
-    double* sums_of_step = partials + 2 * s * static_cast<int64_t>(gridDim.x);
-    if (!is_tile_hot(marks, tile, s)) {
-      if (threadIdx.x < 2) sums_of_step[threadIdx.x * static_cast<int64_t>(gridDim.x) + blockIdx.x] = 0;
-      continue;
-    }
-    const Scores<Acc> of_step = {scores + s * pixels, s};
-    const unsigned hot = tile.has_patch() ? marks.patch(tile.n, tile.y(0), tile.x(0))->hot[s] : 0;
-    Acc q[kStack] = {-1, -1, -1, -1};
-    tile.for_each([&](int k) {
-      if (hot >> k & 1) q[k] = of_step.map[tile.pixel(k)];
-    });
-    unsigned found = args.bcl_nms_radius > 0 ? largest_of_neighbours(q) : ~0u;
-    for (int k = 0; k < kStack; ++k)
-      if (!(q[k] > cutoff)) found &= ~(1u << k);
-    for (int k = 0; k < kStack; ++k)
-      if (q[k] != q[k]) found |= 1u << k;
-    found &= (1u << kStack) - 1;
-    int count;
-    int before = scan_block(__popc(found), &count);
-    for (; found != 0; found &= found - 1)
-      listed[before++] = static_cast<uint16_t>(place(__ffs(static_cast<int>(found)) - 1));
-    __syncthreads();  // the list is read
-    double sums[2] = {};
-    for (int i = threadIdx.x; i < count; i += kThreads) {
-      const int y = tile.top + listed[i] / kColumns, x = tile.left + listed[i] % kColumns;
-      const int64_t pixel = (tile.n * tile.H + y) * tile.W + x;
-      const Acc q = of_step.map[pixel];
-      if (q == q && !of_step.is_largest(args, marks, tile, y, x, q)) continue;
-      // Labels are not believed to be those that the scores are of: there may be no class here now.
-      const auto loss = [&](int c) -> Acc {
-        if (c == kIgnored) return 0;
-        const Acc* m = static_cast<const Acc*>(args.stats) + pixel;
-        return (m[0] - entries.at(tile.n, y, x, c)) + m[pixels];
-      };
-      if (args.bcl_flipped) {
-        const Flipped flipped(marks, args.bcl_step[s], tile, y, x);
-        sums[0] += static_cast<Acc>(args.bcl_alpha) * loss(flipped.by_rows) +
-                   static_cast<Acc>(args.bcl_beta) * loss(flipped.by_columns);
-      } else {
-        sums[0] += loss(marks.class_of(pixel));
-      }
-      sums[1] += 1;
-      selected[listed[i]] = static_cast<uint8_t>(selected[listed[i]] | 1 << s);
-    }
-    store_partials(sums, sums_of_step);  // its barriers also keep the next step from the list
-  }
-  __syncthreads();  // `selected` is read by others
-  uint8_t own[kStack];
+  const int lane = static_cast<int>(threadIdx.x) % kWarp, patch_of_tile = lane / kPatchRows;
+  constexpr int kAcross = kColumns / kPatchColumns;
+  static_assert(kWarp == kRows * kAcross);
+  const int y = tile.top + patch_of_tile / kAcross * kPatchRows + lane % kPatchRows;
+  const int left = tile.left + patch_of_tile % kAcross * kPatchColumns;
+  const bool inside = y < tile.H && left < tile.W;
+  const int64_t patch = inside ? marks.patch_index(tile.n, y, left) : 0;
   bool any = false;
-  for (int k = 0; k < kStack; ++k) {
-    own[k] = selected[place(k)];
-    any = any || own[k] != 0;
+  for (int s = 0; s < args.bcl_steps; ++s) {
+    const Scores<Acc> scores = all.of_step(args, s);
+    unsigned undecided = inside ? scores.patches[patch].undecided[lane % kPatchRows] : 0;
+    if (!__any_sync(0xffffffffu, undecided != 0)) continue;
+    Acc sums[2] = {};
+    for (; undecided != 0; undecided &= undecided - 1) {
+      const int x = left + __ffs(static_cast<int>(undecided)) - 1;
+      if (!scores.is_largest_outside(args, marks, tile, y, x)) continue;
+      const int64_t pixel = (tile.n * tile.H + y) * tile.W + x;
+      const int label = marks.class_of(pixel);
+      const PixelStats<Acc> stats = stats_at(args, entries, tile.n, y, x, label);
+      sums[0] += selected_loss<Acc>(args, marks, args.bcl_step[s], tile, y, x, label,
+                                    [&](int c) { return stats.loss(entries.at(tile.n, y, x, c)); });
+      sums[1] += 1;
+      uint8_t* selected = static_cast<uint8_t*>(args.selected) + pixel;
+      *selected = static_cast<uint8_t>(*selected | 1 << s);
+      any = true;
+    }
+    for (int i = 0; i < 2; ++i) {
+      const Acc sum = sum_of_warp(sums[i]);
+      if (lane == 0) partials[(2 * s + i) * tiles + index] += sum;
+    }
   }
-  tile.store(own, static_cast<uint8_t*>(args.selected));
-  any = __any_sync(0xffffffffu, any);
-  if (any && threadIdx.x % kWarp == 0) marks.patch(tile.n, tile.y(0), tile.x(0))->selected = 1;
+  const unsigned rows = __ballot_sync(0xffffffffu, any);
+  if (lane % kPatchRows == 0 && (rows >> lane & ((1u << kPatchRows) - 1)) != 0) marks.patch(tile.n, y, left)->selected = 1;
 }
 
 // Returns the steps that selected a pixel, a bit each. Bits of steps that do not exist are masked, whoever wrote them.

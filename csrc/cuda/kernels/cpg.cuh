@@ -9,8 +9,8 @@
 // gradient of such a copy goes to the pixel that it stands for.
 #pragma once
 
-#include "cuda/kernels/logits.cuh"
 #include "cuda/kernels/marks.cuh"
+#include "cuda/kernels/stats.cuh"
 
 namespace bcmf::device {
 
@@ -152,13 +152,11 @@ struct Window {
   // Fills in p of a class at all pixels near edges.
   template <typename Entries>
   __device__ __forceinline__ void load_class(const LossArgs& args, const Tile& tile, const Entries& entries, int c) {
-    const Acc* max_logit = static_cast<const Acc*>(args.stats);
-    const Acc* log_sum = max_logit + args.N * args.H * args.W;
     __syncthreads();  // p of another class may still be read
     for_near([&](int row, int column) {
-      const int y = clamp(tile.top + row, tile.H), x = clamp(tile.left + column, tile.W);
-      const int64_t pixel = (tile.n * tile.H + y) * tile.W + x;
-      p[labels.at(row, column)] = exp_of((entries.at(tile.n, y, x, c) - max_logit[pixel]) - log_sum[pixel]);
+      const int y = clamp(tile.top + row, tile.H), x = clamp(tile.left + column, tile.W), at = labels.at(row, column);
+      const int label = ids[at] == kIgnoredId ? kIgnored : ids[at];
+      p[at] = stats_at(args, entries, tile.n, y, x, label).probability(entries.at(tile.n, y, x, c));
     });
     __syncthreads();
   }

@@ -14,18 +14,52 @@ __device__ __forceinline__ void sum_exps(const Source& source, int C, Acc (&m)[k
 #pragma unroll
   for (int k = 0; k < kStack; ++k) m[k] = lowest<Acc>(), sum[k] = 0;  // finite: -inf - -inf would be NaN
   constexpr int kAtOnce = Source::kAtOnce;
-  for_classes(source, 0, C, [&](int, const Acc(&z)[kAtOnce][kStack]) {
+  for_classes(source, C, [&](int, const Acc(&z)[kAtOnce][kStack]) {
 #pragma unroll
     for (int k = 0; k < kStack; ++k) {
-      Acc largest = m[k], exps = 0;
+      Acc largest = m[k];
 #pragma unroll
       for (int j = 0; j < kAtOnce; ++j) largest = fmax(largest, z[j][k]);  // ignores NaN
+      Acc exps = exp_of(z[0][k] - largest);
 #pragma unroll
-      for (int j = 0; j < kAtOnce; ++j) exps += exp_of(z[j][k] - largest);
+      for (int j = 1; j < kAtOnce; ++j) exps += exp_of(z[j][k] - largest);
       sum[k] = sum[k] * exp_of(m[k] - largest) + exps;
       m[k] = largest;
     }
   });
+}
+
+// The logarithm of a sum of exps of which one is 1, to an ulp; or of 0, or NaN.
+__device__ __forceinline__ float log_of(float x) {
+#if defined(__CUDA_ARCH__)
+  const int bits = __float_as_int(x) - 0x3f3504f3;  // of 1 / sqrt(2)
+  const float e = static_cast<float>(bits >> 23), f = __int_as_float((bits & 0x007fffff) + 0x3f3504f3) - 1;
+  float p = 7.0376836292e-2f;  // f^3 p is what is left of log(1 + f)
+  p = p * f - 1.1514610310e-1f;
+  p = p * f + 1.1676998740e-1f;
+  p = p * f - 1.2420140846e-1f;
+  p = p * f + 1.4249322787e-1f;
+  p = p * f - 1.6668057665e-1f;
+  p = p * f + 2.0000714765e-1f;
+  p = p * f - 2.4999993993e-1f;
+  p = p * f + 3.3333331174e-1f;
+  const float ff = f * f, y = f * ff * p + e * -2.12194440e-4f - 0.5f * ff + f + e * 0.693359375f;
+  return x >= 1 ? y : x - INFINITY;
+#else
+  return log(x);
+#endif
+}
+__device__ __forceinline__ double log_of(double x) { return log(x); }
+
+// Reads the logits of a stack's reference classes (stats.cuh). patch_id: the label of all its pixels, or kMixed.
+template <typename Source, typename Acc>
+__device__ __forceinline__ void read_references(const Source& source, const typename Source::Tile& tile, int patch_id,
+                                                const int (&label)[kStack], Acc (&z)[kStack]) {
+  const int c = reference_class(patch_id);
+  if (patch_id != kMixed && source.is_ready(c))
+    source.read(source.at(c), z);
+  else
+    tile.for_each([&](int k) { z[k] = source.own(k, reference_class(label[k])); });
 }
 
 // Tells whether both flips of a step bring the labels of a patch from that patch.
@@ -34,62 +68,73 @@ __device__ __forceinline__ bool flips_within_patch(int step) {
   return step <= 2;  // they swap neighbours within groups of 2 or 4 pixels
 }
 
-// Writes stats, with OHEM the losses, with BCL the scores, and the tile's sums: how many losses are above OHEM's
-// threshold, the sum of the weighted losses, and that of the weights.
+// Writes stats, with OHEM the losses, and the tile's sums: how many losses are above OHEM's threshold, the sum of the
+// weighted losses, and that of the weights. With BCL it does the step bcl_select as far as a tile can.
 template <typename Source>
 __global__ void __launch_bounds__(kThreads, 2)
-    dense_forward(const __grid_constant__ LossArgs args, typename Source::Acc* scores, double* partials) {
+    dense_forward(const __grid_constant__ LossArgs args, Scores<typename Source::Acc> scores, double* partials) {
   using Acc = typename Source::Acc;
   SharedCutter shared;
   const typename Source::Tile tile(args);
   const Source source(args, tile, Source::take(args, shared));
+  ScoreKeys<Acc> keys(args, shared);
+  if (args.bcl_steps > 0) keys.clear();
   const Marks marks(args);
-  const int64_t pixels = args.N * args.H * args.W;
-  Acc m[kStack], log_sum[kStack], nll[kStack];
-  sum_exps(source, static_cast<int>(args.C), m, log_sum);
+  Acc m[kStack], sum[kStack], of_label[kStack] = {}, nll[kStack];
+  sum_exps(source, static_cast<int>(args.C), m, sum);
   Patch* patch = tile.has_patch() ? marks.patch(tile.n, tile.y(0), tile.x(0)) : nullptr;
   const int patch_id = patch ? marks.id_of(*patch) : kIgnored;
-  int label[kStack];
+  int label[kStack] = {kIgnored, kIgnored, kIgnored, kIgnored};
   marks.load(tile, patch_id, label);
-  double loss[1] = {}, weights[1] = {};
-  int hard[1] = {};
-  const auto loss_of_class = [&](int k, int c) { return (m[k] - source.own(k, c)) + log_sum[k]; };
-  Acc of_label[kStack] = {};
-  if (patch_id >= 0 && source.is_ready(patch_id))
-    source.stack(patch_id, of_label);
-  else
-    tile.for_each([&](int k) { of_label[k] = label[k] >= 0 ? source.own(k, label[k]) : Acc(0); });
-  tile.for_each([&](int k) {
-    log_sum[k] = log(log_sum[k]);
+  read_references(source, tile, patch_id, label, of_label);
+  PixelStats<Acc> stats[kStack];
+  Acc sums[2] = {};  // of losses, and of weights
+  int hard = 0;
+#pragma unroll
+  for (int k = 0; k < kStack; ++k) {
+    stats[k] = {m[k], log_of(sum[k])};
     // A bad label makes the loss NaN: an assert would end the process, and an error would let the host wait for it.
-    nll[k] = label[k] >= 0 ? (m[k] - of_label[k]) + log_sum[k] : static_cast<Acc>(label[k] == kBad ? nan("") : -1);
-    if (label[k] == kIgnored) return;
+    nll[k] = label[k] >= 0 ? stats[k].loss(of_label[k]) : static_cast<Acc>(label[k] == kBad ? nan("") : -1);
+    if (!tile.has(k) || label[k] == kIgnored) continue;
     const Acc w = label[k] >= 0 ? weight_of<Acc>(args, label[k]) : Acc(1);
-    loss[0] += w * nll[k];
-    weights[0] += w;
-    hard[0] += key_of(nll[k]) >= key_of(static_cast<Acc>(args.ohem_cutoff));
-  });
-  tile.store(m, static_cast<Acc*>(args.stats));
-  tile.store(log_sum, static_cast<Acc*>(args.stats) + pixels);
+    sums[0] += w * nll[k], sums[1] += w;
+    if (args.ohem) hard += key_of(nll[k]) >= key_of(static_cast<Acc>(args.ohem_cutoff));
+  }
+  store_stats<Source>(args, tile, stats, of_label);
   if (args.ohem) tile.store(nll, static_cast<Acc*>(args.nll));
-  for (int s = 0; s < args.bcl_steps && patch; ++s) {
+  uint8_t selected[kStack] = {};
+  for (int s = 0; s < args.bcl_steps; ++s) {
     const int step = args.bcl_step[s];
     const bool flips_nothing = patch_id != kMixed && flips_within_patch(step);
-    Acc q[kStack];
+    const auto loss_of_class = [&](int k, int c) { return stats[k].loss(source.own(k, c)); };
+    Acc q[kStack] = {-1, -1, -1, -1}, chosen[2] = {};  // sums of the losses of selected pixels, and their number
     tile.for_each([&](int k) {
-      q[k] = label[k] < 0    ? Acc(-1)
-             : flips_nothing ? nll[k]
+      if (label[k] >= 0)
+        q[k] = flips_nothing ? nll[k]
                              : score_of(
                                    marks, step, tile, tile.y(k), tile.x(k), label[k], nll[k],
                                    [&](int c) { return loss_of_class(k, c); });
     });
-    const unsigned hot = store_hot(tile, q, static_cast<Acc>(args.bcl_cutoff), scores + s * pixels);
-    if (threadIdx.x % kWarp == 0) patch->hot[s] = static_cast<uint8_t>(hot);
+    const unsigned found = select_inside(args, marks, tile, q, scores.of_step(args, s), keys);
+#pragma unroll
+    for (int k = 0; k < kStack; ++k) {
+      if ((found >> k & 1) == 0) continue;
+      selected[k] = static_cast<uint8_t>(selected[k] | 1 << s);
+      chosen[0] += selected_loss<Acc>(args, marks, step, tile, tile.y(k), tile.x(k), label[k],
+                                      [&](int c) { return c == label[k] ? nll[k] : loss_of_class(k, c); });
+      chosen[1] += 1;
+    }
+    store_partials(chosen, partials + (kSumRows + kBclSums + 2 * s) * static_cast<int64_t>(gridDim.x));
   }
-  const int64_t tiles = gridDim.x;
-  store_partials(loss, partials + (kSumRows + kCeSum) * tiles);
-  if (args.weight) store_partials(weights, partials + (kSumRows + kCeCount) * tiles);
-  if (args.ohem) store_partials(hard, partials + kHard * tiles);
+  if (args.bcl_steps > 0) {
+    tile.store(selected, static_cast<uint8_t*>(args.selected));
+    const bool any = __any_sync(0xffffffffu, selected[0] || selected[1] || selected[2] || selected[3]);
+    if (any && threadIdx.x % kWarp == 0) patch->selected = 1;
+  }
+  store_partials(sums, partials + (kSumRows + kCeSum) * static_cast<int64_t>(gridDim.x));
+  if (!args.ohem) return;
+  hard = sum_of_block(hard);
+  if (threadIdx.x == 0) partials[kHard * static_cast<int64_t>(gridDim.x) + blockIdx.x] = hard;
 }
 
 // Returns the derivative of the total by the cross-entropy of a pixel whose weight is 1.
@@ -103,12 +148,12 @@ __device__ __forceinline__ Acc ce_scale(const LossArgs& args) {
 // selects the pixel. may_be_selected: whether BCL selects any pixel of its patch.
 template <typename Acc, typename F>
 __device__ __forceinline__ Acc pull_of(const LossArgs& args, int64_t pixel, int label, bool may_be_selected, Acc scale,
-                                       F loss_of_class) {
+                                       F loss_of_label) {
   const Acc* summary = static_cast<const Acc*>(args.summary);
   if (label < 0) return label == kBad ? static_cast<Acc>(nan("")) : Acc(0);
   Acc pull = args.ce ? scale * weight_of<Acc>(args, label) : Acc(0);
   // The loss has the forward's bits, so that the same pixels are kept, those at the cutoff too.
-  if (args.ohem && key_of(loss_of_class(label)) < key_of(summary[kCutoff])) pull = 0;
+  if (args.ohem && key_of(loss_of_label()) < key_of(summary[kCutoff])) pull = 0;
   if (args.bcl_steps > 0 && !args.bcl_flipped && may_be_selected) {
 #pragma unroll 1
     for (unsigned steps = steps_of(args, pixel); steps != 0; steps &= steps - 1)
@@ -117,49 +162,65 @@ __device__ __forceinline__ Acc pull_of(const LossArgs& args, int64_t pixel, int 
   return pull;
 }
 
-// The gradient of a stack without its extras (sparse.cuh): p (pull + factor), minus the pull at the label. It is
-// exactly 0 where these are.
+// The gradient of a stack without its extras (sparse.cuh): p of_p, with of_p = pull + factor, minus the pull at the
+// label. It is exactly 0 where these are.
 template <typename Acc>
 struct Pulls {
-  Acc m[kStack] = {}, log_sum[kStack] = {}, pull[kStack] = {}, of_p[kStack] = {};
-  int label[kStack] = {}, place[kStack];
-  int patch_id;  // the label of all of them, or kMixed
+  Acc pull[kStack] = {}, of_p[kStack] = {};
+  int place[kStack];  // in the list of those that have extras
+  bool all;           // every pixel of the stack has an of_p
 
-  // logit(k, c) is that of class c at pixel k of the stack.
+  // loss_of_label(k) is that of pixel k of the stack.
   template <typename Stack, typename Entries, typename F>
-  __device__ __forceinline__ Pulls(const LossArgs& args, const Marks& marks, const Stack& tile,
-                                   const SparseGradient<Entries>& sparse, F logit) {
-    const Patch* patch = tile.has_patch() ? marks.patch(tile.n, tile.y(0), tile.x(0)) : nullptr;
-    patch_id = patch ? marks.id_of(*patch) : kIgnored;
-    marks.load(tile, patch_id, label);
-    tile.load(static_cast<const Acc*>(args.stats), m);
-    tile.load(static_cast<const Acc*>(args.stats) + args.N * args.H * args.W, log_sum);
+  __device__ __forceinline__ Pulls(const LossArgs& args, const Stack& tile, const Patch* patch,
+                                   const int (&label)[kStack], const SparseGradient<Entries>& sparse, F loss_of_label)
+      : all(true) {
     const Acc scale = ce_scale<Acc>(args);
     tile.for_each([&](int k) {
       of_p[k] = pull[k] = pull_of<Acc>(args, tile.pixel(k), label[k], patch->selected != 0, scale,
-                                       [&](int c) { return (m[k] - logit(k, c)) + log_sum[k]; });
+                                       [&] { return loss_of_label(k); });
     });
 #pragma unroll
     for (int k = 0; k < kStack; ++k) {
       place[k] = sparse.any() ? sparse.place(tile.row(k), tile.column(k)) : sparse.kNone;
       if (place[k] != sparse.kNone) of_p[k] += sparse.factor(place[k]);
-    }
-  }
-  __device__ __forceinline__ Acc probability(int k, Acc z) const { return exp_of((z - m[k]) - log_sum[k]); }
-  // Replaces the probabilities of class c by its gradients.
-  __device__ __forceinline__ void apply(int c, Acc (&p)[kStack]) const {
-#pragma unroll
-    for (int k = 0; k < kStack; ++k) p[k] = of_p[k] != 0 ? of_p[k] * p[k] : Acc(0);  // 0 * NaN of an ignored pixel is 0
-    if (patch_id == kMixed) {
-#pragma unroll
-      for (int k = 0; k < kStack; ++k)
-        if (c == label[k]) p[k] -= pull[k];
-    } else if (c == patch_id) {
-#pragma unroll
-      for (int k = 0; k < kStack; ++k) p[k] -= pull[k];
+      all = all && of_p[k] != 0;
     }
   }
 };
+
+// Writes the gradient of kCount classes of a stack from c on, but for what labels add.
+template <int kCount, typename Source, typename Sink, typename From, typename To, typename Acc, typename Entries>
+__device__ __forceinline__ void put_classes(const Source& source, const Sink& sink, const typename Source::Tile& tile,
+                                            const PixelStats<Acc> (&stats)[kStack], const Pulls<Acc>& pulls,
+                                            SparseGradient<Entries>& sparse, int c, From& from, To& to) {
+  Acc z[kCount][kStack];
+#pragma unroll
+  for (int j = 0; j < kCount; ++j, from = source.next(from)) source.read(from, z[j]);  // all under way at the same time
+#pragma unroll
+  for (int j = 0; j < kCount; ++j)
+#pragma unroll
+    for (int k = 0; k < kStack; ++k) z[j][k] = pulls.of_p[k] * stats[k].probability(z[j][k]);
+  if (!pulls.all) {
+#pragma unroll
+    for (int j = 0; j < kCount; ++j)
+#pragma unroll
+      for (int k = 0; k < kStack; ++k)
+        if (pulls.of_p[k] == 0) z[j][k] = 0;  // p of an ignored pixel may be NaN
+  }
+  if (sparse.next_class() < c + kCount) {
+#pragma unroll
+    for (int j = 0; j < kCount; ++j) {
+      if (c + j != sparse.next_class()) continue;
+#pragma unroll
+      for (int k = 0; k < kStack; ++k)
+        if (pulls.place[k] != sparse.kNone) z[j][k] += sparse.extra(sparse.next_rank(), pulls.place[k]);
+      sparse.advance();
+    }
+  }
+#pragma unroll
+  for (int j = 0; j < kCount; ++j, to = sink.next(to)) sink.put(source, tile, to, z[j]);
+}
 
 // Writes the gradient, for each label pixel, class by class. The steps cpg_edges, cpg_residuals, cpg_shares and
 // sparse_backward are part of this kernel.
@@ -174,29 +235,34 @@ __global__ void __launch_bounds__(kThreads, Source::kBlocks)
   const Marks marks(args);
   const Entries entries(args);
   SparseGradient<Entries> sparse(args, shared);
-  sink.begin(args, tile, shared.take<Acc>(Sink::scratch()));
   sparse.load(marks, tile, entries);
-  const Pulls<Acc> pulls(args, marks, tile, sparse, [&](int k, int c) { return source.own(k, c); });
+  const Patch* patch = tile.has_patch() ? marks.patch(tile.n, tile.y(0), tile.x(0)) : nullptr;
+  const int patch_id = patch ? marks.id_of(*patch) : kIgnored;
+  int label[kStack] = {kIgnored, kIgnored, kIgnored, kIgnored};
+  marks.load(tile, patch_id, label);
+  Acc of_label[kStack] = {};
+  read_references(source, tile, patch_id, label, of_label);
+  PixelStats<Acc> stats[kStack];
+  load_stats(args, tile, source, of_label, stats);
+  const Pulls<Acc> pulls(args, tile, patch, label, sparse, [&](int k) { return stats[k].loss(of_label[k]); });
   const int C = static_cast<int>(args.C);
   constexpr int kAtOnce = Source::kAtOnce;
   for (int begin = 0, end = 0; begin < C; begin = end) {
     end = sparse.find_extras(marks, tile, entries, begin);
-    int held = 0, next = sparse.next(begin);  // of the classes from `begin` on, those that have extras
-    for_classes(source, begin, end, [&](int first, Acc(&z)[kAtOnce][kStack]) {
-#pragma unroll
-      for (int j = 0; j < kAtOnce; ++j) {
-        if (first + j >= end) break;
-#pragma unroll
-        for (int k = 0; k < kStack; ++k) z[j][k] = pulls.probability(k, z[j][k]);
-        pulls.apply(first + j, z[j]);
-        if (first + j == next) {
-#pragma unroll
-          for (int k = 0; k < kStack; ++k)
-            if (pulls.place[k] != sparse.kNone) z[j][k] += sparse.extra(held, pulls.place[k]);
-          ++held, next = sparse.next(next + 1);
-        }
-        sink.put(args, source, tile, first + j, z[j]);
-      }
+    int c = begin;
+    auto from = source.at(c);
+    auto to = sink.at(c);
+#pragma unroll 1
+    for (; kAtOnce > 1 && c + kAtOnce <= end; c += kAtOnce)
+      put_classes<kAtOnce>(source, sink, tile, stats, pulls, sparse, c, from, to);
+#pragma unroll 1
+    for (; c < end; ++c) put_classes<1>(source, sink, tile, stats, pulls, sparse, c, from, to);
+    tile.for_each([&](int k) {  // those of the label again
+      if (label[k] < begin || label[k] >= end) return;
+      const Acc value = pulls.of_p[k] != 0 ? pulls.of_p[k] * stats[k].probability(of_label[k]) : Acc(0);
+      const int rank = pulls.place[k] != sparse.kNone ? sparse.rank(label[k]) : -1;
+      sink.put_one(source, tile, k, label[k],
+                   value - pulls.pull[k] + (rank >= 0 ? sparse.extra(rank, pulls.place[k]) : Acc(0)));
     });
   }
   sink.finish(source);

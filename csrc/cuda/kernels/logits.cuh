@@ -8,7 +8,9 @@
 namespace bcmf::device {
 
 // ---------------------------------------------------------------------------------------------------------------------
-// Sources
+// Sources read class by class: the thread's stack of class c is at a place that `at` gives for c, and `next` for the
+// class behind another one. A class can be read if `is_ready`; `stage` makes classes from `begin` on ready, and returns
+// the first one that is not. What is read beyond the border of the image may be anything.
 
 // Reads single logits of the labels' size.
 template <typename Scalar_>
@@ -17,9 +19,13 @@ struct DirectEntries {
   using Acc = typename AccOf<Scalar>::type;
   static constexpr int kAtOnce = 4;  // classes that are read together
   static constexpr int kBlocks = 2;  // of dense_backward, for which a multiprocessor has to have room
+  static constexpr bool kPacksStats = true;  // see stats.cuh
   const MapView& view;
 
+  static BCMF_HOST_DEVICE Scalar* take(const LossArgs&, SharedCutter&) { return nullptr; }
   __device__ __forceinline__ explicit DirectEntries(const LossArgs& args) : view(args.logits) {}
+  __device__ __forceinline__ int stage(int, int end) const { return end; }
+  __device__ __forceinline__ bool is_ready(int) const { return true; }
   __device__ __forceinline__ Acc at(int64_t n, int y, int x, int c) const {
     return widen(data()[n * view.stride_n + c * view.stride_c + y * view.stride_h + x * view.stride_w]);
   }
@@ -34,19 +40,16 @@ struct DirectAny : DirectEntries<Scalar> {
   using Tile = Stacks<false>;
   const Scalar* stack_[kStack];
 
-  static BCMF_HOST_DEVICE Scalar* take(const LossArgs&, SharedCutter&) { return nullptr; }
   __device__ __forceinline__ DirectAny(const LossArgs& args, const Tile& tile, Scalar*) : Entries(args) {
     const Scalar* column = this->data() + tile.n * this->view.stride_n + clamp(tile.x(0), tile.W) * this->view.stride_w;
 #pragma unroll
     for (int k = 0; k < kStack; ++k) stack_[k] = column + clamp(tile.y(k), tile.H) * this->view.stride_h;
   }
-  // Makes classes from `begin` on ready to be read, and returns the first one that is not.
-  __device__ __forceinline__ int stage(int, int end) const { return end; }
-  __device__ __forceinline__ bool is_ready(int) const { return true; }
-  // Reads class c of the thread's stack, which is ready; z may hold anything beyond the border.
-  __device__ __forceinline__ void stack(int c, Acc (&z)[kStack]) const {
+  __device__ __forceinline__ int64_t at(int c) const { return c * this->view.stride_c; }
+  __device__ __forceinline__ int64_t next(int64_t place) const { return place + this->view.stride_c; }
+  __device__ __forceinline__ void read(int64_t place, Acc (&z)[kStack]) const {
 #pragma unroll
-    for (int k = 0; k < kStack; ++k) z[k] = own(k, c);
+    for (int k = 0; k < kStack; ++k) z[k] = widen(stack_[k][place]);
   }
   // Reads class c of one pixel of the stack.
   __device__ __forceinline__ Acc own(int k, int c) const { return widen(stack_[k][c * this->view.stride_c]); }
@@ -64,19 +67,13 @@ struct DirectRows : DirectEntries<Scalar> {
   static bool can_read(const MapView& view, const LossArgs& args) {
     return view.stride_w == 1 && args.W % kStack == 0 && begins_at<Scalar>(view, args, view.stride_c, kStack);
   }
-  static BCMF_HOST_DEVICE Scalar* take(const LossArgs&, SharedCutter&) { return nullptr; }
   __device__ __forceinline__ DirectRows(const LossArgs& args, const Tile& tile, Scalar*) : Entries(args) {
     const int y = tile.has(0) ? tile.y(0) : tile.top, x = tile.has(0) ? tile.x(0) : tile.left;
     first_ = this->data() + tile.n * this->view.stride_n + y * this->view.stride_h + x;
   }
-  __device__ __forceinline__ int stage(int, int end) const { return end; }
-  __device__ __forceinline__ bool is_ready(int) const { return true; }
-  __device__ __forceinline__ void stack(int c, Acc (&z)[kStack]) const {
-    Scalar entries[kStack];
-    load_pack(first_ + c * this->view.stride_c, entries);
-#pragma unroll
-    for (int k = 0; k < kStack; ++k) z[k] = widen(entries[k]);
-  }
+  __device__ __forceinline__ const Scalar* at(int c) const { return first_ + c * this->view.stride_c; }
+  __device__ __forceinline__ const Scalar* next(const Scalar* place) const { return place + this->view.stride_c; }
+  __device__ __forceinline__ void read(const Scalar* place, Acc (&z)[kStack]) const { load_widened(place, z); }
   __device__ __forceinline__ Acc own(int k, int c) const { return widen(first_[c * this->view.stride_c + k]); }
 };
 
@@ -104,9 +101,9 @@ struct DirectPixels : DirectEntries<Scalar> {
     copy(this->view, [](auto* shared, const auto* memory) { *shared = *memory; });
     __syncthreads();
   }
-  __device__ __forceinline__ int stage(int, int end) const { return end; }
-  __device__ __forceinline__ bool is_ready(int) const { return true; }
-  __device__ __forceinline__ void stack(int c, Acc (&z)[kStack]) const {
+  __device__ __forceinline__ int at(int c) const { return c; }
+  __device__ __forceinline__ int next(int c) const { return c + 1; }
+  __device__ __forceinline__ void read(int c, Acc (&z)[kStack]) const {
 #pragma unroll
     for (int k = 0; k < kStack; ++k) z[k] = own(k, c);
   }
@@ -148,6 +145,7 @@ template <typename Scalar_>
 struct ResampledEntries {
   using Scalar = Scalar_;
   using Acc = typename AccOf<Scalar>::type;
+  static constexpr bool kPacksStats = false;
   const LossArgs& args;
 
   __device__ __forceinline__ explicit ResampledEntries(const LossArgs& args) : args(args) {}
@@ -191,7 +189,9 @@ struct Resampled : ResampledEntries<Scalar> {
   }
   __device__ __forceinline__ int stage(int, int end) const { return end; }
   __device__ __forceinline__ bool is_ready(int) const { return true; }
-  __device__ __forceinline__ void stack(int c, Acc (&z)[kStack]) const {
+  __device__ __forceinline__ int at(int c) const { return c; }
+  __device__ __forceinline__ int next(int c) const { return c + 1; }
+  __device__ __forceinline__ void read(int c, Acc (&z)[kStack]) const {
 #pragma unroll
     for (int k = 0; k < kStack; ++k) z[k] = own(k, c);
   }
@@ -336,8 +336,11 @@ struct Upsampled : ResampledEntries<Scalar> {
     careful = any_of_block(!cells.load(this->args, tile, *this, begin, count));
     return staged_end;
   }
-  __device__ __forceinline__ void stack(int c, Acc (&z)[kStack]) const {
-    const Acc* top = cells.staged + (c - staged_begin) * cells.count() + corner;
+  __device__ __forceinline__ const Acc* at(int c) const {
+    return cells.staged + (c - staged_begin) * cells.count() + corner;
+  }
+  __device__ __forceinline__ const Acc* next(const Acc* top) const { return top + cells.count(); }
+  __device__ __forceinline__ void read(const Acc* top, Acc (&z)[kStack]) const {
     if (careful)
       mix_stack(top, z, [](Acc a, Acc b, Acc, Acc weight) { return mix(a, b, weight); });
     else
@@ -375,52 +378,45 @@ struct Upsampled : ResampledEntries<Scalar> {
   }
 };
 
-// Reads classes first..end-1 of a stack, at most as many as z has, and -inf in the place of others.
-template <typename Source, typename Acc, int kAtOnce>
-__device__ __forceinline__ void read_group(const Source& source, int first, int end, Acc (&z)[kAtOnce][kStack]) {
-#pragma unroll
-  for (int j = 0; j < kAtOnce; ++j) {
-    if (first + j < end) {
-      source.stack(first + j, z[j]);
-    } else {
-#pragma unroll
-      for (int k = 0; k < kStack; ++k) z[j][k] = static_cast<Acc>(-INFINITY);
-    }
-  }
-}
-
-// Calls f(first, z) for groups of the classes begin..end-1 of a stack, z[j] being class first + j. Their reads are
-// under way at the same time. Beyond the last class z is -inf.
+// Calls f(first, z) for groups of all classes of a stack, z[j] being class first + j, or -inf if there is none. The reads
+// of a group are under way at the same time.
 template <typename Source, typename F>
-__device__ __forceinline__ void for_classes(const Source& source, int begin, int end, F f) {
+__device__ __forceinline__ void for_classes(const Source& source, int C, F f) {
   constexpr int kAtOnce = Source::kAtOnce;
   using Acc = typename Source::Acc;
-  for (int ready; begin < end; begin = ready) {
-    ready = source.stage(begin, end);
+  for (int first = 0; first < C;) {
+    const int end = source.stage(first, C);
+    auto place = source.at(first);
 #pragma unroll 1
-    for (int first = begin; first < ready; first += kAtOnce) {
+    for (; first + kAtOnce <= end; first += kAtOnce) {
       Acc z[kAtOnce][kStack];
-      if (first + kAtOnce <= ready) {  // a branch of the whole block instead of one for each class
 #pragma unroll
-        for (int j = 0; j < kAtOnce; ++j) source.stack(first + j, z[j]);
-      } else {
-        read_group(source, first, ready, z);
-      }
+      for (int j = 0; j < kAtOnce; ++j, place = source.next(place)) source.read(place, z[j]);
       f(first, z);
     }
+    if (first == end) continue;
+    Acc z[kAtOnce][kStack];
+#pragma unroll
+    for (int j = 0; j < kAtOnce; ++j) {
+      if (first + j < end) source.read(place, z[j]), place = source.next(place);
+#pragma unroll
+      for (int k = 0; k < kStack; ++k) z[j][k] = first + j < end ? z[j][k] : static_cast<Acc>(-INFINITY);
+    }
+    f(first, z);
+    first = end;
   }
 }
 
 // ---------------------------------------------------------------------------------------------------------------------
-// Sinks take the gradients of stacks class by class, by `put`, with `finish` after the last class.
+// Sinks take the gradients of stacks class by class, by `put` at the class's place, or of one pixel, by `put_one`. After
+// the last one comes `finish`.
 
-// The members that all sinks into a tensor have in common.
+// The members that sinks into a tensor have in common: a place is how many entries a class begins behind the first.
 struct Store {
   MapView view;
 
-  static BCMF_HOST_DEVICE int64_t scratch() { return 0; }
-  template <typename Acc>
-  __device__ __forceinline__ void begin(const LossArgs&, const Tile&, Acc*) const {}
+  __device__ __forceinline__ int64_t at(int c) const { return c * view.stride_c; }
+  __device__ __forceinline__ int64_t next(int64_t place) const { return place + view.stride_c; }
   template <typename Source>
   __device__ __forceinline__ void finish(const Source&) const {}
 };
@@ -431,27 +427,31 @@ struct StoreAny : Store {
   using Acc = Acc_;
 
   template <typename Source>
-  __device__ __forceinline__ void put(const LossArgs&, const Source&, const typename Source::Tile& tile, int c,
+  __device__ __forceinline__ void put(const Source&, const typename Source::Tile& tile, int64_t place,
                                       const Acc (&value)[kStack]) const {
-    Scalar* to = static_cast<Scalar*>(view.data) + tile.n * view.stride_n + c * view.stride_c;
-    tile.for_each([&](int k) { narrow(value[k], to + tile.y(k) * view.stride_h + tile.x(k) * view.stride_w); });
+    tile.for_each([&](int k) { narrow(value[k], pixel(tile, k) + place); });
+  }
+  template <typename Source>
+  __device__ __forceinline__ void put_one(const Source&, const typename Source::Tile& tile, int k, int c,
+                                          Acc value) const {
+    narrow(value, pixel(tile, k) + at(c));
+  }
+  template <typename Stack>
+  __device__ __forceinline__ Scalar* pixel(const Stack& tile, int k) const {  // of the first class
+    return static_cast<Scalar*>(view.data) + tile.n * view.stride_n + tile.y(k) * view.stride_h +
+           tile.x(k) * view.stride_w;
   }
 };
 
 // Stores to a tensor with a layout that DirectRows could read.
 template <typename Scalar>
-struct StoreRows : Store {
+struct StoreRows : StoreAny<Scalar, typename AccOf<Scalar>::type> {
   using Acc = typename AccOf<Scalar>::type;
 
   template <typename Source>
-  __device__ __forceinline__ void put(const LossArgs&, const Source&, const typename Source::Tile& tile, int c,
+  __device__ __forceinline__ void put(const Source&, const typename Source::Tile& tile, int64_t place,
                                       const Acc (&value)[kStack]) const {
-    if (!tile.has(0)) return;
-    Scalar* to = static_cast<Scalar*>(view.data) + tile.n * view.stride_n + c * view.stride_c;
-    Scalar entries[kStack];
-#pragma unroll
-    for (int k = 0; k < kStack; ++k) narrow(value[k], &entries[k]);
-    store_pack(entries, to + tile.y(0) * view.stride_h + tile.x(0));
+    if (tile.has(0)) store_narrowed(value, this->pixel(tile, 0) + place);
   }
 };
 
@@ -461,9 +461,15 @@ template <typename Scalar>
 struct StorePixels : Store {
   using Acc = typename AccOf<Scalar>::type;
 
-  __device__ __forceinline__ void put(const LossArgs&, const DirectPixels<Scalar>& source, const Stacks<false>& tile,
-                                      int c, const Acc (&value)[kStack]) const {
+  __device__ __forceinline__ int at(int c) const { return c; }
+  __device__ __forceinline__ int next(int c) const { return c + 1; }
+  __device__ __forceinline__ void put(const DirectPixels<Scalar>& source, const Stacks<false>& tile, int c,
+                                      const Acc (&value)[kStack]) const {
     tile.for_each([&](int k) { narrow(value[k], source.staged_at(k, c)); });
+  }
+  __device__ __forceinline__ void put_one(const DirectPixels<Scalar>& source, const Stacks<false>&, int k, int c,
+                                          Acc value) const {
+    narrow(value, source.staged_at(k, c));
   }
   __device__ __forceinline__ void finish(const DirectPixels<Scalar>& source) const {
     __syncthreads();

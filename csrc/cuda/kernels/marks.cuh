@@ -10,10 +10,9 @@ namespace bcmf::device {
 
 constexpr int kMixed = -3;  // the id of a patch whose labels differ, beside kIgnored and kBad
 
-struct alignas(16) Patch {
-  int id;                  // of all its pixels: a class, kIgnored, kBad, or kMixed
-  uint8_t hot[kMaxSteps];  // by step of BCL, a bit for each of its rows: whether it has scores above the threshold
-  unsigned selected;       // whether BCL selects any of its pixels
+struct alignas(8) Patch {
+  int id;             // of all its pixels: a class, kIgnored, kBad, or kMixed
+  unsigned selected;  // whether BCL selects any of its pixels
 };
 
 // The marks: (N, patches_down, patches_across) patches, then (N, H, W) ids, in a byte each if that is enough. Whatever
@@ -22,18 +21,19 @@ class Marks {
  public:
   BCMF_HOST_DEVICE explicit Marks(const LossArgs& args)
       : patches_(static_cast<Patch*>(args.marks)),
-        ids_(patches_ + patch_count(args)),
+        ids_(reinterpret_cast<char*>(args.marks) + patch_bytes(args)),
         C_(args.C),
         patches_down_(down(args)),
         patches_across_(across(args)) {}
 
   static BCMF_HOST_DEVICE int64_t bytes(const LossArgs& args) {
-    return patch_count(args) * static_cast<int64_t>(sizeof(Patch)) +
-           args.N * args.H * args.W * (args.C <= kMost ? 1 : 4);
+    return patch_bytes(args) + args.N * args.H * args.W * (args.C <= kMost ? 1 : 4);
   }
-  __device__ __forceinline__ Patch* patch(int64_t n, int y, int x) const {
-    return patches_ + (n * patches_down_ + y / kPatchRows) * patches_across_ + x / kPatchColumns;
+  static BCMF_HOST_DEVICE int64_t patch_count(const LossArgs& args) { return args.N * down(args) * across(args); }
+  __device__ __forceinline__ int64_t patch_index(int64_t n, int y, int x) const {
+    return (n * patches_down_ + y / kPatchRows) * patches_across_ + x / kPatchColumns;
   }
+  __device__ __forceinline__ Patch* patch(int64_t n, int y, int x) const { return patches_ + patch_index(n, y, x); }
   // The label of all pixels of a patch, or kMixed.
   __device__ __forceinline__ int id_of(const Patch& patch) const {
     const int id = patch.id;
@@ -80,7 +80,9 @@ class Marks {
 
   static BCMF_HOST_DEVICE int64_t down(const LossArgs& args) { return (args.H + kPatchRows - 1) / kPatchRows; }
   static BCMF_HOST_DEVICE int64_t across(const LossArgs& args) { return (args.W + kPatchColumns - 1) / kPatchColumns; }
-  static BCMF_HOST_DEVICE int64_t patch_count(const LossArgs& args) { return args.N * down(args) * across(args); }
+  static BCMF_HOST_DEVICE int64_t patch_bytes(const LossArgs& args) {  // ids begin at a multiple of 16 bytes
+    return (patch_count(args) + 1) / 2 * 2 * static_cast<int64_t>(sizeof(Patch));
+  }
   __device__ __forceinline__ int from_byte(int id) const { return id < C_ ? id : kBad + (id & 1); }
   __device__ __forceinline__ int from_int(int id) const { return id >= C_ ? kIgnored : id < kBad ? kBad : id; }
 
@@ -123,7 +125,7 @@ __global__ void __launch_bounds__(kThreads) read_labels(const __grid_constant__ 
     bool other = false;
     tile.for_each([&](int k) { other = other || id[k] != first; });
     const bool mixed = __any_sync(0xffffffffu, other);
-    if (threadIdx.x % kWarp == 0) *marks.patch(tile.n, tile.y(0), tile.x(0)) = {mixed ? kMixed : first, {}, 0};
+    if (threadIdx.x % kWarp == 0) *marks.patch(tile.n, tile.y(0), tile.x(0)) = {mixed ? kMixed : first, 0};
   }
   const int sum = sum_of_block(counts);
   if (threadIdx.x == 0) partials[blockIdx.x] = sum & 0xffff, partials[gridDim.x + blockIdx.x] = sum >> 16;

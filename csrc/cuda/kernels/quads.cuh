@@ -9,7 +9,7 @@ namespace bcmf::device {
 // What the backward knows of a label pixel, in shared memory.
 template <typename Acc>
 struct alignas(16) PixelTerms {
-  Acc m, log_sum, of_p, pull;
+  Acc reference, scaled_rest, of_p, pull;
 };
 
 // How a block of dense_backward_quads divides its dynamic shared memory, beside that of SparseGradient.
@@ -63,7 +63,7 @@ struct QuadColumn {
     for (int y = begin; y < end; ++y) {
       const PixelTerms<Acc> pixel = pixels[y];
       const Acc weight = cells.down.weight[y], rest = cells.down.rest[y];
-      const Acc p = exp_of((mixed(upper, lower, rest, weight) - pixel.m) - pixel.log_sum);
+      const Acc p = exp_scaled(mixed(upper, lower, rest, weight) - pixel.reference, pixel.scaled_rest);
       Acc value = kCareful && pixel.of_p == 0 ? Acc(0) : pixel.of_p * p;  // 0 * NaN of an ignored pixel is 0 here
       if constexpr (kMixed) {
         if (labels[y] == c) value -= pixel.pull;
@@ -119,13 +119,19 @@ __global__ void __launch_bounds__(kThreads, 2)
   SparseGradient<Entries> sparse(args, shared);
   sparse.load(marks, tile, entries);
   const TileCells<Entries> cells(args, tile, memory.staged);
-  const Pulls<Acc> pulls(args, marks, tile, sparse,
-                         [&](int k, int c) { return entries.at(tile.n, tile.y(k), tile.x(k), c); });
+  const Patch* patch = tile.has_patch() ? marks.patch(tile.n, tile.y(0), tile.x(0)) : nullptr;
+  int labels[kStack] = {kIgnored, kIgnored, kIgnored, kIgnored};
+  marks.load(tile, patch ? marks.id_of(*patch) : kIgnored, labels);
+  PixelStats<Acc> stats[kStack];
+  load_stats(args, tile, stats);
+  const Pulls<Acc> pulls(args, tile, patch, labels, sparse, [&](int k) {
+    return stats[k].loss(entries.at(tile.n, tile.y(k), tile.x(k), labels[k]));
+  });
   tile.for_each([&](int k) {
     const int quad = cells.across.cell[tile.column(k)] - cells.across.first;
-    memory.pixels[memory.at(tile.column(k), quad) + tile.row(k)] = {pulls.m[k], pulls.log_sum[k], pulls.of_p[k],
-                                                                    pulls.pull[k]};
-    memory.labels[tile.column(k) * memory.kPitch + tile.row(k)] = pulls.label[k];
+    memory.pixels[memory.at(tile.column(k), quad) + tile.row(k)] = {stats[k].reference, scale_of(stats[k].rest),
+                                                                    pulls.of_p[k], pulls.pull[k]};
+    memory.labels[tile.column(k) * memory.kPitch + tile.row(k)] = labels[k];
   });
   const int label = marks.id_of(*marks.patch(tile.n, tile.top, tile.left));
   const bool mixed = sparse.any() || differ(marks, tile, 0);
@@ -138,7 +144,7 @@ __global__ void __launch_bounds__(kThreads, 2)
       const bool careful = any_of_block(!cells.load(args, tile, entries, c, classes));
       for (int i = threadIdx.x; i < classes * cells.across.quads; i += kThreads) {
         const int of_chunk = i % classes, j = i / classes;
-        const int held = mixed ? sparse.rank(begin, c + of_chunk) : -1;
+        const int held = mixed ? sparse.rank(c + of_chunk) : -1;
         const Acc minus_label = c + of_chunk == label ? Acc(-1) : Acc(0);
         if (careful)
           QuadColumn<Entries, true, true>{memory, cells, sparse, c + of_chunk, held, minus_label}.run(of_chunk, j);

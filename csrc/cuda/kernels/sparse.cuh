@@ -62,19 +62,14 @@ class SparseGradient {
   // Finds the extras of the classes from `begin` on, as far as there is room, and returns the first class without.
   __device__ __forceinline__ int find_extras(const Marks& marks, const Tile& tile, const Entries& entries, int begin) {
     const int C = static_cast<int>(args_.C);
+    begin_ = begin, held_ = 0, next_ = next(begin);
     if (complete_) return C;
     __syncthreads();  // other extras may still be read
-    int held = 0;
-    for (int c = next(begin); c < C; c = next(c + 1)) {
-      if (held == room_) {
-        __syncthreads();  // the extras may be read at once
-        return c;
-      }
+    int held = 0, c = next_;
+    for (; c < C && held < room_; c = next(c + 1), ++held)
       find(marks, tile, entries, c, [&](int i, Acc share, Acc pulls) { kept_[held * count_ + i] = share - pulls; });
-      ++held;
-    }
     __syncthreads();  // the extras may be read at once
-    return C;
+    return c;
   }
 
   __device__ __forceinline__ bool any() const { return count_ > 0; }
@@ -83,19 +78,23 @@ class SparseGradient {
     const int C = static_cast<int>(args_.C);
     return any() ? present_.next(c, C) : C;
   }
-  // Returns which one class c is of those from `begin` on that have extras, or -1.
-  __device__ __forceinline__ int rank(int begin, int c) const {
+  // Returns which one class c is of those from find_extras's `begin` on that have extras, or -1.
+  __device__ __forceinline__ int rank(int c) const {
     if (!any() || !present_.has(c)) return -1;
     int rank = 0;
-    for (int before = next(begin); before < c; before = next(before + 1)) ++rank;
+    for (int before = next(begin_); before < c; before = next(before + 1)) ++rank;
     return rank;
   }
   // Returns the place of a pixel in the list, or kNone.
   static constexpr int kNone = 0xffff;
   __device__ __forceinline__ int place(int row, int column) const { return places_[row * kColumns + column]; }
   __device__ __forceinline__ Acc factor(int place) const { return factors_[place]; }
-  // Returns the extra of the `held`-th class that has some, from find_extras's `begin` on.
-  __device__ __forceinline__ Acc extra(int held, int place) const { return kept_[held * count_ + place]; }
+  // Returns the extra of the class with that rank.
+  __device__ __forceinline__ Acc extra(int rank, int place) const { return kept_[rank * count_ + place]; }
+  // The next class that has extras, and its rank, for those who go through all of them.
+  __device__ __forceinline__ int next_class() const { return next_; }
+  __device__ __forceinline__ int next_rank() const { return held_; }
+  __device__ __forceinline__ void advance() { ++held_, next_ = next(next_ + 1); }
 
  private:
   static constexpr int kPixels = kRows * kColumns;
@@ -156,6 +155,7 @@ class SparseGradient {
   int count_;         // how many pixels are listed
   int room_;          // for how many classes extras are kept
   bool complete_;     // that is enough for all
+  int begin_ = 0, held_ = 0, next_ = 0;
   uint16_t* listed_;  // row * kColumns + column of each listed pixel
   uint16_t* places_;  // of each pixel of the tile: its place in this list, or kNone
   Acc* factors_;      // of each listed pixel

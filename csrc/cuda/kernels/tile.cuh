@@ -19,19 +19,31 @@ constexpr int kThreads = kColumns * kRows / kStack;
 constexpr int kWarp = 32, kWarps = kThreads / kWarp;
 constexpr int kPatchColumns = 32, kPatchRows = kStack;
 
-// exp(x) for x <= 0 by the GPU's own power of two, which takes two instructions instead of eight. x is rounded when it
-// is scaled, which adds an error of |x| exp(x) 2^-24 <= 2^-25, where the largest class has exp(x) = 1, to the
-// instruction's own of 2^-22 of the result. Results below 2^-126 become 0.
-__device__ __forceinline__ float exp_of(float x) {
+// exp(x) for x <= 0 by the GPU's own power of two, which takes two instructions instead of eight. The exponent is
+// rounded when it is scaled, which adds an error of |x| exp(x) 2^-24 <= 2^-25, where the largest class has exp(0) = 1, to
+// the instruction's own of 2^-22 of the result. Results below 2^-126 become 0.
+__device__ __forceinline__ float exp_scaled(float x, float scaled) {  // of x - y, with scaled = scale_of(y)
 #if defined(__CUDA_ARCH__)
   float result;
-  asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(result) : "f"(x * 1.4426950408889634f));
+  asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(result) : "f"(fma(x, 1.4426950408889634f, -scaled)));
   return result;
 #else
-  return exp(x);
+  return exp(x - scaled);
 #endif
 }
-__device__ __forceinline__ double exp_of(double x) { return exp(x); }
+__device__ __forceinline__ float scale_of(float y) {
+#if defined(__CUDA_ARCH__)
+  return y * 1.4426950408889634f;
+#else
+  return y;
+#endif
+}
+__device__ __forceinline__ double exp_scaled(double x, double y) { return exp(x - y); }
+__device__ __forceinline__ double scale_of(double y) { return y; }
+template <typename Acc>
+__device__ __forceinline__ Acc exp_of(Acc x) {
+  return exp_scaled(x, Acc(0));
+}
 
 template <typename Acc>
 __device__ __forceinline__ constexpr Acc lowest() {
@@ -65,6 +77,26 @@ __device__ __forceinline__ void store_pack(const T (&from)[kCount], T* to) {
   *reinterpret_cast<Words<T, kCount>*>(to) = words;
 }
 
+// The same of logits and gradients that are computed in fp32.
+template <typename Scalar, int kCount>
+__device__ __forceinline__ void load_widened(const Scalar* from, float (&to)[kCount]) {
+  constexpr int kEntries = WordOf<Scalar>::kEntries;
+  const Words<Scalar, kCount> words = *reinterpret_cast<const Words<Scalar, kCount>*>(from);
+#pragma unroll
+  for (int i = 0; i < kCount / kEntries; ++i) WordOf<Scalar>::widen(words.words[i], to + i * kEntries);
+}
+template <typename Scalar, int kCount>
+__device__ __forceinline__ void store_narrowed(const float (&from)[kCount], Scalar* to) {
+  constexpr int kEntries = WordOf<Scalar>::kEntries;
+  Words<Scalar, kCount> words;
+#pragma unroll
+  for (int i = 0; i < kCount / kEntries; ++i) {
+    const auto entries = WordOf<Scalar>::narrow(from + i * kEntries);
+    memcpy(&words.words[i], &entries, sizeof(entries));
+  }
+  *reinterpret_cast<Words<Scalar, kCount>*>(to) = words;
+}
+
 // Tells whether all rows of the images, and of the classes that are stride_c apart (0: of one class), begin at
 // addresses that are multiples of `entries` entries.
 template <typename Scalar>
@@ -74,18 +106,18 @@ bool begins_at(const MapView& view, const LossArgs& args, int64_t stride_c, int 
          divides(args.C, stride_c) && divides(args.H, view.stride_h);
 }
 
-// The tile of this block. loss_tensors.cpp checks that sides are below 2^30.
+// A tile, usually of this block. loss_tensors.cpp checks that sides are below 2^30.
 struct Tile {
   int64_t n;
   int H, W, top, left;
   int rows, columns;  // within the image
 
-  __device__ __forceinline__ explicit Tile(const LossArgs& args)
+  __device__ __forceinline__ explicit Tile(const LossArgs& args, unsigned index = blockIdx.x)
       : H(static_cast<int>(args.H)), W(static_cast<int>(args.W)) {
     const unsigned across = tiles_across(args), down = tiles_down(args);
-    n = blockIdx.x / across / down;
-    top = static_cast<int>(blockIdx.x / across % down) * kRows;
-    left = static_cast<int>(blockIdx.x % across) * kColumns;
+    n = index / across / down;
+    top = static_cast<int>(index / across % down) * kRows;
+    left = static_cast<int>(index % across) * kColumns;
     rows = H - top < kRows ? H - top : kRows;
     columns = W - left < kColumns ? W - left : kColumns;
   }
@@ -100,6 +132,7 @@ template <bool kAcross_>
 struct Stacks : Tile {
   static constexpr bool kAcross = kAcross_;
   int first_row, first_column;  // of the thread's stack, in the tile
+  int64_t first_pixel;          // of the batch
 
   __device__ __forceinline__ explicit Stacks(const LossArgs& args) : Stacks(Tile(args)) {}
   __device__ __forceinline__ explicit Stacks(const Tile& tile) : Tile(tile) {
@@ -107,6 +140,7 @@ struct Stacks : Tile {
     const int lane = static_cast<int>(threadIdx.x) % kWarp;
     first_row = patch_row() + lane / kPerRow;
     first_column = patch_column() + lane % kPerRow * (kAcross ? kStack : 1);
+    first_pixel = this->pixel_at(first_row, first_column);
   }
   // The warp's patch, in the tile; and whether any of it lies within the image.
   __device__ __forceinline__ int patch_row() const {
@@ -123,7 +157,7 @@ struct Stacks : Tile {
   __device__ __forceinline__ bool has(int k) const {
     return kAcross ? first_column < columns && first_row < rows : first_column < columns && row(k) < rows;
   }
-  __device__ __forceinline__ int64_t pixel(int k) const { return pixel_at(row(k), column(k)); }
+  __device__ __forceinline__ int64_t pixel(int k) const { return first_pixel + (kAcross ? k : int64_t{k} * W); }
 
   // Read and write the stack's entries of a map (N, H, W).
   template <typename T>
@@ -200,11 +234,18 @@ __device__ __forceinline__ int scan_block(int value, int* total) {
   return before;
 }
 
+// Gives every thread of the warp the sum of `value` over all of them.
+template <typename T>
+__device__ __forceinline__ T sum_of_warp(T value) {
+  for (int lanes = kWarp / 2; lanes > 0; lanes /= 2) value += __shfl_xor_sync(0xffffffffu, value, lanes);
+  return value;
+}
+
 // Gives the first thread the sum of `value` over the block, added up in a fixed order.
 template <typename T>
 __device__ __forceinline__ T sum_of_block(T value) {
   BCMF_SHARED(T, shared, kWarps);
-  for (int lanes = kWarp / 2; lanes > 0; lanes /= 2) value += __shfl_xor_sync(0xffffffffu, value, lanes);
+  value = sum_of_warp(value);
   if (threadIdx.x % kWarp == 0) shared[threadIdx.x / kWarp] = value;
   __syncthreads();
   T sum = 0;
@@ -213,21 +254,22 @@ __device__ __forceinline__ T sum_of_block(T value) {
   return sum;
 }
 
-// Adds up K values of all threads of the block, and stores the sums as the tile's column of partials (K, tiles).
-template <typename T, int K>
-__device__ __forceinline__ void store_partials(const T (&values)[K], double* partials) {
-  BCMF_SHARED(T, shared, K * kWarps);
-#pragma unroll
-  for (int entry = 0; entry < K; ++entry) {
-    T sum = values[entry];
-    for (int lanes = kWarp / 2; lanes > 0; lanes /= 2) sum += __shfl_xor_sync(0xffffffffu, sum, lanes);
-    if (threadIdx.x % kWarp == 0) shared[entry * kWarps + threadIdx.x / kWarp] = sum;
-  }
+// Adds up two values of all threads of the block, and stores the sums as the tile's column of partials (2, tiles). A warp
+// adds up in the type of the values, in a fixed order: first each half of it one of the two, of both halves.
+template <typename T>
+__device__ __forceinline__ void store_partials(const T (&values)[2], double* partials) {
+  BCMF_SHARED(T, shared, 2 * kWarps);
+  constexpr int kHalf = kWarp / 2;
+  const int warp = static_cast<int>(threadIdx.x) / kWarp, half = static_cast<int>(threadIdx.x) / kHalf % 2;
+  T sum = half == 0 ? values[0] : values[1];
+  sum += __shfl_xor_sync(0xffffffffu, half == 0 ? values[1] : values[0], kHalf);
+  for (int lanes = kHalf / 2; lanes > 0; lanes /= 2) sum += __shfl_xor_sync(0xffffffffu, sum, lanes);
+  if (threadIdx.x % kHalf == 0) shared[half * kWarps + warp] = sum;
   __syncthreads();  // the sums of all warps are there
-  if (threadIdx.x < K) {
-    T sum = 0;
-    for (int warp = 0; warp < kWarps; ++warp) sum += shared[threadIdx.x * kWarps + warp];
-    partials[threadIdx.x * static_cast<int64_t>(gridDim.x) + blockIdx.x] = sum;
+  if (threadIdx.x < 2) {
+    double of_tile = 0;
+    for (int i = 0; i < kWarps; ++i) of_tile += shared[threadIdx.x * kWarps + i];
+    partials[threadIdx.x * static_cast<int64_t>(gridDim.x) + blockIdx.x] = of_tile;
   }
   __syncthreads();  // `shared` may be written again
 }

@@ -294,6 +294,10 @@ void define_conversions() {
   define<float, uint16_t>("cvt.f32.bf16", [](uint16_t a) { return std::bit_cast<float>(uint32_t{a} << 16); });
   define<uint16_t, float>("cvt.rn.f16.f32", [](float a) { return to_f16(a); });
   define<uint16_t, float>("cvt.rn.bf16.f32", [](float a) { return to_bf16(a); });
+  define<uint32_t, float, float>(  // the first operand goes to the upper half
+      "cvt.rn.f16x2.f32", [](float a, float b) { return uint32_t{to_f16(a)} << 16 | to_f16(b); });
+  define<uint32_t, float, float>("cvt.rn.bf16x2.f32",
+                                 [](float a, float b) { return uint32_t{to_bf16(a)} << 16 | to_bf16(b); });
   define<uint64_t, uint64_t>("cvta.to.global.u64", [](uint64_t a) { return a; });
 }
 
