@@ -147,11 +147,12 @@ _LOSS_SUMS = (
 _LOSS_FINISH = f"(Tensor sums, Tensor cutoff, {_LOSS_OPTIONS}) -> (Tensor total, Tensor terms, Tensor summary)"
 
 
-def _marks_bytes(target: Tensor, classes: int) -> int:
-    """csrc/cuda/kernels/marks.cuh: 8 bytes for each patch of 4 by 32 pixels, to a multiple of 16, and each label's id."""
+def _marks_bytes(target: Tensor, classes: int, cpg: bool) -> int:
+    """csrc/cuda/kernels/marks.cuh: 8 bytes for each patch of 4 by 32 pixels, to a multiple of 16, with CPG 16 more, and
+    each label's id."""
     n, height, width = target.shape
     patches = n * ((height + 3) // 4) * ((width + 31) // 32)
-    return 16 * ((patches + 1) // 2) + (1 if classes <= 254 else 4) * target.numel()
+    return 16 * ((patches + 1) // 2 + cpg * patches) + (1 if classes <= 254 else 4) * target.numel()
 
 
 def _fakes(on_cuda: Callable[[Tensor], bool]) -> tuple[Callable[..., tuple[Tensor, ...]], ...]:
@@ -159,14 +160,16 @@ def _fakes(on_cuda: Callable[[Tensor], bool]) -> tuple[Callable[..., tuple[Tenso
 
     def loss_sums(logits: Tensor, target: Tensor, weight: Tensor | None, *options: Any) -> tuple[Tensor, ...]:
         acc = acc_dtype(logits)
-        images = target.shape[0] if LossOptions(*options).bcl_steps else 0
+        given = LossOptions(*options)
+        images = target.shape[0] if given.bcl_steps else 0
+        marks = _marks_bytes(target, logits.shape[1], given.cpg_kernel_size > 0) if on_cuda(logits) else 0
         maps = 1 if on_cuda(logits) and logits.shape[2:] == target.shape[1:] else 2
         return (
             logits.new_empty((SUMS,), dtype=torch.float64),
             logits.new_empty((), dtype=acc),
             logits.new_empty((maps, *target.shape), dtype=acc),
             logits.new_empty((images, *target.shape[1:]), dtype=torch.uint8),
-            logits.new_empty(_marks_bytes(target, logits.shape[1]) if on_cuda(logits) else 0, dtype=torch.uint8),
+            logits.new_empty(marks, dtype=torch.uint8),
         )
 
     def loss(logits: Tensor, target: Tensor, weight: Tensor | None, *options: Any) -> tuple[Tensor, ...]:

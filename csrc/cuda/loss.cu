@@ -64,16 +64,17 @@ bool fits_shared(int64_t bytes) {
   return bytes + kMostStatic <= most;
 }
 
-int64_t quads_bytes(const LossArgs& args) {
+// Returns how much dynamic shared memory that is.
+template <typename Memory>
+int64_t bytes_of(const LossArgs& args) {
   SharedCutter shared;
-  const QuadMemory<float> memory(args, shared);
-  SparseGradient<ResampledEntries<float>>(args, shared);
+  Memory(args, shared);
   return shared.bytes();
 }
 
 // Tells whether dense_backward_quads takes these logits. On small GPUs CPG's largest window leaves it too little shared
 // memory.
-bool has_quads(const LossArgs& args) { return is_upsampled(args) && fits_shared(quads_bytes(args)); }
+bool has_quads(const LossArgs& args) { return is_upsampled(args) && fits_shared(bytes_of<QuadMemory<float>>(args)); }
 
 // Holds the gradients of resampled logits, which low_gather_* then brings back to the logits' own size.
 template <typename Acc>
@@ -122,21 +123,6 @@ void with_label(LabelType type, F f) {
 }
 
 template <typename Source>
-int64_t staged_bytes(const LossArgs& args) {
-  SharedCutter shared;
-  Source::take(args, shared);
-  return shared.bytes();
-}
-
-template <typename Source>
-int64_t forward_bytes(const LossArgs& args) {
-  SharedCutter shared;
-  Source::take(args, shared);
-  ScoreKeys<typename Source::Acc>(args, shared);
-  return shared.bytes();
-}
-
-template <typename Source>
 void launch_sums(const LossArgs& args, void* memory, Stream stream) {
   using Acc = typename Source::Acc;
   using Entries = typename Source::Entries;
@@ -147,40 +133,40 @@ void launch_sums(const LossArgs& args, void* memory, Stream stream) {
     with_label(args.labels.type, [&](auto label) {
       launch(read_labels<decltype(label)>, tiles, kThreads, 0, stream, args, partials_of(kValidPixels));
     });
-    launch(dense_forward<Source>, tiles, kThreads, forward_bytes<Source>(args), stream, args, scratch.scores,
+    SharedCutter shared;
+    const ForwardMemory<Source> shared_memory(args, shared);
+    launch(dense_forward<Source>, tiles, kThreads, shared.bytes(), stream, args, shared_memory, scratch.scores,
            scratch.partials);
     if (args.ohem) ohem_select<Acc>(args, scratch, tiles, stream);
     if (args.bcl_steps > 0)
       launch(bcl_select<Entries>, (tiles + kWarps - 1) / kWarps, kThreads, 0, stream, args, scratch.scores,
              partials_of(kBclSums));
     if (args.cpg_radius > 0) {
-      SharedCutter shared;
-      Window<Acc>(args, 0, shared);
-      launch(cpg_compare<Entries>, tiles, kThreads, shared.bytes(), stream, args, partials_of(kCpgSum));
+      SharedCutter shared_by_window;
+      const WindowMemory<Acc> window(args, 0, shared_by_window);
+      launch(cpg_compare<Entries>, tiles, kThreads, shared_by_window.bytes(), stream, args, window,
+             partials_of(kCpgSum));
     }
   }
   launch(add_tiles<Acc>, kSums, kThreads, 0, stream, args, scratch.partials, tiles);
 }
 
-template <typename Source>
-int64_t backward_bytes(const LossArgs& args) {
-  SharedCutter shared;
-  Source::take(args, shared);
-  SparseGradient<typename Source::Entries>(args, shared);
-  return shared.bytes();
-}
-
 template <typename Source, typename Sink>
 void launch_backward(const LossArgs& args, const Sink& sink, Stream stream) {
   const unsigned tiles = static_cast<unsigned>(tiles_of(args));
+  SharedCutter shared;
+  const BackwardMemory<Source> memory(args, shared);
   if (tiles > 0)
-    launch(dense_backward<Source, Sink>, tiles, kThreads, backward_bytes<Source>(args), stream, args, sink);
+    launch(dense_backward<Source, Sink>, tiles, kThreads, shared.bytes(), stream, args, memory, sink);
 }
 
 template <typename Scalar>
 void launch_quads(const LossArgs& args, float* gradients, Stream stream) {
   const unsigned tiles = static_cast<unsigned>(tiles_of(args));
-  if (tiles > 0) launch(dense_backward_quads<Scalar>, tiles, kThreads, quads_bytes(args), stream, args, gradients);
+  SharedCutter shared;
+  const QuadMemory<float> memory(args, shared);
+  if (tiles > 0)
+    launch(dense_backward_quads<Scalar>, tiles, kThreads, shared.bytes(), stream, args, memory, gradients);
   const unsigned blocks = blocks_for(gathering_threads(args));
   if (blocks > 0)
     launch(low_gather_tiles<Scalar>, blocks, kThreads, 0, stream, args, gradients, most_cells(kRows, args.h, args.H),
@@ -204,7 +190,9 @@ void launch_resampled_backward(const LossArgs& args, void* memory, Stream stream
 template <typename Source>
 void launch_argmax(const LossArgs& args, void* classes, Stream stream) {
   const unsigned tiles = static_cast<unsigned>(tiles_of(args));
-  if (tiles > 0) launch(argmax<Source>, tiles, kThreads, staged_bytes<Source>(args), stream, args, classes);
+  SharedCutter shared;
+  const auto staged = Source::take(args, shared);
+  if (tiles > 0) launch(argmax<Source>, tiles, kThreads, shared.bytes(), stream, args, staged, classes);
 }
 
 // A type that is passed as a value.
@@ -225,7 +213,7 @@ void with_layout(const LossArgs& args, const MapView& grad, F f) {
     if (both(DirectRows<Scalar>::can_read))
       f(Type<DirectRows<Scalar>>(), Type<StoreRows<Scalar>>());
     else if (both(DirectPixels<Scalar>::can_read) &&
-             fits_shared(backward_bytes<DirectPixels<Scalar>>(args)))
+             fits_shared(bytes_of<BackwardMemory<DirectPixels<Scalar>>>(args)))
       f(Type<DirectPixels<Scalar>>(), Type<StorePixels<Scalar>>());
     else
       f(Type<DirectAny<Scalar>>(), Type<StoreAny<Scalar, Acc>>());
@@ -290,7 +278,7 @@ int loss_backward(const LossArgs& args, void* memory, Stream stream) {
 
 bool loss_backward_fits(const LossArgs& args) {
   if (args.logits.type != FloatType::f64) return true;  // half as much is enough
-  return fits_shared(backward_bytes<DirectAny<double>>(args));
+  return fits_shared(bytes_of<BackwardMemory<DirectAny<double>>>(args));
 }
 
 int upsample_argmax(const LossArgs& args, void* classes, Stream stream) {

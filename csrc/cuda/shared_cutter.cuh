@@ -1,29 +1,30 @@
-// Parts of a block's dynamic shared memory.
+// Parts of a block's dynamic shared memory: the host cuts it into arrays, which a kernel gets as arguments.
 #pragma once
 
 #include "cuda/start.cuh"
 
-namespace bcmf::device {
+namespace bcmf {
 
-// Cuts the block's dynamic shared memory into arrays, which are the same for all its threads. On the host it only finds
-// out how many bytes they take, which may be more than there are.
-class SharedCutter {
- public:
-#if defined(__CUDA_ARCH__)
-  using Bytes = int;  // a kernel runs only if they fit
-#else
-  using Bytes = int64_t;
-#endif
-  template <typename T>
-  BCMF_HOST_DEVICE T* take(int64_t count) {
-    const Bytes offset = bytes_;
-    bytes_ += (static_cast<Bytes>(count) * static_cast<Bytes>(sizeof(T)) + 15) / 16 * 16;
-    return dynamic_shared<T>(offset, count);
-  }
-  BCMF_HOST_DEVICE int64_t bytes() const { return bytes_; }
-
- private:
-  Bytes bytes_ = 0;
+// An array that is the same for all threads of a block.
+template <typename T>
+struct SharedArray {
+  int offset, count;
+  __device__ __forceinline__ T* data() const { return device::dynamic_shared<T>(offset, count); }
 };
 
-}  // namespace bcmf::device
+// Cuts the memory into arrays, which may be more than there is: `bytes` tells.
+class SharedCutter {
+ public:
+  template <typename T>
+  SharedArray<T> take(int64_t count) {
+    const int64_t offset = bytes_;
+    bytes_ += (count * static_cast<int64_t>(sizeof(T)) + 15) / 16 * 16;
+    return {static_cast<int>(offset), static_cast<int>(count)};
+  }
+  int64_t bytes() const { return bytes_; }
+
+ private:
+  int64_t bytes_ = 0;
+};
+
+}  // namespace bcmf

@@ -29,14 +29,9 @@ void launch(void (*kernel)(Parameters...), unsigned blocks, unsigned threads, in
 namespace device {
 // Returns the block's dynamic shared memory from `offset` on, of which the caller uses `count` entries.
 template <typename T>
-BCMF_HOST_DEVICE T* dynamic_shared(int64_t offset, int64_t /*count*/) {
-#if defined(__CUDA_ARCH__)
+__device__ __forceinline__ T* dynamic_shared(int offset, int /*count*/) {
   extern __shared__ __align__(16) char memory[];
   return reinterpret_cast<T*>(memory + offset);
-#else
-  (void)offset;
-  return nullptr;  // the host only adds up how much is taken
-#endif
 }
 }  // namespace device
 }  // namespace bcmf

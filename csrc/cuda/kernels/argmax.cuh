@@ -9,11 +9,12 @@ namespace bcmf::device {
 
 // classes: (N, H, W) uint8, or int32 if there are more than 256.
 template <typename Source>
-__global__ void __launch_bounds__(kThreads, 2) argmax(const __grid_constant__ LossArgs args, void* classes) {
+__global__ void __launch_bounds__(kThreads, 2)
+    argmax(const __grid_constant__ LossArgs args, const __grid_constant__ typename Source::Staged staged,
+           void* classes) {
   using Acc = typename Source::Acc;
-  SharedCutter shared;
   const typename Source::Tile tile(args);
-  const Source source(args, tile, Source::take(args, shared));
+  const Source source(args, tile, staged);
   const int C = static_cast<int>(args.C);
   Acc best[kStack];
   int found[kStack] = {};

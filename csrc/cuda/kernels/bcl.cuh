@@ -99,9 +99,11 @@ struct ScoreKeys {
   static constexpr int kMargin = 4, kPitch = kColumns + 2 * kMargin, kCount = (kRows + 2) * kPitch;
   Key *own, *other;  // two maps, since some threads still read one when others write the next values
 
-  BCMF_HOST_DEVICE ScoreKeys(const LossArgs& args, SharedCutter& shared)
-      : own(shared.take<Key>(args.bcl_steps > 0 ? kCount : 0)),
-        other(shared.take<Key>(args.bcl_steps > 0 ? kCount : 0)) {}
+  static SharedArray<Key> take(const LossArgs& args, SharedCutter& shared) {
+    return shared.take<Key>(args.bcl_steps > 0 ? 2 * kCount : 0);
+  }
+  __device__ __forceinline__ explicit ScoreKeys(const SharedArray<Key>& memory)
+      : own(memory.data()), other(own + kCount) {}
 
   static __device__ __forceinline__ Key of(Acc score) {
     Key key;

@@ -1,13 +1,15 @@
 // The CPG loss: the steps cpg_edges and cpg_residuals, which run within other kernels, and the kernel cpg_compare.
 //
 // A tile whose pixels all have one label is done after a look at its patches. In other tiles the edges (the pixels
-// whose own windows hold several labels) and the pixels near them are listed, and worked on class by class. Labels, p
-// and residuals of a window around the tile lie in shared memory. G and its estimate are multiplied by
-// sobel_denominator, so that G is an integer and exact.
+// whose own windows hold several labels) are found by bit maps, in the forward only, which leaves them to the backward.
+// The edges and the pixels near them are listed, and worked on class by class. Their labels, p and residuals lie in
+// shared memory. G and its estimate are multiplied by sobel_denominator, so that G is an integer and exact.
 //
 // Borders are replicated: beyond the image, the window around a tile holds copies of the border's pixels, and the
 // gradient of such a copy goes to the pixel that it stands for.
 #pragma once
+
+#include <type_traits>
 
 #include "cuda/kernels/marks.cuh"
 #include "cuda/kernels/stats.cuh"
@@ -86,77 +88,123 @@ struct BitMap {
   }
 };
 
-// This is what a block keeps in shared memory of the tile and its surroundings. G is compared in the tile and in a
-// margin around it, which is 0 in the forward, and in the backward the radius: the residuals that far outside reach
-// pixels of the tile.
+// Calls f with the radius as a constant of its own type, so that loops over windows are unrolled and taps are known.
+template <typename F>
+__device__ __forceinline__ void with_radius(int radius, F f) {
+  if (radius == 1)
+    f(std::integral_constant<int, 1>());
+  else if (radius == 2)
+    f(std::integral_constant<int, 2>());
+  else
+    f(std::integral_constant<int, 3>());
+}
+
+// Calls f(u, v, tap of K_x, tap of K_y) for the offsets of a window that have taps.
+template <int kRadius, typename F>
+__device__ __forceinline__ void for_taps(F f) {
+#pragma unroll
+  for (int u = -kRadius; u <= kRadius; ++u)
+#pragma unroll
+    for (int v = -kRadius; v <= kRadius; ++v)
+      if (u != 0 || v != 0) f(u, v, sobel_tap(kRadius, v, u), sobel_tap(kRadius, u, v));
+}
+
+// The shared memory of a Window.
 template <typename Acc>
-struct Window {
-  int radius;
-  Area compared;      // where G is compared
-  Area labels;        // all pixels in the windows of compared ones
-  Acc* p;             // probabilities of a class, by entry of `labels`; only those near edges are filled in
-  uint16_t* ids;      // classes or kIgnoredId, by entry of `labels`
-  uint16_t* near;     // a list of the pixels within a radius of an edge: row << 8 | column in `labels`
-  BitMap near_bits;   // the same pixels
-  BitMap edges;       // that lie in `compared`
-  BitMap scratch[3];  // pixels that differ from the one to their right, or below; ignored ones
-  Acc* residuals;     // of a class, by entry of `compared`: first all for x, then all for y
-  Acc* taps;          // for each offset the tap of K_x, then that of K_y
-  ClassSet present;   // what the window holds
-  int near_count;
+struct WindowMemory {
+  static constexpr bool kKeepsStats = sizeof(Acc) == 4;  // there is no room for those of fp64, which is for checks
+  SharedArray<Acc> p, residuals;
+  SharedArray<PixelStats<Acc>> stats;
+  SharedArray<uint16_t> ids, near, edges;
+  SharedArray<unsigned> near_bits, edge_bits, scratch, present;
 
-  BCMF_HOST_DEVICE Window(const LossArgs& args, int margin, SharedCutter& shared)
-      : radius(args.cpg_radius), compared{margin}, labels{margin + args.cpg_radius}, near_count(0) {
-    const bool used = radius > 0;
-    p = shared.take<Acc>(used ? labels.count() : 0);
-    ids = shared.take<uint16_t>(used ? labels.count() : 0);
-    near = shared.take<uint16_t>(used ? labels.count() : 0);
-    for (BitMap* bits : {&near_bits, &edges, scratch, scratch + 1, scratch + 2})
-      bits->words = shared.take<unsigned>(used ? words() : 0);
+  WindowMemory(const LossArgs& args, int margin, SharedCutter& shared) {
+    const bool used = args.cpg_radius > 0;
+    const Area labels = {margin + args.cpg_radius}, compared = {margin};
+    const int entries = used ? labels.count() : 0, words = used ? labels.rows() * BitMap::kAcross : 0;
+    p = shared.take<Acc>(entries);
+    stats = shared.take<PixelStats<Acc>>(kKeepsStats ? entries : 0);
+    ids = shared.take<uint16_t>(entries);
+    near = shared.take<uint16_t>(entries);
+    edges = shared.take<uint16_t>(used ? compared.count() : 0);
+    near_bits = shared.take<unsigned>(words);
+    edge_bits = shared.take<unsigned>(words);
+    scratch = shared.take<unsigned>(margin == 0 ? 3 * words : 0);
     residuals = shared.take<Acc>(used && margin > 0 ? 2 * compared.count() : 0);
-    taps = shared.take<Acc>(used ? 2 * (2 * radius + 1) * (2 * radius + 1) : 0);
-    present.words = shared.take<unsigned>(used ? ClassSet::kWords : 0);
+    present = shared.take<unsigned>(used ? ClassSet::kWords : 0);
+  }
+};
+
+// What a block keeps in shared memory of the tile and its surroundings. G is compared in the tile and in a margin
+// around it, which is 0 in the forward, and in the backward the radius: the residuals that far outside reach pixels of
+// the tile. All threads of the block call its functions together, but for is_near and b_at.
+template <typename Acc>
+class Window {
+ public:
+  Area labels;          // all pixels in the windows of compared ones
+  const Acc* p;         // probabilities of a class, by entry of `labels`; only those near edges are filled in
+  ClassSet present;     // the classes near edges
+
+  __device__ __forceinline__ Window(const LossArgs& args, int margin, const WindowMemory<Acc>& memory)
+      : labels{margin + args.cpg_radius},
+        p(memory.p.data()),
+        present{memory.present.data()},
+        radius_(args.cpg_radius),
+        compared_{margin},
+        memory_(memory),
+        near_bits_{memory.near_bits.data()},
+        edge_bits_{memory.edge_bits.data()} {}
+
+  // The step cpg_edges: finds the edges of the tile, and leaves them in the marks. Returns whether there are any.
+  template <typename Entries>
+  __device__ __forceinline__ bool find(const LossArgs& args, const Marks& marks, const Tile& tile,
+                                       const Entries& entries) {
+    if (!differ(marks, tile, labels.margin)) {
+      store_edges(marks, tile, false);
+      return false;
+    }
+    uint16_t* ids = memory_.ids.data();
+    labels.for_each([&](int row, int column) { ids[labels.at(row, column)] = id_at(marks, tile, row, column); });
+    __syncthreads();  // the labels are there
+    find_changes(ids);
+    __syncthreads();  // the changes are there
+    const int word = static_cast<int>(threadIdx.x);
+    if (word < words())
+      edge_bits_.words[word] = find_edges(args, tile, word / BitMap::kAcross, word % BitMap::kAcross);
+    list(args, marks, tile, entries);
+    store_edges(marks, tile, true);
+    return near_count_ > 0;
+  }
+  // The same in the backward, whose window is wider: reads the edges from the marks.
+  template <typename Entries>
+  __device__ __forceinline__ bool recall(const LossArgs& args, const Marks& marks, const Tile& tile,
+                                         const Entries& entries) {
+    if (!differ(marks, tile, labels.margin)) return false;
+    const int word = static_cast<int>(threadIdx.x);
+    if (word < words()) edge_bits_.words[word] = recall_edges(marks, tile, word / BitMap::kAcross, word % BitMap::kAcross);
+    Acc* residuals = memory_.residuals.data();
+    for (int i = threadIdx.x; i < 2 * compared_.count(); i += kThreads) residuals[i] = 0;
+    list(args, marks, tile, entries);
+    return near_count_ > 0;
   }
 
-  // The step cpg_edges: loads labels, finds the edges, lists the pixels near them, and tells whether there are any. All
-  // threads of the block call this function, load_class, compare and cpg_residuals together.
-  __device__ __forceinline__ bool load(const LossArgs& args, const Marks& marks, const Tile& tile) {
-    if (!differ(marks, tile, labels.margin)) return false;
-    labels.for_each([&](int row, int column) { ids[labels.at(row, column)] = id_at(marks, tile, row, column); });
-    const int size = 2 * radius + 1;
-    for (int i = threadIdx.x; i < ClassSet::kWords; i += kThreads) present.words[i] = 0;
-    for (int i = threadIdx.x; i < size * size; i += kThreads) {
-      taps[2 * i] = static_cast<Acc>(sobel_tap(radius, i % size - radius, i / size - radius));
-      taps[2 * i + 1] = static_cast<Acc>(sobel_tap(radius, i / size - radius, i % size - radius));
-    }
-    for (int i = threadIdx.x; compared.margin > 0 && i < 2 * compared.count(); i += kThreads) residuals[i] = 0;
-    __syncthreads();
-    find_changes();
-    __syncthreads();
-    const int word = static_cast<int>(threadIdx.x), row = word / BitMap::kAcross, across = word % BitMap::kAcross;
-    if (word < words()) edges.words[word] = find_edges(args, tile, row, across);
-    __syncthreads();
-    unsigned bits = 0;
-    if (word < words()) {
-      bits = edges.spread(row - radius, row + radius, labels.rows(), across, -radius, radius);
-      near_bits.words[word] = bits;
-    }
-    list_near(bits, row, across);
-    return near_count > 0;
-  }
-  // Tells whether a pixel is within a radius of an edge.
-  __device__ __forceinline__ bool is_near(int row, int column) const {
-    return near_bits.has(row + labels.margin, column + labels.margin);
+  // The bits of 4 neighbours in the tile, from (row, column) on, that are within a radius of an edge.
+  __device__ __forceinline__ unsigned near_bits(int row, int column) const {
+    const int place = column + labels.margin;
+    const unsigned* words = near_bits_.words + (row + labels.margin) * BitMap::kAcross + place / 32;
+    return __funnelshift_r(words[0], words[1], place % 32) & 0xf;
   }
 
   // Fills in p of a class at all pixels near edges.
   template <typename Entries>
   __device__ __forceinline__ void load_class(const LossArgs& args, const Tile& tile, const Entries& entries, int c) {
+    Acc* p = memory_.p.data();
+    const uint16_t* ids = memory_.ids.data();
     __syncthreads();  // p of another class may still be read
-    for_near([&](int row, int column) {
+    for_listed(memory_.near, near_count_, [&](int i, int row, int column) {
       const int y = clamp(tile.top + row, tile.H), x = clamp(tile.left + column, tile.W), at = labels.at(row, column);
-      const int label = ids[at] == kIgnoredId ? kIgnored : ids[at];
-      p[at] = stats_at(args, entries, tile.n, y, x, label).probability(entries.at(tile.n, y, x, c));
+      const PixelStats<Acc> stats = kKeepsStats ? memory_.stats.data()[i] : stats_at(args, entries, tile.n, y, x, label_of(ids[at]));
+      p[at] = stats.probability(entries.at(tile.n, y, x, c));
     });
     __syncthreads();
   }
@@ -164,20 +212,19 @@ struct Window {
   // Calls f(at, G_x, G_y, and the estimates of both) of class c for the edges, `at` being their entry of `compared`.
   template <typename F>
   __device__ __forceinline__ void compare(int c, F f) const {
-    for_near([&](int row, int column) {
-      if (!edges.has(row + labels.margin, column + labels.margin)) return;
-      Acc gx = 0, gy = 0, px = 0, py = 0;
-      const Acc* tap = taps;
-      for (int u = -radius; u <= radius; ++u)
-        for (int v = -radius; v <= radius; ++v, tap += 2) {
-          const int from = labels.at(row + u, column + v);
-          const Acc is_class = ids[from] == c ? Acc(1) : Acc(0);
-          gx += tap[0] * is_class;
-          gy += tap[1] * is_class;
-          px += tap[0] * p[from];
-          py += tap[1] * p[from];
-        }
-      f(compared.at(row, column), gx, gy, px, py);
+    const uint16_t* ids = memory_.ids.data();
+    with_radius(radius_, [&](auto radius) {
+      for_listed(memory_.edges, edge_count_, [&](int, int row, int column) {
+        const int at = labels.at(row, column), columns = labels.columns();
+        Acc gx = 0, gy = 0, px = 0, py = 0;
+        for_taps<radius>([&](int u, int v, int along_x, int along_y) {
+          const int from = at + u * columns + v;
+          const bool is_class = ids[from] == c;
+          if (along_x != 0) gx += is_class ? Acc(along_x) : Acc(0), px += Acc(along_x) * p[from];
+          if (along_y != 0) gy += is_class ? Acc(along_y) : Acc(0), py += Acc(along_y) * p[from];
+        });
+        f(compared_.at(row, column), gx, gy, px, py);
+      });
     });
   }
 
@@ -186,40 +233,50 @@ struct Window {
   __device__ __forceinline__ void cpg_residuals(const LossArgs& args, const Tile& tile, const Entries& entries, int c) {
     load_class(args, tile, entries, c);
     const Acc count = static_cast<const Acc*>(args.summary)[kEdges];
-    const Acc unit = static_cast<Acc>(sobel_denominator(radius));
+    const Acc unit = static_cast<Acc>(sobel_denominator(radius_));
     const Acc upstream = *static_cast<const Acc*>(args.grad_total);
     const Acc scale = count != 0 ? 2 * static_cast<Acc>(args.cpg_weight) * upstream / count / (unit * unit) : Acc(0);
+    Acc *of_x = memory_.residuals.data(), *of_y = of_x + compared_.count();
     compare(c, [&](int at, Acc gx, Acc gy, Acc px, Acc py) {
-      residuals[at] = gx != 0 ? scale * (px - gx) : Acc(0);
-      residuals[compared.count() + at] = gy != 0 ? scale * (py - gy) : Acc(0);
+      of_x[at] = gx != 0 ? scale * (px - gx) : Acc(0);
+      of_y[at] = gy != 0 ? scale * (py - gy) : Acc(0);
     });
     __syncthreads();
   }
 
   // Returns b, the derivative of the total by p of the class, at a pixel of the tile.
   __device__ __forceinline__ Acc b_at(const Tile& tile, int row, int column) const {
-    const int y = tile.top + row, x = tile.left + column, size = 2 * radius + 1;
+    const int y = tile.top + row, x = tile.left + column;
     // These are the rows and columns of the pixel and of its copies beyond the border.
-    const int top = y == 0 ? row - radius : row, bottom = y == tile.H - 1 ? row + radius : row;
-    const int left = x == 0 ? column - radius : column, right = x == tile.W - 1 ? column + radius : column;
+    const int top = y == 0 ? row - radius_ : row, bottom = y == tile.H - 1 ? row + radius_ : row;
+    const int left = x == 0 ? column - radius_ : column, right = x == tile.W - 1 ? column + radius_ : column;
+    const Acc *of_x = memory_.residuals.data(), *of_y = of_x + compared_.count();
+    const int columns = compared_.columns();
     Acc sum = 0;
-    for (int i = top; i <= bottom; ++i)
-      for (int j = left; j <= right; ++j)
-        for (int u = -radius; u <= radius; ++u)
-          for (int v = -radius; v <= radius; ++v) {
-            if (!compared.has(i - u, j - v)) continue;
-            const int from = compared.at(i - u, j - v);  // G there has this pixel at (u, v)
-            const Acc* tap = taps + 2 * ((u + radius) * size + v + radius);
-            sum += tap[0] * residuals[from] + tap[1] * residuals[compared.count() + from];
-          }
+    with_radius(radius_, [&](auto radius) {
+#pragma unroll 1
+      for (int i = top; i <= bottom; ++i)
+#pragma unroll 1
+        for (int j = left; j <= right; ++j) {
+          const int at = compared_.at(i, j);
+          for_taps<radius>([&](int u, int v, int along_x, int along_y) {
+            if (!compared_.has(i - u, j - v)) return;
+            const int from = at - u * columns - v;  // G there has this pixel at (u, v)
+            if (along_x != 0) sum += Acc(along_x) * of_x[from];
+            if (along_y != 0) sum += Acc(along_y) * of_y[from];
+          });
+        }
+    });
     return sum;
   }
 
  private:
-  BCMF_HOST_DEVICE int words() const { return labels.rows() * BitMap::kAcross; }  // fewer than threads
+  static constexpr bool kKeepsStats = WindowMemory<Acc>::kKeepsStats;
+  static __device__ __forceinline__ int label_of(uint16_t id) { return id == kIgnoredId ? kIgnored : id; }
+  __device__ __forceinline__ int words() const { return labels.rows() * BitMap::kAcross; }  // fewer than threads
 
-  // Finds which pixels differ from their neighbours, which are ignored, and which classes there are.
-  __device__ __forceinline__ void find_changes() const {
+  // Finds which pixels differ from their neighbours, and which are ignored: three bit maps, in `scratch`.
+  __device__ __forceinline__ void find_changes(const uint16_t* ids) const {
     const int lane = static_cast<int>(threadIdx.x) % kWarp, warp = static_cast<int>(threadIdx.x) / kWarp;
     const int rows = labels.rows(), columns = labels.columns();
     for (int row = warp; row < rows; row += kWarps) {
@@ -230,63 +287,116 @@ struct Window {
         const uint16_t id = has ? of_row[column] : kIgnoredId;
         const bool right = column + 1 < columns && of_row[column + 1] != id;
         const bool below = has && row + 1 < rows && of_row[columns + column] != id;
-        if (id != kIgnoredId && (right || column + 1 == columns)) present.add(id);  // once for each run of pixels
         const unsigned found[] = {__ballot_sync(0xffffffffu, right), __ballot_sync(0xffffffffu, below),
                                   __ballot_sync(0xffffffffu, has && id == kIgnoredId)};
-        for (int j = 0; lane == 0 && j < 3; ++j) scratch[j].words[row * BitMap::kAcross + i] = found[j];
+        for (int j = 0; lane == 0 && j < 3; ++j) scratch(j).words[row * BitMap::kAcross + i] = found[j];
       }
     }
   }
+  __device__ __forceinline__ BitMap scratch(int i) const { return {memory_.scratch.data() + i * words()}; }
   // Returns a bit for each edge of a word: its window holds more than one label and, if cpg_window, no ignored one.
   __device__ __forceinline__ unsigned find_edges(const LossArgs& args, const Tile& tile, int row, int word) const {
     const int y = tile.top + row - labels.margin, rows = labels.rows();
-    if (row < radius || row >= rows - radius || y < 0 || y >= tile.H) return 0;
+    if (row < radius_ || row >= rows - radius_ || y < 0 || y >= tile.H) return 0;
     // A window is connected: if it holds several labels, two neighbours differ.
-    unsigned found = scratch[0].spread(row - radius, row + radius, rows, word, -radius, radius - 1) |
-                     scratch[1].spread(row - radius, row + radius - 1, rows, word, -radius, radius);
-    found &= ~scratch[2].words[row * BitMap::kAcross + word];
-    if (args.cpg_window) found &= ~scratch[2].spread(row - radius, row + radius, rows, word, -radius, radius);
-    // Pixels begin..end-1 of the word lie in the image, and in `compared`.
-    const int left = tile.left - labels.margin + 32 * word;
-    const int begin = larger(-left, radius - 32 * word),
-              end = -larger(left - tile.W, radius - labels.columns() + 32 * word);
-    return found & bits_below(end) & ~bits_below(begin);
+    unsigned found = scratch(0).spread(row - radius_, row + radius_, rows, word, -radius_, radius_ - 1) |
+                     scratch(1).spread(row - radius_, row + radius_ - 1, rows, word, -radius_, radius_);
+    found &= ~scratch(2).words[row * BitMap::kAcross + word];
+    if (args.cpg_window) found &= ~scratch(2).spread(row - radius_, row + radius_, rows, word, -radius_, radius_);
+    // Pixels begin..end-1 of the word lie in the image, and in the tile.
+    const int first = 32 * word - labels.margin;
+    return found & bits_below(tile.columns - first) & ~bits_below(-first);
   }
   static __device__ __forceinline__ unsigned bits_below(int i) { return i >= 32 ? ~0u : i > 0 ? (1u << i) - 1 : 0u; }
 
-  // Lists the pixels of all threads' words in their order, so that sums over the list have the same bits every time.
-  __device__ __forceinline__ void list_near(unsigned bits, int row, int word) {
-    int before = scan_block(__popc(bits), &near_count);
+  // Writes the edges of the tile to its patches, or that there are none.
+  __device__ __forceinline__ void store_edges(const Marks& marks, const Tile& tile, bool any) const {
+    constexpr int kWords = kColumns / kPatchColumns;  // of a row
+    const int row = static_cast<int>(threadIdx.x) / kWords, word = static_cast<int>(threadIdx.x) % kWords;
+    if (row >= tile.rows || word * kPatchColumns >= tile.columns) return;
+    const unsigned* words = edge_bits_.words + (row + labels.margin) * BitMap::kAcross + word;
+    *marks.edges(tile.n, tile.top + row, tile.left + word * kPatchColumns) =
+        any ? __funnelshift_r(words[0], words[1], labels.margin) : 0;
+  }
+  // Reads a word of the window's edges from the patches of all tiles.
+  __device__ __forceinline__ unsigned recall_edges(const Marks& marks, const Tile& tile, int row, int word) const {
+    const int y = tile.top + row - labels.margin, x = tile.left + 32 * word;
+    const auto of_patch = [&](int x) { return x >= 0 && x < tile.W ? *marks.edges(tile.n, y, x) : 0; };
+    const bool inside = y >= 0 && y < tile.H && row >= radius_ && row < labels.rows() - radius_;
+    if (!inside) return 0;
+    const unsigned found = __funnelshift_l(of_patch(x - 32), of_patch(x), labels.margin);
+    const int end = labels.columns() - radius_ - 32 * word;  // of `compared`
+    return found & bits_below(end) & ~bits_below(radius_ - 32 * word);
+  }
+
+  // Lists the edges, and the pixels near them with their labels and statistics, in a fixed order, so that sums over the
+  // lists have the same bits every time.
+  template <typename Entries>
+  __device__ __forceinline__ void list(const LossArgs& args, const Marks& marks, const Tile& tile,
+                                       const Entries& entries) {
+    for (int i = threadIdx.x; i < ClassSet::kWords; i += kThreads) present.words[i] = 0;
+    __syncthreads();  // all edges are there
+    const int word = static_cast<int>(threadIdx.x), row = word / BitMap::kAcross, across = word % BitMap::kAcross;
+    unsigned near = 0, edges = 0;
+    if (word < words()) {
+      edges = edge_bits_.words[word];
+      near = edge_bits_.spread(row - radius_, row + radius_, labels.rows(), across, -radius_, radius_);
+      near_bits_.words[word] = near;
+    }
+    int counts;  // of edges, and in the upper half of pixels near them
+    const int before = scan_block(__popc(near) << 16 | __popc(edges), &counts);
+    near_count_ = counts >> 16, edge_count_ = counts & 0xffff;
+    put(near, row, across, memory_.near.data() + (before >> 16));
+    put(edges, row, across, memory_.edges.data() + (before & 0xffff));
+    __syncthreads();  // the lists are there
+    uint16_t* ids = memory_.ids.data();
+    for_listed(memory_.near, near_count_, [&](int i, int row, int column) {
+      const int y = clamp(tile.top + row, tile.H), x = clamp(tile.left + column, tile.W);
+      const int label = marks.class_of((tile.n * tile.H + y) * tile.W + x);
+      if (kKeepsStats) memory_.stats.data()[i] = stats_at(args, entries, tile.n, y, x, label);
+      ids[labels.at(row, column)] = static_cast<uint16_t>(label);
+      if (label != kIgnored) present.add(label);
+    });
+    __syncthreads();  // classes and labels are there
+  }
+  // Writes the pixels of a word to a list: row << 8 | column of `labels`.
+  static __device__ __forceinline__ void put(unsigned bits, int row, int word, uint16_t* list) {
     for (; bits != 0; bits &= bits - 1)
-      near[before++] = static_cast<uint16_t>(row << 8 | (32 * word + __ffs(static_cast<int>(bits)) - 1));
-    __syncthreads();  // the list may be read at once
+      *list++ = static_cast<uint16_t>(row << 8 | (32 * word + __ffs(static_cast<int>(bits)) - 1));
   }
-  // Calls f(row, column) for the pixels near edges.
+  // Calls f(i, row, column) for the pixels of a list.
   template <typename F>
-  __device__ __forceinline__ void for_near(F f) const {
-    for (int i = threadIdx.x; i < near_count; i += kThreads)
-      f((near[i] >> 8) - labels.margin, (near[i] & 255) - labels.margin);
+  __device__ __forceinline__ void for_listed(const SharedArray<uint16_t>& list, int count, F f) const {
+    const uint16_t* pixels = list.data();
+    for (int i = threadIdx.x; i < count; i += kThreads)
+      f(i, (pixels[i] >> 8) - labels.margin, (pixels[i] & 255) - labels.margin);
   }
+
+  int radius_;
+  Area compared_;  // where G is compared
+  const WindowMemory<Acc>& memory_;
+  BitMap near_bits_, edge_bits_;  // pixels within a radius of an edge; edges
+  int near_count_, edge_count_;
 };
 
 // Writes partial sums (2, tiles): of (G - its estimate)^2, and of |M|.
 template <typename Entries>
-__global__ void __launch_bounds__(kThreads) cpg_compare(const __grid_constant__ LossArgs args, double* partials) {
+__global__ void __launch_bounds__(kThreads)
+    cpg_compare(const __grid_constant__ LossArgs args,
+                const __grid_constant__ WindowMemory<typename Entries::Acc> memory, double* partials) {
   using Acc = typename Entries::Acc;
   const Tile tile(args);
-  SharedCutter shared;
-  Window<Acc> window(args, 0, shared);
   const Entries entries(args);
+  Window<Acc> window(args, 0, memory);
   const Acc unit = Acc(1) / static_cast<Acc>(sobel_denominator(args.cpg_radius));
-  double sums[2] = {};
-  const bool any = window.load(args, Marks(args), tile);
-  const int C = any ? static_cast<int>(args.C) : 0;
-  for (int c = any ? window.present.next(0, C) : C; c < C; c = window.present.next(c + 1, C)) {
+  Acc sums[2] = {};
+  const int C = window.find(args, Marks(args), tile, entries) ? static_cast<int>(args.C) : 0;
+  for (int c = C > 0 ? window.present.next(0, C) : C; c < C; c = window.present.next(c + 1, C)) {
     window.load_class(args, tile, entries, c);
     window.compare(c, [&](int, Acc gx, Acc gy, Acc px, Acc py) {
       const Acc dx = gx != 0 ? unit * (gx - px) : Acc(0), dy = gy != 0 ? unit * (gy - py) : Acc(0);
       sums[0] += dx * dx + dy * dy;
-      sums[1] += (gx != 0) + (gy != 0);
+      sums[1] += static_cast<Acc>((gx != 0) + (gy != 0));
     });
   }
   store_partials(sums, partials);

@@ -51,12 +51,13 @@ __device__ __forceinline__ float log_of(float x) {
 }
 __device__ __forceinline__ double log_of(double x) { return log(x); }
 
-// Reads the logits of a stack's reference classes (stats.cuh). patch_id: the label of all its pixels, or kMixed.
+// Reads the logits of a stack's reference classes (stats.cuh). patch_id: the label of all its pixels, or kMixed. Of
+// classes before `begin` there are gradients in the place of what is staged.
 template <typename Source, typename Acc>
 __device__ __forceinline__ void read_references(const Source& source, const typename Source::Tile& tile, int patch_id,
-                                                const int (&label)[kStack], Acc (&z)[kStack]) {
+                                                const int (&label)[kStack], int begin, Acc (&z)[kStack]) {
   const int c = reference_class(patch_id);
-  if (patch_id != kMixed && source.is_ready(c))
+  if (patch_id != kMixed && c >= begin && source.is_ready(c))
     source.read(source.at(c), z);
   else
     tile.for_each([&](int k) { z[k] = source.own(k, reference_class(label[k])); });
@@ -68,16 +69,26 @@ __device__ __forceinline__ bool flips_within_patch(int step) {
   return step <= 2;  // they swap neighbours within groups of 2 or 4 pixels
 }
 
+// The shared memory of dense_forward.
+template <typename Source>
+struct ForwardMemory {
+  typename Source::Staged staged;
+  SharedArray<typename ScoreKeys<typename Source::Acc>::Key> keys;
+
+  ForwardMemory(const LossArgs& args, SharedCutter& shared)
+      : staged(Source::take(args, shared)), keys(ScoreKeys<typename Source::Acc>::take(args, shared)) {}
+};
+
 // Writes stats, with OHEM the losses, and the tile's sums: how many losses are above OHEM's threshold, the sum of the
 // weighted losses, and that of the weights. With BCL it does the step bcl_select as far as a tile can.
 template <typename Source>
 __global__ void __launch_bounds__(kThreads, 2)
-    dense_forward(const __grid_constant__ LossArgs args, Scores<typename Source::Acc> scores, double* partials) {
+    dense_forward(const __grid_constant__ LossArgs args, const __grid_constant__ ForwardMemory<Source> memory,
+                  Scores<typename Source::Acc> scores, double* partials) {
   using Acc = typename Source::Acc;
-  SharedCutter shared;
   const typename Source::Tile tile(args);
-  const Source source(args, tile, Source::take(args, shared));
-  ScoreKeys<Acc> keys(args, shared);
+  const Source source(args, tile, memory.staged);
+  ScoreKeys<Acc> keys(memory.keys);
   if (args.bcl_steps > 0) keys.clear();
   const Marks marks(args);
   Acc m[kStack], sum[kStack], of_label[kStack] = {}, nll[kStack];
@@ -86,7 +97,7 @@ __global__ void __launch_bounds__(kThreads, 2)
   const int patch_id = patch ? marks.id_of(*patch) : kIgnored;
   int label[kStack] = {kIgnored, kIgnored, kIgnored, kIgnored};
   marks.load(tile, patch_id, label);
-  read_references(source, tile, patch_id, label, of_label);
+  read_references(source, tile, patch_id, label, 0, of_label);
   PixelStats<Acc> stats[kStack];
   Acc sums[2] = {};  // of losses, and of weights
   int hard = 0;
@@ -144,46 +155,43 @@ __device__ __forceinline__ Acc ce_scale(const LossArgs& args) {
   return denominator != 0 ? *static_cast<const Acc*>(args.grad_total) / denominator : Acc(0);
 }
 
-// Returns the pull of the cross-entropy and BCL on p of a pixel, towards its label. It is exactly 0 where neither
-// selects the pixel. may_be_selected: whether BCL selects any pixel of its patch.
-template <typename Acc, typename F>
-__device__ __forceinline__ Acc pull_of(const LossArgs& args, int64_t pixel, int label, bool may_be_selected, Acc scale,
-                                       F loss_of_label) {
-  const Acc* summary = static_cast<const Acc*>(args.summary);
-  if (label < 0) return label == kBad ? static_cast<Acc>(nan("")) : Acc(0);
-  Acc pull = args.ce ? scale * weight_of<Acc>(args, label) : Acc(0);
-  // The loss has the forward's bits, so that the same pixels are kept, those at the cutoff too.
-  if (args.ohem && key_of(loss_of_label()) < key_of(summary[kCutoff])) pull = 0;
-  if (args.bcl_steps > 0 && !args.bcl_flipped && may_be_selected) {
-#pragma unroll 1
-    for (unsigned steps = steps_of(args, pixel); steps != 0; steps &= steps - 1)
-      pull += bcl_scale<Acc>(args, summary[kSelected + __ffs(static_cast<int>(steps)) - 1]);
-  }
-  return pull;
-}
-
 // The gradient of a stack without its extras (sparse.cuh): p of_p, with of_p = pull + factor, minus the pull at the
-// label. It is exactly 0 where these are.
+// label. The pull is that of the cross-entropy and BCL on p of a pixel, towards its label. Both are exactly 0 where
+// nothing selects the pixel.
 template <typename Acc>
 struct Pulls {
-  Acc pull[kStack] = {}, of_p[kStack] = {};
+  Acc pull[kStack], of_p[kStack];
   int place[kStack];  // in the list of those that have extras
   bool all;           // every pixel of the stack has an of_p
 
-  // loss_of_label(k) is that of pixel k of the stack.
+  // Finds them, after `sparse` has found the factors. loss_of_label(k) is that of pixel k of the stack.
   template <typename Stack, typename Entries, typename F>
   __device__ __forceinline__ Pulls(const LossArgs& args, const Stack& tile, const Patch* patch,
                                    const int (&label)[kStack], const SparseGradient<Entries>& sparse, F loss_of_label)
       : all(true) {
-    const Acc scale = ce_scale<Acc>(args);
-    tile.for_each([&](int k) {
-      of_p[k] = pull[k] = pull_of<Acc>(args, tile.pixel(k), label[k], patch->selected != 0, scale,
-                                       [&] { return loss_of_label(k); });
-    });
+    const Acc* summary = static_cast<const Acc*>(args.summary);
+    const Acc of_ce = args.ce ? ce_scale<Acc>(args) : Acc(0);
+#pragma unroll
+    for (int k = 0; k < kStack; ++k) {
+      pull[k] = label[k] >= 0 ? of_ce : static_cast<Acc>(label[k] == kBad ? nan("") : 0);
+      if (args.weight && label[k] >= 0) pull[k] *= weight_of<Acc>(args, label[k]);
+      // The loss has the forward's bits, so that the same pixels are kept, those at the cutoff too.
+      if (args.ohem && tile.has(k) && label[k] >= 0 && key_of(loss_of_label(k)) < key_of(summary[kCutoff])) pull[k] = 0;
+    }
+    if (args.bcl_steps > 0 && !args.bcl_flipped && patch && patch->selected != 0) {
+      uint8_t selected[kStack] = {};
+      tile.load(static_cast<const uint8_t*>(args.selected), selected);
+      for (int s = 0; s < args.bcl_steps; ++s) {
+        const Acc of_step = bcl_scale<Acc>(args, summary[kSelected + s]);
+#pragma unroll
+        for (int k = 0; k < kStack; ++k)
+          if (label[k] >= 0 && (selected[k] >> s & 1)) pull[k] += of_step;
+      }
+    }
 #pragma unroll
     for (int k = 0; k < kStack; ++k) {
       place[k] = sparse.any() ? sparse.place(tile.row(k), tile.column(k)) : sparse.kNone;
-      if (place[k] != sparse.kNone) of_p[k] += sparse.factor(place[k]);
+      of_p[k] = place[k] != sparse.kNone ? pull[k] + sparse.factor(place[k]) : pull[k];
       all = all && of_p[k] != 0;
     }
   }
@@ -222,48 +230,84 @@ __device__ __forceinline__ void put_classes(const Source& source, const Sink& si
   for (int j = 0; j < kCount; ++j, to = sink.next(to)) sink.put(source, tile, to, z[j]);
 }
 
-// Writes the gradient, for each label pixel, class by class. The steps cpg_edges, cpg_residuals, cpg_shares and
-// sparse_backward are part of this kernel.
+// The same for `count` classes, at most kMost.
+template <int kMost, typename... Arguments>
+__device__ __forceinline__ void put_rest(int count, Arguments&... arguments) {
+  if constexpr (kMost > 0) {
+    if (count == kMost)
+      put_classes<kMost>(arguments...);
+    else
+      put_rest<kMost - 1>(count, arguments...);
+  }
+}
+
+// Writes the gradients of the label's class of a stack again, if that is one of begin..end-1. z: the logits of that class.
+template <typename Source, typename Sink, typename Acc, typename Entries>
+__device__ __forceinline__ void put_labels(const Source& source, const Sink& sink, const typename Source::Tile& tile,
+                                           const PixelStats<Acc> (&stats)[kStack], const Pulls<Acc>& pulls,
+                                           const SparseGradient<Entries>& sparse, const int (&label)[kStack],
+                                           const Acc (&z)[kStack], int patch_id, int begin, int end) {
+  Acc value[kStack];
+#pragma unroll
+  for (int k = 0; k < kStack; ++k) {
+    const Acc of_p = pulls.of_p[k] != 0 ? pulls.of_p[k] * stats[k].probability(z[k]) : Acc(0);
+    const bool listed = pulls.place[k] != sparse.kNone && label[k] >= begin && label[k] < end;
+    const int rank = listed ? sparse.rank(label[k]) : -1;
+    value[k] = of_p - pulls.pull[k] + (rank >= 0 ? sparse.extra(rank, pulls.place[k]) : Acc(0));
+  }
+  if (patch_id != kMixed) {
+    if (patch_id >= begin && patch_id < end) sink.put(source, tile, sink.at(patch_id), value);
+  } else {
+    tile.for_each([&](int k) {
+      if (label[k] >= begin && label[k] < end) sink.put_one(source, tile, k, label[k], value[k]);
+    });
+  }
+}
+
+// The shared memory of dense_backward.
+template <typename Source>
+struct BackwardMemory {
+  typename Source::Staged staged;
+  SparseMemory<typename Source::Acc> sparse;
+
+  BackwardMemory(const LossArgs& args, SharedCutter& shared)
+      : staged(Source::take(args, shared)), sparse(args, shared) {}
+};
+
+// Writes the gradient, for each label pixel, class by class. The steps cpg_residuals, cpg_shares and sparse_backward are
+// part of this kernel.
 template <typename Source, typename Sink>
 __global__ void __launch_bounds__(kThreads, Source::kBlocks)
-    dense_backward(const __grid_constant__ LossArgs args, Sink sink) {
+    dense_backward(const __grid_constant__ LossArgs args, const __grid_constant__ BackwardMemory<Source> memory,
+                   Sink sink) {
   using Acc = typename Source::Acc;
   using Entries = typename Source::Entries;
-  SharedCutter shared;
   const typename Source::Tile tile(args);
-  const Source source(args, tile, Source::take(args, shared));
+  const Source source(args, tile, memory.staged);
   const Marks marks(args);
   const Entries entries(args);
-  SparseGradient<Entries> sparse(args, shared);
-  sparse.load(marks, tile, entries);
-  const Patch* patch = tile.has_patch() ? marks.patch(tile.n, tile.y(0), tile.x(0)) : nullptr;
-  const int patch_id = patch ? marks.id_of(*patch) : kIgnored;
-  int label[kStack] = {kIgnored, kIgnored, kIgnored, kIgnored};
-  marks.load(tile, patch_id, label);
-  Acc of_label[kStack] = {};
-  read_references(source, tile, patch_id, label, of_label);
-  PixelStats<Acc> stats[kStack];
-  load_stats(args, tile, source, of_label, stats);
-  const Pulls<Acc> pulls(args, tile, patch, label, sparse, [&](int k) { return stats[k].loss(of_label[k]); });
+  SparseGradient<Entries> sparse(args, memory.sparse);
   const int C = static_cast<int>(args.C);
   constexpr int kAtOnce = Source::kAtOnce;
-  for (int begin = 0, end = 0; begin < C; begin = end) {
+  for (int begin = 0, end = 0; begin < C; begin = end) {  // usually once
     end = sparse.find_extras(marks, tile, entries, begin);
+    const Patch* patch = tile.has_patch() ? marks.patch(tile.n, tile.y(0), tile.x(0)) : nullptr;
+    const int patch_id = patch ? marks.id_of(*patch) : kIgnored;
+    int label[kStack] = {kIgnored, kIgnored, kIgnored, kIgnored};
+    marks.load(tile, patch_id, label);
+    Acc of_label[kStack] = {};
+    read_references(source, tile, patch_id, label, begin, of_label);
+    PixelStats<Acc> stats[kStack];
+    load_stats(args, tile, source, of_label, stats);
+    const Pulls<Acc> pulls(args, tile, patch, label, sparse, [&](int k) { return stats[k].loss(of_label[k]); });
     int c = begin;
     auto from = source.at(c);
     auto to = sink.at(c);
 #pragma unroll 1
-    for (; kAtOnce > 1 && c + kAtOnce <= end; c += kAtOnce)
+    for (; c + kAtOnce <= end; c += kAtOnce)
       put_classes<kAtOnce>(source, sink, tile, stats, pulls, sparse, c, from, to);
-#pragma unroll 1
-    for (; c < end; ++c) put_classes<1>(source, sink, tile, stats, pulls, sparse, c, from, to);
-    tile.for_each([&](int k) {  // those of the label again
-      if (label[k] < begin || label[k] >= end) return;
-      const Acc value = pulls.of_p[k] != 0 ? pulls.of_p[k] * stats[k].probability(of_label[k]) : Acc(0);
-      const int rank = pulls.place[k] != sparse.kNone ? sparse.rank(label[k]) : -1;
-      sink.put_one(source, tile, k, label[k],
-                   value - pulls.pull[k] + (rank >= 0 ? sparse.extra(rank, pulls.place[k]) : Acc(0)));
-    });
+    put_rest<kAtOnce - 1>(end - c, source, sink, tile, stats, pulls, sparse, c, from, to);
+    put_labels(source, sink, tile, stats, pulls, sparse, label, of_label, patch_id, begin, end);
   }
   sink.finish(source);
 }

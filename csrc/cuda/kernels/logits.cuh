@@ -9,7 +9,7 @@ namespace bcmf::device {
 
 // ---------------------------------------------------------------------------------------------------------------------
 // Sources read class by class: the thread's stack of class c is at a place that `at` gives for c, and `next` for the
-// class behind another one. A class can be read if `is_ready`; `stage` makes classes from `begin` on ready, and returns
+// class behind another one. `take` takes their shared memory on the host. A class can be read if `is_ready`; `stage` makes classes from `begin` on ready, and returns
 // the first one that is not. What is read beyond the border of the image may be anything.
 
 // Reads single logits of the labels' size.
@@ -18,11 +18,11 @@ struct DirectEntries {
   using Scalar = Scalar_;
   using Acc = typename AccOf<Scalar>::type;
   static constexpr int kAtOnce = 4;  // classes that are read together
-  static constexpr int kBlocks = 2;  // of dense_backward, for which a multiprocessor has to have room
   static constexpr bool kPacksStats = true;  // see stats.cuh
   const MapView& view;
 
-  static BCMF_HOST_DEVICE Scalar* take(const LossArgs&, SharedCutter&) { return nullptr; }
+  using Staged = SharedArray<Scalar>;
+  static Staged take(const LossArgs&, SharedCutter&) { return {}; }
   __device__ __forceinline__ explicit DirectEntries(const LossArgs& args) : view(args.logits) {}
   __device__ __forceinline__ int stage(int, int end) const { return end; }
   __device__ __forceinline__ bool is_ready(int) const { return true; }
@@ -38,9 +38,10 @@ struct DirectAny : DirectEntries<Scalar> {
   using Entries = DirectEntries<Scalar>;
   using typename Entries::Acc;
   using Tile = Stacks<false>;
+  static constexpr int kBlocks = 1;  // of dense_backward, for which a multiprocessor has to have room
   const Scalar* stack_[kStack];
 
-  __device__ __forceinline__ DirectAny(const LossArgs& args, const Tile& tile, Scalar*) : Entries(args) {
+  __device__ __forceinline__ DirectAny(const LossArgs& args, const Tile& tile, const SharedArray<Scalar>&) : Entries(args) {
     const Scalar* column = this->data() + tile.n * this->view.stride_n + clamp(tile.x(0), tile.W) * this->view.stride_w;
 #pragma unroll
     for (int k = 0; k < kStack; ++k) stack_[k] = column + clamp(tile.y(k), tile.H) * this->view.stride_h;
@@ -67,7 +68,7 @@ struct DirectRows : DirectEntries<Scalar> {
   static bool can_read(const MapView& view, const LossArgs& args) {
     return view.stride_w == 1 && args.W % kStack == 0 && begins_at<Scalar>(view, args, view.stride_c, kStack);
   }
-  __device__ __forceinline__ DirectRows(const LossArgs& args, const Tile& tile, Scalar*) : Entries(args) {
+  __device__ __forceinline__ DirectRows(const LossArgs& args, const Tile& tile, const SharedArray<Scalar>&) : Entries(args) {
     const int y = tile.has(0) ? tile.y(0) : tile.top, x = tile.has(0) ? tile.x(0) : tile.left;
     first_ = this->data() + tile.n * this->view.stride_n + y * this->view.stride_h + x;
   }
@@ -93,11 +94,11 @@ struct DirectPixels : DirectEntries<Scalar> {
     return view.stride_c == 1 && view.stride_w == args.C && args.W * args.C % kVector == 0 &&
            begins_at<Scalar>(view, args, 0, kVector);
   }
-  static BCMF_HOST_DEVICE Scalar* take(const LossArgs& args, SharedCutter& shared) {
+  static SharedArray<Scalar> take(const LossArgs& args, SharedCutter& shared) {
     return shared.take<Scalar>(kRows * kColumns * args.C);
   }
-  __device__ __forceinline__ DirectPixels(const LossArgs& args, const Tile& tile, Scalar* staged)
-      : Entries(args), staged(staged), tile(tile), C(static_cast<int>(args.C)) {
+  __device__ __forceinline__ DirectPixels(const LossArgs& args, const Tile& tile, const SharedArray<Scalar>& memory)
+      : Entries(args), staged(memory.data()), tile(tile), C(static_cast<int>(args.C)) {
     copy(this->view, [](auto* shared, const auto* memory) { *shared = *memory; });
     __syncthreads();
   }
@@ -105,9 +106,11 @@ struct DirectPixels : DirectEntries<Scalar> {
   __device__ __forceinline__ int next(int c) const { return c + 1; }
   __device__ __forceinline__ void read(int c, Acc (&z)[kStack]) const {
 #pragma unroll
-    for (int k = 0; k < kStack; ++k) z[k] = own(k, c);
+    for (int k = 0; k < kStack; ++k) z[k] = widen(*staged_at(k, c));
   }
-  __device__ __forceinline__ Acc own(int k, int c) const { return widen(*staged_at(k, c)); }
+  __device__ __forceinline__ Acc own(int k, int c) const {
+    return Entries::at(tile.n, tile.y(k), tile.x(k), c);
+  }
   __device__ __forceinline__ Scalar* staged_at(int k, int c) const {
     return staged + (tile.row(k) * kColumns + tile.column(k)) * C + c;
   }
@@ -177,12 +180,13 @@ struct Resampled : ResampledEntries<Scalar> {
   using Entries = ResampledEntries<Scalar>;
   using typename Entries::Acc;
   using Tile = Stacks<false>;
-  static constexpr int kAtOnce = 1, kBlocks = 2;
+  static constexpr int kAtOnce = 1, kBlocks = 1;
   const Scalar* first_;
   Tap<Acc> across, down[kStack];
 
-  static BCMF_HOST_DEVICE Scalar* take(const LossArgs&, SharedCutter&) { return nullptr; }
-  __device__ __forceinline__ Resampled(const LossArgs& args, const Tile& tile, Scalar*)
+  using Staged = SharedArray<Scalar>;
+  static Staged take(const LossArgs&, SharedCutter&) { return {}; }
+  __device__ __forceinline__ Resampled(const LossArgs& args, const Tile& tile, const SharedArray<Scalar>&)
       : Entries(args), first_(this->image(tile.n)), across(this->tap_x(clamp(tile.x(0), tile.W))) {
 #pragma unroll
     for (int k = 0; k < kStack; ++k) down[k] = this->tap_y(clamp(tile.y(k), tile.H));
@@ -305,11 +309,12 @@ struct Upsampled : ResampledEntries<Scalar> {
     const int fit = kBudget / static_cast<int>(cells * sizeof(Acc)) / kAtOnce * kAtOnce;
     return fit < kAtOnce ? kAtOnce : fit < args.C ? fit : static_cast<int>(args.C);
   }
-  static BCMF_HOST_DEVICE Acc* take(const LossArgs& args, SharedCutter& shared) {
+  using Staged = SharedArray<Acc>;
+  static Staged take(const LossArgs& args, SharedCutter& shared) {
     return shared.take<Acc>(classes(args) * most_cells(kRows, args.h, args.H) * most_cells(kColumns, args.w, args.W));
   }
-  __device__ __forceinline__ Upsampled(const LossArgs& args, const Tile& tile, Acc* staged)
-      : Entries(args), tile(tile), cells(args, tile, staged), advances(0) {
+  __device__ __forceinline__ Upsampled(const LossArgs& args, const Tile& tile, const SharedArray<Acc>& memory)
+      : Entries(args), tile(tile), cells(args, tile, memory.data()), advances(0) {
     const int column = clamp(tile.first_column, tile.columns);
     const int row = cells.down.cell[clamp(tile.first_row, tile.rows)] - cells.down.first;
     const int cell = cells.across.cell[column] - cells.across.first;

@@ -15,25 +15,31 @@ struct alignas(8) Patch {
   unsigned selected;  // whether BCL selects any of its pixels
 };
 
-// The marks: (N, patches_down, patches_across) patches, then (N, H, W) ids, in a byte each if that is enough. Whatever
-// the memory holds, an id that is read from it is a class, kIgnored or kBad.
+// The marks: (N, patches_down, patches_across) patches, then with CPG kPatchRows words of edges for each of them, then
+// (N, H, W) ids, in a byte each if that is enough. Whatever the memory holds, an id that is read from it is a class,
+// kIgnored or kBad.
 class Marks {
  public:
   BCMF_HOST_DEVICE explicit Marks(const LossArgs& args)
       : patches_(static_cast<Patch*>(args.marks)),
-        ids_(reinterpret_cast<char*>(args.marks) + patch_bytes(args)),
+        edges_(reinterpret_cast<unsigned*>(static_cast<char*>(args.marks) + patch_bytes(args))),
+        ids_(static_cast<char*>(args.marks) + patch_bytes(args) + edge_bytes(args)),
         C_(args.C),
         patches_down_(down(args)),
         patches_across_(across(args)) {}
 
   static BCMF_HOST_DEVICE int64_t bytes(const LossArgs& args) {
-    return patch_bytes(args) + args.N * args.H * args.W * (args.C <= kMost ? 1 : 4);
+    return patch_bytes(args) + edge_bytes(args) + args.N * args.H * args.W * (args.C <= kMost ? 1 : 4);
   }
   static BCMF_HOST_DEVICE int64_t patch_count(const LossArgs& args) { return args.N * down(args) * across(args); }
   __device__ __forceinline__ int64_t patch_index(int64_t n, int y, int x) const {
     return (n * patches_down_ + y / kPatchRows) * patches_across_ + x / kPatchColumns;
   }
   __device__ __forceinline__ Patch* patch(int64_t n, int y, int x) const { return patches_ + patch_index(n, y, x); }
+  // A bit for each pixel of a row of a patch: whether it is an edge of CPG.
+  __device__ __forceinline__ unsigned* edges(int64_t n, int y, int x) const {
+    return edges_ + patch_index(n, y, x) * kPatchRows + y % kPatchRows;
+  }
   // The label of all pixels of a patch, or kMixed.
   __device__ __forceinline__ int id_of(const Patch& patch) const {
     const int id = patch.id;
@@ -80,6 +86,9 @@ class Marks {
 
   static BCMF_HOST_DEVICE int64_t down(const LossArgs& args) { return (args.H + kPatchRows - 1) / kPatchRows; }
   static BCMF_HOST_DEVICE int64_t across(const LossArgs& args) { return (args.W + kPatchColumns - 1) / kPatchColumns; }
+  static BCMF_HOST_DEVICE int64_t edge_bytes(const LossArgs& args) {
+    return args.cpg_radius > 0 ? patch_count(args) * kPatchRows * static_cast<int64_t>(sizeof(unsigned)) : 0;
+  }
   static BCMF_HOST_DEVICE int64_t patch_bytes(const LossArgs& args) {  // ids begin at a multiple of 16 bytes
     return (patch_count(args) + 1) / 2 * 2 * static_cast<int64_t>(sizeof(Patch));
   }
@@ -87,6 +96,7 @@ class Marks {
   __device__ __forceinline__ int from_int(int id) const { return id >= C_ ? kIgnored : id < kBad ? kBad : id; }
 
   Patch* patches_;
+  unsigned* edges_;
   void* ids_;
   int64_t C_, patches_down_, patches_across_;
 };

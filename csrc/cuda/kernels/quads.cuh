@@ -12,20 +12,23 @@ struct alignas(16) PixelTerms {
   Acc reference, scaled_rest, of_p, pull;
 };
 
-// How a block of dense_backward_quads divides its dynamic shared memory, beside that of SparseGradient.
+// The shared memory of dense_backward_quads.
 template <typename Acc>
 struct QuadMemory {
   static constexpr int kPitch = kRows + 1, kShifts = 8;  // so that neighbouring threads use other banks
   static constexpr int kBudget = 16 << 10;               // bytes of cells and sums, if that is enough for a class
   int classes;                                           // that are staged together
   int cells_down, cells_across;                          // the most of a tile
-  PixelTerms<Acc>* pixels;                               // (kColumns, kPitch)
-  int* labels;                                           // (kColumns, kPitch)
-  Acc* staged;                                           // (classes, cells)
-  Acc* sums;                                             // (classes, cells_down, quads, 2)
+  SharedArray<PixelTerms<Acc>> pixels;                   // (kColumns, kPitch)
+  SharedArray<int> labels;                               // (kColumns, kPitch)
+  SharedArray<Acc> staged;                               // (classes, cells)
+  SharedArray<Acc> sums;                                 // (classes, cells_down, quads, 2)
+  SparseMemory<Acc> sparse;
 
-  BCMF_HOST_DEVICE QuadMemory(const LossArgs& args, SharedCutter& shared)
-      : cells_down(most_cells(kRows, args.h, args.H)), cells_across(most_cells(kColumns, args.w, args.W)) {
+  QuadMemory(const LossArgs& args, SharedCutter& shared)
+      : cells_down(most_cells(kRows, args.h, args.H)),
+        cells_across(most_cells(kColumns, args.w, args.W)),
+        sparse(args, shared) {
     const int cells = cells_down * cells_across, fit = kBudget / static_cast<int>(3 * cells * sizeof(Acc));
     classes = fit < 1 ? 1 : fit < args.C ? fit : static_cast<int>(args.C);
     pixels = shared.take<PixelTerms<Acc>>(kColumns * kPitch + kShifts);
@@ -57,8 +60,8 @@ struct QuadColumn {
   // below get.
   __device__ __forceinline__ void add_column(int x, int j, int begin, int end, Acc upper, Acc lower, Acc& to_upper,
                                              Acc& to_lower) const {
-    const PixelTerms<Acc>* pixels = memory.pixels + memory.at(x, j);
-    const int* labels = memory.labels + x * memory.kPitch;
+    const PixelTerms<Acc>* pixels = memory.pixels.data() + memory.at(x, j);
+    const int* labels = memory.labels.data() + x * memory.kPitch;
 #pragma unroll 4
     for (int y = begin; y < end; ++y) {
       const PixelTerms<Acc> pixel = pixels[y];
@@ -83,7 +86,7 @@ struct QuadColumn {
   __device__ __forceinline__ void run(int of_chunk, int j) const {
     const int columns = cells.across.cells, right = j + 1 < columns ? 1 : 0;
     const Acc* top = cells.staged + of_chunk * cells.count() + j;
-    Acc* sums = memory.sums + 2 * (of_chunk * cells.count() + j);
+    Acc* sums = memory.sums.data() + 2 * (of_chunk * cells.count() + j);
     Acc to_left = 0, to_right = 0;  // what the upper cells get from the quads above and below them
     for (int i = 0; i < cells.down.quads; ++i) {
       const Acc* bottom = i + 1 < cells.down.cells ? top + columns : top;
@@ -105,39 +108,41 @@ struct QuadColumn {
 };
 
 // Writes, of each tile, what it adds to the gradients of its cells: partials (tiles, C, cells_down, cells_across). The
-// steps cpg_edges, cpg_residuals, cpg_shares and sparse_backward are part of this kernel.
+// steps cpg_residuals, cpg_shares and sparse_backward are part of this kernel.
 template <typename Scalar>
 __global__ void __launch_bounds__(kThreads, 2)
-    dense_backward_quads(const __grid_constant__ LossArgs args, typename AccOf<Scalar>::type* partials) {
+    dense_backward_quads(const __grid_constant__ LossArgs args,
+                         const __grid_constant__ QuadMemory<typename AccOf<Scalar>::type> memory,
+                         typename AccOf<Scalar>::type* partials) {
   using Entries = ResampledEntries<Scalar>;
   using Acc = typename Entries::Acc;
-  SharedCutter shared;
   const Stacks<false> tile(args);
   const Marks marks(args);
   const Entries entries(args);
-  const QuadMemory<Acc> memory(args, shared);
-  SparseGradient<Entries> sparse(args, shared);
-  sparse.load(marks, tile, entries);
-  const TileCells<Entries> cells(args, tile, memory.staged);
-  const Patch* patch = tile.has_patch() ? marks.patch(tile.n, tile.y(0), tile.x(0)) : nullptr;
-  int labels[kStack] = {kIgnored, kIgnored, kIgnored, kIgnored};
-  marks.load(tile, patch ? marks.id_of(*patch) : kIgnored, labels);
-  PixelStats<Acc> stats[kStack];
-  load_stats(args, tile, stats);
-  const Pulls<Acc> pulls(args, tile, patch, labels, sparse, [&](int k) {
-    return stats[k].loss(entries.at(tile.n, tile.y(k), tile.x(k), labels[k]));
-  });
-  tile.for_each([&](int k) {
-    const int quad = cells.across.cell[tile.column(k)] - cells.across.first;
-    memory.pixels[memory.at(tile.column(k), quad) + tile.row(k)] = {stats[k].reference, scale_of(stats[k].rest),
-                                                                    pulls.of_p[k], pulls.pull[k]};
-    memory.labels[tile.column(k) * memory.kPitch + tile.row(k)] = labels[k];
-  });
+  SparseGradient<Entries> sparse(args, memory.sparse);
+  const TileCells<Entries> cells(args, tile, memory.staged.data());
   const int label = marks.id_of(*marks.patch(tile.n, tile.top, tile.left));
-  const bool mixed = sparse.any() || differ(marks, tile, 0);
+  const bool differs = differ(marks, tile, 0);
   const int C = static_cast<int>(args.C);
   for (int begin = 0, end = 0; begin < C; begin = end) {
     end = sparse.find_extras(marks, tile, entries, begin);
+    if (begin == 0) {
+      const Patch* patch = tile.has_patch() ? marks.patch(tile.n, tile.y(0), tile.x(0)) : nullptr;
+      int labels[kStack] = {kIgnored, kIgnored, kIgnored, kIgnored};
+      marks.load(tile, patch ? marks.id_of(*patch) : kIgnored, labels);
+      PixelStats<Acc> stats[kStack];
+      load_stats(args, tile, stats);
+      const Pulls<Acc> pulls(args, tile, patch, labels, sparse, [&](int k) {
+        return stats[k].loss(entries.at(tile.n, tile.y(k), tile.x(k), labels[k]));
+      });
+      tile.for_each([&](int k) {
+        const int quad = cells.across.cell[tile.column(k)] - cells.across.first;
+        memory.pixels.data()[memory.at(tile.column(k), quad) + tile.row(k)] = {
+            stats[k].reference, scale_of(stats[k].rest), pulls.of_p[k], pulls.pull[k]};
+        memory.labels.data()[tile.column(k) * memory.kPitch + tile.row(k)] = labels[k];
+      });
+    }
+    const bool mixed = differs || sparse.any();
     for (int c = begin; c < end; c += memory.classes) {
       const int classes = end - c < memory.classes ? end - c : memory.classes;
       __syncthreads();  // the axes are filled in, and other cells are not needed any more
@@ -157,7 +162,7 @@ __global__ void __launch_bounds__(kThreads, 2)
       for (int i = threadIdx.x; i < classes * cells.count(); i += kThreads) {
         const int of_chunk = i / cells.count(), cell = i % cells.count();
         const int row = cell / cells.across.cells, column = cell % cells.across.cells;
-        const Acc* sums = memory.sums + 2 * i;
+        const Acc* sums = memory.sums.data() + 2 * i;
         const Acc right = column < cells.across.quads ? sums[0] : Acc(0), left = column > 0 ? sums[-1] : Acc(0);
         partials[((blockIdx.x * args.C + c + of_chunk) * memory.cells_down + row) * memory.cells_across + column] =
             left + right;

@@ -13,63 +13,66 @@
 
 namespace bcmf::device {
 
+// The shared memory of a SparseGradient.
+template <typename Acc>
+struct SparseMemory {
+  WindowMemory<Acc> window;
+  SharedArray<uint16_t> listed;    // row * kColumns + column of each listed pixel
+  SharedArray<uint16_t> places;    // of each pixel of the tile: its place in this list, or kNone
+  SharedArray<Acc> factors;        // of each listed pixel
+  SharedArray<Acc> extras;         // by class and listed pixel
+  SharedArray<unsigned> present;   // the classes that may have extras
+
+  SparseMemory(const LossArgs& args, SharedCutter& shared) : window(args, args.cpg_radius, shared) {
+    const int64_t pixels = args.cpg_radius > 0 || args.bcl_flipped ? kRows * kColumns : 0;
+    listed = shared.take<uint16_t>(pixels);
+    places = shared.take<uint16_t>(pixels);
+    factors = shared.take<Acc>(pixels);
+    extras = shared.take<Acc>(pixels);
+    present = shared.take<unsigned>(pixels > 0 ? ClassSet::kWords : 0);
+  }
+};
+
 // The pixels of a tile that have a factor and extras. All threads of the block call its functions together, but for
-// the const ones. The host makes one to see how much shared memory it takes.
+// the const ones.
 template <typename Entries>
 class SparseGradient {
  public:
   using Acc = typename Entries::Acc;
 
-  BCMF_HOST_DEVICE SparseGradient(const LossArgs& args, SharedCutter& shared)
-      : args_(args), window_(args, args.cpg_radius, shared), edges_(false), count_(0), room_(0), complete_(true) {
-    const int64_t pixels = args.cpg_radius > 0 || args.bcl_flipped ? kPixels : 0;
-    listed_ = shared.take<uint16_t>(pixels);
-    places_ = shared.take<uint16_t>(pixels);
-    factors_ = shared.take<Acc>(pixels);
-    kept_ = shared.take<Acc>(pixels);
-    present_.words = shared.take<unsigned>(pixels > 0 ? ClassSet::kWords : 0);
-  }
+  __device__ __forceinline__ SparseGradient(const LossArgs& args, const SparseMemory<Acc>& memory)
+      : args_(args),
+        window_(args, args.cpg_radius, memory.window),
+        edges_(false),
+        count_(0),
+        room_(0),
+        begin_(0),
+        held_(0),
+        next_(static_cast<int>(args.C)),
+        listed_(memory.listed.data()),
+        places_(memory.places.data()),
+        factors_(memory.factors.data()),
+        kept_(memory.extras.data()),
+        present_{memory.present.data()} {}
 
-  // Lists the pixels and finds their factors.
-  __device__ __forceinline__ void load(const Marks& marks, const Tile& tile, const Entries& entries) {
-    const bool flips = args_.bcl_flipped && any_of_block(is_any_selected(marks, tile));
-    edges_ = args_.cpg_radius > 0 && window_.load(args_, marks, tile);
-    if (!edges_ && !flips) return;
-    list(tile);
-    if (count_ == 0) return;
-    for (int i = threadIdx.x; i < ClassSet::kWords; i += kThreads)
-      present_.words[i] = edges_ ? window_.present.words[i] : 0;
-    __syncthreads();  // bits are added to `present_`
-    for_each([&](int i, int row, int column) {
-      const unsigned selected = flips ? selected_at(tile, row, column) : 0;
-      factors_[i] = flipped_pull<Acc>(args_, selected);
-      for_flipped<Acc>(args_, marks, selected, tile, row, column, [&](int c, Acc) { present_.add(c); });
-    });
-    __syncthreads();
-    const int C = static_cast<int>(args_.C);
-    int held = 0;
-    for (int c = next(0); c < C; c = next(c + 1)) {
-      find(marks, tile, entries, c, [&](int i, Acc share, Acc pulls) {
-        factors_[i] -= share;
-        if (held < room_) kept_[held * count_ + i] = share - pulls;
-      });
-      ++held;
-    }
-    complete_ = held <= room_;
-    __syncthreads();  // factors and extras may be read at once
-  }
-
-  // Finds the extras of the classes from `begin` on, as far as there is room, and returns the first class without.
+  // Finds the extras of the classes from `begin` on, as far as there is room, and returns the first class without. The
+  // first call, with 0, lists the pixels and finds their factors.
   __device__ __forceinline__ int find_extras(const Marks& marks, const Tile& tile, const Entries& entries, int begin) {
     const int C = static_cast<int>(args_.C);
+    if (begin == 0 && !list(marks, tile, entries)) return C;
     begin_ = begin, held_ = 0, next_ = next(begin);
-    if (complete_) return C;
+    int end = C, held = 0;
     __syncthreads();  // other extras may still be read
-    int held = 0, c = next_;
-    for (; c < C && held < room_; c = next(c + 1), ++held)
-      find(marks, tile, entries, c, [&](int i, Acc share, Acc pulls) { kept_[held * count_ + i] = share - pulls; });
-    __syncthreads();  // the extras may be read at once
-    return c;
+    for (int c = next_; c < C; c = next(c + 1), ++held) {
+      if (held == room_) end = c;
+      if (held == room_ && begin > 0) break;
+      find(marks, tile, entries, c, [&](int i, Acc share, Acc pulls) {
+        if (begin == 0) factors_[i] -= share;
+        if (held < room_) kept_[held * count_ + i] = share - pulls;
+      });
+    }
+    __syncthreads();  // factors and extras may be read at once
+    return end;
   }
 
   __device__ __forceinline__ bool any() const { return count_ > 0; }
@@ -107,18 +110,19 @@ class SparseGradient {
     return steps_of(args_, tile.pixel_at(row, column));
   }
 
-  // Lists the pixels near edges and the selected ones, in order.
-  __device__ __forceinline__ void list(const Tile& tile) {
+  // Lists the pixels near edges and the selected ones, in order, and tells whether there are any.
+  __device__ __forceinline__ bool list(const Marks& marks, const Tile& tile, const Entries& entries) {
+    const bool flips = args_.bcl_flipped && any_of_block(is_any_selected(marks, tile));
+    edges_ = args_.cpg_radius > 0 && window_.recall(args_, marks, tile, entries);
+    if (!edges_ && !flips) return false;
     constexpr int kOwn = kPixels / kThreads;
-    const int first = static_cast<int>(threadIdx.x) * kOwn;
-    unsigned bits = 0;
-    for (int i = 0; i < kOwn; ++i) {
-      const int row = (first + i) / kColumns, column = (first + i) % kColumns;
-      if (row >= tile.rows || column >= tile.columns) continue;
-      const bool wanted =
-          (edges_ && window_.is_near(row, column)) || (args_.bcl_flipped && selected_at(tile, row, column) != 0);
-      bits |= static_cast<unsigned>(wanted) << i;
-    }
+    static_assert(kOwn == 4 && kColumns % kOwn == 0);
+    const int first = static_cast<int>(threadIdx.x) * kOwn, row = first / kColumns, column = first % kColumns;
+    unsigned bits = edges_ ? window_.near_bits(row, column) : 0;
+    const int inside = row < tile.rows ? tile.columns - column : 0;
+    bits &= inside >= kOwn ? ~0u : inside > 0 ? (1u << inside) - 1 : 0;
+    for (int i = 0; flips && i < kOwn && i < inside; ++i)
+      if (selected_at(tile, row, column + i) != 0) bits |= 1u << i;
     int before = scan_block(__popc(bits), &count_);
     for (int i = 0; i < kOwn; ++i) {
       const bool wanted = bits >> i & 1;
@@ -126,7 +130,16 @@ class SparseGradient {
       if (wanted) listed_[before++] = static_cast<uint16_t>(first + i);
     }
     room_ = count_ > 0 ? kPixels / count_ : 0;
-    __syncthreads();  // the list may be read at once
+    for (int i = threadIdx.x; i < ClassSet::kWords; i += kThreads)
+      present_.words[i] = edges_ ? window_.present.words[i] : 0;
+    __syncthreads();  // the list is there, and bits are added to `present_`
+    for_each([&](int i, int row, int column) {
+      const unsigned selected = flips ? selected_at(tile, row, column) : 0;
+      factors_[i] = flipped_pull<Acc>(args_, selected);
+      for_flipped<Acc>(args_, marks, selected, tile, row, column, [&](int c, Acc) { present_.add(c); });
+    });
+    __syncthreads();  // all classes are there
+    return count_ > 0;
   }
   // Calls f(i, row, column) for the listed pixels. A pixel is always visited by the same thread.
   template <typename F>
@@ -151,16 +164,13 @@ class SparseGradient {
 
   const LossArgs& args_;
   Window<Acc> window_;
-  bool edges_;        // CPG has edges near the tile
-  int count_;         // how many pixels are listed
-  int room_;          // for how many classes extras are kept
-  bool complete_;     // that is enough for all
-  int begin_ = 0, held_ = 0, next_ = 0;
-  uint16_t* listed_;  // row * kColumns + column of each listed pixel
-  uint16_t* places_;  // of each pixel of the tile: its place in this list, or kNone
-  Acc* factors_;      // of each listed pixel
-  Acc* kept_;         // the extras, by class and listed pixel
-  ClassSet present_;  // the classes that may have extras
+  bool edges_;                           // CPG has edges near the tile
+  int count_;                            // how many pixels are listed
+  int room_;                             // for how many classes extras are kept
+  int begin_, held_, next_;              // see find_extras, next_rank and next_class
+  uint16_t *listed_, *places_;
+  Acc *factors_, *kept_;
+  ClassSet present_;
 };
 
 }  // namespace bcmf::device

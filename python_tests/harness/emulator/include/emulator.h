@@ -311,6 +311,12 @@ T fetch_add(T* address, T value) {
 #define __any_sync(mask, value) (emulator::ballot((value), __FILE__, __LINE__) != 0)
 
 inline int __popc(unsigned bits) { return __builtin_popcount(bits); }
+inline unsigned __funnelshift_r(unsigned low, unsigned high, unsigned shift) {
+  return static_cast<unsigned>((uint64_t{high} << 32 | low) >> shift % 32);
+}
+inline unsigned __funnelshift_l(unsigned low, unsigned high, unsigned shift) {
+  return static_cast<unsigned>((uint64_t{high} << 32 | low) << shift % 32 >> 32);
+}
 inline int __ffs(int bits) { return __builtin_ffs(bits); }
 
 // This takes integers only, because a sum of floats would depend on the order.
