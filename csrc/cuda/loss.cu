@@ -104,7 +104,7 @@ void ohem_select(const LossArgs& args, const ForwardScratch<Acc>& scratch, unsig
            scratch.histogram);
     launch(ohem_choose<Acc>, 1, kThreads, 0, stream, scratch.selection, level, scratch.histogram);
   }
-  launch(ohem_sum<Acc>, tiles, kThreads, 0, stream, args, scratch.selection, scratch.partials);
+  launch(ohem_sum<Acc>, tiles, kThreads, 0, stream, args, Marks(args), scratch.selection, scratch.partials);
 }
 
 // Calls f with a label of that type.
@@ -129,22 +129,23 @@ void launch_sums(const LossArgs& args, void* memory, Stream stream) {
   const ForwardScratch<Acc> scratch(args, memory);
   const unsigned tiles = static_cast<unsigned>(tiles_of(args));
   if (tiles > 0) {
+    const Marks marks(args);
     const auto partials_of = [&](Sum entry) { return scratch.partials + int64_t{kSumRows + entry} * tiles; };
     with_label(args.labels.type, [&](auto label) {
-      launch(read_labels<decltype(label)>, tiles, kThreads, 0, stream, args, partials_of(kValidPixels));
+      launch(read_labels<decltype(label)>, tiles, kThreads, 0, stream, args, marks, partials_of(kValidPixels));
     });
     SharedCutter shared;
     const ForwardMemory<Source> shared_memory(args, shared);
-    launch(dense_forward<Source>, tiles, kThreads, shared.bytes(), stream, args, shared_memory, scratch.scores,
+    launch(dense_forward<Source>, tiles, kThreads, shared.bytes(), stream, args, marks, shared_memory, scratch.scores,
            scratch.partials);
     if (args.ohem) ohem_select<Acc>(args, scratch, tiles, stream);
     if (args.bcl_steps > 0)
-      launch(bcl_select<Entries>, (tiles + kWarps - 1) / kWarps, kThreads, 0, stream, args, scratch.scores,
+      launch(bcl_select<Entries>, (tiles + kWarps - 1) / kWarps, kThreads, 0, stream, args, marks, scratch.scores,
              partials_of(kBclSums));
     if (args.cpg_radius > 0) {
       SharedCutter shared_by_window;
       const WindowMemory<Acc> window(args, 0, shared_by_window);
-      launch(cpg_compare<Entries>, tiles, kThreads, shared_by_window.bytes(), stream, args, window,
+      launch(cpg_compare<Entries>, tiles, kThreads, shared_by_window.bytes(), stream, args, marks, window,
              partials_of(kCpgSum));
     }
   }
@@ -157,7 +158,7 @@ void launch_backward(const LossArgs& args, const Sink& sink, Stream stream) {
   SharedCutter shared;
   const BackwardMemory<Source> memory(args, shared);
   if (tiles > 0)
-    launch(dense_backward<Source, Sink>, tiles, kThreads, shared.bytes(), stream, args, memory, sink);
+    launch(dense_backward<Source, Sink>, tiles, kThreads, shared.bytes(), stream, args, Marks(args), memory, sink);
 }
 
 template <typename Scalar>
@@ -166,7 +167,7 @@ void launch_quads(const LossArgs& args, float* gradients, Stream stream) {
   SharedCutter shared;
   const QuadMemory<float> memory(args, shared);
   if (tiles > 0)
-    launch(dense_backward_quads<Scalar>, tiles, kThreads, shared.bytes(), stream, args, memory, gradients);
+    launch(dense_backward_quads<Scalar>, tiles, kThreads, shared.bytes(), stream, args, Marks(args), memory, gradients);
   const unsigned blocks = blocks_for(gathering_threads(args));
   if (blocks > 0)
     launch(low_gather_tiles<Scalar>, blocks, kThreads, 0, stream, args, gradients, most_cells(kRows, args.h, args.H),

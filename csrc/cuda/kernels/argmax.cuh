@@ -20,10 +20,10 @@ __global__ void __launch_bounds__(kThreads, 2)
   int found[kStack] = {};
 #pragma unroll
   for (int k = 0; k < kStack; ++k) best[k] = static_cast<Acc>(-INFINITY);
-  constexpr int kAtOnce = Source::kAtOnce;
-  for_classes(source, C, [&](int first, const Acc(&z)[kAtOnce][kStack]) {
+  for_classes(source, C, [&](int first, const auto& z) {
+    constexpr int kCount = sizeof(z) / sizeof(z[0]);
 #pragma unroll
-    for (int j = 0; j < kAtOnce; ++j)
+    for (int j = 0; j < kCount; ++j)
 #pragma unroll
       for (int k = 0; k < kStack; ++k) {
         const bool better = z[j][k] > best[k] || (z[j][k] != z[j][k] && best[k] == best[k]);

@@ -56,10 +56,22 @@ struct alignas(16) PatchScores {
   unsigned hot[kPatchRows];        // its score is above the threshold, or NaN
 };
 
-// Tells whether the neighbourhood of a pixel of the tile reaches into other tiles.
-__device__ __forceinline__ bool reaches_out(const Tile& tile, int row, int column, int radius) {
-  return (row < radius && tile.top > 0) || (kRows - 1 - row < radius && tile.H - tile.top > kRows) ||
-         (column < radius && tile.left > 0) || (kColumns - 1 - column < radius && tile.W - tile.left > kColumns);
+// Returns a bit for each of a stack's pixels first..first+3, along an axis on which the tile has `length` pixels, that
+// another tile before or behind it is within a radius of.
+__device__ __forceinline__ unsigned reaching_out(int first, int length, int radius, bool before, bool behind) {
+  const int low = radius - first, high = length - radius - first;  // pixels below `low`, and from `high` on
+  const unsigned below_low = low <= 0 ? 0 : low >= kStack ? ~0u : (1u << low) - 1;
+  const unsigned below_high = high <= 0 ? 0 : high >= kStack ? ~0u : (1u << high) - 1;
+  return (before ? below_low : 0) | (behind ? ~below_high : 0);
+}
+// The same for both axes.
+template <typename Stack>
+__device__ __forceinline__ unsigned reaching_out(const Stack& tile, int radius) {
+  const unsigned down = reaching_out(tile.first_row, kRows, radius, tile.top > 0, tile.H - tile.top > kRows);
+  const unsigned across =
+      reaching_out(tile.first_column, kColumns, radius, tile.left > 0, tile.W - tile.left > kColumns);
+  const auto of_first = [](unsigned bits) { return (bits & 1) != 0 ? ~0u : 0u; };
+  return Stack::kAcross ? of_first(down) | across : down | of_first(across);
 }
 
 // The scores of a step, and what patches leave of them.
@@ -205,37 +217,37 @@ __device__ __forceinline__ unsigned select_inside(const LossArgs& args, const Ma
   for (int k = 0; k < kStack; ++k) largest[k] = shared.of(q[k]);
   for (int i = 0; i < radius; ++i) shared.template spread<true>(tile, largest);
   for (int i = 0; i < radius; ++i) shared.template spread<false>(tile, largest);
-  unsigned hot = 0, selected = 0, undecided = 0;
+  const unsigned out = reaching_out(tile, radius);
+  unsigned hot = 0, largest_ones = 0;
 #pragma unroll
   for (int k = 0; k < kStack; ++k) {
     const unsigned bit = 1u << k;
     if (q[k] <= static_cast<Acc>(args.bcl_cutoff)) continue;  // not where q is NaN
     hot |= bit;
-    const bool out = reaches_out(tile, tile.row(k), tile.column(k), radius);
-    if (out) scores.map[tile.pixel(k)] = q[k];
-    if (shared.of(q[k]) == largest[k]) (out ? undecided : selected) |= bit;
+    if (out & bit) scores.map[tile.pixel(k)] = q[k];
+    if (shared.of(q[k]) == largest[k]) largest_ones |= bit;
   }
   if (tile.has_patch()) {
     PatchScores patch;
-    bits_of_rows(tile, undecided, patch.undecided);
+    bits_of_rows(tile, largest_ones & out, patch.undecided);
     bits_of_rows(tile, hot, patch.hot);
     if (threadIdx.x % kWarp == 0) scores.patches[marks.patch_index(tile.n, tile.y(0), tile.x(0))] = patch;
   }
-  return selected;
+  return largest_ones & ~out;
 }
 
 // Decides on the pixels that select_inside has left: a warp has a tile, a lane a row of a patch. It completes
 // `selected`, and adds to the partial sums (2, tiles) of each step.
 template <typename Entries>
 __global__ void __launch_bounds__(kThreads)
-    bcl_select(const __grid_constant__ LossArgs args, Scores<typename Entries::Acc> all, double* partials) {
+    bcl_select(const __grid_constant__ LossArgs args, const __grid_constant__ Marks marks,
+               Scores<typename Entries::Acc> all, double* partials) {
   using Acc = typename Entries::Acc;
   const int64_t tiles = tiles_of(args);
   const unsigned index = blockIdx.x * kWarps + threadIdx.x / kWarp;
   if (index >= tiles) return;
   const Tile tile(args, index);
   const Entries entries(args);
-  const Marks marks(args);
   const int lane = static_cast<int>(threadIdx.x) % kWarp, patch_of_tile = lane / kPatchRows;
   constexpr int kAcross = kColumns / kPatchColumns;
   static_assert(kWarp == kRows * kAcross);

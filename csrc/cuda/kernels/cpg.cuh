@@ -9,8 +9,6 @@
 // gradient of such a copy goes to the pixel that it stands for.
 #pragma once
 
-#include <type_traits>
-
 #include "cuda/kernels/marks.cuh"
 #include "cuda/kernels/stats.cuh"
 
@@ -87,17 +85,6 @@ struct BitMap {
     return found;
   }
 };
-
-// Calls f with the radius as a constant of its own type, so that loops over windows are unrolled and taps are known.
-template <typename F>
-__device__ __forceinline__ void with_radius(int radius, F f) {
-  if (radius == 1)
-    f(std::integral_constant<int, 1>());
-  else if (radius == 2)
-    f(std::integral_constant<int, 2>());
-  else
-    f(std::integral_constant<int, 3>());
-}
 
 // Calls f(u, v, tap of K_x, tap of K_y) for the offsets of a window that have taps.
 template <int kRadius, typename F>
@@ -213,11 +200,11 @@ class Window {
   template <typename F>
   __device__ __forceinline__ void compare(int c, F f) const {
     const uint16_t* ids = memory_.ids.data();
-    with_radius(radius_, [&](auto radius) {
+    with_number<kMaxRadius>(radius_, [&](auto radius) {
       for_listed(memory_.edges, edge_count_, [&](int, int row, int column) {
         const int at = labels.at(row, column), columns = labels.columns();
         Acc gx = 0, gy = 0, px = 0, py = 0;
-        for_taps<radius>([&](int u, int v, int along_x, int along_y) {
+        for_taps<decltype(radius)::value>([&](int u, int v, int along_x, int along_y) {
           const int from = at + u * columns + v;
           const bool is_class = ids[from] == c;
           if (along_x != 0) gx += is_class ? Acc(along_x) : Acc(0), px += Acc(along_x) * p[from];
@@ -253,13 +240,13 @@ class Window {
     const Acc *of_x = memory_.residuals.data(), *of_y = of_x + compared_.count();
     const int columns = compared_.columns();
     Acc sum = 0;
-    with_radius(radius_, [&](auto radius) {
+    with_number<kMaxRadius>(radius_, [&](auto radius) {
 #pragma unroll 1
       for (int i = top; i <= bottom; ++i)
 #pragma unroll 1
         for (int j = left; j <= right; ++j) {
           const int at = compared_.at(i, j);
-          for_taps<radius>([&](int u, int v, int along_x, int along_y) {
+          for_taps<decltype(radius)::value>([&](int u, int v, int along_x, int along_y) {
             if (!compared_.has(i - u, j - v)) return;
             const int from = at - u * columns - v;  // G there has this pixel at (u, v)
             if (along_x != 0) sum += Acc(along_x) * of_x[from];
@@ -382,7 +369,7 @@ class Window {
 // Writes partial sums (2, tiles): of (G - its estimate)^2, and of |M|.
 template <typename Entries>
 __global__ void __launch_bounds__(kThreads)
-    cpg_compare(const __grid_constant__ LossArgs args,
+    cpg_compare(const __grid_constant__ LossArgs args, const __grid_constant__ Marks marks,
                 const __grid_constant__ WindowMemory<typename Entries::Acc> memory, double* partials) {
   using Acc = typename Entries::Acc;
   const Tile tile(args);
@@ -390,8 +377,12 @@ __global__ void __launch_bounds__(kThreads)
   Window<Acc> window(args, 0, memory);
   const Acc unit = Acc(1) / static_cast<Acc>(sobel_denominator(args.cpg_radius));
   Acc sums[2] = {};
-  const int C = window.find(args, Marks(args), tile, entries) ? static_cast<int>(args.C) : 0;
-  for (int c = C > 0 ? window.present.next(0, C) : C; c < C; c = window.present.next(c + 1, C)) {
+  if (!window.find(args, marks, tile, entries)) {
+    if (threadIdx.x < 2) partials[threadIdx.x * static_cast<int64_t>(gridDim.x) + blockIdx.x] = 0;
+    return;
+  }
+  const int C = static_cast<int>(args.C);
+  for (int c = window.present.next(0, C); c < C; c = window.present.next(c + 1, C)) {
     window.load_class(args, tile, entries, c);
     window.compare(c, [&](int, Acc gx, Acc gy, Acc px, Acc py) {
       const Acc dx = gx != 0 ? unit * (gx - px) : Acc(0), dy = gy != 0 ? unit * (gy - py) : Acc(0);

@@ -13,16 +13,16 @@ template <typename Source, typename Acc>
 __device__ __forceinline__ void sum_exps(const Source& source, int C, Acc (&m)[kStack], Acc (&sum)[kStack]) {
 #pragma unroll
   for (int k = 0; k < kStack; ++k) m[k] = lowest<Acc>(), sum[k] = 0;  // finite: -inf - -inf would be NaN
-  constexpr int kAtOnce = Source::kAtOnce;
-  for_classes(source, C, [&](int, const Acc(&z)[kAtOnce][kStack]) {
+  for_classes(source, C, [&](int, const auto& z) {
 #pragma unroll
     for (int k = 0; k < kStack; ++k) {
+      constexpr int kCount = sizeof(z) / sizeof(z[0]);
       Acc largest = m[k];
 #pragma unroll
-      for (int j = 0; j < kAtOnce; ++j) largest = fmax(largest, z[j][k]);  // ignores NaN
+      for (int j = 0; j < kCount; ++j) largest = fmax(largest, z[j][k]);  // ignores NaN
       Acc exps = exp_of(z[0][k] - largest);
 #pragma unroll
-      for (int j = 1; j < kAtOnce; ++j) exps += exp_of(z[j][k] - largest);
+      for (int j = 1; j < kCount; ++j) exps += exp_of(z[j][k] - largest);
       sum[k] = sum[k] * exp_of(m[k] - largest) + exps;
       m[k] = largest;
     }
@@ -83,14 +83,13 @@ struct ForwardMemory {
 // weighted losses, and that of the weights. With BCL it does the step bcl_select as far as a tile can.
 template <typename Source>
 __global__ void __launch_bounds__(kThreads, 2)
-    dense_forward(const __grid_constant__ LossArgs args, const __grid_constant__ ForwardMemory<Source> memory,
-                  Scores<typename Source::Acc> scores, double* partials) {
+    dense_forward(const __grid_constant__ LossArgs args, const __grid_constant__ Marks marks,
+                  const __grid_constant__ ForwardMemory<Source> memory, Scores<typename Source::Acc> scores, double* partials) {
   using Acc = typename Source::Acc;
   const typename Source::Tile tile(args);
   const Source source(args, tile, memory.staged);
   ScoreKeys<Acc> keys(memory.keys);
   if (args.bcl_steps > 0) keys.clear();
-  const Marks marks(args);
   Acc m[kStack], sum[kStack], of_label[kStack] = {}, nll[kStack];
   sum_exps(source, static_cast<int>(args.C), m, sum);
   Patch* patch = tile.has_patch() ? marks.patch(tile.n, tile.y(0), tile.x(0)) : nullptr;
@@ -203,8 +202,7 @@ __device__ __forceinline__ void put_classes(const Source& source, const Sink& si
                                             const PixelStats<Acc> (&stats)[kStack], const Pulls<Acc>& pulls,
                                             SparseGradient<Entries>& sparse, int c, From& from, To& to) {
   Acc z[kCount][kStack];
-#pragma unroll
-  for (int j = 0; j < kCount; ++j, from = source.next(from)) source.read(from, z[j]);  // all under way at the same time
+  read_classes<true>(source, from, z);
 #pragma unroll
   for (int j = 0; j < kCount; ++j)
 #pragma unroll
@@ -228,17 +226,6 @@ __device__ __forceinline__ void put_classes(const Source& source, const Sink& si
   }
 #pragma unroll
   for (int j = 0; j < kCount; ++j, to = sink.next(to)) sink.put(source, tile, to, z[j]);
-}
-
-// The same for `count` classes, at most kMost.
-template <int kMost, typename... Arguments>
-__device__ __forceinline__ void put_rest(int count, Arguments&... arguments) {
-  if constexpr (kMost > 0) {
-    if (count == kMost)
-      put_classes<kMost>(arguments...);
-    else
-      put_rest<kMost - 1>(count, arguments...);
-  }
 }
 
 // Writes the gradients of the label's class of a stack again, if that is one of begin..end-1. z: the logits of that class.
@@ -278,13 +265,12 @@ struct BackwardMemory {
 // part of this kernel.
 template <typename Source, typename Sink>
 __global__ void __launch_bounds__(kThreads, Source::kBlocks)
-    dense_backward(const __grid_constant__ LossArgs args, const __grid_constant__ BackwardMemory<Source> memory,
-                   Sink sink) {
+    dense_backward(const __grid_constant__ LossArgs args, const __grid_constant__ Marks marks,
+                   const __grid_constant__ BackwardMemory<Source> memory, Sink sink) {
   using Acc = typename Source::Acc;
   using Entries = typename Source::Entries;
   const typename Source::Tile tile(args);
   const Source source(args, tile, memory.staged);
-  const Marks marks(args);
   const Entries entries(args);
   SparseGradient<Entries> sparse(args, memory.sparse);
   const int C = static_cast<int>(args.C);
@@ -306,7 +292,9 @@ __global__ void __launch_bounds__(kThreads, Source::kBlocks)
 #pragma unroll 1
     for (; c + kAtOnce <= end; c += kAtOnce)
       put_classes<kAtOnce>(source, sink, tile, stats, pulls, sparse, c, from, to);
-    put_rest<kAtOnce - 1>(end - c, source, sink, tile, stats, pulls, sparse, c, from, to);
+    with_number<kAtOnce - 1>(end - c, [&](auto count) {
+      put_classes<decltype(count)::value>(source, sink, tile, stats, pulls, sparse, c, from, to);
+    });
     put_labels(source, sink, tile, stats, pulls, sparse, label, of_label, patch_id, begin, end);
   }
   sink.finish(source);

@@ -10,7 +10,8 @@ namespace bcmf::device {
 // ---------------------------------------------------------------------------------------------------------------------
 // Sources read class by class: the thread's stack of class c is at a place that `at` gives for c, and `next` for the
 // class behind another one. `take` takes their shared memory on the host. A class can be read if `is_ready`; `stage` makes classes from `begin` on ready, and returns
-// the first one that is not. What is read beyond the border of the image may be anything.
+// the first one that is not. What is read beyond the border of the image may be anything. read<true> is for those that
+// is_plain, which is the same for all lanes of a warp.
 
 // Reads single logits of the labels' size.
 template <typename Scalar_>
@@ -26,6 +27,7 @@ struct DirectEntries {
   __device__ __forceinline__ explicit DirectEntries(const LossArgs& args) : view(args.logits) {}
   __device__ __forceinline__ int stage(int, int end) const { return end; }
   __device__ __forceinline__ bool is_ready(int) const { return true; }
+  __device__ __forceinline__ bool is_plain() const { return true; }
   __device__ __forceinline__ Acc at(int64_t n, int y, int x, int c) const {
     return widen(data()[n * view.stride_n + c * view.stride_c + y * view.stride_h + x * view.stride_w]);
   }
@@ -48,6 +50,7 @@ struct DirectAny : DirectEntries<Scalar> {
   }
   __device__ __forceinline__ int64_t at(int c) const { return c * this->view.stride_c; }
   __device__ __forceinline__ int64_t next(int64_t place) const { return place + this->view.stride_c; }
+  template <bool = false>
   __device__ __forceinline__ void read(int64_t place, Acc (&z)[kStack]) const {
 #pragma unroll
     for (int k = 0; k < kStack; ++k) z[k] = widen(stack_[k][place]);
@@ -74,7 +77,10 @@ struct DirectRows : DirectEntries<Scalar> {
   }
   __device__ __forceinline__ const Scalar* at(int c) const { return first_ + c * this->view.stride_c; }
   __device__ __forceinline__ const Scalar* next(const Scalar* place) const { return place + this->view.stride_c; }
-  __device__ __forceinline__ void read(const Scalar* place, Acc (&z)[kStack]) const { load_widened(place, z); }
+  template <bool = false>
+  __device__ __forceinline__ void read(const Scalar* place, Acc (&z)[kStack]) const {
+    load_widened(place, z);
+  }
   __device__ __forceinline__ Acc own(int k, int c) const { return widen(first_[c * this->view.stride_c + k]); }
 };
 
@@ -104,6 +110,7 @@ struct DirectPixels : DirectEntries<Scalar> {
   }
   __device__ __forceinline__ int at(int c) const { return c; }
   __device__ __forceinline__ int next(int c) const { return c + 1; }
+  template <bool = false>
   __device__ __forceinline__ void read(int c, Acc (&z)[kStack]) const {
 #pragma unroll
     for (int k = 0; k < kStack; ++k) z[k] = widen(*staged_at(k, c));
@@ -193,8 +200,10 @@ struct Resampled : ResampledEntries<Scalar> {
   }
   __device__ __forceinline__ int stage(int, int end) const { return end; }
   __device__ __forceinline__ bool is_ready(int) const { return true; }
+  __device__ __forceinline__ bool is_plain() const { return true; }
   __device__ __forceinline__ int at(int c) const { return c; }
   __device__ __forceinline__ int next(int c) const { return c + 1; }
+  template <bool = false>
   __device__ __forceinline__ void read(int c, Acc (&z)[kStack]) const {
 #pragma unroll
     for (int k = 0; k < kStack; ++k) z[k] = own(k, c);
@@ -210,15 +219,31 @@ BCMF_HOST_DEVICE int most_cells(int64_t length, int64_t in, int64_t out) {
   return static_cast<int>(most < in ? most : in);
 }
 
+// Returns the most cells of a tile, to an odd number.
+BCMF_HOST_DEVICE int most_pitch(const LossArgs& args) {
+  return (most_cells(kRows, args.h, args.H) * most_cells(kColumns, args.w, args.W)) | 1;
+}
+
+// How much of its first cell a resampled pixel is, and of its second one.
+template <typename Acc>
+struct alignas(2 * sizeof(Acc)) AxisWeights {
+  Acc first, second;
+};
+// The value between a and b; kFinite: both are finite.
+template <bool kFinite, typename Acc>
+__device__ __forceinline__ Acc mix(Acc a, Acc b, const AxisWeights<Acc>& weights) {
+  return kFinite ? mix_finite(a, b, weights.first, weights.second) : bcmf::mix(a, b, weights.second);
+}
+
 // Resampling along an axis of a tile. Pixels and cells are counted from the tile's first ones.
 template <typename Acc, int kLength>
 struct TileAxis {
-  int* cell;           // the first cell of a pixel, which is counted among all logits
-  int* start;          // the first pixel of a quad, and the end of the last one
-  Acc *weight, *rest;  // of a pixel's second cell, and of its first one
-  int first;           // the tile's first cell, among all logits
-  int cells;           // that the tile lies between
-  int quads;           // spans of pixels between the same two cells
+  AxisWeights<Acc>* weights;  // of each pixel
+  int* cell;                  // the first cell of a pixel, which is counted among all logits
+  int* start;                 // the first pixel of a quad, and the end of the last one
+  int first;                  // the tile's first cell, among all logits
+  int cells;                  // that the tile lies between
+  int quads;                  // spans of pixels between the same two cells
 
   // Two calls, between which all threads of the block wait for each other, fill in the arrays.
   __device__ __forceinline__ void fill(int begin, int length, int64_t in, int64_t out, bool align_corners) const {
@@ -226,7 +251,7 @@ struct TileAxis {
     if (i >= length) return;
     const AxisTap<Acc> tap = axis_tap<Acc>(begin + i, in, out, align_corners);
     cell[i] = static_cast<int>(tap.first);
-    weight[i] = tap.weight, rest[i] = 1 - tap.weight;
+    weights[i] = {1 - tap.weight, tap.weight};
   }
   __device__ __forceinline__ void finish(int length, int64_t in) {
     first = cell[0];
@@ -247,21 +272,22 @@ struct TileCells {
   using Acc = typename Entries::Acc;
   TileAxis<Acc, kRows> down;
   TileAxis<Acc, kColumns> across;
-  Acc* staged;  // (classes, down.cells, across.cells)
+  Acc* staged;  // (classes, pitch): of each class (down.cells, across.cells)
+  int pitch;    // odd, so that neighbouring classes lie in other banks
 
   // All threads of the block call it, and wait for each other before they read where quads start.
   __device__ __forceinline__ TileCells(const LossArgs& args, const Tile& tile, Acc* staged) : staged(staged) {
-    BCMF_SHARED(Acc, weights, 2 * (kRows + kColumns));
+    BCMF_SHARED(AxisWeights<Acc>, weights, kRows + kColumns);
     BCMF_SHARED(int, numbers, 2 * (kRows + kColumns) + 2);
     down.cell = numbers, across.cell = down.cell + kRows;
     down.start = across.cell + kColumns, across.start = down.start + kRows + 1;
-    down.weight = weights, across.weight = down.weight + kRows;
-    down.rest = across.weight + kColumns, across.rest = down.rest + kRows;
+    down.weights = weights, across.weights = weights + kRows;
     down.fill(tile.top, tile.rows, args.h, args.H, args.align_corners);
     across.fill(tile.left, tile.columns, args.w, args.W, args.align_corners);
     __syncthreads();
     down.finish(tile.rows, args.h);
     across.finish(tile.columns, args.w);
+    pitch = count() | 1;
   }
   __device__ __forceinline__ int count() const { return down.cells * across.cells; }
 
@@ -278,7 +304,7 @@ struct TileCells {
       const auto* from = corner + i / across.cells * view.stride_h + i % across.cells * view.stride_w;
       for (int of_chunk = warp; of_chunk < classes; of_chunk += kWarps) {
         const Acc z = widen(from[of_chunk * view.stride_c]);
-        staged[of_chunk * count() + i] = z;
+        staged[of_chunk * pitch + i] = z;
         finite = finite && z - z == 0;
       }
     }
@@ -293,40 +319,41 @@ struct Upsampled : ResampledEntries<Scalar> {
   using Entries = ResampledEntries<Scalar>;
   using typename Entries::Acc;
   using Tile = Stacks<false>;
-  static constexpr int kAtOnce = 2;
+  static constexpr int kAtOnce = 4;
   static constexpr int kBudget = 12 << 10;  // bytes of cells, if that is enough for a class
   const Tile& tile;
   TileCells<Entries> cells;
-  Acc across_weight, across_rest, down_weight[kStack], down_rest[kStack];
+  int most;  // classes that are staged together
+  AxisWeights<Acc> across, down[kStack];
   int corner, right,
       below;          // of the stack's first pixel: its upper left cell, and from there to those beside and below
   unsigned advances;  // a bit for each pixel that lies a row of cells lower than the one above it
   mutable int staged_begin = 0, staged_end = 0;
   mutable bool careful = true;  // not all staged logits are finite
 
-  static BCMF_HOST_DEVICE int classes(const LossArgs& args) {
-    const int cells = most_cells(kRows, args.h, args.H) * most_cells(kColumns, args.w, args.W);
-    const int fit = kBudget / static_cast<int>(cells * sizeof(Acc)) / kAtOnce * kAtOnce;
-    return fit < kAtOnce ? kAtOnce : fit < args.C ? fit : static_cast<int>(args.C);
-  }
-  using Staged = SharedArray<Acc>;
+  struct Staged {
+    SharedArray<Acc> cells;
+    int classes;  // that are staged together
+  };
   static Staged take(const LossArgs& args, SharedCutter& shared) {
-    return shared.take<Acc>(classes(args) * most_cells(kRows, args.h, args.H) * most_cells(kColumns, args.w, args.W));
+    const int cells = most_pitch(args), fit = kBudget / static_cast<int>(cells * sizeof(Acc)) / kAtOnce * kAtOnce;
+    const int classes = fit < kAtOnce ? kAtOnce : fit < args.C ? fit : static_cast<int>(args.C);
+    return {shared.take<Acc>(classes * cells), classes};
   }
-  __device__ __forceinline__ Upsampled(const LossArgs& args, const Tile& tile, const SharedArray<Acc>& memory)
-      : Entries(args), tile(tile), cells(args, tile, memory.data()), advances(0) {
+  __device__ __forceinline__ Upsampled(const LossArgs& args, const Tile& tile, const Staged& memory)
+      : Entries(args), tile(tile), cells(args, tile, memory.cells.data()), most(memory.classes), advances(0) {
     const int column = clamp(tile.first_column, tile.columns);
     const int row = cells.down.cell[clamp(tile.first_row, tile.rows)] - cells.down.first;
     const int cell = cells.across.cell[column] - cells.across.first;
     corner = row * cells.across.cells + cell;
     right = cell + 1 < cells.across.cells ? 1 : 0;
     below = row + 1 < cells.down.cells ? cells.across.cells : 0;
-    across_weight = cells.across.weight[column], across_rest = cells.across.rest[column];
+    across = cells.across.weights[column];
     int before = row + cells.down.first;
 #pragma unroll
     for (int k = 0; k < kStack; ++k) {
       const int i = clamp(tile.first_row + k, tile.rows);
-      down_weight[k] = cells.down.weight[i], down_rest[k] = cells.down.rest[i];
+      down[k] = cells.down.weights[i];
       if (cells.down.cell[i] != before) advances |= 1u << k;
       before = cells.down.cell[i];
     }
@@ -334,7 +361,6 @@ struct Upsampled : ResampledEntries<Scalar> {
   __device__ __forceinline__ bool is_ready(int c) const { return c >= staged_begin && c < staged_end; }
   // Stages classes from `begin` on, and returns the first one without.
   __device__ __forceinline__ int stage(int begin, int end) const {
-    const int most = classes(this->args);
     const int count = end - begin < most ? end - begin : most;
     staged_begin = begin, staged_end = begin + count;
     __syncthreads();  // other classes are not needed any more
@@ -342,49 +368,61 @@ struct Upsampled : ResampledEntries<Scalar> {
     return staged_end;
   }
   __device__ __forceinline__ const Acc* at(int c) const {
-    return cells.staged + (c - staged_begin) * cells.count() + corner;
+    return cells.staged + (c - staged_begin) * cells.pitch + corner;
   }
-  __device__ __forceinline__ const Acc* next(const Acc* top) const { return top + cells.count(); }
+  __device__ __forceinline__ const Acc* next(const Acc* top) const { return top + cells.pitch; }
+  // Finite logits, between the same two rows of cells.
+  __device__ __forceinline__ bool is_plain() const { return !careful && advances == 0; }
+  template <bool kPlain = false>
   __device__ __forceinline__ void read(const Acc* top, Acc (&z)[kStack]) const {
-    if (careful)
-      mix_stack(top, z, [](Acc a, Acc b, Acc, Acc weight) { return mix(a, b, weight); });
-    else
-      mix_stack(top, z, [](Acc a, Acc b, Acc rest, Acc weight) { return mix_finite(a, b, rest, weight); });
+    if constexpr (kPlain) {
+      const Acc upper = mix_row<true>(top), lower = mix_row<true>(top + below);
+#pragma unroll
+      for (int k = 0; k < kStack; ++k) z[k] = mix<true>(upper, lower, down[k]);
+    } else if (careful) {
+      mix_stack<false>(top, z);
+    } else {
+      mix_stack<true>(top, z);
+    }
   }
   __device__ __forceinline__ Acc own(int k, int c) const {
     const int row = clamp(tile.row(k), tile.rows), column = clamp(tile.first_column, tile.columns);
     Tap<Acc> down, across;
-    down.first = cells.down.cell[row], down.weight = cells.down.weight[row];
-    across.first = cells.across.cell[column], across.weight = across_weight;
+    down.first = cells.down.cell[row], down.weight = cells.down.weights[row].second;
+    across.first = cells.across.cell[column], across.weight = this->across.second;
     return this->between(this->image(tile.n) + c * this->args.logits.stride_c, across, down);
   }
 
  private:
-  template <typename Mix>
-  __device__ __forceinline__ void mix_stack(const Acc* top, Acc (&z)[kStack], Mix mixed) const {
-    const auto mix_row = [&](const Acc* row) { return mixed(row[0], row[right], across_rest, across_weight); };
-    Acc upper = mix_row(top), lower = mix_row(top + below);
-    if (advances == 0) {
+  template <bool kFinite>
+  __device__ __forceinline__ Acc mix_row(const Acc* row) const {
+    return mix<kFinite>(row[0], row[right], across);
+  }
+  template <bool kFinite>
+  __device__ __forceinline__ void mix_stack(const Acc* top, Acc (&z)[kStack]) const {
+    Acc upper = mix_row<kFinite>(top), lower = mix_row<kFinite>(top + below);
+    const int columns = cells.across.cells;
+    int rows_below = cells.down.cells - 1 - corner / columns;  // the upper row
 #pragma unroll
-      for (int k = 0; k < kStack; ++k) z[k] = mixed(upper, lower, down_rest[k], down_weight[k]);
-    } else {
-      const int columns = cells.across.cells;
-      int rows_below = cells.down.cells - 1 - corner / columns;  // the upper row
-#pragma unroll
-      for (int k = 0; k < kStack; ++k) {
-        if (advances >> k & 1) {
-          --rows_below;
-          top += columns;
-          upper = lower, lower = mix_row(rows_below > 0 ? top + columns : top);
-        }
-        z[k] = mixed(upper, lower, down_rest[k], down_weight[k]);
+    for (int k = 0; k < kStack; ++k) {
+      if (advances >> k & 1) {
+        --rows_below;
+        top += columns;
+        upper = lower, lower = mix_row<kFinite>(rows_below > 0 ? top + columns : top);
       }
+      z[k] = mix<kFinite>(upper, lower, down[k]);
     }
   }
 };
 
-// Calls f(first, z) for groups of all classes of a stack, z[j] being class first + j, or -inf if there is none. The reads
-// of a group are under way at the same time.
+// Reads kCount classes of a stack from `place` on, which goes behind them. All reads are under way at the same time.
+template <bool kPlain, typename Source, typename Place, typename Acc, int kCount>
+__device__ __forceinline__ void read_classes(const Source& source, Place& place, Acc (&z)[kCount][kStack]) {
+#pragma unroll
+  for (int j = 0; j < kCount; ++j, place = source.next(place)) source.template read<kPlain>(place, z[j]);
+}
+
+// Calls f(first, z) for groups of all classes of a stack, z[j] being class first + j. Groups may have different lengths.
 template <typename Source, typename F>
 __device__ __forceinline__ void for_classes(const Source& source, int C, F f) {
   constexpr int kAtOnce = Source::kAtOnce;
@@ -392,22 +430,26 @@ __device__ __forceinline__ void for_classes(const Source& source, int C, F f) {
   for (int first = 0; first < C;) {
     const int end = source.stage(first, C);
     auto place = source.at(first);
+    if (source.is_plain()) {
 #pragma unroll 1
-    for (; first + kAtOnce <= end; first += kAtOnce) {
-      Acc z[kAtOnce][kStack];
-#pragma unroll
-      for (int j = 0; j < kAtOnce; ++j, place = source.next(place)) source.read(place, z[j]);
-      f(first, z);
+      for (; first + kAtOnce <= end; first += kAtOnce) {
+        Acc z[kAtOnce][kStack];
+        read_classes<true>(source, place, z);
+        f(first, z);
+      }
+      with_number<kAtOnce - 1>(end - first, [&](auto count) {
+        Acc z[decltype(count)::value][kStack];
+        read_classes<true>(source, place, z);
+        f(first, z);
+      });
+    } else {
+#pragma unroll 1
+      for (; first < end; ++first) {
+        Acc z[1][kStack];
+        read_classes<false>(source, place, z);
+        f(first, z);
+      }
     }
-    if (first == end) continue;
-    Acc z[kAtOnce][kStack];
-#pragma unroll
-    for (int j = 0; j < kAtOnce; ++j) {
-      if (first + j < end) source.read(place, z[j]), place = source.next(place);
-#pragma unroll
-      for (int k = 0; k < kStack; ++k) z[j][k] = first + j < end ? z[j][k] : static_cast<Acc>(-INFINITY);
-    }
-    f(first, z);
     first = end;
   }
 }
@@ -535,9 +577,15 @@ __global__ void __launch_bounds__(kThreads, 1)
       const int64_t column = x - axis_tap<Acc>(u * kColumns, args.w, args.W, args.align_corners).first;
       const int64_t tile = (n * tiles_down(args) + v) * tiles_across(args) + u;
       const Acc* from = partials + ((tile * args.C + c) * cells_down + row) * cells_across + column;
+      const int64_t next = cells_down * cells_across;
+      if (classes == kGathered) {
 #pragma unroll
-      for (int i = 0; i < kGathered; ++i)
-        if (i < classes) sums[i] += from[i * cells_down * cells_across];
+        for (int i = 0; i < kGathered; ++i, from += next) sums[i] += *from;
+      } else {
+#pragma unroll
+        for (int i = 0; i < kGathered; ++i, from += next)
+          if (i < classes) sums[i] += *from;
+      }
     }
   }
   const MapView& v = args.grad;

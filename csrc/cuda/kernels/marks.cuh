@@ -20,20 +20,20 @@ struct alignas(8) Patch {
 // kIgnored or kBad.
 class Marks {
  public:
-  BCMF_HOST_DEVICE explicit Marks(const LossArgs& args)
+  explicit Marks(const LossArgs& args)
       : patches_(static_cast<Patch*>(args.marks)),
         edges_(reinterpret_cast<unsigned*>(static_cast<char*>(args.marks) + patch_bytes(args))),
         ids_(static_cast<char*>(args.marks) + patch_bytes(args) + edge_bytes(args)),
-        C_(args.C),
-        patches_down_(down(args)),
-        patches_across_(across(args)) {}
+        C_(static_cast<int>(args.C)),
+        down_(static_cast<int>(down(args))),
+        across_(static_cast<int>(across(args))) {}
 
-  static BCMF_HOST_DEVICE int64_t bytes(const LossArgs& args) {
+  static int64_t bytes(const LossArgs& args) {
     return patch_bytes(args) + edge_bytes(args) + args.N * args.H * args.W * (args.C <= kMost ? 1 : 4);
   }
   static BCMF_HOST_DEVICE int64_t patch_count(const LossArgs& args) { return args.N * down(args) * across(args); }
   __device__ __forceinline__ int64_t patch_index(int64_t n, int y, int x) const {
-    return (n * patches_down_ + y / kPatchRows) * patches_across_ + x / kPatchColumns;
+    return (n * down_ + static_cast<unsigned>(y) / kPatchRows) * across_ + static_cast<unsigned>(x) / kPatchColumns;
   }
   __device__ __forceinline__ Patch* patch(int64_t n, int y, int x) const { return patches_ + patch_index(n, y, x); }
   // A bit for each pixel of a row of a patch: whether it is an edge of CPG.
@@ -82,14 +82,14 @@ class Marks {
   }
 
  private:
-  static constexpr int64_t kMost = 254;  // classes that have ids of a byte
+  static constexpr int kMost = 254;  // classes that have ids of a byte
 
   static BCMF_HOST_DEVICE int64_t down(const LossArgs& args) { return (args.H + kPatchRows - 1) / kPatchRows; }
   static BCMF_HOST_DEVICE int64_t across(const LossArgs& args) { return (args.W + kPatchColumns - 1) / kPatchColumns; }
-  static BCMF_HOST_DEVICE int64_t edge_bytes(const LossArgs& args) {
+  static int64_t edge_bytes(const LossArgs& args) {
     return args.cpg_radius > 0 ? patch_count(args) * kPatchRows * static_cast<int64_t>(sizeof(unsigned)) : 0;
   }
-  static BCMF_HOST_DEVICE int64_t patch_bytes(const LossArgs& args) {  // ids begin at a multiple of 16 bytes
+  static int64_t patch_bytes(const LossArgs& args) {  // ids begin at a multiple of 16 bytes
     return (patch_count(args) + 1) / 2 * 2 * static_cast<int64_t>(sizeof(Patch));
   }
   __device__ __forceinline__ int from_byte(int id) const { return id < C_ ? id : kBad + (id & 1); }
@@ -98,29 +98,29 @@ class Marks {
   Patch* patches_;
   unsigned* edges_;
   void* ids_;
-  int64_t C_, patches_down_, patches_across_;
+  int C_, down_, across_;  // patches_: (N, down, across)
 };
 
 // Tells whether the patches that a tile and a margin around it reach hold several labels. All threads of a warp call it
-// together.
+// together: each lane looks at one of the patches that the largest margin, of 2 kMaxRadius, reaches.
 __device__ __forceinline__ bool differ(const Marks& marks, const Tile& tile, int margin) {
-  const int top = clamp(tile.top - margin, tile.H) / kPatchRows;
-  const int left = clamp(tile.left - margin, tile.W) / kPatchColumns;
-  const int down = clamp(tile.top + kRows - 1 + margin, tile.H) / kPatchRows - top + 1;
-  const int across = clamp(tile.left + kColumns - 1 + margin, tile.W) / kPatchColumns - left + 1;
+  constexpr int kAcross = kColumns / kPatchColumns + 2, kRowsAbove = (2 * kMaxRadius + kPatchRows - 1) / kPatchRows;
+  static_assert(kAcross * (kRows / kPatchRows + 2 * kRowsAbove) == kWarp && 2 * kMaxRadius <= kPatchColumns);
+  const int lane = static_cast<int>(threadIdx.x) % kWarp;
+  const int row = (lane / kAcross - kRowsAbove) * kPatchRows, column = (lane % kAcross - 1) * kPatchColumns;
+  const int y = tile.top + row, x = tile.left + column;
+  const bool reached = row > -margin - kPatchRows && row < kRows + margin && column > -margin - kPatchColumns &&
+                       column < kColumns + margin && y >= 0 && y < tile.H && x >= 0 && x < tile.W;
   const int first = marks.patch(tile.n, tile.top, tile.left)->id;
-  bool other = first == kMixed;
-  for (int i = threadIdx.x % kWarp; i < down * across; i += kWarp)
-    other =
-        other || marks.patch(tile.n, (top + i / across) * kPatchRows, (left + i % across) * kPatchColumns)->id != first;
-  return __any_sync(0xffffffffu, other);
+  const int own = reached ? marks.patch(tile.n, y, x)->id : first;
+  return __any_sync(0xffffffffu, own != first || own == kMixed);
 }
 
 // Reads the labels, and counts them: partials has two rows (tiles), of the valid pixels and of the bad labels.
 template <typename Label>
-__global__ void __launch_bounds__(kThreads) read_labels(const __grid_constant__ LossArgs args, double* partials) {
+__global__ void __launch_bounds__(kThreads)
+    read_labels(const __grid_constant__ LossArgs args, const __grid_constant__ Marks marks, double* partials) {
   const Stacks<false> tile(args);
-  const Marks marks(args);
   const Label* labels = static_cast<const Label*>(args.labels.data) + tile.n * args.labels.stride_n +
                         tile.y(0) * args.labels.stride_h + tile.x(0) * args.labels.stride_w;
   int id[kStack] = {}, counts = 0;  // of valid pixels, and in the upper half of bad labels

@@ -75,13 +75,13 @@ __global__ void __launch_bounds__(kThreads) ohem_choose(Selection<Acc>* selectio
 // and of their number.
 template <typename Acc>
 __global__ void __launch_bounds__(kThreads)
-    ohem_sum(const __grid_constant__ LossArgs args, const Selection<Acc>* selection, double* partials) {
+    ohem_sum(const __grid_constant__ LossArgs args, const __grid_constant__ Marks marks,
+             const Selection<Acc>* selection, double* partials) {
   const Acc exceeds = static_cast<Acc>(args.ohem_cutoff);
   const bool found = selection->rank > 0 && selection->prefix < key_of(exceeds);
   const Acc cutoff = found ? loss_of<Acc>(selection->prefix) : exceeds;
   double sums[2] = {};
   const Stacks<false> tile(args);
-  const Marks marks(args);
   tile.for_each([&](int k) {
     const Acc nll = static_cast<const Acc*>(args.nll)[tile.pixel(k)];
     if (nll == -1 || key_of(nll) < key_of(cutoff)) return;

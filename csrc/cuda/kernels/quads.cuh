@@ -9,7 +9,18 @@ namespace bcmf::device {
 // What the backward knows of a label pixel, in shared memory.
 template <typename Acc>
 struct alignas(16) PixelTerms {
-  Acc reference, scaled_rest, of_p, pull;
+  Acc reference, shift, of_p, pull;  // shift: exp_shift of PixelStats::rest
+};
+
+// Its label, and its place in the list of those that have extras.
+struct alignas(8) PixelClasses {
+  int label, place;
+};
+
+// What two neighbouring cells get from the pixels between them.
+template <typename Acc>
+struct alignas(2 * sizeof(Acc)) QuadSums {
+  Acc first, second;
 };
 
 // The shared memory of dense_backward_quads.
@@ -20,21 +31,25 @@ struct QuadMemory {
   int classes;                                           // that are staged together
   int cells_down, cells_across;                          // the most of a tile
   SharedArray<PixelTerms<Acc>> pixels;                   // (kColumns, kPitch)
-  SharedArray<int> labels;                               // (kColumns, kPitch)
-  SharedArray<Acc> staged;                               // (classes, cells)
-  SharedArray<Acc> sums;                                 // (classes, cells_down, quads, 2)
+  SharedArray<PixelClasses> classes_of;                  // the same
+  SharedArray<Acc> staged;                               // (classes, pitch)
+  SharedArray<QuadSums<Acc>> sums;                       // (classes, pitch)
+  SharedArray<uint16_t> order;                           // (classes,)
+  SharedArray<unsigned> present;                         // the classes of the tile's labels
   SparseMemory<Acc> sparse;
 
   QuadMemory(const LossArgs& args, SharedCutter& shared)
       : cells_down(most_cells(kRows, args.h, args.H)),
         cells_across(most_cells(kColumns, args.w, args.W)),
         sparse(args, shared) {
-    const int cells = cells_down * cells_across, fit = kBudget / static_cast<int>(3 * cells * sizeof(Acc));
+    const int cells = most_pitch(args), fit = kBudget / static_cast<int>(3 * cells * sizeof(Acc));
     classes = fit < 1 ? 1 : fit < args.C ? fit : static_cast<int>(args.C);
     pixels = shared.take<PixelTerms<Acc>>(kColumns * kPitch + kShifts);
-    labels = shared.take<int>(kColumns * kPitch);
+    classes_of = shared.take<PixelClasses>(kColumns * kPitch + kShifts);
     staged = shared.take<Acc>(classes * cells);
-    sums = shared.take<Acc>(2 * classes * cells);
+    sums = shared.take<QuadSums<Acc>>(classes * cells);
+    order = shared.take<uint16_t>(classes);
+    present = shared.take<unsigned>(ClassSet::kWords);
   }
   // Where a column of pixels begins, which is shifted for the same reason.
   static __device__ __forceinline__ int at(int column, int quad) {
@@ -42,94 +57,131 @@ struct QuadMemory {
   }
 };
 
-// The sums of a column of quads, for one class.
-template <typename Entries, bool kCareful, bool kMixed>
+// The sums of a column of quads, for one class. kFinite: all logits are. kSpecial: pixels of the tile may have the class
+// as their label, or extras of it; or all may have it as their label, or none, without kSpecial.
+template <typename Entries, bool kFinite, bool kSpecial>
 struct QuadColumn {
   using Acc = typename Entries::Acc;
   const QuadMemory<Acc>& memory;
   const TileCells<Entries>& cells;
   const SparseGradient<Entries>& sparse;
-  int c, held;      // the class, and which one it is of those that have extras, or -1
-  Acc minus_label;  // -1 if the class is the label of all pixels, else 0; not if kMixed
+  int c, rank;      // the class, and which one it is of those that have extras, or -1
+  Acc minus_label;  // -1 if it is the label of all pixels, else 0
 
-  // Logits are mixed as the forward does, along x first, so that they have its bits.
-  static __device__ __forceinline__ Acc mixed(Acc a, Acc b, Acc rest, Acc weight) {
-    return kCareful ? mix(a, b, weight) : mix_finite(a, b, rest, weight);
+  // Adds the gradient of a pixel to what the cells above and below it get. Logits are mixed as the forward does, along
+  // x first, so that they have its bits.
+  __device__ __forceinline__ void add_pixel(int place, const AxisWeights<Acc>& down, Acc upper, Acc lower,
+                                            QuadSums<Acc>& to) const {
+    PixelTerms<Acc> pixel;
+    load_whole(memory.pixels.data() + place, pixel);
+    const Acc p = exp_shifted(mix<kFinite>(upper, lower, down) - pixel.reference, pixel.shift);
+    Acc value = kFinite || pixel.of_p != 0 ? pixel.of_p * p : Acc(0);  // 0 * NaN of an ignored pixel is 0
+    if constexpr (kSpecial) {
+      const PixelClasses of_pixel = memory.classes_of.data()[place];
+      if (of_pixel.label == c) value -= pixel.pull;
+      if (of_pixel.place != sparse.kNone && rank >= 0) value += sparse.extra(rank, of_pixel.place);
+    } else {
+      value += minus_label * pixel.pull;
+    }
+    to.first += down.first * value, to.second += down.second * value;
   }
-  // Adds the gradients of a column of pixels, rows begin..end-1 of column x of quad j, to what the cells above and
-  // below get.
-  __device__ __forceinline__ void add_column(int x, int j, int begin, int end, Acc upper, Acc lower, Acc& to_upper,
-                                             Acc& to_lower) const {
-    const PixelTerms<Acc>* pixels = memory.pixels.data() + memory.at(x, j);
-    const int* labels = memory.labels.data() + x * memory.kPitch;
-#pragma unroll 4
-    for (int y = begin; y < end; ++y) {
-      const PixelTerms<Acc> pixel = pixels[y];
-      const Acc weight = cells.down.weight[y], rest = cells.down.rest[y];
-      const Acc p = exp_scaled(mixed(upper, lower, rest, weight) - pixel.reference, pixel.scaled_rest);
-      Acc value = kCareful && pixel.of_p == 0 ? Acc(0) : pixel.of_p * p;  // 0 * NaN of an ignored pixel is 0 here
-      if constexpr (kMixed) {
-        if (labels[y] == c) value -= pixel.pull;
-        if (held >= 0) {
-          const int place = sparse.place(y, x);
-          if (place != sparse.kNone) value += sparse.extra(held, place);
-        }
-      } else {
-        value += minus_label * pixel.pull;
-      }
-      to_upper += rest * value;
-      to_lower += weight * value;
+  // The same for columns x..x+kCount-1 of quad (i, j), and to the left and to the right of those cells.
+  template <int kCount>
+  __device__ __forceinline__ void add_columns(int x, int i, int j, const QuadSums<Acc>& top,
+                                              const QuadSums<Acc>& bottom, QuadSums<Acc>& above,
+                                              QuadSums<Acc>& below) const {
+    AxisWeights<Acc> across[kCount];
+    Acc upper[kCount], lower[kCount];
+    QuadSums<Acc> to[kCount] = {};
+#pragma unroll
+    for (int k = 0; k < kCount; ++k) {
+      across[k] = cells.across.weights[x + k];
+      upper[k] = mix<kFinite>(top.first, top.second, across[k]);
+      lower[k] = mix<kFinite>(bottom.first, bottom.second, across[k]);
+      keep(upper[k]), keep(lower[k]);
+    }
+    int y = cells.down.start[i], place = memory.at(x, j) + y;
+    const int end = cells.down.start[i + 1];
+    keep(place);
+#pragma unroll 1
+    for (; y < end; ++y, ++place) {
+      const AxisWeights<Acc> down = cells.down.weights[y];
+#pragma unroll
+      for (int k = 0; k < kCount; ++k) add_pixel(place + k * memory.kPitch, down, upper[k], lower[k], to[k]);
+    }
+#pragma unroll
+    for (int k = 0; k < kCount; ++k) {
+      above.first += across[k].first * to[k].first, above.second += across[k].second * to[k].first;
+      below.first += across[k].first * to[k].second, below.second += across[k].second * to[k].second;
     }
   }
 
   // Stores the sums of quad column j, for each row of cells those of its left and right cell.
   __device__ __forceinline__ void run(int of_chunk, int j) const {
+    constexpr int kAtOnce = kSpecial ? 1 : 4;  // columns of pixels
     const int columns = cells.across.cells, right = j + 1 < columns ? 1 : 0;
-    const Acc* top = cells.staged + of_chunk * cells.count() + j;
-    Acc* sums = memory.sums.data() + 2 * (of_chunk * cells.count() + j);
-    Acc to_left = 0, to_right = 0;  // what the upper cells get from the quads above and below them
-    for (int i = 0; i < cells.down.quads; ++i) {
-      const Acc* bottom = i + 1 < cells.down.cells ? top + columns : top;
-      Acc next_left = 0, next_right = 0;
-      for (int x = cells.across.start[j]; x < cells.across.start[j + 1]; ++x) {
-        const Acc weight = cells.across.weight[x], rest = cells.across.rest[x];
-        Acc to_upper = 0, to_lower = 0;
-        add_column(x, j, cells.down.start[i], cells.down.start[i + 1], mixed(top[0], top[right], rest, weight),
-                   mixed(bottom[0], bottom[right], rest, weight), to_upper, to_lower);
-        to_left += rest * to_upper, to_right += weight * to_upper;
-        next_left += rest * to_lower, next_right += weight * to_lower;
-      }
-      sums[0] = to_left, sums[1] = to_right;
-      to_left = next_left, to_right = next_right;
-      top = bottom, sums += 2 * columns;
+    const int begin = cells.across.start[j], end = cells.across.start[j + 1];
+    const Acc* row = cells.staged + of_chunk * cells.pitch + j;
+    QuadSums<Acc>* sums = memory.sums.data() + of_chunk * cells.pitch + j;
+    QuadSums<Acc> above = {}, top = {row[0], row[right]};  // what the upper cells get from above; their logits
+    for (int i = 0; i < cells.down.quads; ++i, sums += columns) {
+      if (i + 1 < cells.down.cells) row += columns;
+      const QuadSums<Acc> bottom = {row[0], row[right]};
+      QuadSums<Acc> below = {};
+      int x = begin;
+#pragma unroll 1
+      for (; x + kAtOnce <= end; x += kAtOnce) add_columns<kAtOnce>(x, i, j, top, bottom, above, below);
+#pragma unroll 1
+      for (; kAtOnce > 1 && x < end; ++x) add_columns<1>(x, i, j, top, bottom, above, below);
+      *sums = above;
+      above = below, top = bottom;
     }
-    if (cells.down.quads < cells.down.cells) sums[0] = to_left, sums[1] = to_right;
+    if (cells.down.quads < cells.down.cells) *sums = above;
   }
 };
+
+// Lists the classes of a chunk, those for which `is_special` is true behind the others, whose number it returns. All
+// threads of the block call it.
+template <typename F>
+__device__ __forceinline__ int order_classes(int classes, F is_special, uint16_t* order) {
+  int plain = 0, specials = 0;
+  for (int first = 0; first < classes; first += kThreads) {
+    const int of_chunk = first + static_cast<int>(threadIdx.x);
+    const bool special = of_chunk < classes && is_special(of_chunk);
+    int counts;  // of plain classes, and in the upper half of special ones
+    const int before = scan_block(of_chunk >= classes ? 0 : special ? 1 << 16 : 1, &counts);
+    if (of_chunk < classes)
+      order[special ? classes - 1 - specials - (before >> 16) : plain + (before & 0xffff)] =
+          static_cast<uint16_t>(of_chunk);
+    plain += counts & 0xffff, specials += counts >> 16;
+  }
+  return plain;
+}
 
 // Writes, of each tile, what it adds to the gradients of its cells: partials (tiles, C, cells_down, cells_across). The
 // steps cpg_residuals, cpg_shares and sparse_backward are part of this kernel.
 template <typename Scalar>
 __global__ void __launch_bounds__(kThreads, 2)
-    dense_backward_quads(const __grid_constant__ LossArgs args,
+    dense_backward_quads(const __grid_constant__ LossArgs args, const __grid_constant__ Marks marks,
                          const __grid_constant__ QuadMemory<typename AccOf<Scalar>::type> memory,
                          typename AccOf<Scalar>::type* partials) {
   using Entries = ResampledEntries<Scalar>;
   using Acc = typename Entries::Acc;
   const Stacks<false> tile(args);
-  const Marks marks(args);
   const Entries entries(args);
   SparseGradient<Entries> sparse(args, memory.sparse);
   const TileCells<Entries> cells(args, tile, memory.staged.data());
-  const int label = marks.id_of(*marks.patch(tile.n, tile.top, tile.left));
-  const bool differs = differ(marks, tile, 0);
+  const ClassSet present = {memory.present.data()};
+  for (int i = threadIdx.x; i < ClassSet::kWords; i += kThreads) present.words[i] = 0;
   const int C = static_cast<int>(args.C);
   for (int begin = 0, end = 0; begin < C; begin = end) {
     end = sparse.find_extras(marks, tile, entries, begin);
+    __syncthreads();  // the axes and the empty set are there
     if (begin == 0) {
       const Patch* patch = tile.has_patch() ? marks.patch(tile.n, tile.y(0), tile.x(0)) : nullptr;
       int labels[kStack] = {kIgnored, kIgnored, kIgnored, kIgnored};
-      marks.load(tile, patch ? marks.id_of(*patch) : kIgnored, labels);
+      const int patch_id = patch ? marks.id_of(*patch) : kIgnored;
+      marks.load(tile, patch_id, labels);
       PixelStats<Acc> stats[kStack];
       load_stats(args, tile, stats);
       const Pulls<Acc> pulls(args, tile, patch, labels, sparse, [&](int k) {
@@ -137,33 +189,47 @@ __global__ void __launch_bounds__(kThreads, 2)
       });
       tile.for_each([&](int k) {
         const int quad = cells.across.cell[tile.column(k)] - cells.across.first;
-        memory.pixels.data()[memory.at(tile.column(k), quad) + tile.row(k)] = {
-            stats[k].reference, scale_of(stats[k].rest), pulls.of_p[k], pulls.pull[k]};
-        memory.labels.data()[tile.column(k) * memory.kPitch + tile.row(k)] = labels[k];
+        const int place = memory.at(tile.column(k), quad) + tile.row(k);
+        memory.pixels.data()[place] = {stats[k].reference, exp_shift(stats[k].rest), pulls.of_p[k], pulls.pull[k]};
+        memory.classes_of.data()[place] = {labels[k], pulls.place[k]};
+        const bool first = patch_id == kMixed ? k == 0 || labels[k] != labels[k - 1] : threadIdx.x % kWarp == 0 && k == 0;
+        if (first && labels[k] >= 0) present.add(labels[k]);
       });
     }
-    const bool mixed = differs || sparse.any();
+    const int label = marks.id_of(*marks.patch(tile.n, tile.top, tile.left));  // of all pixels, if not mixed
+    const bool mixed = sparse.any() || differ(marks, tile, 0);
     for (int c = begin; c < end; c += memory.classes) {
       const int classes = end - c < memory.classes ? end - c : memory.classes;
-      __syncthreads();  // the axes are filled in, and other cells are not needed any more
+      __syncthreads();  // all labels are there, and other cells are not needed any more
       const bool careful = any_of_block(!cells.load(args, tile, entries, c, classes));
-      for (int i = threadIdx.x; i < classes * cells.across.quads; i += kThreads) {
-        const int of_chunk = i % classes, j = i / classes;
-        const int held = mixed ? sparse.rank(c + of_chunk) : -1;
-        const Acc minus_label = c + of_chunk == label ? Acc(-1) : Acc(0);
-        if (careful)
-          QuadColumn<Entries, true, true>{memory, cells, sparse, c + of_chunk, held, minus_label}.run(of_chunk, j);
-        else if (mixed)
-          QuadColumn<Entries, false, true>{memory, cells, sparse, c + of_chunk, held, minus_label}.run(of_chunk, j);
+      const int quads = cells.across.quads;
+      const auto is_special = [&](int i) { return mixed && (present.has(c + i) || sparse.rank(c + i) >= 0); };
+      const int plain = careful ? 0 : order_classes(classes, is_special, memory.order.data());
+      __syncthreads();  // the order is there
+      // Special classes begin at another warp, so that no warp has both.
+      const int plain_items = plain * quads, first_special = (plain_items + kWarp - 1) / kWarp * kWarp;
+      const int items = first_special + (classes - plain) * quads;
+      for (int i = threadIdx.x; i < items; i += kThreads) {
+        const bool special = i >= first_special;
+        if (!special && i >= plain_items) continue;
+        const int of_kind = special ? i - first_special : i, kind = special ? classes - plain : plain;
+        const int j = of_kind / kind, place = (special ? plain : 0) + of_kind % kind;
+        const int of_chunk = careful ? place : memory.order.data()[place], own = c + of_chunk;
+        const int rank = special ? sparse.rank(own) : -1;
+        const Acc minus_label = own == label ? Acc(-1) : Acc(0);
+        if (!special)
+          QuadColumn<Entries, true, false>{memory, cells, sparse, own, rank, minus_label}.run(of_chunk, j);
+        else if (careful)
+          QuadColumn<Entries, false, true>{memory, cells, sparse, own, rank, minus_label}.run(of_chunk, j);
         else
-          QuadColumn<Entries, false, false>{memory, cells, sparse, c + of_chunk, held, minus_label}.run(of_chunk, j);
+          QuadColumn<Entries, true, true>{memory, cells, sparse, own, rank, minus_label}.run(of_chunk, j);
       }
       __syncthreads();  // all sums are there
       for (int i = threadIdx.x; i < classes * cells.count(); i += kThreads) {
         const int of_chunk = i / cells.count(), cell = i % cells.count();
         const int row = cell / cells.across.cells, column = cell % cells.across.cells;
-        const Acc* sums = memory.sums.data() + 2 * i;
-        const Acc right = column < cells.across.quads ? sums[0] : Acc(0), left = column > 0 ? sums[-1] : Acc(0);
+        const QuadSums<Acc>* sums = memory.sums.data() + of_chunk * cells.pitch + cell;
+        const Acc right = column < quads ? sums[0].first : Acc(0), left = column > 0 ? sums[-1].second : Acc(0);
         partials[((blockIdx.x * args.C + c + of_chunk) * memory.cells_down + row) * memory.cells_across + column] =
             left + right;
       }

@@ -12,7 +12,7 @@ struct PixelStats {
   Acc reference, rest;
 
   __device__ __forceinline__ Acc loss(Acc z) const { return (reference - z) + rest; }
-  __device__ __forceinline__ Acc probability(Acc z) const { return exp_scaled(z - reference, scale_of(rest)); }
+  __device__ __forceinline__ Acc probability(Acc z) const { return exp_shifted(z - reference, exp_shift(rest)); }
 };
 
 // Resampled logits keep both, (2, N, H, W). Of logits of the labels' size memory is what limits the kernels, and one

@@ -6,6 +6,7 @@
 
 #include <cmath>
 #include <cstring>
+#include <type_traits>
 
 #include "common/terms.h"
 #include "cuda/kernels/scalars.cuh"
@@ -19,30 +20,38 @@ constexpr int kThreads = kColumns * kRows / kStack;
 constexpr int kWarp = 32, kWarps = kThreads / kWarp;
 constexpr int kPatchColumns = 32, kPatchRows = kStack;
 
-// exp(x) for x <= 0 by the GPU's own power of two, which takes two instructions instead of eight. The exponent is
-// rounded when it is scaled, which adds an error of |x| exp(x) 2^-24 <= 2^-25, where the largest class has exp(0) = 1, to
-// the instruction's own of 2^-22 of the result. Results below 2^-126 become 0.
-__device__ __forceinline__ float exp_scaled(float x, float scaled) {  // of x - y, with scaled = scale_of(y)
+// exp(x - y) for x <= y by the GPU's own power of two, which takes two instructions instead of eight; shift is
+// exp_shift(y), and the difference takes none. The exponent is rounded when it is scaled, which adds an error of
+// |x - y| exp(x - y) 2^-24 <= 2^-25, where the largest class has exp(0) = 1, to the instruction's own of 2^-22 of the
+// result. Results below 2^-126 become 0.
 #if defined(__CUDA_ARCH__)
+__device__ __forceinline__ float exp_shift(float y) { return y * -1.4426950408889634f; }
+__device__ __forceinline__ float exp_shifted(float x, float shift) {
   float result;
-  asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(result) : "f"(fma(x, 1.4426950408889634f, -scaled)));
+  asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(result) : "f"(fma(x, 1.4426950408889634f, shift)));
   return result;
-#else
-  return exp(x - scaled);
-#endif
 }
-__device__ __forceinline__ float scale_of(float y) {
-#if defined(__CUDA_ARCH__)
-  return y * 1.4426950408889634f;
 #else
-  return y;
+inline float exp_shift(float y) { return -y; }
+inline float exp_shifted(float x, float shift) { return exp(x + shift); }
 #endif
-}
-__device__ __forceinline__ double exp_scaled(double x, double y) { return exp(x - y); }
-__device__ __forceinline__ double scale_of(double y) { return y; }
+__device__ __forceinline__ double exp_shift(double y) { return -y; }
+__device__ __forceinline__ double exp_shifted(double x, double shift) { return exp(x + shift); }
 template <typename Acc>
 __device__ __forceinline__ Acc exp_of(Acc x) {
-  return exp_scaled(x, Acc(0));
+  return exp_shifted(x, Acc(0));
+}
+
+// Lets a number be found before a loop. The compiler would find it again in each iteration, to have more registers.
+__device__ __forceinline__ void keep([[maybe_unused]] float& x) {
+#if defined(__CUDA_ARCH__)
+  asm volatile("" : "+f"(x));
+#endif
+}
+__device__ __forceinline__ void keep([[maybe_unused]] int& x) {
+#if defined(__CUDA_ARCH__)
+  asm volatile("" : "+r"(x));
+#endif
 }
 
 template <typename Acc>
@@ -57,6 +66,17 @@ BCMF_HOST_DEVICE unsigned tiles_across(const LossArgs& args) {
   return static_cast<unsigned>((args.W + kColumns - 1) / kColumns);
 }
 BCMF_HOST_DEVICE int64_t tiles_of(const LossArgs& args) { return args.N * tiles_down(args) * tiles_across(args); }
+
+// Calls f with `number`, which is one of 1..kMost, as a constant of its own type, so that loops are unrolled.
+template <int kMost, typename F>
+__device__ __forceinline__ void with_number(int number, F f) {
+  if constexpr (kMost > 0) {
+    if (number == kMost)
+      f(std::integral_constant<int, kMost>());
+    else
+      with_number<kMost - 1>(number, f);
+  }
+}
 
 // Packs of kCount entries are read and written at once, at addresses that are multiples of their size. They are copied
 // as words, because the compiler would access 16-bit entries one by one.
@@ -75,6 +95,13 @@ __device__ __forceinline__ void store_pack(const T (&from)[kCount], T* to) {
   Words<T, kCount> words;
   memcpy(&words, &from, sizeof(words));
   *reinterpret_cast<Words<T, kCount>*>(to) = words;
+}
+
+// Reads a struct of words at once.
+template <typename T>
+__device__ __forceinline__ void load_whole(const T* from, T& to) {
+  const Words<T, 1> words = *reinterpret_cast<const Words<T, 1>*>(from);
+  memcpy(&to, &words, sizeof(words));
 }
 
 // The same of logits and gradients that are computed in fp32.
@@ -181,9 +208,10 @@ struct Stacks : Tile {
   // Calls f(k) for the pixels of the stack that lie in the image.
   template <typename F>
   __device__ __forceinline__ void for_each(F f) const {
+    if (!has(0)) return;
 #pragma unroll
     for (int k = 0; k < kStack; ++k)
-      if (has(k)) f(k);
+      if (kAcross || k == 0 || row(k) < rows) f(k);
   }
 };
 
