@@ -180,8 +180,9 @@ LossGradient::LossGradient(const Tensor& grad_total_, const Tensor& logits, cons
   const ScalarType acc = acc_type(logits);
   const int64_t images = args.bcl_steps > 0 ? args.N : 0;
   BCMF_CHECK(grad_total_.numel() == 1 && has_sizes(summary_, {kSummarySize}) &&
-                 has_sizes(stats_, {kept.stats_maps, args.N, args.H, args.W}) && has_sizes(selected_, {images, args.H, args.W}) &&
-                 has_sizes(marks_, {kept.mark_bytes}) && stats_.scalar_type() == acc && summary_.scalar_type() == acc &&
+                 has_sizes(stats_, {kept.stats_maps, args.N, args.H, args.W}) &&
+                 has_sizes(selected_, {images, args.H, args.W}) && has_sizes(marks_, {kept.mark_bytes}) &&
+                 stats_.scalar_type() == acc && summary_.scalar_type() == acc &&
                  selected_.scalar_type() == ScalarType::Byte && marks_.scalar_type() == ScalarType::Byte,
              "bcmf::loss_backward takes stats, selected, marks and summary as bcmf::loss returned them.");
   check_same_device(logits, grad_total_, "logits", "grad_total");

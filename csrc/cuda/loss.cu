@@ -213,8 +213,7 @@ void with_layout(const LossArgs& args, const MapView& grad, F f) {
     const auto both = [&](auto can_read) { return can_read(args.logits, args) && can_read(grad, args); };
     if (both(DirectRows<Scalar>::can_read))
       f(Type<DirectRows<Scalar>>(), Type<StoreRows<Scalar>>());
-    else if (both(DirectPixels<Scalar>::can_read) &&
-             fits_shared(bytes_of<BackwardMemory<DirectPixels<Scalar>>>(args)))
+    else if (both(DirectPixels<Scalar>::can_read) && fits_shared(bytes_of<BackwardMemory<DirectPixels<Scalar>>>(args)))
       f(Type<DirectPixels<Scalar>>(), Type<StorePixels<Scalar>>());
     else
       f(Type<DirectAny<Scalar>>(), Type<StoreAny<Scalar, Acc>>());

@@ -96,7 +96,8 @@ struct Scores {
     for (int v = top; v <= bottom; ++v)
       for (int u = left; u <= right; ++u) {
         const bool inside = v >= tile.top && v < tile.top + kRows && u >= tile.left && u < tile.left + kColumns;
-        if (inside || !(patches[marks.patch_index(tile.n, v, u)].hot[v % kPatchRows] >> u % kPatchColumns & 1)) continue;
+        if (inside || !(patches[marks.patch_index(tile.n, v, u)].hot[v % kPatchRows] >> u % kPatchColumns & 1))
+          continue;
         largest = largest && map[(tile.n * tile.H + v) * tile.W + u] <= own;
       }
     return largest || own != own;
@@ -139,7 +140,7 @@ struct ScoreKeys {
     Key* stack = own + (1 + tile.first_row) * kPitch + kMargin + tile.first_column;
     constexpr int kNext = Stack::kAcross ? 1 : kPitch;
     store<Stack>(keys, stack);
-    __syncthreads();  // the keys of all threads are there
+    __syncthreads();                           // the keys of all threads are there
     if constexpr (kInRow == Stack::kAcross) {  // the neighbours in the stack are known
       Key last = entry<Stack, kStack - 1>(stack - kStack * kNext);
       const Key after = entry<Stack, 0>(stack + kStack * kNext);
@@ -176,6 +177,7 @@ struct ScoreKeys {
     if constexpr (!Stack::kAcross) return from[k * kPitch];
     Key keys[kStack];
     load<Stack>(from, keys);
+    for (Key& key : keys) keep(key);
     return keys[k];
   }
   template <typename Stack>
@@ -205,7 +207,8 @@ __device__ __forceinline__ void bits_of_rows(const Stack& tile, unsigned of_stac
 }
 
 // The step bcl_select as far as the tile can tell: returns a bit for each pixel of a stack that is selected, and leaves
-// the rest to the kernel bcl_select. q: the scores, -1 beyond the border of the image. All threads of the block call it.
+// the rest to the kernel bcl_select. q: the scores, -1 beyond the border of the image. All threads of the block call
+// it.
 template <typename Stack, typename Acc>
 __device__ __forceinline__ unsigned select_inside(const LossArgs& args, const Marks& marks, const Stack& tile,
                                                   const Acc (&q)[kStack], const Scores<Acc>& scores,
@@ -239,7 +242,7 @@ __device__ __forceinline__ unsigned select_inside(const LossArgs& args, const Ma
 // Decides on the pixels that select_inside has left: a warp has a tile, a lane a row of a patch. It completes
 // `selected`, and adds to the partial sums (2, tiles) of each step.
 template <typename Entries>
-__global__ void __launch_bounds__(kThreads)
+__global__ void __launch_bounds__(kThreads, 2)
     bcl_select(const __grid_constant__ LossArgs args, const __grid_constant__ Marks marks,
                Scores<typename Entries::Acc> all, double* partials) {
   using Acc = typename Entries::Acc;
@@ -274,13 +277,15 @@ __global__ void __launch_bounds__(kThreads)
       *selected = static_cast<uint8_t>(*selected | 1 << s);
       any = true;
     }
+#pragma unroll
     for (int i = 0; i < 2; ++i) {
       const Acc sum = sum_of_warp(sums[i]);
       if (lane == 0) partials[(2 * s + i) * tiles + index] += sum;
     }
   }
   const unsigned rows = __ballot_sync(0xffffffffu, any);
-  if (lane % kPatchRows == 0 && (rows >> lane & ((1u << kPatchRows) - 1)) != 0) marks.patch(tile.n, y, left)->selected = 1;
+  if (lane % kPatchRows == 0 && (rows >> lane & ((1u << kPatchRows) - 1)) != 0)
+    marks.patch(tile.n, y, left)->selected = 1;
 }
 
 // Returns the steps that selected a pixel, a bit each. Bits of steps that do not exist are masked, whoever wrote them.

@@ -17,10 +17,13 @@ namespace bcmf::device {
 // The tile with a margin on each side. Entries are numbered row by row; row 0 and column 0 are those of the tile.
 struct Area {
   int margin;
+  int pitch;  // from a row to the next. Listed pixels are short runs below each other, which lie in other banks.
+
+  explicit Area(int margin) : margin(margin), pitch((columns() + 2) / 8 * 8 + 5) {}
   BCMF_HOST_DEVICE int rows() const { return kRows + 2 * margin; }
   BCMF_HOST_DEVICE int columns() const { return kColumns + 2 * margin; }
-  BCMF_HOST_DEVICE int count() const { return rows() * columns(); }
-  BCMF_HOST_DEVICE int at(int row, int column) const { return (row + margin) * columns() + column + margin; }
+  BCMF_HOST_DEVICE int count() const { return rows() * pitch; }
+  BCMF_HOST_DEVICE int at(int row, int column) const { return (row + margin) * pitch + column + margin; }
   BCMF_HOST_DEVICE bool has(int row, int column) const {
     return row >= -margin && row < kRows + margin && column >= -margin && column < kColumns + margin;
   }
@@ -86,10 +89,12 @@ struct BitMap {
   }
 };
 
-// Calls f(u, v, tap of K_x, tap of K_y) for the offsets of a window that have taps.
-template <int kRadius, typename F>
+// Calls f(u, v, tap of K_x, tap of K_y) for the offsets of a window that have taps. Without kUnrolled the taps are not
+// constants, and it takes fewer registers.
+template <int kRadius, bool kUnrolled, typename F>
 __device__ __forceinline__ void for_taps(F f) {
-#pragma unroll
+  constexpr int kAtOnce = kUnrolled ? 2 * kRadius + 1 : 1;  // rows
+#pragma unroll kAtOnce
   for (int u = -kRadius; u <= kRadius; ++u)
 #pragma unroll
     for (int v = -kRadius; v <= kRadius; ++v)
@@ -100,14 +105,15 @@ __device__ __forceinline__ void for_taps(F f) {
 template <typename Acc>
 struct WindowMemory {
   static constexpr bool kKeepsStats = sizeof(Acc) == 4;  // there is no room for those of fp64, which is for checks
+  Area labels, compared;                                 // see Window
   SharedArray<Acc> p, residuals;
   SharedArray<PixelStats<Acc>> stats;
   SharedArray<uint16_t> ids, near, edges;
   SharedArray<unsigned> near_bits, edge_bits, scratch, present;
 
-  WindowMemory(const LossArgs& args, int margin, SharedCutter& shared) {
+  WindowMemory(const LossArgs& args, int margin, SharedCutter& shared)
+      : labels(margin + args.cpg_radius), compared(margin) {
     const bool used = args.cpg_radius > 0;
-    const Area labels = {margin + args.cpg_radius}, compared = {margin};
     const int entries = used ? labels.count() : 0, words = used ? labels.rows() * BitMap::kAcross : 0;
     p = shared.take<Acc>(entries);
     stats = shared.take<PixelStats<Acc>>(kKeepsStats ? entries : 0);
@@ -128,16 +134,16 @@ struct WindowMemory {
 template <typename Acc>
 class Window {
  public:
-  Area labels;          // all pixels in the windows of compared ones
-  const Acc* p;         // probabilities of a class, by entry of `labels`; only those near edges are filled in
-  ClassSet present;     // the classes near edges
+  const Area& labels;  // all pixels in the windows of compared ones
+  const Acc* p;        // probabilities of a class, by entry of `labels`; only those near edges are filled in
+  ClassSet present;    // the classes near edges
 
-  __device__ __forceinline__ Window(const LossArgs& args, int margin, const WindowMemory<Acc>& memory)
-      : labels{margin + args.cpg_radius},
+  __device__ __forceinline__ Window(const LossArgs& args, const WindowMemory<Acc>& memory)
+      : labels(memory.labels),
         p(memory.p.data()),
         present{memory.present.data()},
         radius_(args.cpg_radius),
-        compared_{margin},
+        compared_(memory.compared),
         memory_(memory),
         near_bits_{memory.near_bits.data()},
         edge_bits_{memory.edge_bits.data()} {}
@@ -156,8 +162,7 @@ class Window {
     find_changes(ids);
     __syncthreads();  // the changes are there
     const int word = static_cast<int>(threadIdx.x);
-    if (word < words())
-      edge_bits_.words[word] = find_edges(args, tile, word / BitMap::kAcross, word % BitMap::kAcross);
+    if (word < words()) edge_bits_.words[word] = find_edges(args, tile, word / BitMap::kAcross, word % BitMap::kAcross);
     list(args, marks, tile, entries);
     store_edges(marks, tile, true);
     return near_count_ > 0;
@@ -168,7 +173,8 @@ class Window {
                                          const Entries& entries) {
     if (!differ(marks, tile, labels.margin)) return false;
     const int word = static_cast<int>(threadIdx.x);
-    if (word < words()) edge_bits_.words[word] = recall_edges(marks, tile, word / BitMap::kAcross, word % BitMap::kAcross);
+    if (word < words())
+      edge_bits_.words[word] = recall_edges(marks, tile, word / BitMap::kAcross, word % BitMap::kAcross);
     Acc* residuals = memory_.residuals.data();
     for (int i = threadIdx.x; i < 2 * compared_.count(); i += kThreads) residuals[i] = 0;
     list(args, marks, tile, entries);
@@ -190,7 +196,8 @@ class Window {
     __syncthreads();  // p of another class may still be read
     for_listed(memory_.near, near_count_, [&](int i, int row, int column) {
       const int y = clamp(tile.top + row, tile.H), x = clamp(tile.left + column, tile.W), at = labels.at(row, column);
-      const PixelStats<Acc> stats = kKeepsStats ? memory_.stats.data()[i] : stats_at(args, entries, tile.n, y, x, label_of(ids[at]));
+      const PixelStats<Acc> stats =
+          kKeepsStats ? memory_.stats.data()[i] : stats_at(args, entries, tile.n, y, x, label_of(ids[at]));
       p[at] = stats.probability(entries.at(tile.n, y, x, c));
     });
     __syncthreads();
@@ -202,10 +209,10 @@ class Window {
     const uint16_t* ids = memory_.ids.data();
     with_number<kMaxRadius>(radius_, [&](auto radius) {
       for_listed(memory_.edges, edge_count_, [&](int, int row, int column) {
-        const int at = labels.at(row, column), columns = labels.columns();
+        const int at = labels.at(row, column), pitch = labels.pitch;
         Acc gx = 0, gy = 0, px = 0, py = 0;
-        for_taps<decltype(radius)::value>([&](int u, int v, int along_x, int along_y) {
-          const int from = at + u * columns + v;
+        for_taps<decltype(radius)::value, sizeof(Acc) == 4>([&](int u, int v, int along_x, int along_y) {
+          const int from = at + u * pitch + v;
           const bool is_class = ids[from] == c;
           if (along_x != 0) gx += is_class ? Acc(along_x) : Acc(0), px += Acc(along_x) * p[from];
           if (along_y != 0) gy += is_class ? Acc(along_y) : Acc(0), py += Acc(along_y) * p[from];
@@ -238,7 +245,7 @@ class Window {
     const int top = y == 0 ? row - radius_ : row, bottom = y == tile.H - 1 ? row + radius_ : row;
     const int left = x == 0 ? column - radius_ : column, right = x == tile.W - 1 ? column + radius_ : column;
     const Acc *of_x = memory_.residuals.data(), *of_y = of_x + compared_.count();
-    const int columns = compared_.columns();
+    const int pitch = compared_.pitch;
     Acc sum = 0;
     with_number<kMaxRadius>(radius_, [&](auto radius) {
 #pragma unroll 1
@@ -246,9 +253,9 @@ class Window {
 #pragma unroll 1
         for (int j = left; j <= right; ++j) {
           const int at = compared_.at(i, j);
-          for_taps<decltype(radius)::value>([&](int u, int v, int along_x, int along_y) {
+          for_taps<decltype(radius)::value, sizeof(Acc) == 4>([&](int u, int v, int along_x, int along_y) {
             if (!compared_.has(i - u, j - v)) return;
-            const int from = at - u * columns - v;  // G there has this pixel at (u, v)
+            const int from = at - u * pitch - v;  // G there has this pixel at (u, v)
             if (along_x != 0) sum += Acc(along_x) * of_x[from];
             if (along_y != 0) sum += Acc(along_y) * of_y[from];
           });
@@ -267,13 +274,13 @@ class Window {
     const int lane = static_cast<int>(threadIdx.x) % kWarp, warp = static_cast<int>(threadIdx.x) / kWarp;
     const int rows = labels.rows(), columns = labels.columns();
     for (int row = warp; row < rows; row += kWarps) {
-      const uint16_t* of_row = ids + row * columns;
+      const uint16_t *of_row = ids + row * labels.pitch, *of_next = of_row + labels.pitch;
       for (int i = 0; i < BitMap::kAcross; ++i) {
         const int column = 32 * i + lane;
         const bool has = column < columns;
         const uint16_t id = has ? of_row[column] : kIgnoredId;
         const bool right = column + 1 < columns && of_row[column + 1] != id;
-        const bool below = has && row + 1 < rows && of_row[columns + column] != id;
+        const bool below = has && row + 1 < rows && of_next[column] != id;
         const unsigned found[] = {__ballot_sync(0xffffffffu, right), __ballot_sync(0xffffffffu, below),
                                   __ballot_sync(0xffffffffu, has && id == kIgnoredId)};
         for (int j = 0; lane == 0 && j < 3; ++j) scratch(j).words[row * BitMap::kAcross + i] = found[j];
@@ -360,7 +367,7 @@ class Window {
   }
 
   int radius_;
-  Area compared_;  // where G is compared
+  const Area& compared_;  // where G is compared
   const WindowMemory<Acc>& memory_;
   BitMap near_bits_, edge_bits_;  // pixels within a radius of an edge; edges
   int near_count_, edge_count_;
@@ -368,13 +375,13 @@ class Window {
 
 // Writes partial sums (2, tiles): of (G - its estimate)^2, and of |M|.
 template <typename Entries>
-__global__ void __launch_bounds__(kThreads)
+__global__ void __launch_bounds__(kThreads, 2)
     cpg_compare(const __grid_constant__ LossArgs args, const __grid_constant__ Marks marks,
                 const __grid_constant__ WindowMemory<typename Entries::Acc> memory, double* partials) {
   using Acc = typename Entries::Acc;
   const Tile tile(args);
   const Entries entries(args);
-  Window<Acc> window(args, 0, memory);
+  Window<Acc> window(args, memory);
   const Acc unit = Acc(1) / static_cast<Acc>(sobel_denominator(args.cpg_radius));
   Acc sums[2] = {};
   if (!window.find(args, marks, tile, entries)) {

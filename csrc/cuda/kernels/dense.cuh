@@ -82,9 +82,10 @@ struct ForwardMemory {
 // Writes stats, with OHEM the losses, and the tile's sums: how many losses are above OHEM's threshold, the sum of the
 // weighted losses, and that of the weights. With BCL it does the step bcl_select as far as a tile can.
 template <typename Source>
-__global__ void __launch_bounds__(kThreads, 2)
+__global__ void __launch_bounds__(kThreads, Source::kBlocks)
     dense_forward(const __grid_constant__ LossArgs args, const __grid_constant__ Marks marks,
-                  const __grid_constant__ ForwardMemory<Source> memory, Scores<typename Source::Acc> scores, double* partials) {
+                  const __grid_constant__ ForwardMemory<Source> memory, Scores<typename Source::Acc> scores,
+                  double* partials) {
   using Acc = typename Source::Acc;
   const typename Source::Tile tile(args);
   const Source source(args, tile, memory.staged);
@@ -120,10 +121,9 @@ __global__ void __launch_bounds__(kThreads, 2)
     Acc q[kStack] = {-1, -1, -1, -1}, chosen[2] = {};  // sums of the losses of selected pixels, and their number
     tile.for_each([&](int k) {
       if (label[k] >= 0)
-        q[k] = flips_nothing ? nll[k]
-                             : score_of(
-                                   marks, step, tile, tile.y(k), tile.x(k), label[k], nll[k],
-                                   [&](int c) { return loss_of_class(k, c); });
+        q[k] = flips_nothing ? nll[k] : score_of(marks, step, tile, tile.y(k), tile.x(k), label[k], nll[k], [&](int c) {
+          return loss_of_class(k, c);
+        });
     });
     const unsigned found = select_inside(args, marks, tile, q, scores.of_step(args, s), keys);
 #pragma unroll
@@ -228,7 +228,8 @@ __device__ __forceinline__ void put_classes(const Source& source, const Sink& si
   for (int j = 0; j < kCount; ++j, to = sink.next(to)) sink.put(source, tile, to, z[j]);
 }
 
-// Writes the gradients of the label's class of a stack again, if that is one of begin..end-1. z: the logits of that class.
+// Writes the gradients of the label's class of a stack again, if that is one of begin..end-1. z: the logits of that
+// class.
 template <typename Source, typename Sink, typename Acc, typename Entries>
 __device__ __forceinline__ void put_labels(const Source& source, const Sink& sink, const typename Source::Tile& tile,
                                            const PixelStats<Acc> (&stats)[kStack], const Pulls<Acc>& pulls,
@@ -261,8 +262,8 @@ struct BackwardMemory {
       : staged(Source::take(args, shared)), sparse(args, shared) {}
 };
 
-// Writes the gradient, for each label pixel, class by class. The steps cpg_residuals, cpg_shares and sparse_backward are
-// part of this kernel.
+// Writes the gradient, for each label pixel, class by class. The steps cpg_residuals, cpg_shares and sparse_backward
+// are part of this kernel.
 template <typename Source, typename Sink>
 __global__ void __launch_bounds__(kThreads, Source::kBlocks)
     dense_backward(const __grid_constant__ LossArgs args, const __grid_constant__ Marks marks,

@@ -9,17 +9,17 @@ namespace bcmf::device {
 
 // ---------------------------------------------------------------------------------------------------------------------
 // Sources read class by class: the thread's stack of class c is at a place that `at` gives for c, and `next` for the
-// class behind another one. `take` takes their shared memory on the host. A class can be read if `is_ready`; `stage` makes classes from `begin` on ready, and returns
-// the first one that is not. What is read beyond the border of the image may be anything. read<true> is for those that
-// is_plain, which is the same for all lanes of a warp.
+// class behind another one. `take` takes their shared memory on the host. A class can be read if `is_ready`; `stage`
+// makes classes from `begin` on ready, and returns the first one that is not. What is read beyond the border of the
+// image may be anything. read<true> is for those that is_plain, which is the same for all lanes of a warp.
 
 // Reads single logits of the labels' size.
 template <typename Scalar_>
 struct DirectEntries {
   using Scalar = Scalar_;
   using Acc = typename AccOf<Scalar>::type;
-  static constexpr int kAtOnce = 4;  // classes that are read together
-  static constexpr bool kPacksStats = true;  // see stats.cuh
+  static constexpr int kAtOnce = sizeof(Acc) == 8 ? 1 : 4;  // classes that are read together
+  static constexpr bool kPacksStats = true;                 // see stats.cuh
   const MapView& view;
 
   using Staged = SharedArray<Scalar>;
@@ -40,10 +40,11 @@ struct DirectAny : DirectEntries<Scalar> {
   using Entries = DirectEntries<Scalar>;
   using typename Entries::Acc;
   using Tile = Stacks<false>;
-  static constexpr int kBlocks = 1;  // of dense_backward, for which a multiprocessor has to have room
+  static constexpr int kBlocks = 1;  // of a kernel, for which a multiprocessor has to have room
   const Scalar* stack_[kStack];
 
-  __device__ __forceinline__ DirectAny(const LossArgs& args, const Tile& tile, const SharedArray<Scalar>&) : Entries(args) {
+  __device__ __forceinline__ DirectAny(const LossArgs& args, const Tile& tile, const SharedArray<Scalar>&)
+      : Entries(args) {
     const Scalar* column = this->data() + tile.n * this->view.stride_n + clamp(tile.x(0), tile.W) * this->view.stride_w;
 #pragma unroll
     for (int k = 0; k < kStack; ++k) stack_[k] = column + clamp(tile.y(k), tile.H) * this->view.stride_h;
@@ -71,7 +72,8 @@ struct DirectRows : DirectEntries<Scalar> {
   static bool can_read(const MapView& view, const LossArgs& args) {
     return view.stride_w == 1 && args.W % kStack == 0 && begins_at<Scalar>(view, args, view.stride_c, kStack);
   }
-  __device__ __forceinline__ DirectRows(const LossArgs& args, const Tile& tile, const SharedArray<Scalar>&) : Entries(args) {
+  __device__ __forceinline__ DirectRows(const LossArgs& args, const Tile& tile, const SharedArray<Scalar>&)
+      : Entries(args) {
     const int y = tile.has(0) ? tile.y(0) : tile.top, x = tile.has(0) ? tile.x(0) : tile.left;
     first_ = this->data() + tile.n * this->view.stride_n + y * this->view.stride_h + x;
   }
@@ -85,26 +87,32 @@ struct DirectRows : DirectEntries<Scalar> {
 };
 
 // Reads logits that are contiguous along classes, then along x (channels_last). The block first copies its tile to
-// shared memory, whole rows at a time.
+// shared memory, whole rows at a time. Where whole units of 8 bytes are a pixel's classes, an odd number of units lies
+// between neighbouring pixels there: threads would all read from a few banks otherwise.
 template <typename Scalar>
 struct DirectPixels : DirectEntries<Scalar> {
   using Entries = DirectEntries<Scalar>;
   using typename Entries::Acc;
   using Tile = Stacks<false>;
-  static constexpr int kBlocks = 2, kVector = 16 / sizeof(Scalar);
-  Scalar* staged;  // (kRows, kColumns, C)
+  static constexpr int kBlocks = 2, kVector = 16 / sizeof(Scalar), kUnit = 8 / sizeof(Scalar);
+  struct Staged {
+    SharedArray<Scalar> pixels;
+    int pitch;  // from a pixel to the next
+  };
   const Tile& tile;
-  int C;
+  Scalar* staged;  // (kRows, kColumns, pitch)
+  int C, pitch;
 
   static bool can_read(const MapView& view, const LossArgs& args) {
     return view.stride_c == 1 && view.stride_w == args.C && args.W * args.C % kVector == 0 &&
            begins_at<Scalar>(view, args, 0, kVector);
   }
-  static SharedArray<Scalar> take(const LossArgs& args, SharedCutter& shared) {
-    return shared.take<Scalar>(kRows * kColumns * args.C);
+  static Staged take(const LossArgs& args, SharedCutter& shared) {
+    const int64_t pitch = args.C % kUnit == 0 ? (args.C / kUnit | 1) * kUnit : args.C;
+    return {shared.take<Scalar>(kRows * kColumns * pitch), static_cast<int>(pitch)};
   }
-  __device__ __forceinline__ DirectPixels(const LossArgs& args, const Tile& tile, const SharedArray<Scalar>& memory)
-      : Entries(args), staged(memory.data()), tile(tile), C(static_cast<int>(args.C)) {
+  __device__ __forceinline__ DirectPixels(const LossArgs& args, const Tile& tile, const Staged& memory)
+      : Entries(args), tile(tile), staged(memory.pixels.data()), C(static_cast<int>(args.C)), pitch(memory.pitch) {
     copy(this->view, [](auto* shared, const auto* memory) { *shared = *memory; });
     __syncthreads();
   }
@@ -115,26 +123,36 @@ struct DirectPixels : DirectEntries<Scalar> {
 #pragma unroll
     for (int k = 0; k < kStack; ++k) z[k] = widen(*staged_at(k, c));
   }
-  __device__ __forceinline__ Acc own(int k, int c) const {
-    return Entries::at(tile.n, tile.y(k), tile.x(k), c);
-  }
+  __device__ __forceinline__ Acc own(int k, int c) const { return Entries::at(tile.n, tile.y(k), tile.x(k), c); }
   __device__ __forceinline__ Scalar* staged_at(int k, int c) const {
-    return staged + (tile.row(k) * kColumns + tile.column(k)) * C + c;
+    return staged + (tile.row(k) * kColumns + tile.column(k)) * pitch + c;
   }
-  // Calls f(shared, memory) for all of the tile, 16 bytes at a time. A row of the tile is a multiple of 16 bytes long,
-  // as can_read has found a row of the image to be.
+  // Calls f(shared, memory) for all of the tile, 16 bytes at a time, or a unit. A row of the tile is a multiple of 16
+  // bytes long, as can_read has found a row of the image to be.
   template <typename F>
   __device__ __forceinline__ void copy(const MapView& to, F f) const {
     Scalar* corner =
         static_cast<Scalar*>(to.data) + tile.n * to.stride_n + tile.top * to.stride_h + tile.left * to.stride_w;
     constexpr int kPerRow = kThreads / kRows;  // threads to a row: no division by its length
-    const int row = static_cast<int>(threadIdx.x) / kPerRow, own = static_cast<int>(threadIdx.x) % kPerRow * kVector;
+    const int row = static_cast<int>(threadIdx.x) / kPerRow, lane = static_cast<int>(threadIdx.x) % kPerRow;
     if (row >= tile.rows) return;
-    Scalar *shared = staged + row * kColumns * C, *memory = corner + row * to.stride_h;
+    Scalar *shared = staged + row * kColumns * pitch, *memory = corner + row * to.stride_h;
+    if (C % kUnit != 0) {
 #pragma unroll 4
-    for (int entry = own; entry < tile.columns * C; entry += kPerRow * kVector)
-      f(reinterpret_cast<Words<Scalar, kVector>*>(shared + entry),
-        reinterpret_cast<Words<Scalar, kVector>*>(memory + entry));
+      for (int entry = lane * kVector; entry < tile.columns * C; entry += kPerRow * kVector)
+        f(reinterpret_cast<Words<Scalar, kVector>*>(shared + entry),
+          reinterpret_cast<Words<Scalar, kVector>*>(memory + entry));
+      return;
+    }
+    const int of_pixel = C / kUnit, columns = kPerRow / of_pixel, rest = kPerRow % of_pixel;
+    int column = lane / of_pixel, unit = lane % of_pixel;
+#pragma unroll 4
+    for (int i = lane; i < tile.columns * of_pixel; i += kPerRow) {
+      f(reinterpret_cast<Words<Scalar, kUnit>*>(shared + column * pitch + unit * kUnit),
+        reinterpret_cast<Words<Scalar, kUnit>*>(memory + i * kUnit));
+      column += columns, unit += rest;
+      if (unit >= of_pixel) ++column, unit -= of_pixel;
+    }
   }
 };
 
@@ -238,30 +256,37 @@ __device__ __forceinline__ Acc mix(Acc a, Acc b, const AxisWeights<Acc>& weights
 // Resampling along an axis of a tile. Pixels and cells are counted from the tile's first ones.
 template <typename Acc, int kLength>
 struct TileAxis {
-  AxisWeights<Acc>* weights;  // of each pixel
+  AxisWeights<Acc>* weights;  // (kSlots,)
   int* cell;                  // the first cell of a pixel, which is counted among all logits
   int* start;                 // the first pixel of a quad, and the end of the last one
   int first;                  // the tile's first cell, among all logits
   int cells;                  // that the tile lies between
   int quads;                  // spans of pixels between the same two cells
 
-  // Two calls, between which all threads of the block wait for each other, fill in the arrays.
-  __device__ __forceinline__ void fill(int begin, int length, int64_t in, int64_t out, bool align_corners) const {
+  // Where the weights of a pixel of a quad are. Across, those of quads that threads read at the same time lie in other
+  // banks.
+  static constexpr int kShifts = kLength == kColumns ? 8 : 0, kSlots = kLength + kShifts;
+  static __device__ __forceinline__ int shift_of(int quad) { return quad < kShifts ? quad : kShifts; }
+  // Two calls, between which all threads of the block wait for each other, fill in the arrays. weight: of the thread's
+  // pixel.
+  __device__ __forceinline__ void fill(int begin, int length, int64_t in, int64_t out, bool align_corners,
+                                       Acc& weight) const {
     const int i = static_cast<int>(threadIdx.x);
     if (i >= length) return;
     const AxisTap<Acc> tap = axis_tap<Acc>(begin + i, in, out, align_corners);
-    cell[i] = static_cast<int>(tap.first);
-    weights[i] = {1 - tap.weight, tap.weight};
+    cell[i] = static_cast<int>(tap.first), weight = tap.weight;
   }
-  __device__ __forceinline__ void finish(int length, int64_t in) {
+  __device__ __forceinline__ void finish(int length, int64_t in, Acc weight) {
     first = cell[0];
     const int last = cell[length - 1];
     quads = last - first + 1;
     cells = last + 1 < in ? quads + 1 : quads;
     const int i = static_cast<int>(threadIdx.x);
     if (i >= length) return;
+    const int quad = cell[i] - first;
+    weights[i + shift_of(quad)] = {1 - weight, weight};
     // There are no more cells than pixels, so that the next pixel lies in the same quad or in the next one.
-    if (i == 0 || cell[i] != cell[i - 1]) start[cell[i] - first] = i;
+    if (i == 0 || cell[i] != cell[i - 1]) start[quad] = i;
     if (i + 1 == length) start[quads] = length;
   }
 };
@@ -275,18 +300,19 @@ struct TileCells {
   Acc* staged;  // (classes, pitch): of each class (down.cells, across.cells)
   int pitch;    // odd, so that neighbouring classes lie in other banks
 
-  // All threads of the block call it, and wait for each other before they read where quads start.
+  // All threads of the block call it, and wait for each other before they read weights, or where quads start.
   __device__ __forceinline__ TileCells(const LossArgs& args, const Tile& tile, Acc* staged) : staged(staged) {
-    BCMF_SHARED(AxisWeights<Acc>, weights, kRows + kColumns);
+    BCMF_SHARED(AxisWeights<Acc>, weights, decltype(down)::kSlots + decltype(across)::kSlots);
     BCMF_SHARED(int, numbers, 2 * (kRows + kColumns) + 2);
     down.cell = numbers, across.cell = down.cell + kRows;
     down.start = across.cell + kColumns, across.start = down.start + kRows + 1;
-    down.weights = weights, across.weights = weights + kRows;
-    down.fill(tile.top, tile.rows, args.h, args.H, args.align_corners);
-    across.fill(tile.left, tile.columns, args.w, args.W, args.align_corners);
-    __syncthreads();
-    down.finish(tile.rows, args.h);
-    across.finish(tile.columns, args.w);
+    down.weights = weights, across.weights = weights + decltype(down)::kSlots;
+    Acc weight_down = 0, weight_across = 0;
+    down.fill(tile.top, tile.rows, args.h, args.H, args.align_corners, weight_down);
+    across.fill(tile.left, tile.columns, args.w, args.W, args.align_corners, weight_across);
+    __syncthreads();  // all cells are known
+    down.finish(tile.rows, args.h, weight_down);
+    across.finish(tile.columns, args.w, weight_across);
     pitch = count() | 1;
   }
   __device__ __forceinline__ int count() const { return down.cells * across.cells; }
@@ -295,20 +321,23 @@ struct TileCells {
   // threads of the block call it, and wait for each other before and after it.
   __device__ __forceinline__ bool load(const LossArgs& args, const Tile& tile, const Entries& entries, int c,
                                        int classes) const {
-    const int lane = static_cast<int>(threadIdx.x) % kWarp, warp = static_cast<int>(threadIdx.x) / kWarp;
+    constexpr int kAtOnce = 64;  // cells of a class, a thread each
     const MapView& view = args.logits;
     const auto* corner =
         entries.image(tile.n) + c * view.stride_c + down.first * view.stride_h + across.first * view.stride_w;
-    bool finite = true;
-    for (int i = lane; i < count(); i += kWarp) {
-      const auto* from = corner + i / across.cells * view.stride_h + i % across.cells * view.stride_w;
-      for (int of_chunk = warp; of_chunk < classes; of_chunk += kWarps) {
-        const Acc z = widen(from[of_chunk * view.stride_c]);
-        staged[of_chunk * pitch + i] = z;
-        finite = finite && z - z == 0;
+    Acc zero = 0;  // it is not any more if a logit is not finite
+    for (int i = static_cast<int>(threadIdx.x) % kAtOnce; i < count(); i += kAtOnce) {
+      int of_chunk = static_cast<int>(threadIdx.x) / kAtOnce;
+      const auto* from =
+          corner + i / across.cells * view.stride_h + i % across.cells * view.stride_w + of_chunk * view.stride_c;
+      Acc* to = staged + of_chunk * pitch + i;
+      constexpr int kStep = kThreads / kAtOnce;
+      for (; of_chunk < classes; of_chunk += kStep, from += kStep * view.stride_c, to += kStep * pitch) {
+        *to = widen(*from);
+        zero += *to * 0;
       }
     }
-    return finite;
+    return zero == 0;
   }
 };
 
@@ -319,7 +348,7 @@ struct Upsampled : ResampledEntries<Scalar> {
   using Entries = ResampledEntries<Scalar>;
   using typename Entries::Acc;
   using Tile = Stacks<false>;
-  static constexpr int kAtOnce = 4;
+  static constexpr int kAtOnce = 4, kBlocks = 2;
   static constexpr int kBudget = 12 << 10;  // bytes of cells, if that is enough for a class
   const Tile& tile;
   TileCells<Entries> cells;
@@ -348,12 +377,13 @@ struct Upsampled : ResampledEntries<Scalar> {
     corner = row * cells.across.cells + cell;
     right = cell + 1 < cells.across.cells ? 1 : 0;
     below = row + 1 < cells.down.cells ? cells.across.cells : 0;
-    across = cells.across.weights[column];
+    __syncthreads();  // all weights are known
+    across = cells.across.weights[column + cells.across.shift_of(cell)];
     int before = row + cells.down.first;
 #pragma unroll
     for (int k = 0; k < kStack; ++k) {
       const int i = clamp(tile.first_row + k, tile.rows);
-      down[k] = cells.down.weights[i];
+      down[k] = cells.down.weights[i + cells.down.shift_of(cells.down.cell[i] - cells.down.first)];
       if (cells.down.cell[i] != before) advances |= 1u << k;
       before = cells.down.cell[i];
     }
@@ -388,7 +418,7 @@ struct Upsampled : ResampledEntries<Scalar> {
   __device__ __forceinline__ Acc own(int k, int c) const {
     const int row = clamp(tile.row(k), tile.rows), column = clamp(tile.first_column, tile.columns);
     Tap<Acc> down, across;
-    down.first = cells.down.cell[row], down.weight = cells.down.weights[row].second;
+    down.first = cells.down.cell[row], down.weight = this->down[k].second;
     across.first = cells.across.cell[column], across.weight = this->across.second;
     return this->between(this->image(tile.n) + c * this->args.logits.stride_c, across, down);
   }
@@ -422,7 +452,8 @@ __device__ __forceinline__ void read_classes(const Source& source, Place& place,
   for (int j = 0; j < kCount; ++j, place = source.next(place)) source.template read<kPlain>(place, z[j]);
 }
 
-// Calls f(first, z) for groups of all classes of a stack, z[j] being class first + j. Groups may have different lengths.
+// Calls f(first, z) for groups of all classes of a stack, z[j] being class first + j. Groups may have different
+// lengths.
 template <typename Source, typename F>
 __device__ __forceinline__ void for_classes(const Source& source, int C, F f) {
   constexpr int kAtOnce = Source::kAtOnce;
@@ -455,8 +486,8 @@ __device__ __forceinline__ void for_classes(const Source& source, int C, F f) {
 }
 
 // ---------------------------------------------------------------------------------------------------------------------
-// Sinks take the gradients of stacks class by class, by `put` at the class's place, or of one pixel, by `put_one`. After
-// the last one comes `finish`.
+// Sinks take the gradients of stacks class by class, by `put` at the class's place, or of one pixel, by `put_one`.
+// After the last one comes `finish`.
 
 // The members that sinks into a tensor have in common: a place is how many entries a class begins behind the first.
 struct Store {

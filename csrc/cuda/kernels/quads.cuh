@@ -26,16 +26,17 @@ struct alignas(2 * sizeof(Acc)) QuadSums {
 // The shared memory of dense_backward_quads.
 template <typename Acc>
 struct QuadMemory {
-  static constexpr int kPitch = kRows + 1, kShifts = 8;  // so that neighbouring threads use other banks
-  static constexpr int kBudget = 16 << 10;               // bytes of cells and sums, if that is enough for a class
-  int classes;                                           // that are staged together
-  int cells_down, cells_across;                          // the most of a tile
-  SharedArray<PixelTerms<Acc>> pixels;                   // (kColumns, kPitch)
-  SharedArray<PixelClasses> classes_of;                  // the same
-  SharedArray<Acc> staged;                               // (classes, pitch)
-  SharedArray<QuadSums<Acc>> sums;                       // (classes, pitch)
-  SharedArray<uint16_t> order;                           // (classes,)
-  SharedArray<unsigned> present;                         // the classes of the tile's labels
+  using Across = TileAxis<Acc, kColumns>;
+  static constexpr int kPitch = kRows + 1;  // so that neighbouring threads use other banks
+  static constexpr int kBudget = 16 << 10;  // bytes of cells and sums, if that is enough for a class
+  int classes;                              // that are staged together
+  int cells_down, cells_across;             // the most of a tile
+  SharedArray<PixelTerms<Acc>> pixels;      // (kColumns, kPitch)
+  SharedArray<PixelClasses> classes_of;     // the same
+  SharedArray<Acc> staged;                  // (classes, pitch)
+  SharedArray<Acc> sums;                    // (2, classes, pitch): of left cells, then of right ones
+  SharedArray<uint16_t> order;              // (classes,)
+  SharedArray<unsigned> present;            // the classes of the tile's labels
   SparseMemory<Acc> sparse;
 
   QuadMemory(const LossArgs& args, SharedCutter& shared)
@@ -44,21 +45,19 @@ struct QuadMemory {
         sparse(args, shared) {
     const int cells = most_pitch(args), fit = kBudget / static_cast<int>(3 * cells * sizeof(Acc));
     classes = fit < 1 ? 1 : fit < args.C ? fit : static_cast<int>(args.C);
-    pixels = shared.take<PixelTerms<Acc>>(kColumns * kPitch + kShifts);
-    classes_of = shared.take<PixelClasses>(kColumns * kPitch + kShifts);
+    pixels = shared.take<PixelTerms<Acc>>(kColumns * kPitch + Across::kShifts);
+    classes_of = shared.take<PixelClasses>(kColumns * kPitch + Across::kShifts);
     staged = shared.take<Acc>(classes * cells);
-    sums = shared.take<QuadSums<Acc>>(classes * cells);
+    sums = shared.take<Acc>(2 * classes * cells);
     order = shared.take<uint16_t>(classes);
     present = shared.take<unsigned>(ClassSet::kWords);
   }
   // Where a column of pixels begins, which is shifted for the same reason.
-  static __device__ __forceinline__ int at(int column, int quad) {
-    return column * kPitch + (quad < kShifts ? quad : kShifts);
-  }
+  static __device__ __forceinline__ int at(int column, int quad) { return column * kPitch + Across::shift_of(quad); }
 };
 
-// The sums of a column of quads, for one class. kFinite: all logits are. kSpecial: pixels of the tile may have the class
-// as their label, or extras of it; or all may have it as their label, or none, without kSpecial.
+// The sums of a column of quads, for one class. kFinite: all logits are. kSpecial: pixels of the tile may have the
+// class as their label, or extras of it; or all may have it as their label, or none, without kSpecial.
 template <typename Entries, bool kFinite, bool kSpecial>
 struct QuadColumn {
   using Acc = typename Entries::Acc;
@@ -90,29 +89,31 @@ struct QuadColumn {
   __device__ __forceinline__ void add_columns(int x, int i, int j, const QuadSums<Acc>& top,
                                               const QuadSums<Acc>& bottom, QuadSums<Acc>& above,
                                               QuadSums<Acc>& below) const {
-    AxisWeights<Acc> across[kCount];
+    const AxisWeights<Acc>* weights = cells.across.weights + x + cells.across.shift_of(j);
     Acc upper[kCount], lower[kCount];
     QuadSums<Acc> to[kCount] = {};
 #pragma unroll
     for (int k = 0; k < kCount; ++k) {
-      across[k] = cells.across.weights[x + k];
-      upper[k] = mix<kFinite>(top.first, top.second, across[k]);
-      lower[k] = mix<kFinite>(bottom.first, bottom.second, across[k]);
+      const AxisWeights<Acc> across = weights[k];
+      upper[k] = mix<kFinite>(top.first, top.second, across);
+      lower[k] = mix<kFinite>(bottom.first, bottom.second, across);
       keep(upper[k]), keep(lower[k]);
     }
     int y = cells.down.start[i], place = memory.at(x, j) + y;
-    const int end = cells.down.start[i + 1];
+    const int end = cells.down.start[i + 1], shift = cells.down.shift_of(i);
     keep(place);
-#pragma unroll 1
-    for (; y < end; ++y, ++place) {
-      const AxisWeights<Acc> down = cells.down.weights[y];
+    const auto add_row = [&](int y, int place) {
+      const AxisWeights<Acc> down = cells.down.weights[y + shift];
 #pragma unroll
       for (int k = 0; k < kCount; ++k) add_pixel(place + k * memory.kPitch, down, upper[k], lower[k], to[k]);
-    }
+    };
+#pragma unroll 1
+    for (; y < end; ++y, ++place) add_row(y, place);
 #pragma unroll
     for (int k = 0; k < kCount; ++k) {
-      above.first += across[k].first * to[k].first, above.second += across[k].second * to[k].first;
-      below.first += across[k].first * to[k].second, below.second += across[k].second * to[k].second;
+      const AxisWeights<Acc> across = weights[k];
+      above.first += across.first * to[k].first, above.second += across.second * to[k].first;
+      below.first += across.first * to[k].second, below.second += across.second * to[k].second;
     }
   }
 
@@ -122,9 +123,13 @@ struct QuadColumn {
     const int columns = cells.across.cells, right = j + 1 < columns ? 1 : 0;
     const int begin = cells.across.start[j], end = cells.across.start[j + 1];
     const Acc* row = cells.staged + of_chunk * cells.pitch + j;
-    QuadSums<Acc>* sums = memory.sums.data() + of_chunk * cells.pitch + j;
+    Acc* left = memory.sums.data() + of_chunk * cells.pitch + j;
+    const auto store = [&](const QuadSums<Acc>& sums) {
+      left[0] = sums.first, left[memory.classes * cells.pitch] = sums.second;
+      left += columns;
+    };
     QuadSums<Acc> above = {}, top = {row[0], row[right]};  // what the upper cells get from above; their logits
-    for (int i = 0; i < cells.down.quads; ++i, sums += columns) {
+    for (int i = 0; i < cells.down.quads; ++i) {
       if (i + 1 < cells.down.cells) row += columns;
       const QuadSums<Acc> bottom = {row[0], row[right]};
       QuadSums<Acc> below = {};
@@ -133,10 +138,10 @@ struct QuadColumn {
       for (; x + kAtOnce <= end; x += kAtOnce) add_columns<kAtOnce>(x, i, j, top, bottom, above, below);
 #pragma unroll 1
       for (; kAtOnce > 1 && x < end; ++x) add_columns<1>(x, i, j, top, bottom, above, below);
-      *sums = above;
+      store(above);
       above = below, top = bottom;
     }
-    if (cells.down.quads < cells.down.cells) *sums = above;
+    if (cells.down.quads < cells.down.cells) store(above);
   }
 };
 
@@ -184,15 +189,15 @@ __global__ void __launch_bounds__(kThreads, 2)
       marks.load(tile, patch_id, labels);
       PixelStats<Acc> stats[kStack];
       load_stats(args, tile, stats);
-      const Pulls<Acc> pulls(args, tile, patch, labels, sparse, [&](int k) {
-        return stats[k].loss(entries.at(tile.n, tile.y(k), tile.x(k), labels[k]));
-      });
+      const Pulls<Acc> pulls(args, tile, patch, labels, sparse,
+                             [&](int k) { return stats[k].loss(entries.at(tile.n, tile.y(k), tile.x(k), labels[k])); });
       tile.for_each([&](int k) {
         const int quad = cells.across.cell[tile.column(k)] - cells.across.first;
         const int place = memory.at(tile.column(k), quad) + tile.row(k);
         memory.pixels.data()[place] = {stats[k].reference, exp_shift(stats[k].rest), pulls.of_p[k], pulls.pull[k]};
         memory.classes_of.data()[place] = {labels[k], pulls.place[k]};
-        const bool first = patch_id == kMixed ? k == 0 || labels[k] != labels[k - 1] : threadIdx.x % kWarp == 0 && k == 0;
+        const bool first =
+            patch_id == kMixed ? k == 0 || labels[k] != labels[k - 1] : threadIdx.x % kWarp == 0 && k == 0;
         if (first && labels[k] >= 0) present.add(labels[k]);
       });
     }
@@ -203,8 +208,8 @@ __global__ void __launch_bounds__(kThreads, 2)
       __syncthreads();  // all labels are there, and other cells are not needed any more
       const bool careful = any_of_block(!cells.load(args, tile, entries, c, classes));
       const int quads = cells.across.quads;
-      const auto is_special = [&](int i) { return mixed && (present.has(c + i) || sparse.rank(c + i) >= 0); };
-      const int plain = careful ? 0 : order_classes(classes, is_special, memory.order.data());
+      const auto is_special = [&](int i) { return present.has(c + i) || sparse.rank(c + i) >= 0; };
+      const int plain = careful ? 0 : mixed ? order_classes(classes, is_special, memory.order.data()) : classes;
       __syncthreads();  // the order is there
       // Special classes begin at another warp, so that no warp has both.
       const int plain_items = plain * quads, first_special = (plain_items + kWarp - 1) / kWarp * kWarp;
@@ -214,7 +219,7 @@ __global__ void __launch_bounds__(kThreads, 2)
         if (!special && i >= plain_items) continue;
         const int of_kind = special ? i - first_special : i, kind = special ? classes - plain : plain;
         const int j = of_kind / kind, place = (special ? plain : 0) + of_kind % kind;
-        const int of_chunk = careful ? place : memory.order.data()[place], own = c + of_chunk;
+        const int of_chunk = careful || !mixed ? place : memory.order.data()[place], own = c + of_chunk;
         const int rank = special ? sparse.rank(own) : -1;
         const Acc minus_label = own == label ? Acc(-1) : Acc(0);
         if (!special)
@@ -225,13 +230,14 @@ __global__ void __launch_bounds__(kThreads, 2)
           QuadColumn<Entries, true, true>{memory, cells, sparse, own, rank, minus_label}.run(of_chunk, j);
       }
       __syncthreads();  // all sums are there
+      Acc* of_tile = partials + (blockIdx.x * args.C + c) * (memory.cells_down * memory.cells_across);
       for (int i = threadIdx.x; i < classes * cells.count(); i += kThreads) {
         const int of_chunk = i / cells.count(), cell = i % cells.count();
         const int row = cell / cells.across.cells, column = cell % cells.across.cells;
-        const QuadSums<Acc>* sums = memory.sums.data() + of_chunk * cells.pitch + cell;
-        const Acc right = column < quads ? sums[0].first : Acc(0), left = column > 0 ? sums[-1].second : Acc(0);
-        partials[((blockIdx.x * args.C + c + of_chunk) * memory.cells_down + row) * memory.cells_across + column] =
-            left + right;
+        const Acc *to_left = memory.sums.data() + of_chunk * cells.pitch + cell,
+                  *to_right = to_left + memory.classes * cells.pitch;
+        of_tile[(of_chunk * memory.cells_down + row) * memory.cells_across + column] =
+            (column > 0 ? to_right[-1] : Acc(0)) + (column < quads ? to_left[0] : Acc(0));
       }
     }
   }

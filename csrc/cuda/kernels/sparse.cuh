@@ -17,11 +17,11 @@ namespace bcmf::device {
 template <typename Acc>
 struct SparseMemory {
   WindowMemory<Acc> window;
-  SharedArray<uint16_t> listed;    // row * kColumns + column of each listed pixel
-  SharedArray<uint16_t> places;    // of each pixel of the tile: its place in this list, or kNone
-  SharedArray<Acc> factors;        // of each listed pixel
-  SharedArray<Acc> extras;         // by class and listed pixel
-  SharedArray<unsigned> present;   // the classes that may have extras
+  SharedArray<uint16_t> listed;   // row * kColumns + column of each listed pixel
+  SharedArray<uint16_t> places;   // of each pixel of the tile: its place in this list, or kNone
+  SharedArray<Acc> factors;       // of each listed pixel
+  SharedArray<Acc> extras;        // by class and listed pixel
+  SharedArray<unsigned> present;  // the classes that may have extras
 
   SparseMemory(const LossArgs& args, SharedCutter& shared) : window(args, args.cpg_radius, shared) {
     const int64_t pixels = args.cpg_radius > 0 || args.bcl_flipped ? kRows * kColumns : 0;
@@ -42,7 +42,7 @@ class SparseGradient {
 
   __device__ __forceinline__ SparseGradient(const LossArgs& args, const SparseMemory<Acc>& memory)
       : args_(args),
-        window_(args, args.cpg_radius, memory.window),
+        window_(args, memory.window),
         edges_(false),
         count_(0),
         room_(0),
@@ -164,10 +164,10 @@ class SparseGradient {
 
   const LossArgs& args_;
   Window<Acc> window_;
-  bool edges_;                           // CPG has edges near the tile
-  int count_;                            // how many pixels are listed
-  int room_;                             // for how many classes extras are kept
-  int begin_, held_, next_;              // see find_extras, next_rank and next_class
+  bool edges_;               // CPG has edges near the tile
+  int count_;                // how many pixels are listed
+  int room_;                 // for how many classes extras are kept
+  int begin_, held_, next_;  // see find_extras, next_rank and next_class
   uint16_t *listed_, *places_;
   Acc *factors_, *kept_;
   ClassSet present_;

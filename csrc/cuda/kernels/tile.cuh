@@ -42,7 +42,8 @@ __device__ __forceinline__ Acc exp_of(Acc x) {
   return exp_shifted(x, Acc(0));
 }
 
-// Lets a number be found before a loop. The compiler would find it again in each iteration, to have more registers.
+// Lets a number be found here. The compiler would find it again in each iteration of a loop, to have more registers, or
+// would not find it at all if nothing needs it.
 __device__ __forceinline__ void keep([[maybe_unused]] float& x) {
 #if defined(__CUDA_ARCH__)
   asm volatile("" : "+f"(x));
@@ -51,6 +52,11 @@ __device__ __forceinline__ void keep([[maybe_unused]] float& x) {
 __device__ __forceinline__ void keep([[maybe_unused]] int& x) {
 #if defined(__CUDA_ARCH__)
   asm volatile("" : "+r"(x));
+#endif
+}
+__device__ __forceinline__ void keep([[maybe_unused]] long long& x) {
+#if defined(__CUDA_ARCH__)
+  asm volatile("" : "+l"(x));
 #endif
 }
 
@@ -282,8 +288,8 @@ __device__ __forceinline__ T sum_of_block(T value) {
   return sum;
 }
 
-// Adds up two values of all threads of the block, and stores the sums as the tile's column of partials (2, tiles). A warp
-// adds up in the type of the values, in a fixed order: first each half of it one of the two, of both halves.
+// Adds up two values of all threads of the block, and stores the sums as the tile's column of partials (2, tiles). A
+// warp adds up in the type of the values, in a fixed order: first each half of it one of the two, of both halves.
 template <typename T>
 __device__ __forceinline__ void store_partials(const T (&values)[2], double* partials) {
   BCMF_SHARED(T, shared, 2 * kWarps);
