@@ -4,6 +4,7 @@
 
 #include "cuda/kernels/argmax.cuh"
 #include "cuda/kernels/dense.cuh"
+#include "cuda/kernels/gather.cuh"
 #include "cuda/kernels/ohem.cuh"
 #include "cuda/kernels/quads.cuh"
 #include "cuda/limits.h"

@@ -140,8 +140,9 @@ struct ScoreKeys {
     Key* stack = own + (1 + tile.first_row) * kPitch + kMargin + tile.first_column;
     constexpr int kNext = Stack::kAcross ? 1 : kPitch;
     store<Stack>(keys, stack);
-    __syncthreads();                           // the keys of all threads are there
-    if constexpr (kInRow == Stack::kAcross) {  // the neighbours in the stack are known
+    __syncthreads();  // the keys of all threads are there
+    if constexpr (kInRow == Stack::kAcross) {
+      // The neighbours in the stack are known.
       Key last = entry<Stack, kStack - 1>(stack - kStack * kNext);
       const Key after = entry<Stack, 0>(stack + kStack * kNext);
 #pragma unroll

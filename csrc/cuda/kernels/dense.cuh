@@ -3,6 +3,7 @@
 
 #include "common/select.h"
 #include "cuda/kernels/finish.cuh"
+#include "cuda/kernels/sinks.cuh"
 #include "cuda/kernels/sparse.cuh"
 
 namespace bcmf::device {

@@ -35,10 +35,17 @@ __global__ void __launch_bounds__(kThreads)
   __syncthreads();
   const auto prefix = selection->prefix;
   const int64_t pixels = args.N * args.H * args.W, step = static_cast<int64_t>(gridDim.x) * kThreads;
-  for (int64_t pixel = blockIdx.x * static_cast<int64_t>(kThreads) + threadIdx.x; pixel < pixels; pixel += step) {
-    const Acc nll = static_cast<const Acc*>(args.nll)[pixel];
-    const int digit = nll == -1 ? -1 : digit_of<Acc>(key_of(nll), prefix, level);
-    if (digit >= 0) atomicAdd(&counts[digit], 1u);
+  for (int64_t first = blockIdx.x * static_cast<int64_t>(kThreads) + threadIdx.x; first < pixels;
+       first += kStack * step) {
+    Acc nll[kStack];  // whose reads are under way at the same time
+#pragma unroll
+    for (int k = 0; k < kStack; ++k)
+      nll[k] = first + k * step < pixels ? static_cast<const Acc*>(args.nll)[first + k * step] : Acc(-1);
+#pragma unroll
+    for (int k = 0; k < kStack; ++k) {
+      const int digit = nll[k] == -1 ? -1 : digit_of<Acc>(key_of(nll[k]), prefix, level);
+      if (digit >= 0) atomicAdd(&counts[digit], 1u);
+    }
   }
   __syncthreads();
   for (int digit = threadIdx.x; digit < kDigits; digit += kThreads)

@@ -1,8 +1,9 @@
-// dense_backward of logits that are fewer than labels along both axes, or as many along one. A thread owns a class and
-// a column of quads, the pixels between the same four logits (cells), and keeps their sums in registers.
+// dense_backward of upsampled logits. A thread owns a class and a column of quads, the pixels between the same four
+// logits (cells), and keeps their sums in registers.
 #pragma once
 
 #include "cuda/kernels/dense.cuh"
+#include "cuda/kernels/upsampled.cuh"
 
 namespace bcmf::device {
 
@@ -33,24 +34,26 @@ struct QuadMemory {
   int cells_down, cells_across;             // the most of a tile
   SharedArray<PixelTerms<Acc>> pixels;      // (kColumns, kPitch)
   SharedArray<PixelClasses> classes_of;     // the same
-  SharedArray<Acc> staged;                  // (classes, pitch)
-  SharedArray<Acc> sums;                    // (2, classes, pitch): of left cells, then of right ones
-  SharedArray<uint16_t> order;              // (classes,)
-  SharedArray<unsigned> present;            // the classes of the tile's labels
+  CellMemory<Acc> cells;
+  SharedArray<Acc> sums;          // (2, classes, pitch): of left cells, then of right ones
+  SharedArray<uint16_t> order;    // (classes,)
+  SharedArray<unsigned> present;  // the classes of the tile's labels
   SparseMemory<Acc> sparse;
 
   QuadMemory(const LossArgs& args, SharedCutter& shared)
-      : cells_down(most_cells(kRows, args.h, args.H)),
+      : classes(classes_together(args)),
+        cells_down(most_cells(kRows, args.h, args.H)),
         cells_across(most_cells(kColumns, args.w, args.W)),
-        sparse(args, shared) {
-    const int cells = most_pitch(args), fit = kBudget / static_cast<int>(3 * cells * sizeof(Acc));
-    classes = fit < 1 ? 1 : fit < args.C ? fit : static_cast<int>(args.C);
-    pixels = shared.take<PixelTerms<Acc>>(kColumns * kPitch + Across::kShifts);
-    classes_of = shared.take<PixelClasses>(kColumns * kPitch + Across::kShifts);
-    staged = shared.take<Acc>(classes * cells);
-    sums = shared.take<Acc>(2 * classes * cells);
-    order = shared.take<uint16_t>(classes);
-    present = shared.take<unsigned>(ClassSet::kWords);
+        pixels(shared.take<PixelTerms<Acc>>(kColumns * kPitch + Across::kShifts)),
+        classes_of(shared.take<PixelClasses>(kColumns * kPitch + Across::kShifts)),
+        cells(args, classes, shared),
+        sums(shared.take<Acc>(2 * classes * most_pitch(args))),
+        order(shared.take<uint16_t>(classes)),
+        present(shared.take<unsigned>(ClassSet::kWords)),
+        sparse(args, shared) {}
+  static int classes_together(const LossArgs& args) {
+    const int fit = kBudget / static_cast<int>(3 * most_pitch(args) * sizeof(Acc));
+    return fit < 1 ? 1 : fit < args.C ? fit : static_cast<int>(args.C);
   }
   // Where a column of pixels begins, which is shifted for the same reason.
   static __device__ __forceinline__ int at(int column, int quad) { return column * kPitch + Across::shift_of(quad); }
@@ -175,7 +178,7 @@ __global__ void __launch_bounds__(kThreads, 2)
   const Stacks<false> tile(args);
   const Entries entries(args);
   SparseGradient<Entries> sparse(args, memory.sparse);
-  const TileCells<Entries> cells(args, tile, memory.staged.data());
+  const TileCells<Entries> cells(args, tile, memory.cells);
   const ClassSet present = {memory.present.data()};
   for (int i = threadIdx.x; i < ClassSet::kWords; i += kThreads) present.words[i] = 0;
   const int C = static_cast<int>(args.C);

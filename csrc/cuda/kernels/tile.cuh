@@ -281,7 +281,7 @@ __device__ __forceinline__ T sum_of_block(T value) {
   BCMF_SHARED(T, shared, kWarps);
   value = sum_of_warp(value);
   if (threadIdx.x % kWarp == 0) shared[threadIdx.x / kWarp] = value;
-  __syncthreads();
+  __syncthreads();  // the sums of all warps are there
   T sum = 0;
   if (threadIdx.x == 0)
     for (int warp = 0; warp < kWarps; ++warp) sum += shared[warp];
