@@ -148,7 +148,7 @@ struct ScoreKeys {
 #pragma unroll
       for (int k = 0; k < kStack; ++k) {
         const Key here = keys[k];
-        keys[k] = max(max(last, here), k + 1 < kStack ? keys[k + 1] : after);
+        keys[k] = larger(larger(last, here), k + 1 < kStack ? keys[k + 1] : after);
         last = here;
       }
     } else {
@@ -156,7 +156,7 @@ struct ScoreKeys {
       Key before[kStack], after[kStack];
       load<Stack>(stack - kStep, before), load<Stack>(stack + kStep, after);
 #pragma unroll
-      for (int k = 0; k < kStack; ++k) keys[k] = max(keys[k], max(before[k], after[k]));
+      for (int k = 0; k < kStack; ++k) keys[k] = larger(keys[k], larger(before[k], after[k]));
     }
     Key* const written = own;
     own = other, other = written;

@@ -307,7 +307,7 @@ class Window {
   __device__ __forceinline__ void store_edges(const Marks& marks, const Tile& tile, bool any) const {
     constexpr int kWords = kColumns / kPatchColumns;  // of a row
     const int row = static_cast<int>(threadIdx.x) / kWords, word = static_cast<int>(threadIdx.x) % kWords;
-    if (row >= tile.rows || word * kPatchColumns >= tile.columns) return;
+    if (row / kPatchRows * kPatchRows >= tile.rows || word * kPatchColumns >= tile.columns) return;
     const unsigned* words = edge_bits_.words + (row + labels.margin) * BitMap::kAcross + word;
     *marks.edges(tile.n, tile.top + row, tile.left + word * kPatchColumns) =
         any ? __funnelshift_r(words[0], words[1], labels.margin) : 0;

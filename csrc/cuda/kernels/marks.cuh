@@ -55,6 +55,10 @@ class Marks {
     const int label = id(pixel);
     return label < 0 ? kIgnored : label;
   }
+  // Writes what lies between the parts. One thread calls it.
+  __device__ __forceinline__ void fill_gap(const LossArgs& args) const {
+    if (patch_count(args) % 2 != 0) patches_[patch_count(args)] = {0, 0};
+  }
   // Writes those of a stack.
   template <typename Stack>
   __device__ __forceinline__ void store(const Stack& tile, const int (&ids)[kStack]) const {
@@ -137,6 +141,7 @@ __global__ void __launch_bounds__(kThreads)
     const bool mixed = __any_sync(0xffffffffu, other);
     if (threadIdx.x % kWarp == 0) *marks.patch(tile.n, tile.y(0), tile.x(0)) = {mixed ? kMixed : first, 0};
   }
+  if (blockIdx.x == 0 && threadIdx.x == 0) marks.fill_gap(args);
   const int sum = sum_of_block(counts);
   if (threadIdx.x == 0) partials[blockIdx.x] = sum & 0xffff, partials[gridDim.x + blockIdx.x] = sum >> 16;
 }
