@@ -265,6 +265,19 @@ def test_windows_larger_than_the_image(backend: Backend) -> None:
 
 
 @on(EMULATED)
+@pytest.mark.parametrize("size", [9, 41, 151])
+def test_windows_larger_than_a_tile(backend: Backend, size: int) -> None:
+    """Protects maxima that several tiles, of 64 by 16 pixels in CUDA, decide on together."""
+    z, y, _ = problem((1, 3, 37, 150), torch.float64, backend.device)
+    (value, grad), (expected, expected_grad) = (
+        value_and_grad(lambda z, impl=impl: bcmf_ext.boundary_corrected_loss(z, y, nms_size=size, impl=impl), z)
+        for impl in (backend.impl, "torch")
+    )
+    torch.testing.assert_close(value, expected, rtol=1e-12, atol=1e-14)
+    torch.testing.assert_close(grad, expected_grad, rtol=1e-10, atol=1e-14)
+
+
+@on(EMULATED)
 def test_a_gpu_with_little_shared_memory(backend: Backend) -> None:
     """Protects a T4 (64 KiB a block) from launches that fail: whatever has room there runs, and where CPG's gradient in
     fp64 has none, a sentence says so and what to do."""

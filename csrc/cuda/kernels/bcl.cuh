@@ -219,8 +219,9 @@ __device__ __forceinline__ unsigned select_inside(const LossArgs& args, const Ma
   Key largest[kStack];
 #pragma unroll
   for (int k = 0; k < kStack; ++k) largest[k] = shared.of(q[k]);
-  for (int i = 0; i < radius; ++i) shared.template spread<true>(tile, largest);
-  for (int i = 0; i < radius; ++i) shared.template spread<false>(tile, largest);
+  // Beyond the tile there is nothing more to find, however large the neighbourhood.
+  for (int i = 0; i < radius && i < kColumns - 1; ++i) shared.template spread<true>(tile, largest);
+  for (int i = 0; i < radius && i < kRows - 1; ++i) shared.template spread<false>(tile, largest);
   const unsigned out = reaching_out(tile, radius);
   unsigned hot = 0, largest_ones = 0;
 #pragma unroll

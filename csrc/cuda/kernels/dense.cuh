@@ -30,7 +30,7 @@ __device__ __forceinline__ void sum_exps(const Source& source, int C, Acc (&m)[k
   });
 }
 
-// The logarithm of a sum of exps of which one is 1, to an ulp; or of 0, or NaN.
+// The logarithm of a sum of exps of which one is 1; or of 0, or NaN. It is log_positive of csrc/cpu/math.h.
 __device__ __forceinline__ float log_of(float x) {
 #if defined(__CUDA_ARCH__)
   const int bits = __float_as_int(x) - 0x3f3504f3;  // of 1 / sqrt(2)
