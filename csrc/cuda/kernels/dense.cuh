@@ -188,9 +188,9 @@ struct Pulls {
           if (label[k] >= 0 && (selected[k] >> s & 1)) pull[k] += of_step;
       }
     }
+    sparse.load_places(tile, place);
 #pragma unroll
     for (int k = 0; k < kStack; ++k) {
-      place[k] = sparse.any() ? sparse.place(tile.row(k), tile.column(k)) : sparse.kNone;
       of_p[k] = place[k] != sparse.kNone ? pull[k] + sparse.factor(place[k]) : pull[k];
       all = all && of_p[k] != 0;
     }

@@ -88,9 +88,23 @@ class SparseGradient {
     for (int before = next(begin_); before < c; before = next(before + 1)) ++rank;
     return rank;
   }
-  // Returns the place of a pixel in the list, or kNone.
+  // Reads the places of a stack's pixels in the list, or kNone.
   static constexpr int kNone = 0xffff;
-  __device__ __forceinline__ int place(int row, int column) const { return places_[row * kColumns + column]; }
+  template <typename Stack>
+  __device__ __forceinline__ void load_places(const Stack& tile, int (&places)[kStack]) const {
+    uint16_t own[kStack] = {kNone, kNone, kNone, kNone};
+    if (any()) {
+      const uint16_t* first = places_ + tile.first_row * kColumns + tile.first_column;
+      if constexpr (Stack::kAcross) {
+        load_pack(first, own);
+      } else {
+#pragma unroll
+        for (int k = 0; k < kStack; ++k) own[k] = first[k * kColumns];
+      }
+    }
+#pragma unroll
+    for (int k = 0; k < kStack; ++k) places[k] = own[k];
+  }
   __device__ __forceinline__ Acc factor(int place) const { return factors_[place]; }
   // Returns the extra of the class with that rank.
   __device__ __forceinline__ Acc extra(int rank, int place) const { return kept_[rank * count_ + place]; }
