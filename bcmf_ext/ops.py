@@ -67,7 +67,7 @@ def _define(lib: Library, name: str, schema: str, fake: Any, backward_schema: st
 #   * stats (2, N, H, W): m = max_c Z_c and log Σ_c exp(Z_c − m), kept apart so that small losses keep their digits; of
 #     logits of the labels' size CUDA's kernels keep one number, (1, N, H, W) (csrc/cuda/kernels/stats.cuh);
 #   * selected (N, H, W) uint8, (0, H, W) without BCL: bit s says whether BCL's step s selected the pixel;
-#   * marks (bytes,) uint8: what CUDA's kernels have read of the labels (csrc/cuda/kernels/marks.cuh); elsewhere (0,);
+#   * marks (bytes,) uint8: what the kernels of GPUs have read of the labels, see _marks_bytes; (0,) of the CPU's;
 #   * summary (SUMMARY,), see Summary.
 # The backward takes the last four, and the upstream gradient of total.
 # It is bcmf::loss_finish of bcmf::loss_sums, between which sums may be added up over several processes:
@@ -147,23 +147,35 @@ _LOSS_SUMS = (
 _LOSS_FINISH = f"(Tensor sums, Tensor cutoff, {_LOSS_OPTIONS}) -> (Tensor total, Tensor terms, Tensor summary)"
 
 
-def _marks_bytes(target: Tensor, classes: int, cpg: bool) -> int:
-    """csrc/cuda/kernels/marks.cuh: 8 bytes for each patch of 4 by 32 pixels, to a multiple of 16, with CPG 16 more, and
-    each label's id."""
+KernelsOf = Callable[[Tensor], str]
+"""Tells whose kernels take these logits: "cpu", "cuda" or "triton"."""
+
+
+def id_dtype(classes: int) -> torch.dtype:
+    """The dtype of labels' ids in marks: classes, and −1 and −2 for ignored and bad labels, as uint8 255 and 254."""
+    return torch.uint8 if classes <= 254 else torch.int32
+
+
+def _marks_bytes(kernels: str, target: Tensor, classes: int, cpg: bool) -> int:
+    """Triton's kernels leave each label's id. CUDA's (csrc/cuda/kernels/marks.cuh) leave 8 bytes for each patch of 4 by
+    32 pixels before them, to a multiple of 16, and with CPG 16 more."""
+    if kernels == "cpu":
+        return 0
     n, height, width = target.shape
-    patches = n * ((height + 3) // 4) * ((width + 31) // 32)
-    return 16 * ((patches + 1) // 2 + cpg * patches) + (1 if classes <= 254 else 4) * target.numel()
+    patches = n * ((height + 3) // 4) * ((width + 31) // 32) if kernels == "cuda" else 0
+    return 16 * ((patches + 1) // 2 + cpg * patches) + id_dtype(classes).itemsize * target.numel()
 
 
-def _fakes(on_cuda: Callable[[Tensor], bool]) -> tuple[Callable[..., tuple[Tensor, ...]], ...]:
-    """The fake kernels of bcmf::loss and of bcmf::loss_sums. on_cuda: whether CUDA's kernels take these logits."""
+def _fakes(kernels_of: KernelsOf) -> tuple[Callable[..., tuple[Tensor, ...]], ...]:
+    """The fake kernels of bcmf::loss and of bcmf::loss_sums."""
 
     def loss_sums(logits: Tensor, target: Tensor, weight: Tensor | None, *options: Any) -> tuple[Tensor, ...]:
         acc = acc_dtype(logits)
         given = LossOptions(*options)
         images = target.shape[0] if given.bcl_steps else 0
-        marks = _marks_bytes(target, logits.shape[1], given.cpg_kernel_size > 0) if on_cuda(logits) else 0
-        maps = 1 if on_cuda(logits) and logits.shape[2:] == target.shape[1:] else 2
+        kernels = kernels_of(logits)
+        marks = _marks_bytes(kernels, target, logits.shape[1], given.cpg_kernel_size > 0)
+        maps = 1 if kernels == "cuda" and logits.shape[2:] == target.shape[1:] else 2
         return (
             logits.new_empty((SUMS,), dtype=torch.float64),
             logits.new_empty((), dtype=acc),
@@ -188,10 +200,9 @@ def _loss_backward_fake(grad_total: Tensor, logits: Tensor, *_: Any) -> Tensor:
     return torch.empty_like(logits, memory_format=torch.preserve_format)
 
 
-def define_loss(lib: Library, name: str, on_cuda: Callable[[Tensor], bool]) -> Any:
-    """Adds bcmf::loss to a library under this name, and returns it. Kernels for devices are the caller's. on_cuda:
-    whether they are CUDA's for these logits."""
-    fake, _ = _fakes(on_cuda)
+def define_loss(lib: Library, name: str, kernels_of: KernelsOf) -> Any:
+    """Adds bcmf::loss to a library under this name, and returns it. Kernels for devices are the caller's."""
+    fake, _ = _fakes(kernels_of)
     loss, loss_backward = _define(lib, name, _LOSS, fake, _LOSS_BACKWARD, _loss_backward_fake)
 
     class Loss(_Function):
@@ -223,25 +234,27 @@ def _raise_on_backward(ctx: Any, *_: Any) -> None:
     )
 
 
-def define_loss_halves(lib: Library, on_cuda: Callable[[Tensor], bool], suffix: str = "") -> tuple[Any, Any]:
-    """Adds bcmf::loss_sums and bcmf::loss_finish to a library, their names followed by suffix, and returns both.
-    on_cuda: as of `define_loss`."""
-    _, fake = _fakes(on_cuda)
+def define_loss_halves(lib: Library, kernels_of: KernelsOf, suffix: str = "") -> tuple[Any, Any]:
+    """Adds bcmf::loss_sums and bcmf::loss_finish to a library, their names followed by suffix, and returns both."""
+    _, fake = _fakes(kernels_of)
     sums = _define_one(lib, f"loss_sums{suffix}", _LOSS_SUMS, fake, _raise_on_backward)
     return sums, _define_one(lib, f"loss_finish{suffix}", _LOSS_FINISH, _loss_finish_fake, _raise_on_backward)
 
 
-def _is_on_gpu(logits: Tensor) -> bool:
-    return logits.device.type == "cuda"
+def _by_device(logits: Tensor) -> str:
+    return "cuda" if logits.device.type == "cuda" else "cpu"
 
 
-def _never(_: Tensor) -> bool:
-    return False
+def _always_triton(_: Tensor) -> str:
+    return "triton"
 
 
-LOSS = {"cpu": define_loss(LIB, "loss", _is_on_gpu), "triton": define_loss(LIB, "loss_triton", _never)}
+LOSS = {"cpu": define_loss(LIB, "loss", _by_device), "triton": define_loss(LIB, "loss_triton", _always_triton)}
 """The op that each impl calls."""
-LOSS_HALVES = {"cpu": define_loss_halves(LIB, _is_on_gpu), "triton": define_loss_halves(LIB, _never, "_triton")}
+LOSS_HALVES = {
+    "cpu": define_loss_halves(LIB, _by_device),
+    "triton": define_loss_halves(LIB, _always_triton, "_triton"),
+}
 """loss_sums and loss_finish of each impl."""
 LOSS["cuda"], LOSS_HALVES["cuda"] = LOSS["cpu"], LOSS_HALVES["cpu"]  # One op has both kernels; the device chooses.
 

@@ -10,6 +10,7 @@ from __future__ import annotations
 from collections.abc import Iterable
 from typing import Any, NamedTuple
 
+import torch
 import triton
 import triton.language as tl
 from torch import Tensor
@@ -137,6 +138,11 @@ def pack_labels(target: Tensor, ignore_index: int, by_rows: bool) -> Labels:
     multiple = multiple_of(by_rows and adjacent, *others)
     n, h, w = (pack(stride // multiple) for stride in target.stride())
     return Labels(target, n, h, w, ignore_index, tl.constexpr(adjacent), tl.constexpr(multiple))
+
+
+def pack_ids(ids: Tensor, by_rows: bool) -> Labels:
+    """The ids of labels (see ops.id_dtype) for a kernel, as labels."""
+    return pack_labels(ids, IGNORED.value & 255 if ids.dtype == torch.uint8 else IGNORED.value, by_rows)
 
 
 @triton.jit
@@ -294,3 +300,13 @@ def stats_at(stats, size, pixels):
 def store_partial(partials, row, tile, values):
     """Stores the sum of a tile's values in a row of the table."""
     tl.store(partials.data + row * partials.length + tile, tl.sum(values).to(tl.float64))
+
+
+@triton.jit
+def store_counts(partials, row, tile, some, others):
+    """Stores how many values of a tile are true in a row of the table, and those of the others in the next row. Both
+    are found by one sum: a tile has fewer than 2^16 pixels."""
+    counts = tl.sum(some.to(tl.int32) + (others.to(tl.int32) << 16))
+    to = partials.data + row * partials.length + tile
+    tl.store(to, (counts & 0xFFFF).to(tl.float64))
+    tl.store(to + partials.length, (counts >> 16).to(tl.float64))

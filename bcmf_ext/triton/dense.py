@@ -8,7 +8,6 @@ import triton.language as tl
 from .bcl import loss_of, score_of
 from .common import (
     BAD,
-    BAD_LABELS,
     BCL_SUMS,
     CE_COUNT,
     CE_SUM,
@@ -21,6 +20,7 @@ from .common import (
     class_at,
     place_of,
     stats_at,
+    store_counts,
     store_partial,
     unpack_labels,
     unpack_logits,
@@ -36,10 +36,11 @@ from .ohem import key_of, weight_of
 
 @triton.jit
 def dense_forward(
-    logits, labels, weight, stats, nll, scores, partials, exceeds: tl.float64,
+    logits, labels, weight, ids, stats, nll, scores, partials, exceeds: tl.float64,
     READ: tl.constexpr, TERMS: tl.constexpr, TILE: tl.constexpr,
 ):  # fmt: skip
-    """`stats`; with OHEM the losses, −1 where ignored; the scores of each of BCL's steps; and partial sums."""
+    """The ids of labels, which all later kernels read instead of them; `stats`; with OHEM the losses, −1 where ignored;
+    the scores of each of BCL's steps; and partial sums."""
     tile = tl.program_id(0)
     logits, labels = unpack_logits(logits), unpack_labels(labels)
     partials = Partials(partials.data, unpack(partials.length))
@@ -61,6 +62,7 @@ def dense_forward(
 
     own = Stats(m, log_sum)
     label = class_at(labels, pixels, size.classes)
+    tl.store(ids + place, label.to(ids.dtype.element_ty), mask=pixels.inside)
     loss = loss_of(logits, pixels, own, label, pixels.inside, READ)
     loss = tl.where(label == BAD, float("nan"), loss)
     valid = label != IGNORED
@@ -68,8 +70,7 @@ def dense_forward(
     if TERMS.CE:
         store_partial(partials, CE_SUM, tile, tl.where(valid, w * loss, 0.0))
         store_partial(partials, CE_COUNT, tile, tl.where(valid, w, 0.0))
-    store_partial(partials, VALID_PIXELS, tile, valid.to(READ.ACC))
-    store_partial(partials, BAD_LABELS, tile, (label == BAD).to(READ.ACC))
+    store_counts(partials, VALID_PIXELS, tile, valid, label == BAD)
     if TERMS.OHEM:
         tl.store(nll + place, tl.where(valid, loss, -1.0), mask=pixels.inside)
         hard = valid & (key_of(loss) >= key_of(tl.full((), exceeds, READ.ACC)))

@@ -1,5 +1,5 @@
-"""bcmf::loss in Triton: the steps of docs/definitions.md (Steps), each a kernel; what one writes, the next reads.
-Nothing synchronises, and no float is added atomically.
+"""bcmf::loss in Triton: the steps of docs/definitions.md (Steps), each a kernel; what one writes, the next reads: also
+the labels, which `dense_forward` alone reads as they are. Nothing synchronises, and no float is added atomically.
 
 Forward: `dense_forward`, `ohem_…`, `bcl_select`, `cpg_compare`; their sums by tile, then in the order of the tiles
 (`add_tiles`), then `loss_finish`. Backward: `cpg_shares`, `dense_backward`, `sparse_backward`; then back to logits of
@@ -16,7 +16,7 @@ import triton
 from torch import Tensor
 
 from ..checks import check_inputs
-from ..ops import SUMMARY, SUMS
+from ..ops import SUMMARY, SUMS, id_dtype
 from ..options import BCL, CPG, OHEM, LossOptions
 from .bcl import bcl_select
 from .common import (
@@ -27,6 +27,7 @@ from .common import (
     Partials,
     TermFlags,
     TileShape,
+    pack_ids,
     pack_labels,
     pack_map,
     pack_size,
@@ -87,12 +88,20 @@ def term_flags(options: LossOptions, weighted: bool = False) -> TermFlags:
 
 
 class Call:
-    """A call of the op, checked: its geometry, and what its kernels share."""
+    """A call of the op, checked: its geometry, and what its kernels share. marks: those of the forward, if there was
+    one."""
 
-    def __init__(self, logits: Tensor, target: Tensor, weight: Tensor | None, options: LossOptions) -> None:
+    def __init__(
+        self, logits: Tensor, target: Tensor, weight: Tensor | None, options: LossOptions, marks: Tensor | None = None
+    ) -> None:
         check(logits, target, weight)
         check_options(options)
-        self.options, self.target = options, target
+        self.options, self.target, dtype = options, target, id_dtype(logits.shape[1])
+        bytes = target.numel() * dtype.itemsize
+        self.marks = logits.new_empty(bytes, dtype=torch.uint8) if marks is None else marks.contiguous()
+        if (self.marks.dtype, self.marks.shape, self.marks.device) != (torch.uint8, (bytes,), target.device):
+            raise ValueError("bcmf::loss_triton_backward takes marks as bcmf::loss_triton returned them.")
+        self.ids = self.marks.view(dtype).view(target.shape)
         self.geometry = Geometry(logits, target.shape[1], target.shape[2], options.align_corners)
         self.new, self.acc = logits.new_empty, self.geometry.acc
         self.weight = logits if weight is None else weight.to(self.acc).contiguous()  # not read without weights
@@ -100,13 +109,21 @@ class Call:
         self.alpha, self.beta = options.bcl_flipped or (0.0, 0.0)
 
     def inputs(self, by_rows: bool) -> dict[str, Any]:
-        """Logits and labels for a kernel. by_rows: it works on rows of neighbouring pixels."""
-        labels = pack_labels(self.target, self.options.ignore_index, by_rows)
-        return {"logits": self.geometry.logits(by_rows), "labels": labels}
+        """Logits and labels for a kernel after `dense_forward`. by_rows: it works on rows of neighbouring pixels."""
+        return {"logits": self.geometry.logits(by_rows), "labels": pack_ids(self.ids, by_rows)}
 
-    def run_dense(self, kernel: Any, **arguments: Any) -> None:
-        """Launches a kernel for all label pixels that reads their logits."""
-        run_dense(kernel, self.geometry, **self.inputs(self.geometry.by_rows), **arguments, TERMS=self.terms)
+    def run_dense_forward(self, **arguments: Any) -> None:
+        """Launches the kernel that reads all labels, and writes their ids."""
+        by_rows = self.geometry.by_rows
+        run_dense(
+            dense_forward, self.geometry, logits=self.geometry.logits(by_rows),
+            labels=pack_labels(self.target, self.options.ignore_index, by_rows), ids=self.ids, **arguments,
+            TERMS=self.terms,
+        )  # fmt: skip
+
+    def run_dense_backward(self, **arguments: Any) -> None:
+        """Launches the kernel that writes the gradient, from the labels' ids."""
+        run_dense(dense_backward, self.geometry, **self.inputs(self.geometry.by_rows), **arguments, TERMS=self.terms)
 
     def run_cpg(self, kernel: Any, mode: int, tile: TileShape, margin: int, **arguments: Any) -> None:
         """One of CPG's kernels, in programs that take one tile after another. margin: around a tile, in radii."""
@@ -174,21 +191,19 @@ def loss_sums(
         sums, cutoff = new(SUMS, dtype=torch.float64), new((), dtype=acc)
         stats = new((2, *shape), dtype=acc)
         selected = new((shape[0] if steps else 0, *shape[1:]), dtype=torch.uint8)
-        marks = new(0, dtype=torch.uint8)
         nll = new(shape, dtype=acc) if terms.OHEM else stats
         scores = new((steps, *shape), dtype=acc)
         if call.geometry.pixels == 0:
-            return sums.zero_(), cutoff.zero_(), stats, selected, marks
+            return sums.zero_(), cutoff.zero_(), stats, selected, call.marks
 
         flat_tiles = call.geometry.tiles(FLAT, DIRECT.value)
         cpg_tiles = call.geometry.tiles(SPARSE.tile, call.rectangles)
         tiles = max(1, call.geometry.dense_tiles, flat_tiles, cpg_tiles)
         table = new((sum_rows(terms) + 1, tiles), dtype=torch.float64).zero_()
         partials, exceeds = Partials(table, pack(tiles)), least_hard_loss(options, acc)
-        call.run_dense(
-            dense_forward, weight=call.weight, stats=stats, nll=nll, scores=scores, partials=partials,
-            exceeds=exceeds,
-        )  # fmt: skip
+        call.run_dense_forward(
+            weight=call.weight, stats=stats, nll=nll, scores=scores, partials=partials, exceeds=exceeds
+        )
         if terms.OHEM:
             run_ohem(call, nll, cutoff, partials, exceeds)
         if steps:
@@ -201,7 +216,7 @@ def loss_sums(
         if terms.CPG:
             call.run_cpg(cpg_compare, call.rectangles, SPARSE.tile, 1, stats=stats, partials=partials, TERMS=terms)
         run(add_tiles, SUMS, partials=partials, sums=sums, ROWS=sum_rows(terms), BLOCK=FLAT_BLOCK)
-        return sums, cutoff if terms.OHEM else cutoff.zero_(), stats, selected, marks
+        return sums, cutoff if terms.OHEM else cutoff.zero_(), stats, selected, call.marks
 
 
 def loss_finish(sums: Tensor, cutoff: Tensor, *arguments: Any) -> tuple[Tensor, Tensor, Tensor]:
@@ -280,7 +295,7 @@ def loss_backward(
     """
     options = LossOptions(*arguments)
     with on_device(logits):
-        call = Call(logits, target, weight, options)
+        call = Call(logits, target, weight, options, marks)
         geometry, cpg = call.geometry, call.terms.CPG
         check_kept(call, grad_total, stats, selected, summary)
         grad = torch.empty_like(logits, memory_format=torch.preserve_format)
@@ -294,7 +309,7 @@ def loss_backward(
         weights = {"bcl_weight": options.bcl_weight, "alpha": call.alpha, "beta": call.beta}
         if cpg:
             call.run_cpg(cpg_shares, call.rectangles, SPARSE.tile, 2, upstream=upstream, cpg_weight=options.cpg_weight)
-        call.run_dense(dense_backward, upstream=upstream, grad=pack_map(sink, geometry.mode != QUADS.value), **weights)
+        call.run_dense_backward(upstream=upstream, grad=pack_map(sink, geometry.mode != QUADS.value), **weights)
         if cpg:
             call.run_cpg(
                 sparse_backward, geometry.mode, call.sparse_tile, 2, upstream=upstream, grad=pack_map(sink),

@@ -20,10 +20,10 @@ SOURCES = (
 
 def define(lib: Library) -> dict[str, Any]:
     """Defines the ops in a library; by the name of their table in ``bcmf_ext.ops``."""
-    on_cuda = lambda logits: True  # noqa: E731
+    always_cuda = lambda logits: "cuda"  # noqa: E731
     return {
-        "LOSS": ops.define_loss(lib, "loss", on_cuda),
-        "LOSS_HALVES": ops.define_loss_halves(lib, on_cuda),
+        "LOSS": ops.define_loss(lib, "loss", always_cuda),
+        "LOSS_HALVES": ops.define_loss_halves(lib, always_cuda),
         "UPSAMPLE_ARGMAX": ops.define_upsample_argmax(lib, "upsample_argmax"),
         "POOL_NORM_RELU": ops.define_pool_norm_relu(lib, "pool_norm_relu"),
         "ADD_NORM_RELU": ops.define_add_norm_relu(lib, "add_norm_relu"),
