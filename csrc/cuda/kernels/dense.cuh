@@ -83,7 +83,7 @@ struct ForwardMemory {
 // Writes stats, with OHEM the losses, and the tile's sums: how many losses are above OHEM's threshold, the sum of the
 // weighted losses, and that of the weights. With BCL it does the step bcl_select as far as a tile can.
 template <typename Source>
-__global__ void __launch_bounds__(kThreads, Source::kBlocks)
+__global__ void __launch_bounds__(kThreads, Source::kForwardBlocks)
     dense_forward(const __grid_constant__ LossArgs args, const __grid_constant__ Marks marks,
                   const __grid_constant__ ForwardMemory<Source> memory, Scores<typename Source::Acc> scores,
                   double* partials) {

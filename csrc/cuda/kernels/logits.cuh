@@ -10,7 +10,14 @@ namespace bcmf::device {
 // Sources read class by class: the thread's stack of class c is at a place that `at` gives for c, and `next` for the
 // class behind another one. `take` takes their shared memory on the host. A class can be read if `is_ready`; `stage`
 // makes classes from `begin` on ready, and returns the first one that is not. What is read beyond the border of the
-// image may be anything. read<true> is for those that is_plain, which is the same for all lanes of a warp.
+// image may be anything. read<true> is for those that is_plain, which is the same for all lanes of a warp. kBlocks: of
+// a kernel, for which a multiprocessor has to have room; with more of them, more reads are under way, and a thread has
+// fewer registers. dense_forward needs fewer.
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ < 800
+constexpr int kMoreBlocks = 2;  // it would spill
+#else
+constexpr int kMoreBlocks = 3;
+#endif
 
 // Reads single logits of the labels' size.
 template <typename Scalar_>
@@ -39,7 +46,7 @@ struct DirectAny : DirectEntries<Scalar> {
   using Entries = DirectEntries<Scalar>;
   using typename Entries::Acc;
   using Tile = Stacks<false>;
-  static constexpr int kBlocks = 1;  // of a kernel, for which a multiprocessor has to have room
+  static constexpr int kBlocks = 1, kForwardBlocks = 1;
   const Scalar* stack_[kStack];
 
   __device__ __forceinline__ DirectAny(const LossArgs& args, const Tile& tile, const SharedArray<Scalar>&)
@@ -65,7 +72,7 @@ struct DirectRows : DirectEntries<Scalar> {
   using Entries = DirectEntries<Scalar>;
   using typename Entries::Acc;
   using Tile = Stacks<true>;
-  static constexpr int kBlocks = 2;
+  static constexpr int kBlocks = 2, kForwardBlocks = kMoreBlocks;
   const Scalar* first_;
 
   static bool can_read(const MapView& view, const LossArgs& args) {
@@ -93,7 +100,8 @@ struct DirectPixels : DirectEntries<Scalar> {
   using Entries = DirectEntries<Scalar>;
   using typename Entries::Acc;
   using Tile = Stacks<false>;
-  static constexpr int kBlocks = 2, kVector = 16 / sizeof(Scalar), kUnit = 8 / sizeof(Scalar);
+  static constexpr int kBlocks = 2, kForwardBlocks = kMoreBlocks;
+  static constexpr int kVector = 16 / sizeof(Scalar), kUnit = 8 / sizeof(Scalar);
   struct Staged {
     SharedArray<Scalar> pixels;
     int pitch;  // from a pixel to the next
@@ -204,7 +212,7 @@ struct Resampled : ResampledEntries<Scalar> {
   using Entries = ResampledEntries<Scalar>;
   using typename Entries::Acc;
   using Tile = Stacks<false>;
-  static constexpr int kAtOnce = 1, kBlocks = 1;
+  static constexpr int kAtOnce = 1, kBlocks = 1, kForwardBlocks = 1;
   const Scalar* first_;
   Tap<Acc> across, down[kStack];
 

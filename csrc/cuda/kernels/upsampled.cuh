@@ -136,7 +136,7 @@ struct Upsampled : ResampledEntries<Scalar> {
   using Entries = ResampledEntries<Scalar>;
   using typename Entries::Acc;
   using Tile = Stacks<false>;
-  static constexpr int kAtOnce = 4, kBlocks = 2;
+  static constexpr int kAtOnce = 4, kBlocks = 2, kForwardBlocks = 2;
   static constexpr int kBudget = 12 << 10;  // bytes of cells, if that is enough for a class
   const Tile& tile;
   TileCells<Entries> cells;
