@@ -100,7 +100,7 @@ Tensor make_maps(int64_t maps, const LossArgs& args, const Kind& kind) {  // (ma
   return make_dense({maps, args.N, args.H, args.W}, {args.N * map, map, args.W, 1}, kind);
 }
 
-// The kernels read 16 bytes at once of what the forward has kept.
+// The kernels read up to 16 bytes at once of what the forward has kept.
 Tensor as_aligned(const Tensor& t) {
   const Tensor dense = as_contiguous(t);
   return reinterpret_cast<uintptr_t>(dense.const_data_ptr()) % 16 == 0 ? dense : stable::clone(dense);
@@ -192,7 +192,7 @@ LossGradient::LossGradient(const Tensor& grad_total_, const Tensor& logits, cons
   check_same_device(logits, summary_, "logits", "summary");
   grad_total = as_contiguous(grad_total_, acc);
   stats = as_aligned(stats_);
-  selected = as_contiguous(selected_);
+  selected = as_aligned(selected_);
   marks = as_aligned(marks_);
   summary = as_contiguous(summary_);
   grad = make_gradient(logits);

@@ -251,6 +251,58 @@ def test_strided_class_weights_and_statistics(backend: Backend) -> None:
     )
 
 
+@every_kernel
+@pytest.mark.parametrize("classes", [5, 300])
+def test_kept_tensors_at_odd_places(backend: Backend, classes: int) -> None:
+    """Protects from a crash where somebody hands back what the forward has kept from one large buffer, as offloading
+    does: kernels that read several entries at once need them at multiples of their size."""
+    z, y, w = problem((2, classes, 6, 8), torch.float32, backend.device)
+    recorder = record(make_case("segmentation_loss", bcl=BCL(0.7), cpg=CPG()), backend, z, y, w)
+    kept, arguments = recorder.results[2:], recorder.arguments[3:]
+    moved = [torch.cat([t.new_zeros(1), t.flatten()])[1:].view(t.shape) for t in kept]
+    backward, one = backward_of(recorder.op), torch.ones((), device=backend.device)
+    assert torch.equal(backward(one, z, y, None, *moved, *arguments), backward(one, z, y, None, *kept, *arguments))
+
+
+@every_kernel
+@pytest.mark.parametrize(
+    ("dtype", "classes"), [(torch.float32, range(20, 27)), (torch.bfloat16, range(42, 52))], ids=["fp32", "bf16"]
+)
+def test_as_many_classes_as_shared_memory_holds(backend: Backend, dtype: torch.dtype, classes: range) -> None:
+    """Protects launches in channels_last around the number of classes that CUDA's blocks have just no room for."""
+    for count in classes:
+        z, y, _ = problem((1, count, 16, 64), dtype, backend.device)
+        z = z.contiguous(memory_format=torch.channels_last)
+        bcl = value_and_grad(lambda z, y=y: bcmf_ext.segmentation_loss(z, y, bcl=BCL(), impl=backend.impl).total, z)
+        assert bcl[0].isfinite()
+
+
+@every_kernel
+@pytest.mark.parametrize("bad", [math.nan, math.inf])
+@pytest.mark.parametrize(("classes", "low", "high"), [(40, (8, 8), (33, 33)), (150, (4, 4), (32, 32))], ids=str)
+def test_logits_that_only_ignored_pixels_read(
+    backend: Backend, classes: int, low: tuple[int, int], high: tuple[int, int], bad: float
+) -> None:
+    """Protects all other gradients, those of classes too that kernels read at another time than the bad logit's."""
+    z, y, _ = problem((1, classes, *high), torch.float32, backend.device, logits=lambda *_: low)
+    z[0, 0, -1, -1] = bad
+    y[:, high[0] // 2 :, high[1] // 2 :] = 255
+    value, grad = value_and_grad(lambda z: bcmf_ext.cross_entropy(z, y, impl=backend.impl), z)
+    assert value.isfinite()
+    assert grad.isfinite().all()
+
+
+@every_kernel
+@pytest.mark.parametrize(("low", "high"), [((4, 4), (31, 31)), ((12, 6), (95, 48)), ((5, 3), (41, 9))], ids=str)
+def test_equal_logits_have_equal_bits(backend: Backend, low: tuple[int, int], high: tuple[int, int]) -> None:
+    """Protects ties: rows beyond the centre of the last logits are copies of each other, and so are their statistics.
+    BCL would select by rounding errors there."""
+    z, y, w = problem((2, 21, *high), torch.float32, backend.device, logits=lambda *_: low)
+    *_, stats, _, _, _ = record(make_case("cross_entropy"), backend, z, y, w).results
+    copies = high[0] // (2 * low[0])
+    assert torch.equal(stats[:, :, -copies:], stats[:, :, -1:].expand(-1, -1, copies, -1))
+
+
 @every_backend
 def test_windows_larger_than_the_image(backend: Backend) -> None:
     """Protects from loops over what is not there: an nms_size beyond the image is that of the image."""

@@ -9,6 +9,7 @@ import re
 import struct
 from collections import Counter
 from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -276,10 +277,10 @@ def permuted(a: int, b: int, selector: int) -> int:
     return int.from_bytes(bytes((byte >> 7) * 255 if sign else byte for byte, sign in chosen), "little")
 
 
-def inserted(a: int, b: int, position: int, length: int) -> int:
+def inserted(a: int, b: int, position: int, length: int, bits: int) -> int:
     for i in range(length & 255):
         at = (position & 255) + i
-        if i < 32 and at < 32:
+        if i < bits and at < bits:
             b = b & ~(1 << at) | (a >> i & 1) << at
     return b
 
@@ -431,7 +432,8 @@ def define_all() -> None:
     define("prmt.b32", "b32 b32 b32 -> b32", exact(permuted))
     define("shf.l.wrap.b32", "b32 b32 n32 -> b32", exact(lambda a, b, n: (b << 32 | a) << (n & 31) >> 32))
     define("shf.r.wrap.b32", "b32 b32 n32 -> b32", exact(lambda a, b, n: (b << 32 | a) >> (n & 31)))
-    define("bfi.b32", "b32 b32 n32 n32 -> b32", exact(inserted))
+    define("bfi.b32", "b32 b32 n32 n32 -> b32", exact(partial(inserted, bits=32)))
+    define("bfi.b64", "b64 b64 n32 n32 -> b64", exact(partial(inserted, bits=64)))
     for t in ("f32", "f64"):
         define_float(t)
     define("ex2.approx.ftz.f32", "f32 -> f32", power_of_two)

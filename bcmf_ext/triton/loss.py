@@ -101,6 +101,8 @@ class Call:
         self.marks = logits.new_empty(bytes, dtype=torch.uint8) if marks is None else marks.contiguous()
         if (self.marks.dtype, self.marks.shape, self.marks.device) != (torch.uint8, (bytes,), target.device):
             raise ValueError("bcmf::loss_triton_backward takes marks as bcmf::loss_triton returned them.")
+        if self.marks.storage_offset() % dtype.itemsize != 0:
+            self.marks = self.marks.clone()
         self.ids = self.marks.view(dtype).view(target.shape)
         self.geometry = Geometry(logits, target.shape[1], target.shape[2], options.align_corners)
         self.new, self.acc = logits.new_empty, self.geometry.acc

@@ -203,6 +203,12 @@ struct Type {
   using type = T;
 };
 
+// Tells whether the blocks of both dense kernels get the shared memory that they take with this source.
+template <typename Source>
+bool fits_dense(const LossArgs& args) {
+  return fits_shared(bytes_of<ForwardMemory<Source>>(args)) && fits_shared(bytes_of<BackwardMemory<Source>>(args));
+}
+
 // Calls f(source, sink) with the Types that are fastest for logits and gradients of this layout and of the labels'
 // size. For fp64 these are always the general ones: the others are not compiled.
 template <typename Scalar, typename F>
@@ -214,7 +220,7 @@ void with_layout(const LossArgs& args, const MapView& grad, F f) {
     const auto both = [&](auto can_read) { return can_read(args.logits, args) && can_read(grad, args); };
     if (both(DirectRows<Scalar>::can_read))
       f(Type<DirectRows<Scalar>>(), Type<StoreRows<Scalar>>());
-    else if (both(DirectPixels<Scalar>::can_read) && fits_shared(bytes_of<BackwardMemory<DirectPixels<Scalar>>>(args)))
+    else if (both(DirectPixels<Scalar>::can_read) && fits_dense<DirectPixels<Scalar>>(args))
       f(Type<DirectPixels<Scalar>>(), Type<StorePixels<Scalar>>());
     else
       f(Type<DirectAny<Scalar>>(), Type<StoreAny<Scalar, Acc>>());

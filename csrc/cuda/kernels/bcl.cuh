@@ -42,7 +42,7 @@ __device__ __forceinline__ Acc score_of(const Marks& marks, int step, const Tile
 template <typename Acc, typename F>
 __device__ __forceinline__ Acc selected_loss(const LossArgs& args, const Marks& marks, int step, const Tile& tile,
                                              int y, int x, int label, F loss) {
-  // Labels are not believed to be those that the scores are of: there may be no class here now.
+  // The marks may have been overwritten since the scores were found: a pixel without a class adds 0.
   const auto of = [&](int c) { return c < 0 ? Acc(0) : loss(c); };
   if (!args.bcl_flipped) return of(label);
   const Flipped flipped(marks, step, tile, y, x);
@@ -110,7 +110,7 @@ template <typename Acc>
 struct ScoreKeys {
   using Key = std::conditional_t<sizeof(Acc) == 8, long long, int>;
   static constexpr int kMargin = 4, kPitch = kColumns + 2 * kMargin, kCount = (kRows + 2) * kPitch;
-  Key *own, *other;  // two maps, since some threads still read one when others write the next values
+  Key *own, *other;  // two maps, so that one barrier is enough for each spread
 
   static SharedArray<Key> take(const LossArgs& args, SharedCutter& shared) {
     return shared.take<Key>(args.bcl_steps > 0 ? 2 * kCount : 0);

@@ -130,7 +130,7 @@ struct WindowMemory {
 
 // What a block keeps in shared memory of the tile and its surroundings. G is compared in the tile and in a margin
 // around it, which is 0 in the forward, and in the backward the radius: the residuals that far outside reach pixels of
-// the tile. All threads of the block call its functions together, but for is_near and b_at.
+// the tile. All threads of the block call its functions together, but for near_bits and b_at.
 template <typename Acc>
 class Window {
  public:

@@ -155,9 +155,9 @@ __device__ __forceinline__ Acc ce_scale(const LossArgs& args) {
   return denominator != 0 ? *static_cast<const Acc*>(args.grad_total) / denominator : Acc(0);
 }
 
-// The gradient of a stack without its extras (sparse.cuh): p of_p, with of_p = pull + factor, minus the pull at the
-// label. The pull is that of the cross-entropy and BCL on p of a pixel, towards its label. Both are exactly 0 where
-// nothing selects the pixel.
+// The gradient of a stack, but for its extras (sparse.cuh), is of_p p, minus the pull for the class of the label. The
+// pull is the scale of the cross-entropy and of BCL without flips, and of_p the pull and the factor together. Both are
+// exactly 0 where nothing selects the pixel.
 template <typename Acc>
 struct Pulls {
   Acc pull[kStack], of_p[kStack];

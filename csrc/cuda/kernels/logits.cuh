@@ -10,9 +10,9 @@ namespace bcmf::device {
 // Sources read class by class: the thread's stack of class c is at a place that `at` gives for c, and `next` for the
 // class behind another one. `take` takes their shared memory on the host. A class can be read if `is_ready`; `stage`
 // makes classes from `begin` on ready, and returns the first one that is not. What is read beyond the border of the
-// image may be anything. read<true> is for those that is_plain, which is the same for all lanes of a warp. kBlocks: of
-// a kernel, for which a multiprocessor has to have room; with more of them, more reads are under way, and a thread has
-// fewer registers. dense_forward needs fewer.
+// image may be anything. read<true> may be used only if is_plain(). kBlocks: how many blocks of a kernel of the
+// backward a multiprocessor has to have room for (__launch_bounds__); with more of them, more reads are under way, and
+// a thread has fewer registers. kForwardBlocks: of dense_forward, which needs fewer registers.
 #if defined(__CUDA_ARCH__) && __CUDA_ARCH__ < 800
 constexpr int kMoreBlocks = 2;  // it would spill
 #else
@@ -246,7 +246,7 @@ __device__ __forceinline__ void read_classes(const Source& source, Place& place,
 }
 
 // Calls f(first, z) for groups of all classes of a stack, z[j] being class first + j. Groups may have different
-// lengths.
+// lengths, but those of all stacks are the same: equal logits give equal bits, whatever order f adds them up in.
 template <typename Source, typename F>
 __device__ __forceinline__ void for_classes(const Source& source, int C, F f) {
   constexpr int kAtOnce = Source::kAtOnce;
@@ -254,26 +254,23 @@ __device__ __forceinline__ void for_classes(const Source& source, int C, F f) {
   for (int first = 0; first < C;) {
     const int end = source.stage(first, C);
     auto place = source.at(first);
-    if (source.is_plain()) {
+    const auto for_groups = [&](auto plain) {
 #pragma unroll 1
       for (; first + kAtOnce <= end; first += kAtOnce) {
         Acc z[kAtOnce][kStack];
-        read_classes<true>(source, place, z);
+        read_classes<decltype(plain)::value>(source, place, z);
         f(first, z);
       }
       with_number<kAtOnce - 1>(end - first, [&](auto count) {
         Acc z[decltype(count)::value][kStack];
-        read_classes<true>(source, place, z);
+        read_classes<decltype(plain)::value>(source, place, z);
         f(first, z);
       });
-    } else {
-#pragma unroll 1
-      for (; first < end; ++first) {
-        Acc z[1][kStack];
-        read_classes<false>(source, place, z);
-        f(first, z);
-      }
-    }
+    };
+    if (source.is_plain())
+      for_groups(std::true_type());
+    else
+      for_groups(std::false_type());
     first = end;
   }
 }

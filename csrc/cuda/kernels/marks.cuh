@@ -59,7 +59,7 @@ class Marks {
   __device__ __forceinline__ void fill_gap(const LossArgs& args) const {
     if (patch_count(args) % 2 != 0) patches_[patch_count(args)] = {0, 0};
   }
-  // Writes those of a stack.
+  // Writes the labels of a stack.
   template <typename Stack>
   __device__ __forceinline__ void store(const Stack& tile, const int (&ids)[kStack]) const {
     if (C_ > kMost) return tile.store(ids, static_cast<int*>(ids_));
@@ -68,7 +68,7 @@ class Marks {
     for (int k = 0; k < kStack; ++k) bytes[k] = static_cast<uint8_t>(ids[k]);  // 255 and 254: kIgnored and kBad
     tile.store(bytes, static_cast<uint8_t*>(ids_));
   }
-  // Reads those of a stack. patch_id: the label of its patch.
+  // Reads the labels of a stack. patch_id: that of its patch.
   template <typename Stack>
   __device__ __forceinline__ void load(const Stack& tile, int patch_id, int (&ids)[kStack]) const {
     if (patch_id != kMixed) {

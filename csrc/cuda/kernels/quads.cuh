@@ -59,8 +59,9 @@ struct QuadMemory {
   static __device__ __forceinline__ int at(int column, int quad) { return column * kPitch + Across::shift_of(quad); }
 };
 
-// The sums of a column of quads, for one class. kFinite: all logits are. kSpecial: pixels of the tile may have the
-// class as their label, or extras of it; or all may have it as their label, or none, without kSpecial.
+// The sums of a column of quads, for one class. kFinite: all logits of the chunk are. kSpecial: some pixels of the tile
+// may have the class as their label, or extras of it. Otherwise it is the label of all of them, or of none
+// (minus_label), and has no extras.
 template <typename Entries, bool kFinite, bool kSpecial>
 struct QuadColumn {
   using Acc = typename Entries::Acc;
@@ -77,7 +78,7 @@ struct QuadColumn {
     PixelTerms<Acc> pixel;
     load_whole(memory.pixels.data() + place, pixel);
     const Acc p = exp_shifted(mix<kFinite>(upper, lower, down) - pixel.reference, pixel.shift);
-    Acc value = kFinite || pixel.of_p != 0 ? pixel.of_p * p : Acc(0);  // 0 * NaN of an ignored pixel is 0
+    Acc value = kFinite || pixel.of_p != 0 ? pixel.of_p * p : Acc(0);  // p of an ignored pixel may be NaN
     if constexpr (kSpecial) {
       const PixelClasses of_pixel = memory.classes_of.data()[place];
       if (of_pixel.label == c) value -= pixel.pull;
@@ -197,7 +198,10 @@ __global__ void __launch_bounds__(kThreads, 2)
       tile.for_each([&](int k) {
         const int quad = cells.across.cell[tile.column(k)] - cells.across.first;
         const int place = memory.at(tile.column(k), quad) + tile.row(k);
-        memory.pixels.data()[place] = {stats[k].reference, exp_shift(stats[k].rest), pulls.of_p[k], pulls.pull[k]};
+        // The gradient is 0 where of_p is. But the logits of another chunk of classes may have made the statistics NaN:
+        // by these ones p is 0.
+        const PixelStats<Acc> known = pulls.of_p[k] != 0 ? stats[k] : PixelStats<Acc>{Acc(INFINITY), Acc(0)};
+        memory.pixels.data()[place] = {known.reference, exp_shift(known.rest), pulls.of_p[k], pulls.pull[k]};
         memory.classes_of.data()[place] = {labels[k], pulls.place[k]};
         const bool first =
             patch_id == kMixed ? k == 0 || labels[k] != labels[k - 1] : threadIdx.x % kWarp == 0 && k == 0;

@@ -15,11 +15,13 @@ struct PixelStats {
   __device__ __forceinline__ Acc probability(Acc z) const { return exp_shifted(z - reference, exp_shift(rest)); }
 };
 
-// Resampled logits keep both, (2, N, H, W). Of logits of the labels' size memory is what limits the kernels, and one
-// number is enough, (N, H, W): the loss of a class whose logit is the reference: that of the label, or of class 0 where
-// there is none. A loss of 8 or more would cost the digits of the probabilities of likelier classes. There, the rest by
-// the largest logit is kept, with its sign turned: what has the sign bit is of this kind, and the largest logit has to
-// be looked for again.
+// Resampled logits keep both, (2, N, H, W). Of logits of the labels' size memory is what limits the kernels. They keep
+// one number for each pixel, (N, H, W), of one of two kinds, which the sign bit tells apart:
+// * without the sign bit, the loss of the reference class: of the label, or of class 0 where there is none. Its logit
+// is
+//   the reference, and is read again;
+// * with the sign bit, where that loss is 8 or more, which would leave the probabilities of likelier classes too few
+//   digits: minus the rest by the largest logit, which is looked for again.
 BCMF_HOST_DEVICE int64_t stats_maps(const LossArgs& args) { return args.resampled() ? 2 : 1; }
 
 __device__ __forceinline__ int reference_class(int label) { return label < 0 ? 0 : label; }
@@ -39,7 +41,7 @@ __device__ __forceinline__ PixelStats<Acc> unpack_stats(Acc kept, Acc z, int64_t
   return {largest, -kept};
 }
 
-// Writes those of a stack, whose references are the largest logits. z: the logits of its reference classes.
+// Writes the statistics of a stack, whose references are the largest logits. z: the logits of its reference classes.
 template <typename Source, typename Acc>
 __device__ __forceinline__ void store_stats(const LossArgs& args, const typename Source::Tile& tile,
                                             const PixelStats<Acc> (&stats)[kStack], const Acc (&z)[kStack]) {
@@ -53,7 +55,7 @@ __device__ __forceinline__ void store_stats(const LossArgs& args, const typename
   if (!Source::kPacksStats) tile.store(second, static_cast<Acc*>(args.stats) + args.N * args.H * args.W);
 }
 
-// Reads those of a stack of resampled logits.
+// Reads the statistics of a stack of resampled logits.
 template <typename Stack, typename Acc>
 __device__ __forceinline__ void load_stats(const LossArgs& args, const Stack& tile, PixelStats<Acc> (&stats)[kStack]) {
   Acc reference[kStack] = {}, rest[kStack] = {};
@@ -62,7 +64,7 @@ __device__ __forceinline__ void load_stats(const LossArgs& args, const Stack& ti
 #pragma unroll
   for (int k = 0; k < kStack; ++k) stats[k] = {reference[k], rest[k]};
 }
-// Reads those of a stack. z: the logits of its reference classes.
+// Reads the statistics of a stack of any logits. z: those of its reference classes.
 template <typename Source, typename Acc>
 __device__ __forceinline__ void load_stats(const LossArgs& args, const typename Source::Tile& tile,
                                            const Source& source, const Acc (&z)[kStack],
@@ -75,7 +77,7 @@ __device__ __forceinline__ void load_stats(const LossArgs& args, const typename 
     stats[k] = unpack_stats(kept[k], z[k], args.C, [&](int c) { return source.own(k, c); });
 }
 
-// Reads those of any pixel (n, y, x).
+// Reads the statistics of any pixel (n, y, x).
 template <typename Entries>
 __device__ __forceinline__ PixelStats<typename Entries::Acc> stats_at(const LossArgs& args, const Entries& entries,
                                                                       int64_t n, int y, int x, int label) {

@@ -222,6 +222,17 @@ uint32_t permuted(uint32_t a, uint32_t b, uint32_t numbers) {
   return result;
 }
 
+template <typename T>
+void define_insertion(const char* opcode) {
+  define<T, T, T, uint32_t, uint32_t>(opcode, [](T a, T b, uint32_t position, uint32_t length) {
+    constexpr uint32_t kBits = 8 * sizeof(T);
+    position &= 255, length &= 255;
+    if (position >= kBits) return b;
+    const T field = static_cast<T>((length < kBits ? (T{1} << length) - 1 : ~T{0}) << position);
+    return static_cast<T>((b & ~field) | (a << position & field));
+  });
+}
+
 void define_words() {
   define<uint32_t, uint32_t>("bfind.u32", [](uint32_t a) { return a ? 31u - std::countl_zero(a) : 0xffffffffu; });
   define<uint32_t, uint32_t>("bfind.shiftamt.u32",
@@ -234,13 +245,8 @@ void define_words() {
   define<uint32_t, uint32_t, uint32_t, uint32_t>("shf.r.wrap.b32", [](uint32_t a, uint32_t b, uint32_t n) {
     return static_cast<uint32_t>((uint64_t{b} << 32 | a) >> (n & 31));
   });
-  define<uint32_t, uint32_t, uint32_t, uint32_t, uint32_t>(
-      "bfi.b32", [](uint32_t a, uint32_t b, uint32_t position, uint32_t length) {
-        position &= 255, length &= 255;
-        if (position > 31) return b;
-        const uint32_t field = static_cast<uint32_t>(((uint64_t{1} << (length < 32 ? length : 32)) - 1) << position);
-        return (b & ~field) | (a << position & field);
-      });
+  define_insertion<uint32_t>("bfi.b32");
+  define_insertion<uint64_t>("bfi.b64");
 }
 
 // ---------------------------------------------------------------------------------------------------------------------
