@@ -25,13 +25,10 @@ std::string capability() {
 const Isa& isa() {
 #if defined(__x86_64__)
   static const std::string chosen = capability();
-  static const Isa avx512 = {"AVX512", loss_kernels_avx512, lmfm_kernels_avx512, match_kernels_avx512};
-  static const Isa avx2 = {"AVX2", loss_kernels_avx2, lmfm_kernels_avx2, match_kernels_avx2};
-  if (chosen == "avx512") return avx512;
-  if (chosen == "avx2") return avx2;
+  if (chosen == "avx512") return avx512::isa;
+  if (chosen == "avx2") return avx2::isa;
 #endif
-  static const Isa baseline = {"baseline", loss_kernels_baseline, lmfm_kernels_baseline, match_kernels_baseline};
-  return baseline;
+  return baseline::isa;
 }
 
 }  // namespace bcmf::cpu

@@ -9,10 +9,19 @@ namespace bcmf::cpu {
 
 struct Isa {
   const char* name;
-  const LossIsaKernels& loss;
-  const LmfmIsaKernels& lmfm;
-  const MatchIsaKernels& match;
+  LossIsaKernels loss;
+  LmfmIsaKernels lmfm;
+  MatchIsaKernels match;
 };
+namespace baseline {
+extern const Isa isa;
+}
+namespace avx2 {
+extern const Isa isa;
+}
+namespace avx512 {
+extern const Isa isa;
+}
 
 // Makes the same choice as torch, so that ATEN_CPU_CAPABILITY holds for these kernels, too.
 const Isa& isa();

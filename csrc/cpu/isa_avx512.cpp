@@ -6,15 +6,9 @@
 #endif
 
 #define BCMF_ISA avx512
+#define BCMF_ISA_NAME "AVX512"
 #define BCMF_VECTOR_BYTES 64
-#include "cpu/lmfm/lmfm_kernel.inl"
-#include "cpu/loss_kernel.inl"
-#include "cpu/match_kernel.inl"
-
-const bcmf::cpu::LossIsaKernels bcmf::cpu::loss_kernels_avx512 = {avx512::kernels<float>, avx512::kernels<double>};
-const bcmf::cpu::LmfmIsaKernels bcmf::cpu::lmfm_kernels_avx512 = {avx512::lmfm::kernels<float>,
-                                                                  avx512::lmfm::kernels<double>};
-const bcmf::cpu::MatchIsaKernels bcmf::cpu::match_kernels_avx512 = avx512::match::kernels;
+#include "cpu/isa_kernels.inl"
 
 #if defined(__clang__)
 #pragma clang attribute pop

@@ -110,7 +110,6 @@ struct LossIsaKernels {
   LossKernels<float> f32;
   LossKernels<double> f64;
 };
-extern const LossIsaKernels loss_kernels_baseline, loss_kernels_avx2, loss_kernels_avx512;
 
 constexpr int64_t kMaxTilePixels = 1024;
 

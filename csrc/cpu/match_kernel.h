@@ -38,6 +38,5 @@ using MatchKernel = void (*)(const MatchArgs&, const MatchWork&, int64_t n, int6
 struct MatchIsaKernels {
   MatchKernel one_class, classes;
 };
-extern const MatchIsaKernels match_kernels_baseline, match_kernels_avx2, match_kernels_avx512;
 
 }  // namespace bcmf::cpu

@@ -190,3 +190,58 @@ BCMF_INLINE void narrow(float x, F16* to) {
   const uint32_t magnitude = bits >= 0x47800000u ? special : bits < 0x38800000u ? subnormal : normal;
   to->bits = static_cast<uint16_t>(magnitude | sign >> 16);
 }
+
+// Vectors of as many 16-bit entries as a vector of floats has lanes, and of their bits, widened.
+typedef uint16_t HalfBits __attribute__((vector_size(kWidth<float> * sizeof(uint16_t))));
+typedef uint32_t Bits __attribute__((vector_size(BCMF_VECTOR_BYTES)));
+
+// The same conversions of a whole vector. Loops over single entries would go through memory in two halves, which
+// stalls.
+BCMF_INLINE Vector<float> load_full(const float* from) { return load_vector(from); }
+BCMF_INLINE Vector<double> load_full(const double* from) { return load_vector(from); }
+BCMF_INLINE Bits load_bits(const void* from) {
+  HalfBits bits;
+  std::memcpy(&bits, from, sizeof(bits));
+  return __builtin_convertvector(bits, Bits);
+}
+BCMF_INLINE Vector<float> load_full(const BF16* from) { return bit_cast<Vector<float>>(load_bits(from) << 16); }
+BCMF_INLINE Vector<float> load_full(const F16* from) {
+  const Bits half = load_bits(from), magnitude = (half & 0x7fff) << 13;
+  const Bits finite = bit_cast<Bits>(bit_cast<Vector<float>>(magnitude) * bit_cast<float>(0x77800000u));
+  const Bits bits = magnitude >= 0x0f800000u ? magnitude | 0x7f800000u : finite;
+  return bit_cast<Vector<float>>(bits | (half & 0x8000) << 16);
+}
+BCMF_INLINE void store_full(Vector<float> from, float* to) { store_vector(from, to); }
+BCMF_INLINE void store_full(Vector<double> from, double* to) { store_vector(from, to); }
+BCMF_INLINE void store_bits(Bits bits, void* to) {
+  const HalfBits half = __builtin_convertvector(bits, HalfBits);
+  std::memcpy(to, &half, sizeof(half));
+}
+BCMF_INLINE void store_full(Vector<float> from, BF16* to) {
+  const Bits bits = bit_cast<Bits>(from), rounded = (bits + 0x7fffu + (bits >> 16 & 1u)) >> 16;
+  store_bits(from == from ? rounded : Bits{} + 0x7fc0u, to);
+}
+BCMF_INLINE void store_full(Vector<float> from, F16* to) {
+  const Bits all = bit_cast<Bits>(from), sign = all & 0x80000000u, bits = all ^ sign;
+  const Bits subnormal = bit_cast<Bits>(bit_cast<Vector<float>>(bits) + 0.5f) - 0x3f000000u;
+  const Bits normal = (bits + 0xc8000fffu + (bits >> 13 & 1u)) >> 13;
+  const Bits special = bits > 0x7f800000u ? Bits{} + 0x7e00u : Bits{} + 0x7c00u;
+  const Bits magnitude = bits >= 0x47800000u ? special : bits < 0x38800000u ? subnormal : normal;
+  store_bits(magnitude | sign >> 16, to);
+}
+
+// Reads `count` neighbours, at most a vector of them, and zeros into the other lanes.
+template <typename Acc, typename Scalar>
+BCMF_INLINE Vector<Acc> load_widened(const Scalar* from, int64_t count) {
+  if (count == kWidth<Acc>) return load_full(from);
+  Acc lanes[kWidth<Acc>] = {};
+  for (int64_t k = 0; k < count; ++k) lanes[k] = widen(from[k]);
+  return load_vector(lanes);
+}
+template <typename Acc, typename Scalar>
+BCMF_INLINE void store_narrowed(Vector<Acc> from, Scalar* to, int64_t count) {
+  if (count == kWidth<Acc>) return store_full(from, to);
+  Acc lanes[kWidth<Acc>];
+  store_vector(from, lanes);
+  for (int64_t k = 0; k < count; ++k) narrow(lanes[k], to + k);
+}

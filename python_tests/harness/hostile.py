@@ -57,10 +57,7 @@ SUPPORT = r"""
 
 #include "cpu/isa.h"
 
-const bcmf::cpu::Isa& bcmf::cpu::isa() {
-  static const Isa only = {"SET", loss_kernels_SET, lmfm_kernels_SET, match_kernels_SET};
-  return only;
-}
+const bcmf::cpu::Isa& bcmf::cpu::isa() { return SET::isa; }
 
 namespace {
 

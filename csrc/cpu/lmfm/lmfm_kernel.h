@@ -21,7 +21,6 @@ struct LmfmIsaKernels {
   LmfmKernels<float> f32;
   LmfmKernels<double> f64;
 };
-extern const LmfmIsaKernels lmfm_kernels_baseline, lmfm_kernels_avx2, lmfm_kernels_avx512;
 
 inline int64_t images_at_once(const NormReluArgs& args, bool backward) {
   return args.training || backward ? args.N : 1;

@@ -13,9 +13,7 @@
 #include "cpu/match_kernel.inl"
 
 const bcmf::cpu::Isa& bcmf::cpu::isa() {
-  static const LossIsaKernels no_loss = {};
-  static const LmfmIsaKernels no_lmfm = {};
-  static const Isa sanitized = {"sanitized", no_loss, no_lmfm, sanitized::match::kernels};
+  static const Isa sanitized = {"sanitized", {}, {}, sanitized::match::kernels};
   return sanitized;
 }
 
