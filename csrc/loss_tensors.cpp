@@ -85,16 +85,6 @@ void set_options(const LossOptions& options, bool wide, LossArgs& args) {
   set_cpg(options, args);
 }
 
-// Makes a dense tensor that every training step makes anew. On the CPU, a large one lies in memory that is kept from
-// step to step (cpu/memory.h).
-Tensor make_dense(IntList sizes, IntList strides, const Kind& kind) {
-  const uint64_t bytes = bytes_of(sizes, kind.type);
-  // Of more than a pointer can reach, torch makes an error.
-  const bool large = bytes >= cpu::kLarge && bytes <= INT64_MAX / 2;
-  if (kind.device.type() != DeviceType::CPU || !large) return empty_strided(sizes, strides, kind);
-  return stable::from_blob(cpu::allocate_large(bytes), sizes, strides, kind.device, kind.type, cpu::free_large);
-}
-
 Tensor make_maps(int64_t maps, const LossArgs& args, const Kind& kind) {  // (maps, N, H, W)
   const int64_t map = args.H * args.W;
   return make_dense({maps, args.N, args.H, args.W}, {args.N * map, map, args.W, 1}, kind);

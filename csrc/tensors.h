@@ -2,6 +2,7 @@
 #pragma once
 
 #include "common/args.h"
+#include "cpu/memory.h"
 #include "stable.h"
 
 namespace bcmf {
@@ -41,6 +42,16 @@ inline MapView map_view(const Tensor& t, const char* name) {
 }
 inline LabelView label_view(const Tensor& t) {
   return {t.data_ptr(), label_type(t.scalar_type(), "target"), t.stride(0), t.stride(1), t.stride(2)};
+}
+
+// Makes a dense tensor that every training step makes anew. On the CPU, a large one lies in memory that is kept from
+// step to step (cpu/memory.h).
+inline Tensor make_dense(IntList sizes, IntList strides, const Kind& kind) {
+  const uint64_t bytes = bytes_of(sizes, kind.type);
+  // Of more than a pointer can reach, torch makes an error.
+  const bool large = bytes >= cpu::kLarge && bytes <= INT64_MAX / 2;
+  if (kind.device.type() != DeviceType::CPU || !large) return empty_strided(sizes, strides, kind);
+  return stable::from_blob(cpu::allocate_large(bytes), sizes, strides, kind.device, kind.type, cpu::free_large);
 }
 
 // Returns the dtype that the kernels compute in: fp64 for fp64 tensors, else fp32.

@@ -11,6 +11,12 @@ __device__ __forceinline__ float rounded_product(float a, float b) { return __fm
 __device__ __forceinline__ double rounded_product(double a, double b) { return __dmul_rn(a, b); }
 #endif
 
+// Brings an index beyond the border to the pixel that the replicated border copies.
+template <typename Index>
+BCMF_HOST_DEVICE Index clamp(Index i, Index length) {
+  return i < 0 ? 0 : i < length ? i : length - 1;
+}
+
 // pi_s of BCL swaps neighbouring groups of `step` indices; an index whose partner would lie outside stays.
 template <typename Index>
 BCMF_HOST_DEVICE Index flip_index(Index i, Index step, Index length) {

@@ -4,17 +4,11 @@
 
 #include <cmath>
 
-#include "common/args.h"
+#include "common/geometry.h"
 
 namespace bcmf {
 
 constexpr int kMaxRadius = 3;  // of CPG's windows
-
-// Brings an index beyond the border to the pixel that the replicated border copies.
-template <typename Index>
-BCMF_HOST_DEVICE Index clamp(Index i, Index length) {
-  return i < 0 ? 0 : i < length ? i : length - 1;
-}
 
 // Returns the larger of two scores; NaN is larger than all.
 template <typename Acc>

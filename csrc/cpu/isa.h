@@ -4,6 +4,7 @@
 #include "cpu/lmfm/lmfm_kernel.h"
 #include "cpu/loss_kernel.h"
 #include "cpu/match_kernel.h"
+#include "cpu/srm_kernel.h"
 
 namespace bcmf::cpu {
 
@@ -12,6 +13,7 @@ struct Isa {
   LossIsaKernels loss;
   LmfmIsaKernels lmfm;
   MatchIsaKernels match;
+  SrmIsaKernels srm;
 };
 namespace baseline {
 extern const Isa isa;
