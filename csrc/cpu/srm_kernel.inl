@@ -123,7 +123,7 @@ struct Channels {
 // Calls f(channels) for the channels begin..end.
 template <typename Acc, typename F>
 BCMF_INLINE void for_channels(int64_t begin, int64_t end, F f) {
-  constexpr int kMost = 8;  // vectors, which stay in registers
+  constexpr int kMost = 4;  // vectors, which stay in registers
   int64_t c = begin;
   for (; c + kMost * kWidth<Acc> <= end; c += kMost * kWidth<Acc>) f(Channels<Acc, kMost>{c, kMost * kWidth<Acc>});
   for (; c < end; c += kWidth<Acc>) f(Channels<Acc, 1>{c, end - c < kWidth<Acc> ? end - c : kWidth<Acc>});
