@@ -549,20 +549,17 @@ POOL_NORM_RELU["cuda"], ADD_NORM_RELU["cuda"] = POOL_NORM_RELU["cpu"], ADD_NORM_
 # bcmf::srm does what SRM needs behind its convolutions (docs/definitions.md, Context modules). It takes low (N, C, h,
 # w), raw (N, 11, H, W), H >= h, W >= w: the two channels of Δ₀ and the nine logits of a, in low's dtype or in
 # acc_dtype, and residual (N, C, H, W) in low's dtype. It returns low, upsampled and read at each pixel's place plus Δ,
-# plus residual (N, C, H, W): in channels_last if residual is, else contiguous. The backward takes the upstream gradient
-# of that, and low and raw; it returns their gradients in channels_last. A NaN among the offsets of a pixel and its
-# neighbours makes the pixel NaN.
+# plus residual (N, C, H, W), in residual's layout. The backward takes the upstream gradient of that, and low and raw,
+# whose gradients it returns. All is fastest in channels_last; other layouts are copied. A NaN among the offsets and
+# logits that a pixel's position is mixed from makes the pixel NaN.
 
 
 def _srm_fake(low: Tensor, raw: Tensor, residual: Tensor) -> Tensor:
-    last = residual.is_contiguous(memory_format=torch.channels_last)
-    return torch.empty_like(residual, memory_format=torch.channels_last if last else torch.contiguous_format)
+    return torch.empty_like(residual)
 
 
 def _srm_backward_fake(grad: Tensor, low: Tensor, raw: Tensor) -> tuple[Tensor, Tensor]:
-    return torch.empty_like(low, memory_format=torch.channels_last), torch.empty_like(
-        raw, memory_format=torch.channels_last
-    )
+    return torch.empty_like(low), torch.empty_like(raw)
 
 
 def define_srm(lib: Library, name: str) -> Any:

@@ -96,10 +96,6 @@ Tensor as_aligned(const Tensor& t) {
   return reinterpret_cast<uintptr_t>(dense.const_data_ptr()) % 16 == 0 ? dense : stable::clone(dense);
 }
 
-Tensor make_gradient(const Tensor& t) {
-  return is_dense(t) ? make_dense(t.sizes(), t.strides(), kind_of(t)) : stable::empty_like(t);
-}
-
 }  // namespace
 
 LossInputs::LossInputs(const LossOptions& options, const Tensor& logits, const Tensor& target,
@@ -185,7 +181,7 @@ LossGradient::LossGradient(const Tensor& grad_total_, const Tensor& logits, cons
   selected = as_aligned(selected_);
   marks = as_aligned(marks_);
   summary = as_contiguous(summary_);
-  grad = make_gradient(logits);
+  grad = make_like(logits);
   args.grad_total = grad_total.data_ptr();
   args.stats = stats.data_ptr();
   args.selected = selected.data_ptr();

@@ -20,9 +20,15 @@ inline bool is_channels_last(const Tensor& map) {
 inline Tensor as_channels_last(const Tensor& map) {
   return is_channels_last(map) ? map : stable::contiguous(map, MemoryFormat::ChannelsLast);
 }
-inline Tensor new_channels_last(IntList sizes, const Kind& kind) {
-  return make_dense(sizes, channels_last_strides(sizes), kind);
-}
+// A new map that is laid out as another one, which a kernel fills in through `filled`, in channels_last.
+struct NewMap {
+  Tensor map, filled;
+  explicit NewMap(const Tensor& like)
+      : map(make_like(like)),
+        filled(is_channels_last(like) ? map
+                                      : make_dense(like.sizes(), channels_last_strides(like.sizes()), kind_of(like))) {}
+  Tensor finish() { return filled.data_ptr() == map.data_ptr() ? map : stable::copy_(map, filled); }
+};
 
 // The maps of a call, in channels_last, and the arguments that point to them.
 class SrmMaps {
@@ -41,7 +47,10 @@ class SrmMaps {
                " channels, and as many images as low, ", args.N, ", not the shape ", words(given_raw.sizes()), ".");
     BCMF_CHECK(args.h >= 1 && args.w >= 1 && args.H >= args.h && args.W >= args.w, "low, ", words(given_low.sizes()),
                ", may not be larger than raw, ", words(given_raw.sizes()), ", nor without a pixel.");
-    for (const int64_t side : {args.C, args.H, args.W}) check_side(side);
+    for (const int64_t side : {args.H, args.W}) check_side(side);
+    // The kernels count the pixels of an image, and the channels of some, in 32 bits.
+    BCMF_CHECK(args.H * args.W < int64_t{1} << 31 && args.C < 1 << 24, "raw has less than 2^31 pixels, not ",
+               words(given_raw.sizes()), ", and low less than 2^24 channels, not ", args.C, ".");
     BCMF_CHECK(given_raw.scalar_type() == given_low.scalar_type() || given_raw.scalar_type() == acc_type(given_low),
                "raw has the dtype of low, ", words(given_low.scalar_type()), ", or ", words(acc_type(given_low)),
                ", not ", words(given_raw.scalar_type()), ".");
@@ -65,25 +74,30 @@ template <void (*kernel)(const SrmArgs& args, const Tensor& like)>
 Tensor srm(const Tensor& low, const Tensor& raw, const Tensor& residual) {
   SrmMaps maps(low, raw);
   const Tensor added = maps.full_map(residual, "residual");
-  const Tensor out = new_channels_last(residual.sizes(), kind_of(residual));
-  maps.args.residual = added.data_ptr(), maps.args.out = out.data_ptr();
-  if (out.numel() > 0) kernel(maps.args, low);
-  return is_channels_last(residual) ? out : stable::contiguous(out);
+  NewMap out(residual);
+  maps.args.residual = added.data_ptr(), maps.args.out = out.filled.data_ptr();
+  if (residual.numel() > 0) kernel(maps.args, low);
+  return out.finish();
 }
 
 template <void (*kernel)(const SrmArgs& args, const Tensor& like)>
 std::tuple<Tensor, Tensor> srm_backward(const Tensor& grad, const Tensor& low, const Tensor& raw) {
   SrmMaps maps(low, raw);
   const Tensor upstream = maps.full_map(grad, "grad");
-  const Tensor grad_low = new_channels_last(low.sizes(), kind_of(low));
-  Tensor grad_raw = new_channels_last(raw.sizes(), kind_of(raw));
+  NewMap grad_low(low), grad_raw(raw);
   maps.args.out = upstream.data_ptr();
-  maps.args.grad_low = grad_low.data_ptr(), maps.args.grad_raw = grad_raw.data_ptr();
-  if (upstream.numel() > 0)
+  maps.args.grad_low = grad_low.filled.data_ptr(), maps.args.grad_raw = grad_raw.filled.data_ptr();
+  if (grad.numel() > 0)
     kernel(maps.args, low);
   else
-    stable::zero_(grad_raw);  // grad_low is empty, too
-  return {grad_low, grad_raw};
+    stable::zero_(grad_raw.filled);  // low is empty, too
+  return {grad_low.finish(), grad_raw.finish()};
+}
+
+template <auto forward, auto backward>
+void register_srm(stable::detail::StableLibrary& m) {
+  m.impl("srm", TORCH_BOX(&srm<forward>));
+  m.impl("srm_backward", TORCH_BOX(&srm_backward<backward>));
 }
 
 }  // namespace bcmf

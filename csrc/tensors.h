@@ -54,6 +54,11 @@ inline Tensor make_dense(IntList sizes, IntList strides, const Kind& kind) {
   return stable::from_blob(cpu::allocate_large(bytes), sizes, strides, kind.device, kind.type, cpu::free_large);
 }
 
+// The same, with the sizes of another tensor, and as empty_like would lay it out.
+inline Tensor make_like(const Tensor& t) {
+  return is_dense(t) ? make_dense(t.sizes(), t.strides(), kind_of(t)) : stable::empty_like(t);
+}
+
 // Returns the dtype that the kernels compute in: fp64 for fp64 tensors, else fp32.
 inline ScalarType acc_type(const Tensor& t) {
   return t.scalar_type() == ScalarType::Double ? ScalarType::Double : ScalarType::Float;

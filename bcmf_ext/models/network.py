@@ -11,7 +11,7 @@ class Network(Protocol):
     """The part of a network, an `nn.Module`, that the trainer, checkpoints, the Predictor and exports rely on.
 
     It is made by ``NETWORKS[name](num_classes, aux_head=True, impl="auto")``. num_classes: C. aux_head: whether it has
-    an auxiliary head. impl: that of its context module, "torch" for exports; ignored where there is none.
+    an auxiliary head. impl: that of its context module and its SRMs, "torch" for exports; ignored where there are none.
 
     ``network(images)`` takes normalised floating-point images (N, 3, H, W) of any size and gives logits (N, C, h, w) of
     a size of its own, which the criterion, the metrics and the Predictor resample to that of the labels. While it

@@ -21,7 +21,7 @@ class SCRDDRNet(DDRNet):
 
     def __init__(self, context: LMFM, num_classes: int = 19, *, aux_head: bool = True) -> None:
         super().__init__(context, num_classes, aux_head=aux_head)
-        self.srm = SRM(64, 128, project=False)
+        self.srm = SRM(64, 128, project=False, impl=context.impl)
         self.crm = CRM((64, 128, 256, 128), 128, at=0)
         self.crm_gain = nn.Parameter(torch.zeros(128, 1, 1))
 
@@ -32,7 +32,7 @@ class SCRDDRNet(DDRNet):
 
 
 def scr_ddrnet_s(num_classes: int = 19, *, aux_head: bool = True, impl: str = "auto") -> SCRDDRNet:
-    """BCMFNet with one SRM and one CRM. impl: the implementation of LMFM.
+    """BCMFNet with one SRM and one CRM. impl: the implementation of LMFM and of the SRM.
 
     5,714,408 parameters without the auxiliary head (19 classes), 37.27 GMACs at 1×3×1024×2048.
     """

@@ -3,10 +3,13 @@ it."""
 
 from __future__ import annotations
 
+from typing import cast
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from .. import dispatch, ops
 from .upsample import upsample
 
 
@@ -30,12 +33,15 @@ class SRM(nn.Module):
         high_channels: C_h.
         low_channels: C_l, even.
         project: whether the module has the 1×1 convolution for the residual; without it each call gives a residual.
+        impl: what computes all behind the 3×3 convolution, in one pass by kernels: "auto", "cpu", "cuda", "triton" or
+            "torch".
 
     Shapes: (N, C_h, H, W), (N, C_l, h, w) -> (N, C_l, H, W), for any H >= h >= 1 and W >= w >= 1.
     """
 
-    def __init__(self, high_channels: int, low_channels: int, *, project: bool = True) -> None:
+    def __init__(self, high_channels: int, low_channels: int, *, project: bool = True, impl: str = "auto") -> None:
         super().__init__()
+        self.impl = impl
         if low_channels < 2 or low_channels % 2:
             raise ValueError(f"An SRM's low_channels are even, and at least 2, not {low_channels}.")
         width = low_channels // 2
@@ -50,7 +56,7 @@ class SRM(nn.Module):
     def forward(self, high: Tensor, low: Tensor, residual: Tensor | None = None) -> Tensor:
         """(N, C_h, H, W), (N, C_l, h, w) → (N, C_l, H, W). residual: in the place of the projection of ``high``, (N,
         C_l, H, W). Raises ValueError if ``high`` is smaller than ``low``, if there is no residual, or one of another
-        shape."""
+        shape, or for an impl that cannot run."""
         size = high.shape[-2:]
         if size[0] < low.shape[-2] or size[1] < low.shape[-1]:
             raise ValueError(
@@ -66,11 +72,8 @@ class SRM(nn.Module):
                 f"The residual of an SRM has the shape of its result, {expected}, not {tuple(residual.shape)}."
             )
         raw = self.offset(torch.cat([self.high(high), upsample(self.low(low), size)], dim=1))
-        offsets = mix_offsets(raw)
-        if torch.is_grad_enabled():
-            low, offsets = show_nan(low, offsets)
-        # In this order: the sum has the layout of its first operand, and on a CPU grid_sample loses channels_last.
-        return residual + sample(upsample(low, size), offsets)
+        impl = dispatch.choose("SRM", self.impl, low.device)
+        return refine(low, raw, residual) if impl == "torch" else by_kernels(impl, low, raw, residual)
 
 
 def conv_norm_relu(in_channels: int, out_channels: int) -> nn.Sequential:
@@ -78,6 +81,24 @@ def conv_norm_relu(in_channels: int, out_channels: int) -> nn.Sequential:
     return nn.Sequential(
         nn.Conv2d(in_channels, out_channels, 1, bias=False), nn.BatchNorm2d(out_channels), nn.ReLU(inplace=True)
     )
+
+
+def refine(low: Tensor, raw: Tensor, residual: Tensor) -> Tensor:
+    """U(low)(p + Δ(p)) + residual(p), by PyTorch. raw: what the 3×3 convolution gives, (N, 11, H, W)."""
+    offsets = mix_offsets(raw)
+    if torch.is_grad_enabled():
+        low, offsets = show_nan(low, offsets)
+    # In this order: the sum has the layout of its first operand, and on a CPU grid_sample loses channels_last.
+    return residual + sample(upsample(low, raw.shape[-2:]), offsets)
+
+
+def by_kernels(impl: str, low: Tensor, raw: Tensor, residual: Tensor) -> Tensor:
+    """The same by bcmf::srm, which takes maps of one dtype. Autocast may have left them in two."""
+    dtype = torch.promote_types(low.dtype, residual.dtype)
+    low, residual = low.to(dtype), residual.to(dtype)
+    if raw.dtype != dtype:
+        raw = raw.to(ops.acc_dtype(low))
+    return cast(Tensor, ops.SRM[impl](low, raw, residual))
 
 
 def mix_offsets(raw: Tensor) -> Tensor:

@@ -88,9 +88,6 @@ void backward(const SrmArgs& args, const Tensor& like) {
 
 }  // namespace
 
-STABLE_TORCH_LIBRARY_IMPL(bcmf, CPU, m) {
-  m.impl("srm", TORCH_BOX(&srm<forward>));
-  m.impl("srm_backward", TORCH_BOX(&srm_backward<backward>));
-}
+STABLE_TORCH_LIBRARY_IMPL(bcmf, CPU, m) { register_srm<forward, backward>(m); }
 
 }  // namespace bcmf

@@ -8,28 +8,13 @@
 #include "cuda/kernels/ohem.cuh"
 #include "cuda/kernels/quads.cuh"
 #include "cuda/limits.h"
+#include "cuda/scratch.h"
 #include "cuda/with_scalar.cuh"
 
 namespace bcmf::cuda {
 namespace {
 
 using namespace device;
-
-// Cuts the scratch memory into arrays. Without memory (null) it only finds out how many bytes they take.
-class Cutter {
- public:
-  explicit Cutter(void* memory) : begin_(static_cast<char*>(memory)), at_(begin_) {}
-  template <typename T>
-  T* take(int64_t count) {
-    char* part = at_;
-    at_ += (count * sizeof(T) + 15) / 16 * 16;
-    return reinterpret_cast<T*>(part);
-  }
-  int64_t bytes() const { return at_ - begin_; }
-
- private:
-  char *begin_, *at_;
-};
 
 template <typename Acc>
 struct ForwardScratch {

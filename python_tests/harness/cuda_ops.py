@@ -11,11 +11,14 @@ from torch.library import Library
 from bcmf_ext import dispatch, ops
 
 CSRC = Path(__file__).parents[2] / "csrc"
+LAUNCHERS = tuple(sorted(str(path.relative_to(CSRC)) for path in CSRC.rglob("*.cu")))
+"""The files of csrc that launch the kernels."""
 SOURCES = (
-    *(str(CSRC / name) for name in ("cuda/loss_op.cpp", "cuda/lmfm/lmfm_op.cpp", "loss_tensors.cpp")),
+    *(str(path) for path in sorted(CSRC.glob("cuda/**/*_op.cpp"))),
+    *(str(CSRC / name) for name in ("loss_tensors.cpp", "cpu/memory.cpp")),
     str(Path(__file__).with_name("no_device.cpp")),
 )
-"""What such a library is compiled from, beside kernels and launchers."""
+"""What such a library is compiled from, beside these."""
 
 
 def define(lib: Library) -> dict[str, Any]:
@@ -27,6 +30,7 @@ def define(lib: Library) -> dict[str, Any]:
         "UPSAMPLE_ARGMAX": ops.define_upsample_argmax(lib, "upsample_argmax"),
         "POOL_NORM_RELU": ops.define_pool_norm_relu(lib, "pool_norm_relu"),
         "ADD_NORM_RELU": ops.define_add_norm_relu(lib, "add_norm_relu"),
+        "SRM": ops.define_srm(lib, "srm"),
     }
 
 

@@ -66,10 +66,6 @@ def small_or_mix(case: Any, dtype: torch.dtype, shape: tuple[int, ...], **_: Any
     return not isinstance(case, NormCase) or (dtype == torch.float32 and shape != case.shapes[-1])
 
 
-def is_loss(case: Any = None, **_: Any) -> bool:
-    return isinstance(case, LossCase)
-
-
 USUAL = Rule(is_mix, "MIXES of the losses, and all cases of other ops, run every kernel")
 INTERPRETED = {  # what is not here is as usual
     "test_ops.py::test_as_defined": Rule(small_or_mix, "options and dtypes act pixel by pixel: small shapes show them"),
@@ -81,7 +77,7 @@ INTERPRETED = {  # what is not here is as usual
         only_ci=True,
     ),
     "test_ops.py::test_gradcheck": Rule(
-        lambda case, **_: is_loss(case) or case.training or case.name == "add_norm_relu level eval",
+        lambda case, **_: getattr(case, "training", True) or case.name == "add_norm_relu level eval",
         "in eval mode all cases run the same backward",
         only_ci=True,
     ),
