@@ -238,7 +238,7 @@ def totals_by_kernel(counted: dict[Problem, list[Launched]]) -> dict[str, dict[s
 def machine_codes() -> dict[int, dict[str, machine_code.MachineCode]]:
     """What ptxas makes of all kernels, for the GPUs of the model."""
     archs = [gpu.arch for gpu in gpu_model.GPUS.values()]
-    jobs = [(ptx.SOURCES / "cuda" / launcher, arch) for launcher in ptx.LAUNCHERS for arch in archs]
+    jobs = [(ptx.SOURCES / launcher, arch) for launcher in ptx.LAUNCHERS for arch in archs]
     with ThreadPoolExecutor(os.cpu_count()) as threads:
         reports = list(
             tqdm(

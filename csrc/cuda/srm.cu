@@ -35,7 +35,8 @@ void with_types(const SrmArgs& args, F f) {
   with_scalar(args.type, [&](auto scalar) {
     constexpr int kSide = sizeof(scalar) == sizeof(double) ? 2 : 4;
     bool aligned = args.C % kSide == 0;
-    for (const void* map : {args.low, args.residual, static_cast<const void*>(args.out), static_cast<const void*>(args.grad_low)})
+    for (const void* map :
+         {args.low, args.residual, static_cast<const void*>(args.out), static_cast<const void*>(args.grad_low)})
       aligned = aligned && reinterpret_cast<uintptr_t>(map) % (kSide * sizeof(scalar)) == 0;
     if (aligned)
       f(scalar, std::integral_constant<int, kSide>());

@@ -15,7 +15,7 @@ LAUNCHERS = tuple(sorted(str(path.relative_to(CSRC)) for path in CSRC.rglob("*.c
 """The files of csrc that launch the kernels."""
 SOURCES = (
     *(str(path) for path in sorted(CSRC.glob("cuda/**/*_op.cpp"))),
-    *(str(CSRC / name) for name in ("loss_tensors.cpp", "cpu/memory.cpp")),
+    str(CSRC / "loss_tensors.cpp"),
     str(Path(__file__).with_name("no_device.cpp")),
 )
 """What such a library is compiled from, beside these."""

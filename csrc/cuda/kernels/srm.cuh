@@ -1,7 +1,8 @@
 // The kernels of bcmf::srm. Maps are in channels_last: neighbouring threads work on neighbouring channels of a pixel.
 //
 // The backward adds up the gradient of `low` without atomics on floats: srm_list sorts the pixels of an image by the
-// first entry that they read (their cell), those of a cell by their number, and srm_low adds up the lists in this order.
+// first entry that they read (their cell), those of a cell by their number, and srm_low adds up the lists in this
+// order.
 #pragma once
 
 #include "common/srm.h"
@@ -9,7 +10,7 @@
 
 namespace bcmf::device {
 
-constexpr int kSrmPixels = kWarp;  // of a block
+constexpr int kSrmPixels = kWarp;   // of a block
 constexpr int kListedCells = 1024;  // of a block of srm_list
 constexpr int kSummedCells = 16;    // of a row, of a warp of srm_low
 
@@ -205,9 +206,8 @@ __global__ void __launch_bounds__(kThreads)
   if (!has) return;
   const Acc x = pulls[lane * kOffsets], y = pulls[lane * kOffsets + 1];
   const int64_t index = first + lane;
-  scratch.reads[index] = {cell,
-                          {own.x.weight[0], own.x.weight[1], own.x.weight[2]},
-                          {own.y.weight[0], own.y.weight[1], own.y.weight[2]}};
+  scratch.reads[index] = {
+      cell, {own.x.weight[0], own.x.weight[1], own.x.weight[2]}, {own.y.weight[0], own.y.weight[1], own.y.weight[2]}};
   scratch.pulls[index * kOffsets] = x, scratch.pulls[index * kOffsets + 1] = y;
   const Acc mean = x * pixel.mixed[0] + y * pixel.mixed[1];
 #pragma unroll
@@ -267,11 +267,11 @@ __global__ void __launch_bounds__(kThreads)
     for (int first = warp * of_warp; first < end; first += kWarp) {
       const int chunk = first + lane;
       const CellBounds bounds = chunk < end ? scratch.bounds[n * chunks + chunk] : CellBounds{cells, -1};
-      const unsigned wanted = __ballot_sync(0xffffffffu, bounds.least < begin + kListedCells && bounds.largest >= begin);
+      const unsigned wanted =
+          __ballot_sync(0xffffffffu, bounds.least < begin + kListedCells && bounds.largest >= begin);
       if (bounds.largest >= 0 && bounds.largest < begin)
-        below += static_cast<int>(pixels - int64_t{chunk} * kSrmPixels < kSrmPixels
-                                      ? pixels - int64_t{chunk} * kSrmPixels
-                                      : kSrmPixels);
+        below += static_cast<int>(
+            pixels - int64_t{chunk} * kSrmPixels < kSrmPixels ? pixels - int64_t{chunk} * kSrmPixels : kSrmPixels);
       for (unsigned left = wanted; left != 0; left &= left - 1) {
         const int64_t pixel = (int64_t{first} + __ffs(static_cast<int>(left)) - 1) * kSrmPixels + lane;
         const int cell = pixel < pixels ? reads[pixel].cell - begin : kListedCells;

@@ -7,6 +7,7 @@
 from __future__ import annotations
 
 import functools
+import os
 import shutil
 import subprocess
 import zlib
@@ -23,8 +24,6 @@ from harness import cuda_ops
 HERE = Path(__file__).parent
 SOURCES = HERE.parents[2] / "csrc"
 ORDERS = ("forward", "reversed", "shuffled")
-LAUNCHERS = ("loss", "lmfm")  # of csrc/cuda; each has a file here
-OWN = ("order", *LAUNCHERS)
 LIB = Library("bcmf_emulated", "DEF")
 OPS = cuda_ops.define(LIB)
 
@@ -51,21 +50,41 @@ def compile_sanitized(source: str, executable: Path, include: str = "include") -
     compile_program(HERE / source, executable, *flags, include=include)
 
 
+def build_folder() -> Path:
+    """Where what is compiled is kept: in torch's folder of extensions, one for each source tree."""
+    root = os.environ.get("TORCH_EXTENSIONS_DIR") or cpp_extension.get_default_build_root()
+    folder = Path(root) / f"bcmf_emulated_{zlib.crc32(bytes(SOURCES)):08x}"
+    folder.mkdir(parents=True, exist_ok=True)
+    return folder
+
+
 @functools.cache
 def load() -> CDLL:
     """Compiles the kernels (half a minute; the result is kept in torch's folder of extensions)."""
+    folder = build_folder()
     library = cpp_extension.load(
-        f"bcmf_emulated_{zlib.crc32(bytes(SOURCES)):08x}",  # each source tree has a folder of its own
+        folder.name,
         [
-            *(str(HERE / f"{name}.cpp") for name in OWN),
+            *wrap_launchers(folder),
+            str(HERE / "order.cpp"),
             *cuda_ops.SOURCES,
             str(SOURCES / "cpu/memory.cpp"),
         ],
         extra_include_paths=[str(HERE / "include"), str(SOURCES)],  # the files here come before those of csrc
         extra_cflags=["-std=c++20", "-O2", "-fvisibility=hidden", "-Wno-unknown-pragmas"],
+        build_directory=str(folder),
         is_python_module=False,
     )
     return CDLL(str(library))
+
+
+def wrap_launchers(folder: Path) -> list[str]:
+    """Files in a folder that g++ compiles as C++, one for each launcher, which it includes with its kernels."""
+    wrapped = {folder / f"{Path(name).stem}.cpp": f'#include "{name}"\n' for name in cuda_ops.LAUNCHERS}
+    for path, text in wrapped.items():
+        if not path.exists() or path.read_text() != text:
+            path.write_text(text)
+    return list(map(str, wrapped))
 
 
 @contextmanager

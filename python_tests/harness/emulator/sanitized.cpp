@@ -9,8 +9,9 @@
 #include <random>
 #include <vector>
 
-#include "lmfm.cpp"
-#include "loss.cpp"
+#include "cuda/lmfm/lmfm.cu"
+#include "cuda/loss.cu"
+#include "cuda/srm.cu"
 
 namespace {
 

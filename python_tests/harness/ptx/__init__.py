@@ -32,7 +32,7 @@ from harness import cuda_ops
 
 HERE = Path(__file__).parent
 SOURCES = HERE.parents[2] / "csrc"
-LAUNCHERS = ("loss.cu", "lmfm/lmfm.cu")  # of csrc/cuda
+LAUNCHERS = cuda_ops.LAUNCHERS
 EXECUTOR = ("program", "arithmetic", "memory", "decode", "execute", "allocations", "kernels", "python")
 FLAGS = (
     "-std=c++20",
@@ -92,7 +92,7 @@ def compile_kernels(source: Path, generation: int = GENERATION) -> Path:
 
 def text_of(launcher: str, generation: int = GENERATION) -> str:
     """The PTX of one of LAUNCHERS."""
-    contents = compile_kernels(SOURCES / "cuda" / launcher, generation).read_bytes()
+    contents = compile_kernels(SOURCES / launcher, generation).read_bytes()
     begin = contents.index(b".version")
     return contents[begin : contents.index(0, begin)].decode()
 
@@ -100,7 +100,7 @@ def text_of(launcher: str, generation: int = GENERATION) -> str:
 @functools.cache
 def load() -> CDLL:
     """Compiles the kernels to PTX (a minute; the result is kept), and what runs it, and defines the ops."""
-    sources = [*(SOURCES / "cuda" / name for name in LAUNCHERS), HERE / "planted.cu"]
+    sources = [*(SOURCES / name for name in LAUNCHERS), HERE / "planted.cu"]
     with ThreadPoolExecutor() as threads:
         objects = [*threads.map(compile_kernels, sources), compile_by_nvcc(HERE / "runtime.cpp", ".o", *OBJECT)]
     own = [str(HERE / f"{name}.cpp") for name in (*EXECUTOR, "torch")]

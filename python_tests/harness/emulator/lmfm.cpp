@@ -1,2 +1,0 @@
-// csrc/cuda/lmfm/lmfm.cu, as g++ sees it.
-#include "cuda/lmfm/lmfm.cu"
