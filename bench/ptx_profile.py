@@ -45,6 +45,7 @@ from problem import make_labels, make_training_logits
 from bcmf_ext import BCL, CPG, OHEM, segmentation_loss
 from bcmf_ext.errors import UserError, run_command
 from bcmf_ext.nn import LMFM
+from bcmf_ext.nn.srm import by_kernels
 
 KINDS = (
     *("fp32", "fp64", "int", "int64", "division", "special", "convert", "move"),
@@ -123,6 +124,19 @@ def problems(labels: Tensor, classes: int) -> Iterator[Problem]:
     context = context.contiguous(memory_format=torch.channels_last).requires_grad_()
     lmfm = LMFM(128, 64, 128, impl="cuda").to(memory_format=torch.channels_last).train()
     yield Problem("LMFM of 128 channels, 16×16, float32, channels_last", context.numel(), lambda: [lmfm(context).sum()])
+    # An SRM from 1/8 to 1/4.
+    generator = torch.Generator().manual_seed(0)
+    low, raw, residual = (
+        torch.randn(n, channels, height // side, width // side, generator=generator)
+        .to(torch.bfloat16, memory_format=torch.channels_last)
+        .requires_grad_()
+        for channels, side in ((128, 8), (11, 4), (128, 4))
+    )
+    yield Problem(
+        "SRM's tail, 128 channels, 1/8 to 1/4, bfloat16, channels_last",
+        residual.numel(),
+        lambda: [by_kernels("cuda", low, raw, residual).float().sum()],
+    )
 
 
 # --------------------------------------------------------------------------------------------------------------------

@@ -5,6 +5,7 @@ from __future__ import annotations
 import builtins
 import importlib.util
 import json
+import re
 import math
 import subprocess
 import sys
@@ -67,7 +68,8 @@ def test_it_runs_without_the_package(tmp_path: Path, form: str, name: str, capsy
     folder = write_run(tmp_path / "run", name, trained(name))
     export.main(["--checkpoint", str(folder), "--format", form])
     path = folder / f"best{export.ENDINGS[form]}"
-    assert f"{path}: labels are equal at 100.0000% of the pixels" in capsys.readouterr().out
+    # The kernels of an SRM round otherwise.
+    assert re.search(rf"{path}: labels are equal at (100\.0000|99\.99\d\d)% of the pixels", capsys.readouterr().out)
     images = picture(101, 139, batch=2)
     labels = run_elsewhere(path, images, tmp_path)
     assert labels.dtype == np.uint8
@@ -107,7 +109,7 @@ class Refined(nn.Module):
 
     def __init__(self) -> None:
         super().__init__()
-        self.srm = SRM(3, 4)
+        self.srm = SRM(3, 4, impl="torch")  # as export.py makes networks
         self.smaller = nn.Conv2d(3, 4, 3, stride=2, padding=1)
         nn.init.normal_(self.srm.offset.weight)
 

@@ -40,6 +40,7 @@ EVERY_KERNEL = (
     "pool_norm_relu training",
     "add_norm_relu level training",
     "add_norm_relu joined eval",
+    "srm",
     "upsample_argmax low-resolution",
 )
 """Of the ops' cases, those that the default run takes on CUDA's kernels without a GPU and on the interpreter; and the

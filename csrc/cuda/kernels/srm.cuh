@@ -88,7 +88,7 @@ struct SrmPixel {
       largest = fmax(largest, weight[q]);  // ignores NaN, which the sum shows
     }
 #pragma unroll
-    for (int q = 0; q < kNeighbours; ++q) weight[q] = exp(weight[q] - largest), sum += weight[q];
+    for (int q = 0; q < kNeighbours; ++q) weight[q] = exp_of(weight[q] - largest), sum += weight[q];
 #pragma unroll
     for (int q = 0; q < kNeighbours; ++q) {
       weight[q] /= sum;
@@ -134,7 +134,7 @@ __device__ __forceinline__ void for_reads(const SrmArgs& args, int64_t n, int c,
 }
 
 template <typename Scalar, int kSide>
-__global__ void __launch_bounds__(kThreads) srm_forward(const __grid_constant__ SrmArgs args) {
+__global__ void __launch_bounds__(kThreads, 2) srm_forward(const __grid_constant__ SrmArgs args) {
   using Acc = typename AccOf<Scalar>::type;
   BCMF_SHARED(SrmReads<Acc>, reads, kSrmPixels);
   const int64_t first = blockIdx.x * int64_t{kSrmPixels}, left = args.N * args.H * args.W - first;
@@ -162,7 +162,7 @@ __global__ void __launch_bounds__(kThreads) srm_forward(const __grid_constant__ 
 // Writes the gradients of the logits in `raw`, and what the kernels behind it need of each pixel. A block works on a
 // chunk of an image.
 template <typename Scalar, int kSide>
-__global__ void __launch_bounds__(kThreads)
+__global__ void __launch_bounds__(kThreads, 2)
     srm_pulls(const __grid_constant__ SrmArgs args, SrmScratch<typename AccOf<Scalar>::type> scratch) {
   using Acc = typename AccOf<Scalar>::type;
   BCMF_SHARED(SrmReads<Acc>, reads, kSrmPixels);
@@ -172,8 +172,7 @@ __global__ void __launch_bounds__(kThreads)
   const int count = left < kSrmPixels ? static_cast<int>(left) : kSrmPixels;
   const int warp = static_cast<int>(threadIdx.x) / kWarp, lane = static_cast<int>(threadIdx.x) % kWarp;
   const bool has = threadIdx.x < count;
-  const SrmPixel<Scalar> pixel(args, first + (has ? threadIdx.x : 0));
-  if (has) reads[threadIdx.x] = pixel.reads(args);
+  if (has) reads[threadIdx.x] = SrmPixel<Scalar>(args, first + threadIdx.x).reads(args);
   __syncthreads();  // all pixels are known
   for (int k = warp; k < count; k += kWarps) {
     Acc by_x = 0, by_y = 0;
@@ -206,6 +205,7 @@ __global__ void __launch_bounds__(kThreads)
   if (!has) return;
   const Acc x = pulls[lane * kOffsets], y = pulls[lane * kOffsets + 1];
   const int64_t index = first + lane;
+  const SrmPixel<Scalar> pixel(args, index);  // once more: kept till here, it would take the loops' registers
   scratch.reads[index] = {
       cell, {own.x.weight[0], own.x.weight[1], own.x.weight[2]}, {own.y.weight[0], own.y.weight[1], own.y.weight[2]}};
   scratch.pulls[index * kOffsets] = x, scratch.pulls[index * kOffsets + 1] = y;
@@ -220,7 +220,7 @@ __global__ void __launch_bounds__(kThreads)
 
 // Writes the gradients of the offsets in `raw`, each a sum over the pixels that have it as a neighbour's.
 template <typename Scalar>
-__global__ void __launch_bounds__(kThreads)
+__global__ void __launch_bounds__(kThreads, 2)
     srm_offsets(const __grid_constant__ SrmArgs args, SrmScratch<typename AccOf<Scalar>::type> scratch) {
   using Acc = typename AccOf<Scalar>::type;
   const int64_t index = blockIdx.x * int64_t{kThreads} + threadIdx.x, pixels = args.N * args.H * args.W;
@@ -248,7 +248,7 @@ __global__ void __launch_bounds__(kThreads)
 // Lists the pixels of kListedCells cells of an image. Each warp looks at a part of the image, and counts the pixels of
 // each cell; the parts of a cell's list follow each other. counts: (kWarps, kListedCells).
 template <typename Acc>
-__global__ void __launch_bounds__(kThreads)
+__global__ void __launch_bounds__(kThreads, 2)
     srm_list(const __grid_constant__ SrmArgs args, SrmScratch<Acc> scratch, SharedArray<int> shared) {
   const int64_t ranges = ranges_of(args), n = blockIdx.x / ranges, pixels = args.H * args.W;
   const int cells = static_cast<int>(args.h * args.w), begin = static_cast<int>(blockIdx.x % ranges) * kListedCells;
@@ -310,11 +310,10 @@ __global__ void __launch_bounds__(kThreads)
     for (unsigned left = __ballot_sync(0xffffffffu, here); left != 0;) {
       const int next = __shfl_sync(0xffffffffu, cell, __ffs(static_cast<int>(left)) - 1);
       const unsigned same = __ballot_sync(0xffffffffu, cell == next);
-      const int place = own[next];
-      __syncwarp();  // it may be changed
+      int place = 0;
+      if (lane == 0) place = own[next], own[next] += __popc(same);
+      place = __shfl_sync(0xffffffffu, place, 0);
       if (cell == next) scratch.listed[n * pixels + place + __popc(same & ((1u << lane) - 1))] = pixel;
-      if (lane == 0) own[next] = place + __popc(same);
-      __syncwarp();  // it may be read
       left &= ~same;
     }
   });
@@ -334,7 +333,7 @@ BCMF_HOST_DEVICE int64_t low_tasks(const SrmArgs& args) {
 // Adds up the gradient of `low`. A warp goes along kSummedCells cells of a row, with kSide channels of each lane: the
 // pixels of a cell reach it and the two cells to its right, and as many rows below.
 template <typename Scalar, int kSide>
-__global__ void __launch_bounds__(kThreads)
+__global__ void __launch_bounds__(kThreads, 2)
     srm_low(const __grid_constant__ SrmArgs args, SrmScratch<typename AccOf<Scalar>::type> scratch) {
   using Acc = typename AccOf<Scalar>::type;
   constexpr int kMost = WarpTaps<Acc>::kMost;
