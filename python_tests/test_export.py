@@ -5,8 +5,8 @@ from __future__ import annotations
 import builtins
 import importlib.util
 import json
-import re
 import math
+import re
 import subprocess
 import sys
 from pathlib import Path
