@@ -589,7 +589,8 @@ def define_srm(lib: Library, name: str) -> Any:
     return op
 
 
-SRM = {"cpu": define_srm(LIB, "srm")}
+SRM = {"cpu": define_srm(LIB, "srm"), "triton": define_srm(LIB, "srm_triton")}
+"""The op that each impl calls."""
 SRM["cuda"] = SRM["cpu"]
 
 
@@ -610,6 +611,8 @@ for _device in ("CUDA", "CPU"):  # On the CPU they are interpreted, for tests.
     LIB.impl("loss_sums_triton", _triton_kernel("loss", "loss_sums"), _device)
     LIB.impl("loss_finish_triton", _triton_kernel("loss", "loss_finish"), _device)
     LIB.impl("upsample_argmax_triton", _triton_kernel("argmax", "upsample_argmax"), _device)
+    LIB.impl("srm_triton", _triton_kernel("srm", "srm"), _device)
+    LIB.impl("srm_triton_backward", _triton_kernel("srm", "srm_backward"), _device)
     for _op in ("pool_norm_relu", "add_norm_relu"):
         LIB.impl(f"{_op}_triton", _triton_kernel("lmfm", _op), _device)
         LIB.impl(f"{_op}_triton_backward", _triton_kernel("lmfm", f"{_op}_backward"), _device)

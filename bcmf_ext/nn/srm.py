@@ -33,8 +33,8 @@ class SRM(nn.Module):
         high_channels: C_h.
         low_channels: C_l, even.
         project: whether the module has the 1×1 convolution for the residual; without it each call gives a residual.
-        impl: what computes all behind the 3×3 convolution, in one pass by kernels: "auto", "cpu", "cuda" or "torch",
-            which also stands in for "triton".
+        impl: what computes all behind the 3×3 convolution, in one pass by kernels: "auto", "cpu", "cuda", "triton" or
+            "torch".
 
     Shapes: (N, C_h, H, W), (N, C_l, h, w) -> (N, C_l, H, W), for any H >= h >= 1 and W >= w >= 1.
     """
@@ -73,8 +73,7 @@ class SRM(nn.Module):
             )
         raw = self.offset(torch.cat([self.high(high), upsample(self.low(low), size)], dim=1))
         impl = dispatch.choose("SRM", self.impl, low.device)
-        # There are no Triton kernels yet: PyTorch runs it where the extension has none for the device.
-        return by_kernels(impl, low, raw, residual) if impl in ops.SRM else refine(low, raw, residual)
+        return refine(low, raw, residual) if impl == "torch" else by_kernels(impl, low, raw, residual)
 
 
 def conv_norm_relu(in_channels: int, out_channels: int) -> nn.Sequential:

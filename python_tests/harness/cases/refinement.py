@@ -12,7 +12,7 @@ from torch import Tensor
 
 from bcmf_ext import ops
 from bcmf_ext.nn.srm import refine
-from harness.backends import KERNELS, Backend
+from harness.backends import Backend
 from harness.cases.losses import quarter
 from harness.cases.pattern import Case, Inputs, backward_of, results
 
@@ -26,7 +26,6 @@ class SrmCase(Case):
     wide: bool = False
     spread: float = 1.5
 
-    backends: ClassVar[Sequence[Backend]] = tuple(backend for backend in KERNELS if backend.impl != "triton")
     shapes: ClassVar[Sequence[tuple[int, ...]]] = (
         (2, 3, 1, 1), (1, 5, 1, 9), (2, 19, 8, 7), (2, 40, 33, 18), (1, 171, 4, 70), (1, 64, 17, 65),
     )  # fmt: skip
