@@ -252,8 +252,8 @@ def srm_low(grad, kept, listed, starts, grad_low, parts, size, CHANNELS: tl.cons
                 pixel = n * pixels + tl.load(listed + n * pixels + i)
                 weight = tl.load(kept.reads + (3 + a) * size.pixels + pixel)
                 weight *= tl.load(kept.reads + b * size.pixels + pixel)
-                asked = (c < size.classes) & (weight != 0)
-                sums += weight * tl.load(grad + pixel * size.classes + c, mask=asked, other=0).to(sums.dtype)
+                upstream = tl.load(grad + pixel * size.classes + c, mask=c < size.classes, other=0).to(sums.dtype)
+                sums += tl.where(weight != 0, weight * upstream, 0.0)
     to = grad_low + entry * size.classes + c
     tl.store(to, sums.to(grad_low.dtype.element_ty), mask=c < size.classes)
 

@@ -25,7 +25,7 @@ from triton.runtime.jit import JITFunction
 
 from bcmf_ext.ops import acc_dtype
 from bcmf_ext.options import LossOptions
-from bcmf_ext.triton import argmax, lmfm, loss
+from bcmf_ext.triton import argmax, lmfm, loss, srm
 
 ARCHS = (90, 80, 100, 120)  # the first for all calls; the others, which differ in the last step alone, in bf16
 DTYPES = (torch.bfloat16, torch.float16, torch.float32, torch.float64)
@@ -110,6 +110,7 @@ def calls(dtypes: Sequence[torch.dtype]) -> Iterator[tuple[str, Callable[[], Any
         for size, channels_last in itertools.product((LABELS, EIGHTH, MORE), (False, True)):
             logits = empty(2, 19, *size, dtype=dtype, channels_last=channels_last)
             yield f"arg-max of {size}, {dtype}", partial(argmax.upsample_argmax, logits, *LABELS, False)
+        yield f"SRM, {dtype}", partial(refined, dtype)
     # Every layout and mode, as above: the slowest for arithmetic in fp32 and in fp64.
     both, half, double = (False, True), torch.bfloat16, torch.float64
     doubles = ((double, True, True), (double, False, False)) if double in dtypes else ()
@@ -168,6 +169,7 @@ def repeated_calls() -> Iterator[Repeated]:
         calls = [partial(argmax.upsample_argmax, z, *size, False) for z, (_, size) in zip(maps, sizes, strict=True)]
         by_alignment = ("argmax",) if sizes is equal else ()
         yield Repeated(f"arg-max, {name}, channels_last {channels_last}", calls, by_alignment, in_16_bytes)
+    yield Repeated("SRM", [partial(refined, half, *sizes) for sizes in REFINED])
     for channels_last in (False, True):
         for name, call in (("pools", partial(pools, 512)), (f"{LEVEL}", partial(sums, LEVEL))):
             calls = [
@@ -175,6 +177,17 @@ def repeated_calls() -> Iterator[Repeated]:
                 for size, eps in zip(MAP_SIZES, itertools.cycle((0.0, 1e-3)), strict=False)
             ]
             yield Repeated(f"{name}, channels_last {channels_last}", calls)
+
+
+REFINED = ((16, 32), (64, 128)), ((15, 20), (45, 60)), ((7, 9), (7, 18)), ((1, 1), (1, 1)), ((33, 17), (264, 136))
+
+
+def refined(
+    dtype: torch.dtype, low: tuple[int, int] = (16, 32), size: tuple[int, int] = (64, 128), channels: int = 128
+) -> None:
+    maps = partial(empty, 2, dtype=dtype, channels_last=True)
+    given, raw, residual = maps(channels, *low), maps(11, *size), maps(channels, *size)
+    srm.srm_backward(srm.srm(given, raw, residual), given, raw)
 
 
 def eighth(height: int, width: int) -> tuple[int, int]:
