@@ -12,7 +12,7 @@ set -uo pipefail
 set -m # A stage is a process group of its own: an interrupt ends all of it, and not this script before it has packed.
 
 stages=(build cuda-tests profile training segmentation_loss cross_entropy inference train_step triton-tests memcheck
-  racecheck initcheck lmfm sizes table4 blocks metrics rmi)
+  racecheck initcheck lmfm srm sizes table4 blocks metrics rmi)
 usage="usage: bench/gpu.sh [--dry-run] OUT [STAGE…], a STAGE being one of: ${stages[*]}"
 [ "${1:-}" != --help ] || { echo "$usage" && exit 0; }
 dry=0

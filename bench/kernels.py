@@ -35,6 +35,7 @@ sys.path.insert(0, str(Path(__file__).parent))
 import cross_entropy
 import lmfm
 import protocol
+import refinement
 import segmentation_loss
 import table4
 from problem import OURS, Contender, Problem, make_labels, missing_impls
@@ -51,6 +52,7 @@ OPS = {
     "table4": table4.problems,
     "rmi": table4.rmi,
     "lmfm": lmfm.problems,
+    "srm": refinement.problems,
 }
 COLUMNS = 6  # of the picture
 PHASES = ("forward", "backward", "both")

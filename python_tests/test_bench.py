@@ -238,7 +238,7 @@ def test_gpu_script_as_far_as_it_goes_without_one(tmp_path: Path) -> None:
     """Protects bench/gpu.sh: its benches run, their logs and results are where it says."""
     env = {**os.environ, "PYTHON": sys.executable, "OMP_NUM_THREADS": "1"}
     env["TORCH_COMPILE_DISABLE"] = "1"  # compiling would take most of the time
-    ops = ("training", "cross_entropy", "segmentation_loss", "sizes", "blocks", "table4", "rmi", "lmfm")
+    ops = ("training", "cross_entropy", "segmentation_loss", "sizes", "blocks", "table4", "rmi", "lmfm", "srm")
     stages = ("cuda-tests", "profile", *ops, "inference", "train_step", "metrics", "memcheck")
     done = subprocess.run([GPU_SCRIPT, "--dry-run", tmp_path / "out", *stages], env=env, capture_output=True, text=True)
     assert done.returncode == 0, done.stdout

@@ -200,11 +200,9 @@ def srm_pulls(low, raw, grad, grad_raw, kept, size, ACC: tl.constexpr, BLOCK: tl
 def is_source(i, d: tl.constexpr, length, FROM_BORDER: tl.constexpr):
     """Whether the pixel before place i, in direction d, has it as its neighbour; FROM_BORDER: whether the pixel at i
     has itself, in the place of one beyond the border."""
-    if FROM_BORDER:
-        found = (i + d < 0) | (i + d >= length)
-    else:
-        found = (i - d >= 0) & (i - d < length)
-    return found
+    other = i + d if FROM_BORDER else i - d
+    exists = (other >= 0) & (other < length)
+    return ~exists if FROM_BORDER else exists
 
 
 @triton.jit
@@ -235,8 +233,8 @@ def srm_offsets(kept, grad_raw, size, BLOCK: tl.constexpr):
 
 @triton.jit
 def srm_low(grad, kept, listed, starts, grad_low, parts, size, CHANNELS: tl.constexpr):
-    """The gradient of an entry of low, some channels of it. listed: the pixels of each image by their cells, which begin
-    at `starts`."""
+    """The gradient of an entry of low, some channels of it. listed: the pixels of each image by their cells, which
+    begin at `starts`."""
     size, parts = unpack_size(size), unpack(parts)
     part, entry = tl.program_id(0) % parts, tl.program_id(0).to(tl.int64) // parts
     cells, pixels = tl.cast(size.rows, tl.int64) * size.columns, tl.cast(size.height, tl.int64) * size.width
