@@ -20,6 +20,7 @@ inline bool is_channels_last(const Tensor& map) {
 inline Tensor as_channels_last(const Tensor& map) {
   return is_channels_last(map) ? map : stable::contiguous(map, MemoryFormat::ChannelsLast);
 }
+
 // A new map that is laid out as another one, which a kernel fills in through `filled`, in channels_last.
 struct NewMap {
   Tensor map, filled;

@@ -128,6 +128,19 @@ def taps_at(position, inside, outside, ACC: tl.constexpr):
 
 
 @triton.jit
+def read_pixels(raw, size, ACC: tl.constexpr, BLOCK: tl.constexpr):
+    """The pixels of a program: their index in the batch, and whether they exist; image, row and column; their mixed
+    offsets; and what they read, along x and along y."""
+    index = tl.program_id(0).to(tl.int64) * BLOCK.PIXELS + tl.arange(0, BLOCK.PIXELS)
+    inside = index < size.pixels
+    n, row, column = place_in_batch(index, size)
+    mixed = mix_offsets(raw, n, row, column, inside, size, ACC)
+    x = taps_at(column.to(ACC) + mixed.x, size.columns, size.width, ACC)
+    y = taps_at(row.to(ACC) + mixed.y, size.rows, size.height, ACC)
+    return index, inside, n, row, column, mixed, x, y
+
+
+@triton.jit
 def load_entries(low, n, x: Taps, y: Taps, a, b, c, wanted, size, ACC: tl.constexpr):
     """Channels c of the entries a rows and b columns behind the first ones that pixels read; 0 of those that are not
     wanted."""
@@ -140,12 +153,7 @@ def load_entries(low, n, x: Taps, y: Taps, a, b, c, wanted, size, ACC: tl.conste
 def srm_forward(low, raw, residual, out, size, ACC: tl.constexpr, BLOCK: tl.constexpr):
     """The output."""
     size = unpack_size(size)
-    index = tl.program_id(0).to(tl.int64) * BLOCK.PIXELS + tl.arange(0, BLOCK.PIXELS)
-    inside = index < size.pixels
-    n, row, column = place_in_batch(index, size)
-    mixed = mix_offsets(raw, n, row, column, inside, size, ACC)
-    x = taps_at(column.to(ACC) + mixed.x, size.columns, size.width, ACC)
-    y = taps_at(row.to(ACC) + mixed.y, size.rows, size.height, ACC)
+    index, inside, n, _, _, _, x, y = read_pixels(raw, size, ACC, BLOCK)
     for first in range(0, size.classes, BLOCK.CHANNELS):
         c = first + tl.arange(0, BLOCK.CHANNELS)
         at = index[:, None] * size.classes + c[None]
@@ -162,12 +170,7 @@ def srm_forward(low, raw, residual, out, size, ACC: tl.constexpr, BLOCK: tl.cons
 def srm_pulls(low, raw, grad, grad_raw, kept, size, ACC: tl.constexpr, BLOCK: tl.constexpr):
     """The gradients of raw's logits, and what the kernels behind it need of each pixel."""
     size = unpack_size(size)
-    index = tl.program_id(0).to(tl.int64) * BLOCK.PIXELS + tl.arange(0, BLOCK.PIXELS)
-    inside = index < size.pixels
-    n, row, column = place_in_batch(index, size)
-    mixed = mix_offsets(raw, n, row, column, inside, size, ACC)
-    x = taps_at(column.to(ACC) + mixed.x, size.columns, size.width, ACC)
-    y = taps_at(row.to(ACC) + mixed.y, size.rows, size.height, ACC)
+    index, inside, n, row, column, mixed, x, y = read_pixels(raw, size, ACC, BLOCK)
     across, down = tl.zeros_like(mixed.x), tl.zeros_like(mixed.y)
     for first in range(0, size.classes, BLOCK.CHANNELS):
         c = first + tl.arange(0, BLOCK.CHANNELS)

@@ -8,6 +8,7 @@
 #include "common/geometry.h"
 #include "common/select.h"
 #include "common/terms.h"
+#include "cpu/axis.h"
 #include "cpu/isa.h"
 #include "cpu/memory.h"
 #include "cpu/parallel.h"
@@ -23,24 +24,6 @@ const LossKernels<Acc>& kernels() {
 
 constexpr int64_t kHalves = 1 << 18;   // values of LossWork::halves, unless one image has more
 constexpr int64_t kMaxBlockRows = 16;  // enough blocks for all threads, however few logits there are
-
-template <typename Acc>
-class Axis {  // owns the memory of an AxisTable
- public:
-  Axis(int64_t in, int64_t out, bool align_corners) : first_(out), second_(out), weight_(out) {
-    for (int64_t i = 0; i < out; ++i) {
-      const AxisTap<Acc> tap = axis_tap<Acc>(i, in, out, align_corners);
-      first_[i] = static_cast<int32_t>(tap.first);
-      second_[i] = static_cast<int32_t>(tap.second);
-      weight_[i] = tap.weight;
-    }
-  }
-  AxisTable<Acc> table() const { return {first_.data(), second_.data(), weight_.data()}; }
-
- private:
-  std::vector<int32_t> first_, second_;
-  std::vector<Acc> weight_;
-};
 
 struct Release {  // frees what Work::allocate got
   size_t bytes = 0;

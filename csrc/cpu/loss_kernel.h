@@ -3,6 +3,7 @@
 #pragma once
 
 #include "common/args.h"
+#include "cpu/axis.h"
 
 namespace bcmf::cpu {
 
@@ -55,12 +56,6 @@ template <typename Acc>
 void clear_edge_runs(RowEdgeRuns<Acc>& row);
 template <typename Acc>
 Acc* add_edge_run(RowEdgeRuns<Acc>& row, int64_t x, int64_t c);  // returns where its residuals go
-
-template <typename Acc>
-struct AxisTable {  // the axis_tap of each label row or column; null where logits have the size of the labels
-  const int32_t *first, *second;
-  const Acc* weight;
-};
 
 // Tables and scratch memory that one forward or backward makes, and that all its kernels read.
 template <typename Acc>

@@ -2,20 +2,14 @@
 #pragma once
 
 #include "common/srm.h"
+#include "cpu/axis.h"
 
 namespace bcmf::cpu {
-
-// For each row or column of the upsampled map: AxisTap's first and weight.
-template <typename Acc>
-struct UpsampledAxis {
-  const int32_t* first;
-  const Acc* weight;
-};
 
 // What the steps of a call share. Each row of the batch has `W` of every entry, one kind after the other.
 template <typename Acc>
 struct SrmWork {
-  UpsampledAxis<Acc> down, across;
+  AxisTable<Acc> down, across;  // of the rows and columns of the upsampled map
   // Backward only:
   Acc* positions;  // (N * H, 2, W): x and y
   Acc* pulls;      // (N * H, 2, W): derivatives of the total by x and y

@@ -76,7 +76,7 @@ static void mix_offsets(const SrmArgs& args, const Pixels& pixels, Offsets<Acc>&
 
 // What a pixel reads along an axis, at its place plus an offset.
 template <typename Acc>
-BCMF_INLINE WarpTaps<Acc> taps_at(const UpsampledAxis<Acc>& axis, Acc position, int64_t length) {
+BCMF_INLINE WarpTaps<Acc> taps_at(const AxisTable<Acc>& axis, Acc position, int64_t length) {
   const WarpPosition<Acc> at = warp_position(position, static_cast<int>(length));
   const int next = at.before + 1 < length ? at.before + 1 : at.before;
   return warp_taps(at, axis.first[at.before], axis.weight[at.before], axis.first[next], axis.weight[next]);

@@ -1,10 +1,9 @@
 // bcmf::srm on the CPU.
 
 #include <algorithm>
-#include <memory>
-#include <type_traits>
 #include <vector>
 
+#include "cpu/axis.h"
 #include "cpu/isa.h"
 #include "cpu/parallel.h"
 #include "srm_tensors.h"
@@ -14,33 +13,16 @@ namespace {
 
 using namespace cpu;
 
-// Owns the memory of an UpsampledAxis.
-template <typename Acc>
-class UpsampledAxisMemory {
- public:
-  UpsampledAxisMemory(int64_t in, int64_t out) : first_(out), weight_(out) {
-    for (int64_t i = 0; i < out; ++i) {
-      const AxisTap<Acc> tap = axis_tap<Acc>(i, in, out, false);
-      first_[i] = static_cast<int32_t>(tap.first), weight_[i] = tap.weight;
-    }
-  }
-  UpsampledAxis<Acc> view() const { return {first_.data(), weight_.data()}; }
-
- private:
-  std::vector<int32_t> first_;
-  std::vector<Acc> weight_;
-};
-
 template <typename Acc>
 struct Axes {
-  UpsampledAxisMemory<Acc> down, across;
-  explicit Axes(const SrmArgs& args) : down(args.h, args.H), across(args.w, args.W) {}
+  Axis<Acc> down, across;
+  explicit Axes(const SrmArgs& args) : down(args.h, args.H, false), across(args.w, args.W, false) {}
 };
 
 template <typename Acc>
 void run_forward(const SrmArgs& args, const SrmKernels<Acc>& kernels) {
   const Axes<Acc> axes(args);
-  const SrmWork<Acc> work = {axes.down.view(), axes.across.view()};
+  const SrmWork<Acc> work = {axes.down.table(), axes.across.table()};
   parallel_for(0, args.N * args.H, 1, [&](int64_t begin, int64_t end) { kernels.forward(args, work, begin, end); });
 }
 
@@ -59,7 +41,7 @@ void run_backward(const SrmArgs& args, const SrmKernels<Acc>& kernels, const Kin
   const int64_t count = (2 * kOffsets + kNeighbours) * pixels + (narrow ? entries : 0);
   const Tensor memory = make_dense({count}, {1}, kind);
   Acc* const scratch = static_cast<Acc*>(memory.data_ptr());
-  SrmWork<Acc> work = {axes.down.view(), axes.across.view(), scratch};
+  SrmWork<Acc> work = {axes.down.table(), axes.across.table(), scratch};
   work.pulls = work.positions + kOffsets * pixels;
   work.weights = work.pulls + kOffsets * pixels;
   work.sums = narrow ? work.weights + kNeighbours * pixels : static_cast<Acc*>(args.grad_low);
